@@ -1,0 +1,143 @@
+# Copyright 2026 The peft_sdpt authors
+# SPDX-License-Identifier: Apache-2.0
+"""Bi-directional attention of a fusion layer, with prompts as extra keys and values.
+
+Same result as appending the prompts to both inputs and dropping their rows from both outputs
+(arXiv 2407.11414, section 3), because a softmax is taken per row: prompt rows are never computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# The bound of the hosts' own clamps: half precision ends at 65504.
+_LOGIT_BOUND = 50000.0
+
+
+class Side(NamedTuple):
+    """The three projections of one modality: `query` is also what the other modality attends to."""
+
+    query: nn.Module
+    value: nn.Module
+    out: nn.Module
+
+
+class SideInput(NamedTuple):
+    """What one modality brings to the attention.
+
+    Attributes:
+        tokens: `(B, L, d)`.
+        mask: `(B, L)` in the host's convention, or None.
+        prompts: `(N, d)`, extra tokens that the *other* modality attends to, or None.
+    """
+
+    tokens: torch.Tensor
+    mask: torch.Tensor | None
+    prompts: torch.Tensor | None
+
+
+# (logits (B, heads, queries, L + N), mask (B, L), N) -> masked logits. Prompts are the last columns.
+MaskFunction = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
+
+
+def hide_padding(logits: torch.Tensor, mask: torch.Tensor, num_prompts: int) -> torch.Tensor:
+    """Mask convention of (MM) Grounding DINO: True marks padding. Prompts are always visible.
+
+    Args:
+        logits: `(B, heads, queries, L + num_prompts)`.
+        mask: `(B, L)`, bool.
+        num_prompts: how many of the last columns are prompts.
+    """
+    padding = F.pad(mask, (0, num_prompts), value=False)
+    return logits.masked_fill(padding[:, None, None, :], float("-inf"))
+
+
+def _split_heads(states: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """`(B, L, E)` to `(B, heads, L, head_dim)`."""
+    return states.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def _attend(
+    logits: torch.Tensor,
+    values: torch.Tensor,
+    keys: SideInput,
+    mask_function: MaskFunction,
+    dropout: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights `(B, heads, queries, keys)` and attended values `(B, queries, E)`."""
+    if keys.mask is not None:
+        logits = mask_function(logits, keys.mask, 0 if keys.prompts is None else len(keys.prompts))
+    weights = logits.softmax(dim=-1)
+    attended = F.dropout(weights, p=dropout) @ values
+    return weights, attended.transpose(1, 2).flatten(2)
+
+
+def bi_attention(
+    image: SideInput,
+    text: SideInput,
+    image_side: Side,
+    text_side: Side,
+    *,
+    num_heads: int,
+    scale: float,
+    dropout: float = 0.0,
+    image_mask_function: MaskFunction = hide_padding,
+    text_mask_function: MaskFunction = hide_padding,
+) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    """Image tokens attend to text tokens and text prompts; text tokens to image tokens and prompts.
+
+    Follows `GroundingDinoBiMultiHeadAttention.forward` (transformers 5.24) in everything that shows
+    in its results: one logit matrix for both directions, the scale on the image projection after its
+    bias, the maximum of the whole batch taken off, the clamps before the masks, the order of the two
+    dropouts.
+
+    Args:
+        image, text: tokens, mask and prompts of the two modalities.
+        image_side, text_side: their projections.
+        num_heads: heads of the attention; divides the width E of the aligned space.
+        scale: factor of the logits, applied to the image projection.
+        dropout: probability of dropping an attention weight; 0 outside training.
+        image_mask_function, text_mask_function: the host's mask conventions.
+
+    Returns:
+        `((image_out, image_weights), (text_out, text_weights))` with outputs `(B, L, d)` and weights
+        `(B * heads, Nv, Nl + N)` and `(B * heads, Nl, Nv + N)`: the host's shape plus one last column
+        for each prompt that the direction sees.
+    """
+    image_states = _split_heads(image_side.query(image.tokens) * scale, num_heads)
+    text_states = _split_heads(text_side.query(text.tokens), num_heads)
+    image_values = _split_heads(image_side.value(image.tokens), num_heads)
+    text_values = _split_heads(text_side.value(text.tokens), num_heads)
+
+    image_logits = image_states @ text_states.transpose(-1, -2)
+    text_logits = image_logits.transpose(-1, -2)
+    batch = image.tokens.shape[0]
+    if text.prompts is not None:
+        keys = _split_heads(text_side.query(text.prompts[None]), num_heads)
+        values = _split_heads(text_side.value(text.prompts[None]), num_heads)
+        image_logits = torch.cat([image_logits, image_states @ keys.transpose(-1, -2)], dim=-1)
+        text_values = torch.cat([text_values, values.expand(batch, -1, -1, -1)], dim=-2)
+    if image.prompts is not None:
+        keys = _split_heads(image_side.query(image.prompts[None]) * scale, num_heads)
+        values = _split_heads(image_side.value(image.prompts[None]), num_heads)
+        text_logits = torch.cat([text_logits, text_states @ keys.transpose(-1, -2)], dim=-1)
+        image_values = torch.cat([image_values, values.expand(batch, -1, -1, -1)], dim=-2)
+
+    # A softmax does not see these shifts, but the clamps do: they keep half precision finite.
+    peak = torch.maximum(image_logits.detach().max(), text_logits.detach().max())
+    image_logits = (image_logits - peak).clamp(-_LOGIT_BOUND, _LOGIT_BOUND)
+    text_logits = (text_logits - peak).clamp(-_LOGIT_BOUND, _LOGIT_BOUND)
+    text_logits = text_logits - text_logits.detach().amax(dim=-1, keepdim=True)
+    text_logits = text_logits.clamp(-_LOGIT_BOUND, _LOGIT_BOUND)
+
+    image_weights, image_out = _attend(image_logits, text_values, text, text_mask_function, dropout)
+    text_weights, text_out = _attend(text_logits, image_values, image, image_mask_function, dropout)
+    return (
+        (image_side.out(image_out), image_weights.flatten(0, 1)),
+        (text_side.out(text_out), text_weights.flatten(0, 1)),
+    )

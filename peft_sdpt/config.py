@@ -1,0 +1,183 @@
+# Copyright 2026 The peft_sdpt authors
+# SPDX-License-Identifier: Apache-2.0
+"""What a user may set, and the rules for it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from peft.config import PeftConfig
+from peft.utils import PeftType
+
+INIT_WEIGHTS = (
+    "uniform",
+    "normal",
+    "xavier_uniform",
+    "xavier_normal",
+    "kaiming_uniform",
+    "kaiming_normal",
+    "zeros",
+)
+PROMPT_MODES = ("unified", "independent")
+
+
+@dataclass
+class SDPTConfig(PeftConfig):
+    """Configuration of an SDPT adapter (arXiv 2407.11414).
+
+    Every field is checked when the config is made; a value that breaks a rule raises a `ValueError`
+    (or `TypeError` for a wrong type) that names the field, the value and the rule.
+
+    Args:
+        num_virtual_tokens: prototype tokens N of each fusion layer. At least 1. The paper's headline
+            of 0.04 % of GLIP-L is about 10.
+        target_modules: None for every fusion attention of the host, or which of them: a list of
+            module names (or ends of names), or a regular expression for the whole name.
+        layers_to_transform: None for all, or the index or indices of fusion layers, counted from 0
+            over all fusion layers of the host in their order (`cpt_layers` of the released code).
+            An index the host does not have raises when the adapter is attached.
+        init_weights: how prototype tokens start, always from torch's default CPU generator, so that
+            `torch.manual_seed` gives the same start on every device. `"uniform"` is U(-1, 1) (the
+            released default), `"normal"` is N(0, 1), `"xavier_*"` and `"kaiming_*"` are torch's with
+            their default arguments on each `(N, E)` set (fan_in E, fan_out N), `"zeros"` is the
+            origin of the aligned space. No start leaves the host's outputs as they were: a prompt
+            takes its share of every softmax, one at the origin too. True and False are accepted
+            because PEFT's tools set them; both mean `"uniform"`.
+        prompt_mode: `"unified"` is the method: one set of tokens, mapped into both input spaces.
+            `"independent"` is the paper's ablation: two sets in the aligned space, one a modality,
+            each mapped by its own inverse, and twice the parameters. The released code uses these
+            directly as query and key rows and cuts their columns after the softmax, so there they
+            only dilute the attention; here they have values, like unified tokens.
+        image_attends_prompts: True lets both modalities see prompts. False is the released code's
+            masking, in which only text tokens do.
+        pinv_rtol: None for the full inverse of the paper. A number between 0 and 1 drops the singular
+            values of a projection below that share of the largest, which keeps prompts at about the
+            size of the host's own tokens.
+        prompt_dropout: probability of zeroing an entry of the prototype tokens in training, scaled
+            to keep the mean (`torch.nn.functional.dropout`). 0 <= p < 1.
+        modules_to_save: names of other modules to train and save whole, a head for instance.
+        fusion_layers: not to be set by hand. Filled in when the adapter is attached: module name and
+            width E of each adapted fusion layer. Saved with the adapter, so that loading onto a host
+            with other layers is refused before that host is touched.
+    """
+
+    num_virtual_tokens: int = field(
+        default=10, metadata={"help": "Prototype tokens of each fusion layer."}
+    )
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Fusion attentions to adapt: names, a regular expression, None for all."},
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the fusion layers to adapt, None for all."}
+    )
+    init_weights: str | bool = field(
+        default="uniform", metadata={"help": f"Start of the tokens, one of {INIT_WEIGHTS}."}
+    )
+    prompt_mode: str = field(
+        default="unified",
+        metadata={"help": "One set of tokens for both modalities, or one each ('independent')."},
+    )
+    image_attends_prompts: bool = field(
+        default=True, metadata={"help": "Whether image tokens see prompts, or only text tokens."}
+    )
+    pinv_rtol: float | None = field(
+        default=None,
+        metadata={"help": "Relative bound below which singular values are dropped, None for all."},
+    )
+    prompt_dropout: float = field(
+        default=0.0, metadata={"help": "Dropout probability on the prototype tokens."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Other modules to train and save whole."}
+    )
+    fusion_layers: dict[str, int] | None = field(
+        default=None, metadata={"help": "Filled in when attached: width of each adapted layer."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.SDPT
+        if isinstance(self.init_weights, bool):
+            self.init_weights = "uniform"
+        if isinstance(self.layers_to_transform, int) and not _is_bool(self.layers_to_transform):
+            self.layers_to_transform = [self.layers_to_transform]
+        for name in ("target_modules", "layers_to_transform", "modules_to_save"):
+            value = getattr(self, name)
+            # Sets have no order that survives a process: sorted, two saves are the same file.
+            if isinstance(value, (set, tuple)):
+                setattr(
+                    self, name, sorted(value, key=str) if isinstance(value, set) else list(value)
+                )
+        self._check()
+
+    def _check(self) -> None:
+        if not _is_int(self.num_virtual_tokens):
+            self._refuse("num_virtual_tokens", "an integer", TypeError)
+        if self.num_virtual_tokens < 1:
+            self._refuse("num_virtual_tokens", "at least 1")
+
+        if isinstance(self.target_modules, str):
+            try:
+                re.compile(self.target_modules)
+            except re.error as error:
+                self._refuse("target_modules", f"a valid regular expression ({error})")
+        elif self.target_modules is not None:
+            self._check_names("target_modules")
+        if self.modules_to_save is not None:
+            self._check_names("modules_to_save")
+
+        if self.layers_to_transform is not None:
+            layers = self.layers_to_transform
+            if not isinstance(layers, list) or not all(_is_int(index) for index in layers):
+                self._refuse("layers_to_transform", "an integer or a list of integers", TypeError)
+            if not layers or min(layers) < 0 or len(set(layers)) != len(layers):
+                self._refuse("layers_to_transform", "non-empty, non-negative, without repeats")
+
+        if self.init_weights not in INIT_WEIGHTS:
+            self._refuse("init_weights", f"one of {INIT_WEIGHTS}")
+        if self.prompt_mode not in PROMPT_MODES:
+            self._refuse("prompt_mode", f"one of {PROMPT_MODES}")
+        if not _is_bool(self.image_attends_prompts):
+            self._refuse("image_attends_prompts", "True or False", TypeError)
+
+        if self.pinv_rtol is not None:
+            if not _is_number(self.pinv_rtol):
+                self._refuse("pinv_rtol", "None or a number", TypeError)
+            if not 0 < self.pinv_rtol < 1:
+                self._refuse("pinv_rtol", "None or between 0 and 1, both excluded")
+        if not _is_number(self.prompt_dropout):
+            self._refuse("prompt_dropout", "a number", TypeError)
+        if not 0 <= self.prompt_dropout < 1:
+            self._refuse("prompt_dropout", "at least 0 and below 1")
+
+        if self.fusion_layers is not None and not (
+            isinstance(self.fusion_layers, dict)
+            and all(isinstance(name, str) for name in self.fusion_layers)
+            and all(_is_int(width) and width > 0 for width in self.fusion_layers.values())
+        ):
+            self._refuse("fusion_layers", "None or a mapping of module names to widths", TypeError)
+
+    def _check_names(self, name: str) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            self._refuse(name, "a list of module names", TypeError)
+        if not value or not all(value):
+            self._refuse(name, "non-empty, of non-empty names")
+
+    def _refuse(self, name: str, rule: str, error: type[Exception] = ValueError) -> NoReturn:
+        raise error(f"SDPTConfig.{name} must be {rule}, got {getattr(self, name)!r}")
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not _is_bool(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not _is_bool(value)

@@ -1,0 +1,265 @@
+# Copyright 2026 The peft_sdpt authors
+# SPDX-License-Identifier: Apache-2.0
+"""The tuner layer: a fusion attention with unified prototype tokens."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from .attention import SideInput, bi_attention
+from .config import SDPTConfig
+from .hosts import FusionHost
+from .projection import inverse_projection, to_input_space
+
+CANNOT_MERGE = (
+    "SDPT prompts are extra keys and values of the attention and cannot be merged into weights: keep "
+    "the adapter as it is, or call unload() to get the bare host back."
+)
+
+_INITIALISERS = {
+    "uniform": lambda tokens: nn.init.uniform_(tokens, -1.0, 1.0),
+    "normal": nn.init.normal_,
+    "xavier_uniform": nn.init.xavier_uniform_,
+    "xavier_normal": nn.init.xavier_normal_,
+    "kaiming_uniform": nn.init.kaiming_uniform_,
+    "kaiming_normal": nn.init.kaiming_normal_,
+    "zeros": nn.init.zeros_,
+}
+
+
+def init_prompts(config: SDPTConfig, width: int) -> torch.Tensor:
+    """Prototype tokens as `config` starts them.
+
+    Drawn on the CPU from torch's default generator, so that a seed means the same on every device.
+
+    Returns:
+        `(N, width)`, or `(2, N, width)` for independent mode (image set, text set); float32.
+    """
+    sets = 2 if config.prompt_mode == "independent" else 1
+    # Set by set: torch takes the fans of a 3-D tensor for those of a convolution.
+    tokens = [
+        _INITIALISERS[config.init_weights](torch.empty(config.num_virtual_tokens, width))
+        for _ in range(sets)
+    ]
+    return torch.stack(tokens) if sets == 2 else tokens[0]
+
+
+def prompt_shape(config: SDPTConfig, width: int) -> tuple[int, ...]:
+    """Shape of the prompts that `config` gives a fusion layer of this width."""
+    shape = (config.num_virtual_tokens, width)
+    return (2, *shape) if config.prompt_mode == "independent" else shape
+
+
+class _WeightState(NamedTuple):
+    """What a weight was when its inverse was taken.
+
+    The alias keeps the storage alive: no later weight can come to lie at the same address unseen.
+    """
+
+    alias: torch.Tensor
+    version: int | None
+
+    @classmethod
+    def of(cls, weight: torch.Tensor) -> _WeightState:
+        return cls(weight.detach(), _version(weight))
+
+    def still_holds(self, weight: torch.Tensor) -> bool:
+        alias = self.alias
+        if alias.is_meta or weight.is_meta:
+            return alias.is_meta and weight.is_meta and alias.shape == weight.shape
+        return (
+            alias.device == weight.device
+            and alias.is_set_to(weight)
+            and self.version == _version(weight)
+        )
+
+
+def _version(tensor: torch.Tensor) -> int | None:
+    # Inference tensors have no version; a change of one in place is seen by the load hook only.
+    return None if tensor.is_inference() else tensor._version
+
+
+def _refresh_after_load(layer: SDPTLayer, incompatible_keys: Any) -> None:
+    """`load_state_dict` hook: compiled code does not compare weights, so do it here."""
+    layer.refresh_inverses()
+
+
+class SDPTLayer(nn.Module, BaseTunerLayer):
+    """A fusion attention whose tokens also attend to prompts (arXiv 2407.11414, section 3).
+
+    Takes and returns what the wrapped attention does. With no prompts to see (adapters disabled, none
+    active on this layer) the call goes to the wrapped module itself, so outputs are the host's bit for
+    bit. Otherwise the attention weights have, after the host's columns, one for each prompt that the
+    direction sees: `(B * heads, Nv, Nl + N)` for image tokens (`Nl` where prompts are hidden from the
+    image) and `(B * heads, Nl, Nv + N)` for text tokens. Prompts of several active adapters follow
+    one another in the order of activation.
+
+    The inverse projections are computed when an adapter is attached and again, before the next
+    forward, when a projection weight has changed: by `load_state_dict`, an operation in place, a new
+    parameter or new `.data`, a cast. Writes that PyTorch itself does not count, `weight.data.copy_()`
+    or through numpy, go unseen: call `refresh_inverses(force=True)` after such a write. No gradient
+    flows to the weights through their inverse.
+
+    Args:
+        base_layer: the host's fusion attention.
+        fusion_host: the declaration it fits.
+        adapter_name: name of the first adapter.
+        config: its configuration.
+
+    Attributes:
+        sdpt_prompts: adapter name to `(N, E)`, or `(2, N, E)` in independent mode.
+        sdpt_image_inverse, sdpt_text_inverse: adapter name to `(d, E)`. Not saved, and never below
+            float32, whatever the dtype of the host.
+    """
+
+    adapter_layer_names = ("sdpt_prompts",)
+    other_param_names = ("sdpt_config",)
+
+    def __init__(
+        self, base_layer: nn.Module, fusion_host: FusionHost, adapter_name: str, config: SDPTConfig
+    ) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.fusion_host = fusion_host
+        self.sdpt_prompts = nn.ParameterDict()
+        self.sdpt_config: dict[str, SDPTConfig] = {}
+        self.sdpt_image_inverse = BufferDict(persistent=False)
+        self.sdpt_text_inverse = BufferDict(persistent=False)
+        self._inverted: tuple[_WeightState, _WeightState] | None = None
+        # A new module starts in training mode, and prompt dropout would act in an evaluated host.
+        self.training = base_layer.training
+        self.register_load_state_dict_post_hook(_refresh_after_load)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config)
+
+    @property
+    def width(self) -> int:
+        """Width E of the aligned space."""
+        return self._query_weights()[0].shape[0]
+
+    def update_layer(self, adapter_name: str, config: SDPTConfig) -> None:
+        """Add the prompts of an adapter, with the start that `config` asks for."""
+        self.sdpt_config[adapter_name] = config
+        self.sdpt_prompts[adapter_name] = nn.Parameter(init_prompts(config, self.width))
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.refresh_inverses()
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter from this layer, if it is there."""
+        super().delete_adapter(adapter_name)
+        for inverses in (self.sdpt_image_inverse, self.sdpt_text_inverse):
+            if adapter_name in inverses:
+                del inverses[adapter_name]
+
+    def refresh_inverses(self, force: bool = False) -> None:
+        """Recompute the inverse projections if a weight has changed since; with `force`, anyway."""
+        weights = self._query_weights()
+        if force or not self._inverses_hold():
+            for inverses in (self.sdpt_image_inverse, self.sdpt_text_inverse):
+                inverses.clear()
+        for inverses, weight in zip((self.sdpt_image_inverse, self.sdpt_text_inverse), weights):
+            # Adapters with the same tolerance share one tensor.
+            known = {self.sdpt_config[name].pinv_rtol: value for name, value in inverses.items()}
+            for name, config in self.sdpt_config.items():
+                if name not in inverses:
+                    if config.pinv_rtol not in known:
+                        known[config.pinv_rtol] = inverse_projection(weight, config.pinv_rtol)
+                    inverses[name] = known[config.pinv_rtol]
+        self._inverted = tuple(_WeightState.of(weight) for weight in weights)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Same arguments and results as the wrapped attention; see the class for the weights."""
+        names = [name for name in self.active_adapters if name in self.sdpt_prompts]
+        if self.disable_adapters or not names:
+            return self.base_layer(*args, **kwargs)
+        image, text, image_mask, text_mask = self.fusion_host.bind(args, kwargs)
+        image_prompts, text_prompts = self._prompts(names)
+        base = self.base_layer
+        return bi_attention(
+            SideInput(image, image_mask, image_prompts),
+            SideInput(text, text_mask, text_prompts),
+            self.fusion_host.image_side(base),
+            self.fusion_host.text_side(base),
+            num_heads=base.num_heads,
+            scale=base.scale,
+            dropout=base.dropout if base.training else 0.0,
+            image_mask_function=self.fusion_host.image_mask,
+            text_mask_function=self.fusion_host.text_mask,
+        )
+
+    def _prompts(self, names: list[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Prompts of these adapters as input tokens of the host: image `(N, dv)`, text `(N, dl)`.
+
+        Text prompts are those that the image attends to: None when no adapter shows it any.
+        """
+        # Comparing versions would break the graph of torch.compile; there the load hook serves.
+        if not torch.compiler.is_compiling() and not self._inverses_hold():
+            self.refresh_inverses()
+        image_query, text_query = self._queries()
+        image_prompts, text_prompts = [], []
+        for name in names:
+            config = self.sdpt_config[name]
+            tokens = F.dropout(self.sdpt_prompts[name], config.prompt_dropout, self.training)
+            image_tokens, text_tokens = tokens.unbind(0) if tokens.dim() == 3 else (tokens, tokens)
+            image_prompts.append(
+                to_input_space(image_tokens, self.sdpt_image_inverse[name], image_query.bias)
+            )
+            if config.image_attends_prompts:
+                text_prompts.append(
+                    to_input_space(text_tokens, self.sdpt_text_inverse[name], text_query.bias)
+                )
+        # Prompts stay in float32 on a half-precision host, its projections take their own dtype.
+        image = torch.cat(image_prompts).to(image_query.weight.dtype)
+        text = torch.cat(text_prompts).to(text_query.weight.dtype) if text_prompts else None
+        return image, text
+
+    def _queries(self) -> tuple[nn.Module, nn.Module]:
+        base = self.get_base_layer()
+        return self.fusion_host.image_side(base).query, self.fusion_host.text_side(base).query
+
+    def _query_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
+        image_query, text_query = self._queries()
+        return image_query.weight, text_query.weight
+
+    def _inverses_hold(self) -> bool:
+        """Whether the inverses are those of the weights as they are now."""
+        return self._inverted is not None and all(
+            state.still_holds(weight)
+            for state, weight in zip(self._inverted, self._query_weights())
+        )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SDPTLayer:
+        before = self._query_weights()
+        held, were_meta = self._inverses_hold(), any(weight.is_meta for weight in before)
+        dtypes = [weight.dtype for weight in before]
+        super()._apply(fn, recurse)
+        weights = self._query_weights()
+        if held and not were_meta and dtypes == [weight.dtype for weight in weights]:
+            # Only moved, and the inverses with them.
+            self._inverted = tuple(_WeightState.of(weight) for weight in weights)
+        else:
+            # A cast rounds the weights, and has cast the inverses too, below float32 perhaps.
+            self.refresh_inverses(force=True)
+        return self
+
+    def _get_base_layer_device_and_dtype(
+        self, base_layer: nn.Module
+    ) -> tuple[torch.device, torch.dtype]:
+        weight = self.fusion_host.image_side(base_layer).query.weight
+        return weight.device, weight.dtype
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise NotImplementedError(CANNOT_MERGE)
+
+    def unmerge(self) -> None:
+        raise NotImplementedError(CANNOT_MERGE)
+
+    def extra_repr(self) -> str:
+        return f"width={self.width}, fusion_host={self.fusion_host.name!r}"

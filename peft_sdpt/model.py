@@ -1,0 +1,246 @@
+# Copyright 2026 The peft_sdpt authors
+# SPDX-License-Identifier: Apache-2.0
+"""How SDPT finds the fusion layers of a host and what it answers to PEFT."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import AuxiliaryTrainingWrapper, match_target_against_key
+from torch import nn
+
+from .config import SDPTConfig
+from .hosts import find_host, supported_classes
+from .layer import CANNOT_MERGE, SDPTLayer, prompt_shape
+
+
+class SDPTModel(BaseTuner):
+    """Synchronous dual prompt tuning of a fusion-based vision-language model (arXiv 2407.11414).
+
+    Made by `peft.get_peft_model(host, SDPTConfig(...))` and the other entry points of PEFT. Whatever
+    makes a config and a host unfit for each other is found before the host is touched.
+
+    Raises:
+        ValueError: the host has no known fusion attention; `target_modules` matches nothing, or a
+            module that is none; a layer of `layers_to_transform` is not there; the config belongs to
+            a saved adapter whose layers are not those of the host.
+    """
+
+    prefix = "sdpt_"
+    tuner_layer_cls = SDPTLayer
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # A copy, because the layers found are written into it: the caller's own config stays free to
+        # be used on another host. Gone again if the host is refused, which then bears no trace.
+        config = copy.deepcopy(self.peft_config.pop(adapter_name))
+        selected = _select_fusion_layers(model, config)
+        if config.fusion_layers is not None:
+            _check_prompt_shapes(
+                found={n: prompt_shape(config, w) for n, w in config.fusion_layers.items()},
+                expected={n: prompt_shape(config, w) for n, w in selected.items()},
+            )
+        config.fusion_layers = selected
+        self.peft_config[adapter_name] = config
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def _prepare_adapter_config(self, peft_config: SDPTConfig, model_config: dict) -> SDPTConfig:
+        return peft_config
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: SDPTConfig, key: str) -> bool:
+        return key in (peft_config.fusion_layers or {})
+
+    def _create_and_replace(
+        self,
+        peft_config: SDPTConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if isinstance(target, SDPTLayer):
+            target.update_layer(adapter_name, peft_config)
+            return
+        layer = SDPTLayer(target, find_host(target), adapter_name, peft_config)
+        if adapter_name not in self.active_adapters:
+            layer.sdpt_prompts.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        # The base class expects a `.weight`; our layer has put its prompts where the host is already.
+        setattr(parent, child_name, new_module)
+
+    def _get_module_names_tied_with_embedding(self) -> list[str]:
+        # PEFT asks the host for its input embeddings, which detectors do not have.
+        try:
+            return super()._get_module_names_tied_with_embedding()
+        except NotImplementedError:
+            return []
+
+    def _check_merge_allowed(self) -> None:
+        raise NotImplementedError(CANNOT_MERGE)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "SDPT does not support adapter_names in forward: every sample of a batch sees the "
+                "active adapters. Choose them with set_adapter() and run one batch for each."
+            )
+        yield
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls,
+        model: nn.Module,
+        config: SDPTConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+    ) -> dict[str, torch.Tensor]:
+        remapped = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
+        # Checked as a whole before anything is copied, so that nothing is loaded by halves.
+        prompts = {
+            f"{name}.sdpt_prompts.{adapter_name}": tuple(module.sdpt_prompts[adapter_name].shape)
+            for name, module in model.named_modules()
+            if isinstance(module, SDPTLayer) and adapter_name in module.sdpt_prompts
+        }
+        found = {k: tuple(v.shape) for k, v in remapped.items() if ".sdpt_prompts" in k}
+        _check_prompt_shapes(
+            found={_layer_name(key): shape for key, shape in found.items()},
+            expected={_layer_name(key): shape for key, shape in prompts.items()},
+        )
+        return remapped
+
+
+def _layer_name(key: str) -> str:
+    """Module name of a fusion layer in the host, from a key of its prompts."""
+    return key.removeprefix("base_model.model.").partition(".sdpt_prompts")[0]
+
+
+def _check_prompt_shapes(
+    found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]
+) -> None:
+    """Refuse an adapter whose prompts are not those that this host takes.
+
+    Args:
+        found: layer name to shape of the prompts in the adapter.
+        expected: layer name to shape of the prompts in the host.
+
+    Raises:
+        ValueError: naming every layer that differs, with both shapes.
+    """
+    problems = [
+        f"layer '{name}': expected {expected.get(name, 'no such fusion layer')}, "
+        f"found {found.get(name, 'no prompts')}"
+        for name in sorted(expected.keys() | found.keys())
+        if expected.get(name) != found.get(name)
+    ]
+    if problems:
+        raise ValueError(
+            "This SDPT adapter was made for another host (expected: prompts that this host takes with "
+            "the adapter's config, found: prompts of the adapter). " + "; ".join(problems) + ". "
+            "A config loaded with an adapter belongs to its host; make a new SDPTConfig to start on "
+            "another one."
+        )
+
+
+def _select_fusion_layers(model: nn.Module, config: SDPTConfig) -> dict[str, int]:
+    """Module name and width of the fusion layers that `config` asks for, in the host's order."""
+    modules = _adaptable_modules(model, config)
+    layers = {name: module for name, module in modules.items() if _is_fusion_layer(module)}
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} has no fusion layer that SDPT knows. Supported fusion attentions: "
+            f"{supported_classes()}."
+        )
+
+    names = list(layers)
+    if config.layers_to_transform is not None:
+        absent = [index for index in config.layers_to_transform if index >= len(names)]
+        if absent:
+            raise ValueError(
+                f"SDPTConfig.layers_to_transform has {absent}, but {type(model).__name__} has "
+                f"{len(names)} fusion layers, numbered 0 to {len(names) - 1}."
+            )
+        names = [names[index] for index in sorted(config.layers_to_transform)]
+
+    if config.target_modules is not None:
+        targeted = _targeted_names(modules, config)
+        names = [name for name in names if name in targeted]
+        if not names:
+            raise ValueError(
+                f"SDPTConfig.target_modules={config.target_modules!r} matches none of the fusion "
+                f"layers asked for by layers_to_transform={config.layers_to_transform}."
+            )
+    return {name: _width(layers[name]) for name in names}
+
+
+def _adaptable_modules(model: nn.Module, config: SDPTConfig) -> dict[str, nn.Module]:
+    """All named modules but those inside tuner layers or trained whole (`modules_to_save`)."""
+    modules: dict[str, nn.Module] = {}
+    closed: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if not name or name.startswith(closed):
+            continue
+        if isinstance(module, AuxiliaryTrainingWrapper) or any(
+            _ends_with(name, saved) for saved in config.modules_to_save or ()
+        ):
+            closed += (name + ".",)
+            continue
+        if isinstance(module, SDPTLayer):
+            closed += (name + ".",)
+        modules[name] = module
+    return modules
+
+
+def _targeted_names(modules: dict[str, nn.Module], config: SDPTConfig) -> set[str]:
+    """Names that `target_modules` matches, by PEFT's rules; all of them fusion layers."""
+    targets = config.target_modules
+    if isinstance(targets, str):
+        matched = {name for name in modules if match_target_against_key(targets, name)}
+        unused = [] if matched else [targets]
+    else:
+        matched = {name for name in modules if any(_ends_with(name, t) for t in targets)}
+        unused = [t for t in targets if not any(_ends_with(name, t) for name in matched)]
+    strangers = sorted(name for name in matched if not _is_fusion_layer(modules[name]))
+    if strangers:
+        raise ValueError(
+            f"SDPTConfig.target_modules={targets!r} matches '{strangers[0]}' "
+            f"({type(modules[strangers[0]]).__name__}), which is no fusion attention. Supported: "
+            f"{supported_classes()}."
+        )
+    if unused:
+        fusion_layers = [name for name, module in modules.items() if _is_fusion_layer(module)]
+        raise ValueError(
+            f"SDPTConfig.target_modules: {unused} matches no module. Fusion layers of this host: "
+            f"{', '.join(fusion_layers)}."
+        )
+    return matched
+
+
+def _ends_with(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def _is_fusion_layer(module: nn.Module) -> bool:
+    return isinstance(module, SDPTLayer) or find_host(module) is not None
+
+
+def _width(module: nn.Module) -> int:
+    if isinstance(module, SDPTLayer):
+        return module.width
+    return find_host(module).image_side(module).query.weight.shape[0]

@@ -1,0 +1,81 @@
+# Copyright 2026 The peft_sdpt authors
+# SPDX-License-Identifier: Apache-2.0
+"""Inverse linear projections: from the aligned space of a fusion layer back to its input spaces.
+
+Source: SDPT, arXiv 2407.11414, section 3 (unified prototype tokens and inverse linear projections).
+"""
+
+from __future__ import annotations
+
+import torch
+
+# Devices whose linear algebra runs in float64. Elsewhere (mps, some xpu) the decomposition is done
+# on the CPU, which is exact there too, and only its result moves.
+_FLOAT64_DEVICES = ("cpu", "cuda", "meta")
+
+
+@torch.no_grad()
+def inverse_projection(weight: torch.Tensor, rtol: float | None = None) -> torch.Tensor:
+    """Moore-Penrose inverse of the weight of a linear projection.
+
+    Computed in float64 whatever the dtype of `weight`, because the trained projections of the known
+    hosts have condition numbers of several hundred.
+
+    Args:
+        weight: `(out_features, in_features)`, as `nn.Linear` stores it. Floating point.
+        rtol: singular values below `rtol` times the largest are dropped (truncated inverse). None
+            keeps all that are numerically non-zero, as the paper does.
+
+    Returns:
+        `(in_features, out_features)` on the device of `weight`, float64 for a float64 weight and
+        float32 for any other. Never an inference-mode tensor, so that training may use it.
+
+    Raises:
+        TypeError: `weight` is not floating point (a quantised weight).
+
+    Example:
+        >>> weight = torch.tensor([[2.0, 0.0], [0.0, 4.0], [0.0, 0.0]])
+        >>> inverse_projection(weight) @ weight
+        tensor([[1., 0.],
+                [0., 1.]])
+    """
+    if not weight.is_floating_point():
+        raise TypeError(
+            f"cannot invert a projection weight of dtype {weight.dtype}: SDPT needs the projections "
+            "of the fusion layers in a floating point dtype (leave them out of quantisation)"
+        )
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    if weight.is_meta:
+        return torch.empty(weight.shape[::-1], dtype=dtype, device="meta")
+    # Called from a forward under inference_mode, the result would else be unusable in training.
+    with torch.inference_mode(False):
+        exact = weight.detach()
+        if exact.device.type not in _FLOAT64_DEVICES:
+            exact = exact.cpu()
+        inverse = torch.linalg.pinv(exact.double(), rtol=rtol)
+        return inverse.to(device=weight.device, dtype=dtype)
+
+
+def to_input_space(
+    tokens: torch.Tensor, inverse: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """Map tokens of the aligned space to the input of a projection: `(Z - b) pinv(W)^T`.
+
+    The projection of the result is `W pinv(W) (Z - b) + b`: `Z` itself where `W` reaches all of the
+    aligned space, and else the point nearest to `Z` that the projection can reach.
+
+    Args:
+        tokens: `(N, out_features)`.
+        inverse: `(in_features, out_features)`, from `inverse_projection`.
+        bias: `(out_features,)` of the projection, or None.
+
+    Returns:
+        `(N, in_features)` in the wider of the dtypes of `tokens` and `inverse`.
+    """
+    dtype = torch.promote_types(tokens.dtype, inverse.dtype)
+    # Autocast would do this product in 16 bit, where the large entries of the inverse drown.
+    with torch.autocast(device_type=tokens.device.type, enabled=False):
+        centred = tokens.to(dtype)
+        if bias is not None:
+            centred = centred - bias.to(dtype)
+        return centred @ inverse.to(dtype).T

@@ -1,0 +1,145 @@
+# Copyright 2026 The peft_sdpt authors
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny random hosts that are not blind to prompts.
+
+E is four times d, as in Grounding DINO (where both the inverse and `- b` matter), every weight and
+bias has some size, the fusion layers' scales are 0.7 (1e-4 in a fresh host), box heads are not zero
+and nothing is dropped at random.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import (
+    BertConfig,
+    GroundingDinoConfig,
+    GroundingDinoForObjectDetection,
+    MMGroundingDinoConfig,
+    MMGroundingDinoForObjectDetection,
+    SwinConfig,
+)
+from transformers.models.grounding_dino.modeling_grounding_dino import (
+    GroundingDinoBiMultiHeadAttention,
+)
+from transformers.models.mm_grounding_dino.modeling_mm_grounding_dino import (
+    MMGroundingDinoBiMultiHeadAttention,
+)
+
+D_MODEL = 32
+WIDTH = 4 * D_MODEL
+ATTENTION_CLASSES = {
+    "grounding_dino": GroundingDinoBiMultiHeadAttention,
+    "mm_grounding_dino": MMGroundingDinoBiMultiHeadAttention,
+}
+_MODEL_CLASSES = {
+    "grounding_dino": (GroundingDinoConfig, GroundingDinoForObjectDetection),
+    "mm_grounding_dino": (MMGroundingDinoConfig, MMGroundingDinoForObjectDetection),
+}
+HOST_NAMES = tuple(_MODEL_CLASSES)
+
+
+def host_config(name: str, *, d_model: int = D_MODEL, layers: int = 2, **changes):
+    """Configuration of a tiny host."""
+    config_class, _ = _MODEL_CLASSES[name]
+    backbone = SwinConfig(
+        image_size=32,
+        embed_dim=8,
+        depths=[1, 1, 1],
+        num_heads=[1, 2, 2],
+        window_size=4,
+        patch_size=4,
+        drop_path_rate=0.0,
+        out_indices=[2, 3],
+    )
+    text = BertConfig(
+        vocab_size=1100,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=64,
+    )
+    values = {
+        "d_model": d_model,
+        "encoder_layers": layers,
+        "decoder_layers": 2,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 8 * d_model,
+        "decoder_ffn_dim": 64,
+        "num_queries": 6,
+        "num_feature_levels": 2,
+        "encoder_n_points": 2,
+        "decoder_n_points": 2,
+        "max_text_len": 32,
+        "fusion_droppath": 0.0,
+        "fusion_dropout": 0.0,
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
+    }
+    return config_class(backbone_config=backbone, text_config=text, **{**values, **changes})
+
+
+def randomise(module: nn.Module, seed: int = 0, scale: float = 0.3) -> nn.Module:
+    """Give every bias and flat parameter some size, with a generator of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator).to(parameter)
+            if name.endswith(("vision_param", "text_param")):
+                parameter.fill_(0.7)
+            elif name.endswith("bias") or "bbox_embed" in name:
+                parameter.copy_(scale * noise)
+    return module
+
+
+def make_host(name: str = "grounding_dino", *, seed: int = 0, **changes) -> nn.Module:
+    """A tiny detector in evaluation mode; `changes` go to `host_config`."""
+    torch.manual_seed(seed)
+    host = _MODEL_CLASSES[name][1](host_config(name, **changes))
+    return randomise(host, seed).eval()
+
+
+def make_attention(name: str = "grounding_dino", *, seed: int = 0, **changes) -> nn.Module:
+    """A host's bi-directional attention alone, in evaluation mode."""
+    torch.manual_seed(seed)
+    return randomise(ATTENTION_CLASSES[name](host_config(name, **changes)), seed).eval()
+
+
+class FusionStack(nn.Module):
+    """Plain module with fusion attentions: a host that is no transformers model."""
+
+    def __init__(self, name: str = "grounding_dino", *, layers: int = 2, **changes) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            make_attention(name, seed=seed, **changes) for seed in range(layers)
+        )
+        self.head = nn.Linear(changes.get("d_model", D_MODEL), 3)
+
+    def forward(self, image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            (image_delta, _), (text_delta, _) = layer(image, text)
+            image, text = image + image_delta, text + text_delta
+        return self.head(image)
+
+
+def model_inputs(batch: int = 2, *, padding: int = 0, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Pixels and prompts for a detector; the second sample's text is shorter by two tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    length = 8
+    ids = torch.randint(200, 1000, (batch, length), generator=generator)
+    mask = torch.ones(batch, length, dtype=torch.long)
+    ids[:, 0], ids[:, 3], ids[:, -2], ids[:, -1] = 101, 1012, 1012, 102
+    if batch > 1:
+        ids[1, -4:] = torch.tensor([1012, 102, 0, 0])
+        mask[1, -2:] = 0
+    if padding:
+        ids = nn.functional.pad(ids, (0, padding))
+        mask = nn.functional.pad(mask, (0, padding))
+    return {
+        "pixel_values": torch.randn(batch, 3, 64, 64, generator=generator),
+        "input_ids": ids,
+        "attention_mask": mask,
+        "token_type_ids": torch.zeros_like(ids),
+    }
