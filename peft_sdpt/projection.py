@@ -7,6 +7,8 @@ Source: SDPT, arXiv 2407.11414, section 3 (unified prototype tokens and inverse 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 
 # Devices whose linear algebra runs in float64. Elsewhere (mps, some xpu) the decomposition is done
@@ -74,7 +76,9 @@ def to_input_space(
     """
     dtype = torch.promote_types(tokens.dtype, inverse.dtype)
     # Autocast would do this product in 16 bit, where the large entries of the inverse drown.
-    with torch.autocast(device_type=tokens.device.type, enabled=False):
+    device_type = tokens.device.type
+    has_autocast = torch.amp.is_autocast_available(device_type)  # the meta device has none
+    with torch.autocast(device_type, enabled=False) if has_autocast else nullcontext():
         centred = tokens.to(dtype)
         if bias is not None:
             centred = centred - bias.to(dtype)

@@ -1,0 +1,114 @@
+# Copyright 2026 The peft_sdpt authors
+# SPDX-License-Identifier: Apache-2.0
+"""SDPTConfig: defaults, rules, JSON."""
+
+import json
+
+import pytest
+from peft import PeftConfig
+from peft.utils import PeftType
+
+from peft_sdpt import SDPTConfig
+
+
+def test_defaults_are_the_published_method():
+    config = SDPTConfig()
+    assert config.peft_type == PeftType.SDPT
+    assert config.num_virtual_tokens == 10
+    assert config.target_modules is None and config.layers_to_transform is None
+    assert config.init_weights == "uniform" and config.prompt_mode == "unified"
+    assert config.image_attends_prompts is True
+    assert config.pinv_rtol is None and config.prompt_dropout == 0.0
+    assert config.modules_to_save is None and config.fusion_layers is None
+    assert not config.is_prompt_learning
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "rule", "error"),
+    [
+        ("num_virtual_tokens", 0, "at least 1", ValueError),
+        ("num_virtual_tokens", -3, "at least 1", ValueError),
+        ("num_virtual_tokens", True, "an integer", TypeError),
+        ("num_virtual_tokens", 2.0, "an integer", TypeError),
+        ("num_virtual_tokens", "10", "an integer", TypeError),
+        ("num_virtual_tokens", None, "an integer", TypeError),
+        ("target_modules", "(attn", "a valid regular expression", ValueError),
+        ("target_modules", [], "non-empty", ValueError),
+        ("target_modules", [""], "non-empty", ValueError),
+        ("target_modules", ["attn", 3], "a list of module names", TypeError),
+        ("target_modules", 3, "a list of module names", TypeError),
+        ("layers_to_transform", -1, "non-negative", ValueError),
+        ("layers_to_transform", [0, -1], "non-negative", ValueError),
+        ("layers_to_transform", [1, 1], "without repeats", ValueError),
+        ("layers_to_transform", [], "non-empty", ValueError),
+        ("layers_to_transform", True, "an integer or a list", TypeError),
+        ("layers_to_transform", [0, True], "an integer or a list", TypeError),
+        ("layers_to_transform", "0", "an integer or a list", TypeError),
+        ("layers_to_transform", 0.0, "an integer or a list", TypeError),
+        ("init_weights", "sparse", "one of", ValueError),
+        ("init_weights", None, "one of", ValueError),
+        ("init_weights", 3, "one of", ValueError),
+        ("prompt_mode", "shared", "one of", ValueError),
+        ("prompt_mode", True, "one of", ValueError),
+        ("image_attends_prompts", 1, "True or False", TypeError),
+        ("image_attends_prompts", None, "True or False", TypeError),
+        ("pinv_rtol", 0, "between 0 and 1", ValueError),
+        ("pinv_rtol", 1.0, "between 0 and 1", ValueError),
+        ("pinv_rtol", -0.1, "between 0 and 1", ValueError),
+        ("pinv_rtol", float("nan"), "between 0 and 1", ValueError),
+        ("pinv_rtol", True, "None or a number", TypeError),
+        ("pinv_rtol", "0.1", "None or a number", TypeError),
+        ("prompt_dropout", 1.0, "below 1", ValueError),
+        ("prompt_dropout", -0.1, "at least 0", ValueError),
+        ("prompt_dropout", float("nan"), "at least 0", ValueError),
+        ("prompt_dropout", False, "a number", TypeError),
+        ("prompt_dropout", None, "a number", TypeError),
+        ("modules_to_save", "head", "a list of module names", TypeError),
+        ("modules_to_save", [1], "a list of module names", TypeError),
+        ("modules_to_save", [], "non-empty", ValueError),
+        ("fusion_layers", {"attn": 0}, "a mapping of module names to widths", TypeError),
+        ("fusion_layers", {"attn": "128"}, "a mapping of module names to widths", TypeError),
+        ("fusion_layers", ["attn"], "a mapping of module names to widths", TypeError),
+    ],
+)
+def test_a_bad_value_names_field_value_and_rule(field, value, rule, error):
+    with pytest.raises(error) as caught:
+        SDPTConfig(**{field: value})
+    message = str(caught.value)
+    assert f"SDPTConfig.{field} " in message
+    # A single layer index is shown as the list of one that it stands for.
+    assert message.endswith((f"got {value!r}", f"got [{value!r}]"))
+    assert rule in message
+
+
+def test_collections_are_normalised():
+    assert SDPTConfig(layers_to_transform=2).layers_to_transform == [2]
+    assert SDPTConfig(layers_to_transform=(2, 0)).layers_to_transform == [2, 0]
+    assert SDPTConfig(target_modules={"b", "a"}).target_modules == ["a", "b"]
+    assert SDPTConfig(modules_to_save=("head",)).modules_to_save == ["head"]
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_bool_init_weights_is_the_uniform_start(value):
+    assert SDPTConfig(init_weights=value).init_weights == "uniform"
+
+
+def test_json_round_trip(tmp_path):
+    config = SDPTConfig(
+        num_virtual_tokens=3,
+        target_modules=["attn"],
+        layers_to_transform=[0],
+        init_weights="normal",
+        prompt_mode="independent",
+        image_attends_prompts=False,
+        pinv_rtol=0.1,
+        prompt_dropout=0.2,
+        modules_to_save=["head"],
+        fusion_layers={"layers.0.attn": 128},
+    )
+    config.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "SDPT"
+    for config_class in (PeftConfig, SDPTConfig):
+        loaded = config_class.from_pretrained(tmp_path)
+        assert type(loaded) is SDPTConfig
+        assert loaded.to_dict() == config.to_dict()

@@ -1,0 +1,111 @@
+# Copyright 2026 The peft_sdpt authors
+# SPDX-License-Identifier: Apache-2.0
+"""Inverse linear projections."""
+
+import pytest
+import torch
+
+from peft_sdpt.projection import inverse_projection, to_input_space
+
+IN, OUT, N = 6, 24, 5
+
+
+@pytest.fixture
+def projection():
+    torch.manual_seed(0)
+    return torch.randn(OUT, IN), torch.randn(OUT)
+
+
+def test_projecting_back_gives_the_nearest_reachable_point(projection):
+    weight, bias = (t.double() for t in projection)
+    tokens = torch.randn(N, OUT, dtype=torch.float64)
+    reached = to_input_space(tokens, inverse_projection(weight), bias) @ weight.T + bias
+    basis = torch.linalg.qr(weight).Q
+    nearest = (tokens - bias) @ basis @ basis.T + bias
+    torch.testing.assert_close(reached, nearest, rtol=0, atol=1e-12)
+    assert (reached - tokens).norm() > 1  # E is larger than d: not a true inverse
+
+
+def test_exact_inverse_where_the_projection_reaches_everything():
+    torch.manual_seed(0)
+    weight, bias = torch.randn(IN, IN).double(), torch.randn(IN).double()
+    tokens = torch.randn(N, IN, dtype=torch.float64)
+    reached = to_input_space(tokens, inverse_projection(weight), bias) @ weight.T + bias
+    torch.testing.assert_close(reached, tokens, rtol=0, atol=1e-10)
+
+
+def test_without_bias(projection):
+    weight, bias = projection
+    inverse, tokens = inverse_projection(weight), torch.randn(N, OUT)
+    torch.testing.assert_close(to_input_space(tokens, inverse, None), tokens @ inverse.T)
+    assert not torch.allclose(
+        to_input_space(tokens, inverse, None), to_input_space(tokens, inverse, bias), atol=1e-3
+    )
+
+
+def test_rtol_drops_small_singular_values():
+    torch.manual_seed(0)
+    left, right = (
+        torch.linalg.qr(torch.randn(OUT, IN).double()).Q,
+        torch.linalg.qr(torch.randn(IN, IN).double()).Q,
+    )
+    values = torch.tensor([1.0, 0.5, 0.2, 0.11, 0.09, 0.001], dtype=torch.float64)
+    weight = left * values @ right.T
+    kept = torch.linalg.svdvals(inverse_projection(weight, rtol=0.1))
+    expected = torch.tensor([1 / 0.11, 5, 2, 1, 0, 0], dtype=torch.float64)
+    torch.testing.assert_close(kept, expected, rtol=1e-9, atol=1e-9)
+    assert torch.linalg.svdvals(inverse_projection(weight))[0] == pytest.approx(1000)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [
+        (torch.float64, torch.float64),
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+    ],
+)
+def test_dtype_is_float32_or_better(projection, dtype, expected):
+    weight = projection[0].to(dtype)
+    inverse = inverse_projection(weight)
+    assert inverse.dtype == expected
+    torch.testing.assert_close(
+        inverse.double(), torch.linalg.pinv(weight.double()), rtol=0, atol=1e-7
+    )
+
+
+def test_float32_weight_is_inverted_in_float64():
+    torch.manual_seed(0)
+    left, right = torch.linalg.qr(torch.randn(OUT, IN)).Q, torch.linalg.qr(torch.randn(IN, IN)).Q
+    weight = left * torch.logspace(0, -5, IN) @ right.T
+    exact = torch.linalg.pinv(weight.double())
+    error = (inverse_projection(weight).double() - exact).norm() / exact.norm()
+    in_float32 = (torch.linalg.pinv(weight).double() - exact).norm() / exact.norm()
+    assert error < 1e-7 < in_float32
+
+
+def test_inverse_is_usable_in_training_after_inference_mode(projection):
+    with torch.inference_mode():
+        inverse = inverse_projection(projection[0].clone())
+    tokens = torch.randn(N, OUT, requires_grad=True)
+    to_input_space(tokens, inverse, None).sum().backward()
+    torch.testing.assert_close(tokens.grad, inverse.sum(0).expand(N, -1))
+
+
+def test_autocast_does_not_lower_the_precision(projection):
+    weight, bias = projection
+    inverse, tokens = inverse_projection(weight), torch.randn(N, OUT)
+    expected = to_input_space(tokens, inverse, bias)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(to_input_space(tokens, inverse, bias), expected)
+
+
+def test_meta_weight_gives_a_meta_inverse():
+    inverse = inverse_projection(torch.empty(OUT, IN, device="meta", dtype=torch.bfloat16))
+    assert inverse.is_meta and inverse.shape == (IN, OUT) and inverse.dtype == torch.float32
+
+
+def test_quantised_weight_is_refused():
+    with pytest.raises(TypeError, match=r"torch\.int8.*floating point"):
+        inverse_projection(torch.zeros(OUT, IN, dtype=torch.int8))
