@@ -63,9 +63,7 @@ class SDPTConfig(PeftConfig):
             with other layers is refused before that host is touched.
     """
 
-    num_virtual_tokens: int = field(
-        default=10, metadata={"help": "Prototype tokens of each fusion layer."}
-    )
+    num_virtual_tokens: int = field(default=10, metadata={"help": "Prototype tokens of each fusion layer."})
     target_modules: list[str] | str | None = field(
         default=None,
         metadata={"help": "Fusion attentions to adapt: names, a regular expression, None for all."},
@@ -87,12 +85,8 @@ class SDPTConfig(PeftConfig):
         default=None,
         metadata={"help": "Relative bound below which singular values are dropped, None for all."},
     )
-    prompt_dropout: float = field(
-        default=0.0, metadata={"help": "Dropout probability on the prototype tokens."}
-    )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Other modules to train and save whole."}
-    )
+    prompt_dropout: float = field(default=0.0, metadata={"help": "Dropout probability on the prototype tokens."})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Other modules to train and save whole."})
     fusion_layers: dict[str, int] | None = field(
         default=None, metadata={"help": "Filled in when attached: width of each adapted layer."}
     )
@@ -108,9 +102,7 @@ class SDPTConfig(PeftConfig):
             value = getattr(self, name)
             # Sets have no order that survives a process: sorted, two saves are the same file.
             if isinstance(value, (set, tuple)):
-                setattr(
-                    self, name, sorted(value, key=str) if isinstance(value, set) else list(value)
-                )
+                setattr(self, name, sorted(value, key=str) if isinstance(value, set) else list(value))
         self._check()
 
     def _check(self) -> None:

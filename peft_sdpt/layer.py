@@ -43,10 +43,7 @@ def init_prompts(config: SDPTConfig, width: int) -> torch.Tensor:
     """
     sets = 2 if config.prompt_mode == "independent" else 1
     # Set by set: torch takes the fans of a 3-D tensor for those of a convolution.
-    tokens = [
-        _INITIALISERS[config.init_weights](torch.empty(config.num_virtual_tokens, width))
-        for _ in range(sets)
-    ]
+    tokens = [_INITIALISERS[config.init_weights](torch.empty(config.num_virtual_tokens, width)) for _ in range(sets)]
     return torch.stack(tokens) if sets == 2 else tokens[0]
 
 
@@ -73,11 +70,7 @@ class _WeightState(NamedTuple):
         alias = self.alias
         if alias.is_meta or weight.is_meta:
             return alias.is_meta and weight.is_meta and alias.shape == weight.shape
-        return (
-            alias.device == weight.device
-            and alias.is_set_to(weight)
-            and self.version == _version(weight)
-        )
+        return alias.device == weight.device and alias.is_set_to(weight) and self.version == _version(weight)
 
 
 def _version(tensor: torch.Tensor) -> int | None:
@@ -121,9 +114,7 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
     adapter_layer_names = ("sdpt_prompts",)
     other_param_names = ("sdpt_config",)
 
-    def __init__(
-        self, base_layer: nn.Module, fusion_host: FusionHost, adapter_name: str, config: SDPTConfig
-    ) -> None:
+    def __init__(self, base_layer: nn.Module, fusion_host: FusionHost, adapter_name: str, config: SDPTConfig) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.fusion_host = fusion_host
@@ -164,7 +155,7 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
         if force or not self._inverses_hold():
             for inverses in (self.sdpt_image_inverse, self.sdpt_text_inverse):
                 inverses.clear()
-        for inverses, weight in zip((self.sdpt_image_inverse, self.sdpt_text_inverse), weights):
+        for inverses, weight in zip((self.sdpt_image_inverse, self.sdpt_text_inverse), weights, strict=True):
             # Adapters with the same tolerance share one tensor.
             known = {self.sdpt_config[name].pinv_rtol: value for name, value in inverses.items()}
             for name, config in self.sdpt_config.items():
@@ -208,13 +199,9 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
             config = self.sdpt_config[name]
             tokens = F.dropout(self.sdpt_prompts[name], config.prompt_dropout, self.training)
             image_tokens, text_tokens = tokens.unbind(0) if tokens.dim() == 3 else (tokens, tokens)
-            image_prompts.append(
-                to_input_space(image_tokens, self.sdpt_image_inverse[name], image_query.bias)
-            )
+            image_prompts.append(to_input_space(image_tokens, self.sdpt_image_inverse[name], image_query.bias))
             if config.image_attends_prompts:
-                text_prompts.append(
-                    to_input_space(text_tokens, self.sdpt_text_inverse[name], text_query.bias)
-                )
+                text_prompts.append(to_input_space(text_tokens, self.sdpt_text_inverse[name], text_query.bias))
         # Prompts stay in float32 on a half-precision host, its projections take their own dtype.
         image = torch.cat(image_prompts).to(image_query.weight.dtype)
         text = torch.cat(text_prompts).to(text_query.weight.dtype) if text_prompts else None
@@ -231,8 +218,7 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
     def _inverses_hold(self) -> bool:
         """Whether the inverses are those of the weights as they are now."""
         return self._inverted is not None and all(
-            state.still_holds(weight)
-            for state, weight in zip(self._inverted, self._query_weights())
+            state.still_holds(weight) for state, weight in zip(self._inverted, self._query_weights(), strict=True)
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> SDPTLayer:
@@ -249,9 +235,7 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
             self.refresh_inverses(force=True)
         return self
 
-    def _get_base_layer_device_and_dtype(
-        self, base_layer: nn.Module
-    ) -> tuple[torch.device, torch.dtype]:
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
         weight = self.fusion_host.image_side(base_layer).query.weight
         return weight.device, weight.dtype
 

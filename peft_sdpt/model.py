@@ -35,9 +35,7 @@ class SDPTModel(BaseTuner):
     tuner_layer_cls = SDPTLayer
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
-    def inject_adapter(
-        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
-    ) -> None:
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         # A copy, because the layers found are written into it: the caller's own config stays free to
         # be used on another host. Gone again if the host is refused, which then bears no trace.
         config = copy.deepcopy(self.peft_config.pop(adapter_name))
@@ -76,9 +74,7 @@ class SDPTModel(BaseTuner):
             layer.sdpt_prompts.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
-    def _replace_module(
-        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
-    ) -> None:
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # The base class expects a `.weight`; our layer has put its prompts where the host is already.
         setattr(parent, child_name, new_module)
 
@@ -109,9 +105,7 @@ class SDPTModel(BaseTuner):
         adapter_name: str,
         state_dict: dict[str, torch.Tensor],
     ) -> dict[str, torch.Tensor]:
-        remapped = super()._remap_adapter_state_dict_for_load(
-            model, config, adapter_name, state_dict
-        )
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         # Checked as a whole before anything is copied, so that nothing is loaded by halves.
         prompts = {
             f"{name}.sdpt_prompts.{adapter_name}": tuple(module.sdpt_prompts[adapter_name].shape)
@@ -131,9 +125,7 @@ def _layer_name(key: str) -> str:
     return key.removeprefix("base_model.model.").partition(".sdpt_prompts")[0]
 
 
-def _check_prompt_shapes(
-    found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]
-) -> None:
+def _check_prompt_shapes(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:
     """Refuse an adapter whose prompts are not those that this host takes.
 
     Args:
@@ -144,8 +136,7 @@ def _check_prompt_shapes(
         ValueError: naming every layer that differs, with both shapes.
     """
     problems = [
-        f"layer '{name}': expected {expected.get(name, 'no such fusion layer')}, "
-        f"found {found.get(name, 'no prompts')}"
+        f"layer '{name}': expected {expected.get(name, 'no such fusion layer')}, found {found.get(name, 'no prompts')}"
         for name in sorted(expected.keys() | found.keys())
         if expected.get(name) != found.get(name)
     ]

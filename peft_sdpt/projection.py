@@ -58,9 +58,7 @@ def inverse_projection(weight: torch.Tensor, rtol: float | None = None) -> torch
         return inverse.to(device=weight.device, dtype=dtype)
 
 
-def to_input_space(
-    tokens: torch.Tensor, inverse: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
+def to_input_space(tokens: torch.Tensor, inverse: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Map tokens of the aligned space to the input of a projection: `(Z - b) pinv(W)^T`.
 
     The projection of the result is `W pinv(W) (Z - b) + b`: `Z` itself where `W` reaches all of the

@@ -112,9 +112,7 @@ class FusionStack(nn.Module):
 
     def __init__(self, name: str = "grounding_dino", *, layers: int = 2, **changes) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
-            make_attention(name, seed=seed, **changes) for seed in range(layers)
-        )
+        self.layers = nn.ModuleList(make_attention(name, seed=seed, **changes) for seed in range(layers))
         self.head = nn.Linear(changes.get("d_model", D_MODEL), 3)
 
     def forward(self, image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:

@@ -7,10 +7,10 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from hosts import ATTENTION_CLASSES, D_MODEL, HOST_NAMES, WIDTH, host_config, make_attention
 from torch import nn
 
 import peft_sdpt.layer
+from hosts import ATTENTION_CLASSES, D_MODEL, HOST_NAMES, WIDTH, host_config, make_attention
 from peft_sdpt import SDPTConfig, SDPTLayer
 from peft_sdpt.hosts import GROUNDING_DINO
 
@@ -108,7 +108,7 @@ def gradients(run, layer, inputs):
 def test_equals_append_and_drop(name, dtype, variant):
     layer = make_layer(name, dtype, **VARIANTS[variant])
     inputs = make_inputs(dtype)
-    for result, expected in zip(flat(layer(*inputs)), flat(append_and_drop(layer, *inputs))):
+    for result, expected in zip(flat(layer(*inputs)), flat(append_and_drop(layer, *inputs)), strict=True):
         torch.testing.assert_close(result, expected, rtol=0, atol=TOLERANCE[dtype])
     bare = flat(layer.base_layer(*inputs))
     assert (layer(*inputs)[1][0] - bare[2]).abs().max() > 0.1
@@ -122,9 +122,7 @@ def test_gradients_equal_append_and_drop(variant):
     def reference(*inputs):
         return append_and_drop(layer, *inputs)
 
-    for result, expected in zip(
-        gradients(layer, layer, inputs), gradients(reference, layer, inputs)
-    ):
+    for result, expected in zip(gradients(layer, layer, inputs), gradients(reference, layer, inputs), strict=True):
         torch.testing.assert_close(result, expected, rtol=0, atol=1e-10)
         assert result.abs().max() > 1e-3
 
@@ -134,7 +132,7 @@ def test_gradients_equal_append_and_drop(variant):
 def test_any_masks_and_batch_size(batch, masks):
     layer = make_layer()
     inputs = make_inputs(batch=batch, masks=masks)
-    for result, expected in zip(flat(layer(*inputs)), flat(append_and_drop(layer, *inputs))):
+    for result, expected in zip(flat(layer(*inputs)), flat(append_and_drop(layer, *inputs)), strict=True):
         torch.testing.assert_close(result, expected, rtol=0, atol=1e-10)
 
 
@@ -178,7 +176,7 @@ def test_what_no_projection_reaches_has_no_effect_and_no_gradient():
     with torch.no_grad():
         noise = torch.randn(N, WIDTH, dtype=torch.float64)
         layer.sdpt_prompts["default"] += noise - noise @ basis @ basis.T
-    for result, expected in zip(flat(layer(*inputs)), before):
+    for result, expected in zip(flat(layer(*inputs)), before, strict=True):
         torch.testing.assert_close(result, expected, rtol=0, atol=1e-10)
     with torch.no_grad():
         layer.sdpt_prompts["default"] += noise @ basis @ basis.T
@@ -247,7 +245,7 @@ def test_keyword_and_positional_arguments_are_the_same():
         text_features=text,
         vision_attention_mask=image_mask,
     )
-    for result, expected in zip(flat(by_name), flat(layer(image, text, image_mask, text_mask))):
+    for result, expected in zip(flat(by_name), flat(layer(image, text, image_mask, text_mask)), strict=True):
         assert torch.equal(result, expected)
 
 
@@ -257,7 +255,7 @@ def test_wrong_arguments_are_refused():
         layer(image, text, mask=None)
     with pytest.raises(TypeError, match="got 'text_features' twice"):
         layer(image, text, text_features=text)
-    with pytest.raises(TypeError, match="needs .*text_features"):
+    with pytest.raises(TypeError, match=r"needs .*text_features"):
         layer(image)
     with pytest.raises(TypeError, match="got 5 arguments"):
         layer(image, text, None, None, None)
@@ -269,9 +267,9 @@ def test_without_visible_prompts_the_host_is_called_itself(name):
     bare = flat(layer.base_layer(*inputs))
 
     def is_bare():
-        return all(torch.equal(a, b) for a, b in zip(flat(layer(*inputs)), bare))
+        return all(torch.equal(a, b) for a, b in zip(flat(layer(*inputs)), bare, strict=True))
 
-    assert not any(torch.equal(a, b) for a, b in zip(flat(layer(*inputs)), bare))
+    assert not any(torch.equal(a, b) for a, b in zip(flat(layer(*inputs)), bare, strict=True))
     layer.enable_adapters(False)
     assert is_bare()
     layer.enable_adapters(True)
@@ -287,7 +285,7 @@ def test_active_adapters_concatenate():
     alone = layer(*inputs)
     torch.manual_seed(7)
     layer.update_layer("second", SDPTConfig(num_virtual_tokens=2, image_attends_prompts=False))
-    assert all(torch.equal(a, b) for a, b in zip(flat(layer(*inputs)), flat(alone)))
+    assert all(torch.equal(a, b) for a, b in zip(flat(layer(*inputs)), flat(alone), strict=True))
     layer.set_adapter(["default", "second"])
     (_, image_weights), (text_out, text_weights) = layer(*inputs)
     assert image_weights.shape[-1] == NL + N  # the second adapter hides its prompts from the image
@@ -295,9 +293,7 @@ def test_active_adapters_concatenate():
 
     joined = make_layer(num_virtual_tokens=N + 2)
     with torch.no_grad():
-        joined.sdpt_prompts["default"].copy_(
-            torch.cat([layer.sdpt_prompts["default"], layer.sdpt_prompts["second"]])
-        )
+        joined.sdpt_prompts["default"].copy_(torch.cat([layer.sdpt_prompts["default"], layer.sdpt_prompts["second"]]))
     torch.testing.assert_close(text_out, joined(*inputs)[1][0], rtol=0, atol=1e-10)
 
 
@@ -378,7 +374,7 @@ def counted(monkeypatch):
 
 
 def assert_inverses_are_right(layer: SDPTLayer, inputs) -> None:
-    for result, expected in zip(flat(layer(*inputs)), flat(append_and_drop(layer, *inputs))):
+    for result, expected in zip(flat(layer(*inputs)), flat(append_and_drop(layer, *inputs)), strict=True):
         torch.testing.assert_close(result, expected, rtol=0, atol=1e-9)
 
 
@@ -503,7 +499,7 @@ def test_inverses_recomputed_under_inference_mode_serve_training():
     with torch.inference_mode():
         layer(*inputs)
     expected = gradients(lambda *i: append_and_drop(layer, *i), layer, inputs)
-    for result, reference in zip(gradients(layer, layer, inputs), expected):
+    for result, reference in zip(gradients(layer, layer, inputs), expected, strict=True):
         torch.testing.assert_close(result, reference, rtol=0, atol=1e-9)
 
 
@@ -546,7 +542,7 @@ def test_half_precision_host_with_float32_prompts(name, dtype):
     assert layer.sdpt_prompts["default"].dtype == torch.float32
     image, text, image_mask, text_mask = make_inputs(dtype)
     result = layer(image, text, image_mask, text_mask)
-    for half, full in zip(flat(result), flat(exact)):
+    for half, full in zip(flat(result), flat(exact), strict=True):
         assert half.dtype == dtype
         assert (half.float() - full).abs().max() < 0.08 * full.abs().max()
     result[1][0].float().sum().backward()
@@ -560,7 +556,7 @@ def test_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         result = layer(*inputs)
     assert result[0][0].dtype == torch.bfloat16
-    for low, full in zip(flat(result), flat(exact)):
+    for low, full in zip(flat(result), flat(exact), strict=True):
         assert (low.float() - full).abs().max() < 0.08 * full.abs().max()
     result[0][0].float().sum().backward()
     assert layer.sdpt_prompts["default"].grad.abs().max() > 0
@@ -570,11 +566,11 @@ def test_deepcopy_is_independent():
     layer, inputs = make_layer(), make_inputs()
     expected = flat(layer(*inputs))
     twin = copy.deepcopy(layer)
-    assert all(torch.equal(a, b) for a, b in zip(flat(twin(*inputs)), expected))
+    assert all(torch.equal(a, b) for a, b in zip(flat(twin(*inputs)), expected, strict=True))
     change_copy(layer, other_weight(layer))
     with torch.no_grad():
         layer.sdpt_prompts["default"].zero_()
-    assert all(torch.equal(a, b) for a, b in zip(flat(twin(*inputs)), expected))
+    assert all(torch.equal(a, b) for a, b in zip(flat(twin(*inputs)), expected, strict=True))
     twin.load_state_dict(layer.state_dict())
     assert_inverses_are_right(twin, inputs)
 
@@ -589,7 +585,7 @@ def test_meta_layer_gets_its_inverses_with_its_weights():
     assert layer(image, text)[0][1].shape == (3 * real.base_layer.num_heads, NV, NL + N)
     layer.to_empty(device="cpu")
     layer.load_state_dict(real.state_dict())
-    for result, expected in zip(flat(layer(*inputs)), flat(real(*inputs))):
+    for result, expected in zip(flat(layer(*inputs)), flat(real(*inputs)), strict=True):
         assert torch.equal(result, expected)
 
 
@@ -603,9 +599,9 @@ def test_merging_is_refused_with_a_way_out():
 def test_compiles_without_graph_breaks():
     layer, inputs = make_layer(dtype=torch.float32), make_inputs(torch.float32)
     compiled = torch.compile(layer, fullgraph=True, backend="eager")
-    for result, expected in zip(flat(compiled(*inputs)), flat(layer(*inputs))):
+    for result, expected in zip(flat(compiled(*inputs)), flat(layer(*inputs)), strict=True):
         torch.testing.assert_close(result, expected, rtol=0, atol=1e-6)
     weight = other_weight(layer)
     layer.load_state_dict({"base_layer.vision_proj.weight": weight}, strict=False)
-    for result, expected in zip(flat(compiled(*inputs)), flat(append_and_drop(layer, *inputs))):
+    for result, expected in zip(flat(compiled(*inputs)), flat(append_and_drop(layer, *inputs)), strict=True):
         torch.testing.assert_close(result, expected, rtol=0, atol=1e-5)

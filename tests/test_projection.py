@@ -38,9 +38,7 @@ def test_without_bias(projection):
     weight, bias = projection
     inverse, tokens = inverse_projection(weight), torch.randn(N, OUT)
     torch.testing.assert_close(to_input_space(tokens, inverse, None), tokens @ inverse.T)
-    assert not torch.allclose(
-        to_input_space(tokens, inverse, None), to_input_space(tokens, inverse, bias), atol=1e-3
-    )
+    assert not torch.allclose(to_input_space(tokens, inverse, None), to_input_space(tokens, inverse, bias), atol=1e-3)
 
 
 def test_rtol_drops_small_singular_values():
@@ -70,9 +68,7 @@ def test_dtype_is_float32_or_better(projection, dtype, expected):
     weight = projection[0].to(dtype)
     inverse = inverse_projection(weight)
     assert inverse.dtype == expected
-    torch.testing.assert_close(
-        inverse.double(), torch.linalg.pinv(weight.double()), rtol=0, atol=1e-7
-    )
+    torch.testing.assert_close(inverse.double(), torch.linalg.pinv(weight.double()), rtol=0, atol=1e-7)
 
 
 def test_float32_weight_is_inverted_in_float64():

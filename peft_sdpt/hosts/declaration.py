@@ -65,12 +65,11 @@ class FusionHost:
         names = self.arguments
         if len(args) > len(names):
             raise TypeError(f"{self.class_names[0]} takes {names}, got {len(args)} arguments")
-        bound = dict(zip(names, args))
+        bound = dict(zip(names, args, strict=False))
         for name, value in kwargs.items():
             if name not in names or name in bound:
                 raise TypeError(
-                    f"{self.class_names[0]} takes {names}, got {name!r} "
-                    + ("twice" if name in bound else "as well")
+                    f"{self.class_names[0]} takes {names}, got {name!r} " + ("twice" if name in bound else "as well")
                 )
             bound[name] = value
         missing = [name for name in names[:2] if name not in bound]

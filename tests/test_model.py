@@ -1,0 +1,421 @@
+# Copyright 2026 The peft_sdpt authors
+# SPDX-License-Identifier: Apache-2.0
+"""SDPT on whole hosts, through PEFT."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from torch import nn
+
+from hosts import HOST_NAMES, WIDTH, FusionStack, make_host, model_inputs
+from peft_sdpt import SDPTConfig, SDPTLayer
+
+LAYERS = [f"model.encoder.layers.{index}.fusion_layer.attn" for index in range(2)]
+
+
+@torch.no_grad()
+def run(model: nn.Module, **changes) -> torch.Tensor:
+    """Class logits and boxes of the two samples, flat; padded text positions are -inf."""
+    outputs = model(**{**model_inputs(), **changes})
+    return torch.cat([outputs.logits.flatten(), outputs.pred_boxes.flatten()])
+
+
+def adapted_layers(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, SDPTLayer)]
+
+
+def attach(host: nn.Module, seed: int = 1, **config):
+    torch.manual_seed(seed)
+    return get_peft_model(host, SDPTConfig(**{"num_virtual_tokens": 4, **config}))
+
+
+@pytest.fixture(params=HOST_NAMES)
+def host(request) -> nn.Module:
+    return make_host(request.param)
+
+
+# ---- attaching and taking off
+
+
+def test_every_layer_gets_prompts_and_outputs_change(host):
+    bare = run(host)
+    model = attach(host)
+    assert adapted_layers(host) == LAYERS
+    assert model.base_model.targeted_module_names == LAYERS
+    tuned = run(model)
+    finite = bare.isfinite()
+    assert torch.equal(finite, tuned.isfinite())
+    assert (tuned - bare)[finite].abs().max() > 1e-2
+
+
+def test_disabled_unloaded_and_deleted_adapters_leave_the_host_bit_for_bit(host):
+    bare = run(host)
+    names = [name for name, _ in host.named_modules()]
+    model = attach(host)
+    tuned = run(model)
+    with model.disable_adapter():
+        assert torch.equal(run(model), bare)
+    assert torch.equal(run(model), tuned)
+    model.add_adapter("second", SDPTConfig(num_virtual_tokens=2))
+    model.set_adapter("second")
+    model.delete_adapter("default")
+    model.delete_adapter("second")
+    assert torch.equal(run(host), bare)
+    unloaded = model.unload()
+    assert unloaded is host and torch.equal(run(host), bare)
+    assert [name for name, _ in host.named_modules()] == names
+    assert not hasattr(host, "peft_config")
+    assert torch.equal(run(attach(host)), tuned)
+
+
+def test_only_prompts_train(host, capsys):
+    model = attach(host)
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert set(trainable) == {f"base_model.model.{n}.sdpt_prompts.default" for n in LAYERS}
+    assert {p.shape for p in trainable.values()} == {(4, WIDTH)}
+    model.print_trainable_parameters()
+    assert f"trainable params: {2 * 4 * WIDTH:,}" in capsys.readouterr().out
+    host.train()
+    outputs = model(**model_inputs())
+    (outputs.pred_boxes.sum() + outputs.logits[outputs.logits.isfinite()].sum()).backward()
+    for parameter in model.parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad
+    assert all(p.grad.abs().max() > 0 for p in trainable.values())
+
+
+def test_status_and_repr(host):
+    model = attach(host)
+    status = model.get_model_status()
+    assert status.peft_types == {"default": "SDPT"}
+    assert status.adapter_model_type == "SDPTModel"
+    assert status.num_adapter_layers == 2 and status.enabled is True
+    assert status.trainable_params == 2 * 4 * WIDTH
+    assert status.requires_grad == {"default": True} and status.merged_adapters == []
+    layer_status = model.get_layer_status()
+    assert [layer.name for layer in layer_status] == [f"model.{name}" for name in LAYERS]
+    assert {layer.module_type for layer in layer_status} == {"SDPTLayer"}
+    assert f"width={WIDTH}" in repr(model) and "sdpt_prompts" in repr(model)
+
+
+def test_padding_of_the_text_changes_nothing(host):
+    model = attach(host.double())
+    outputs = []
+    for padding in (0, 5):
+        inputs = model_inputs(padding=padding)
+        inputs["pixel_values"] = inputs["pixel_values"].double()
+        with torch.no_grad():
+            outputs.append(model(**inputs))
+    short, long = outputs
+    torch.testing.assert_close(long.pred_boxes, short.pred_boxes, rtol=0, atol=1e-9)
+    torch.testing.assert_close(
+        long.encoder_last_hidden_state_vision,
+        short.encoder_last_hidden_state_vision,
+        rtol=0,
+        atol=1e-9,
+    )
+
+
+def test_samples_of_a_batch_do_not_see_each_other(host):
+    model = attach(host.double())
+    inputs = model_inputs()
+    inputs["pixel_values"] = inputs["pixel_values"].double()
+    with torch.no_grad():
+        both = model(**inputs).pred_boxes
+        alone = [model(**{k: v[i : i + 1] for k, v in inputs.items()}) for i in range(2)]
+    for index in range(2):
+        torch.testing.assert_close(both[index], alone[index].pred_boxes[0], rtol=0, atol=1e-9)
+
+
+def test_attention_outputs_have_the_hosts_shapes_and_the_prompt_columns(host):
+    with torch.no_grad():
+        bare = host(**model_inputs(), output_attentions=True).encoder_attentions
+        tuned = attach(host)(**model_inputs(), output_attentions=True).encoder_attentions
+    # Per layer: fused image, fused text, text enhancer, deformable attention.
+    grown = []
+    for bare_layers, tuned_layers in zip(bare, tuned, strict=True):
+        assert len(bare_layers) == len(tuned_layers) == 2
+        for before, after in zip(bare_layers, tuned_layers, strict=True):
+            difference = [b - a for a, b in zip(before.shape, after.shape, strict=True)]
+            grown.append(difference)
+            if difference == [0, 0, 4]:
+                torch.testing.assert_close(after.sum(-1), torch.ones(after.shape[:-1]))
+    assert grown.count([0, 0, 4]) == 4
+    assert all(set(difference) == {0} for difference in grown if difference != [0, 0, 4])
+
+
+def test_casting_the_model(host):
+    model = attach(host)
+
+    def fused(dtype):
+        # Before the choice of proposals, which rounding makes in another order.
+        inputs = {**model_inputs(), "pixel_values": model_inputs()["pixel_values"].to(dtype)}
+        with torch.no_grad():
+            return model(**inputs).encoder_last_hidden_state_text
+
+    exact = fused(torch.float32)
+    for dtype in (torch.bfloat16, torch.float64):
+        model.to(dtype)
+        buffers = [buffer for name, buffer in model.named_buffers() if "sdpt_" in name]
+        assert len(buffers) == 4
+        assert {buffer.dtype for buffer in buffers} == {torch.promote_types(dtype, torch.float32)}
+        low = fused(dtype)
+        assert low.dtype == dtype
+        assert (low.float() - exact).abs().mean() < 0.1 * exact.abs().mean()
+
+
+def test_adapter_of_a_bfloat16_host_is_float32_unless_asked_otherwise():
+    torch.manual_seed(0)
+    model = get_peft_model(make_host().bfloat16(), SDPTConfig())
+    prompts = [p for p in model.parameters() if p.requires_grad]
+    assert {p.dtype for p in prompts} == {torch.float32}
+    pixels = model_inputs()["pixel_values"].bfloat16()
+    outputs = model(**{**model_inputs(), "pixel_values": pixels})
+    outputs.pred_boxes.sum().backward()
+    assert all(p.grad.isfinite().all() and p.grad.abs().max() > 0 for p in prompts)
+    plain = get_peft_model(make_host().bfloat16(), SDPTConfig(), autocast_adapter_dtype=False)
+    assert {p.dtype for p in plain.parameters() if p.requires_grad} == {torch.bfloat16}
+    assert run(plain, pixel_values=pixels).isnan().sum() == 0
+
+
+def test_deepcopy(host):
+    model = attach(host)
+    twin = copy.deepcopy(model)
+    tuned = run(model)
+    assert torch.equal(run(twin), tuned)
+    model.unload()
+    assert torch.equal(run(twin), tuned)
+
+
+def test_changed_base_weights_are_seen(host):
+    model = attach(host)
+    before, generator = run(model), torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for name in LAYERS:
+            weight = host.get_submodule(name).base_layer.text_proj.weight
+            weight.add_(0.1 * torch.randn(weight.shape, generator=generator))
+    changed = run(model)
+    assert not torch.equal(changed, before)
+    twin = make_host("mm_grounding_dino" if "MM" in type(host).__name__ else "grounding_dino")
+    twin.load_state_dict(copy.deepcopy(model).unload().state_dict())
+    assert torch.equal(run(attach(twin)), changed)
+
+
+# ---- which layers
+
+
+def test_layers_to_transform_picks_by_index(host):
+    assert adapted_layers(attach(host, layers_to_transform=1)) == [f"base_model.model.{LAYERS[1]}"]
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        (["fusion_layer.attn"], LAYERS),
+        ([LAYERS[1]], LAYERS[1:]),
+        (["layers.0.fusion_layer.attn"], LAYERS[:1]),
+        (r".*encoder\.layers\.\d+\.fusion_layer\.attn", LAYERS),
+        (r".*\.1\.fusion_layer\.attn", LAYERS[1:]),
+    ],
+)
+def test_target_modules_narrow(targets, expected):
+    model = attach(make_host(), target_modules=targets)
+    assert model.base_model.targeted_module_names == expected
+
+
+def test_target_modules_and_layers_to_transform_both_hold():
+    model = attach(make_host(layers=3), target_modules=r".*\.[12]\.fusion_layer\.attn", layers_to_transform=[0, 2])
+    assert [name.split(".")[3] for name in model.base_model.targeted_module_names] == ["2"]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"layers_to_transform": 2}, r"layers_to_transform has \[2\].* has 2 fusion layers"),
+        ({"layers_to_transform": [0, 5, 6]}, r"layers_to_transform has \[5, 6\]"),
+        ({"target_modules": ["nowhere"]}, r"\['nowhere'\] matches no module.*layers\.0\.fusion"),
+        ({"target_modules": ["fusion_layer.attn", "x"]}, r"\['x'\] matches no module"),
+        ({"target_modules": "attn"}, r"\['attn'\] matches no module"),
+        ({"target_modules": "all-linear"}, r"\['all-linear'\] matches no module"),
+        (
+            {"target_modules": ["vision_proj"]},
+            r"matches 'model\.encoder\.layers\.0\.fusion_layer\.attn\.vision_proj' \(Linear\), which "
+            r"is no fusion attention\. Supported: GroundingDinoBiMultiHeadAttention, MMGrounding",
+        ),
+        (
+            {"target_modules": r".*fusion_layer.*"},
+            r"layers\.0\.fusion_layer' \(GroundingDinoFusionLayer\), which is no fusion attention",
+        ),
+        (
+            {"target_modules": [LAYERS[0]], "layers_to_transform": [1]},
+            r"matches none of the fusion layers asked for by layers_to_transform=\[1\]",
+        ),
+    ],
+)
+def test_unfit_targets_are_refused_and_leave_the_host_alone(config, message):
+    host = make_host()
+    bare, flags = run(host), [p.requires_grad for p in host.parameters()]
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(host, SDPTConfig(**config))
+    assert adapted_layers(host) == [] and not hasattr(host, "peft_config")
+    assert [p.requires_grad for p in host.parameters()] == flags
+    assert torch.equal(run(host), bare)
+
+
+def test_a_model_without_fusion_layers_is_refused():
+    with pytest.raises(ValueError, match=r"Sequential has no fusion layer .* GroundingDinoBiMul"):
+        get_peft_model(nn.Sequential(nn.Linear(2, 2)), SDPTConfig())
+
+
+def test_a_class_of_the_right_name_without_the_projections_is_no_host():
+    class GroundingDinoBiMultiHeadAttention(nn.Module):
+        pass
+
+    with pytest.raises(ValueError, match="has no fusion layer"):
+        get_peft_model(nn.Sequential(GroundingDinoBiMultiHeadAttention()), SDPTConfig())
+
+
+def test_a_subclass_of_a_fusion_attention_is_a_host():
+    stack = FusionStack()
+    cls = type(stack.layers[0])
+    stack.layers[0].__class__ = type("Mine", (cls,), {})
+    assert attach(stack).base_model.targeted_module_names == ["layers.0", "layers.1"]
+
+
+def test_a_config_can_be_used_on_several_hosts():
+    config = SDPTConfig()
+    get_peft_model(make_host(), config)
+    model = get_peft_model(make_host(d_model=64, layers=1), config)
+    assert config.fusion_layers is None
+    assert model.peft_config["default"].fusion_layers == {LAYERS[0]: 256}
+
+
+def test_plain_modules_are_hosts():
+    stack = FusionStack().eval()
+    image, text = torch.randn(2, 5, 32), torch.randn(2, 3, 32)
+    bare = stack(image, text)
+    model = attach(stack)
+    assert not torch.allclose(model(image, text), bare, atol=1e-3)
+    with model.disable_adapter():
+        assert torch.equal(model(image, text), bare)
+
+
+# ---- several adapters
+
+
+def test_adapters_of_different_size_and_layers_take_turns(host):
+    model = attach(host)
+    first = run(model)
+    torch.manual_seed(2)
+    model.add_adapter("second", SDPTConfig(num_virtual_tokens=2, layers_to_transform=[1]))
+    assert torch.equal(run(model), first)
+    model.set_adapter("second")
+    second = run(model)
+    assert not torch.equal(second, first)
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trainable == [f"base_model.model.{LAYERS[1]}.sdpt_prompts.second"]
+
+    model.base_model.set_adapter(["default", "second"])
+    both = run(model)
+    assert not torch.equal(both, first) and not torch.equal(both, second)
+    assert sum(p.requires_grad for p in model.parameters()) == 3
+
+    model.set_adapter("default")
+    assert torch.equal(run(model), first)
+    model.delete_adapter("second")
+    assert torch.equal(run(model), first)
+    assert list(host.get_submodule(LAYERS[1]).sdpt_prompts) == ["default"]
+
+
+def test_an_added_adapter_is_frozen_until_it_is_active():
+    model = attach(make_host(), layers_to_transform=[0])
+    model.add_adapter("second", SDPTConfig())
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trainable == [f"base_model.model.{LAYERS[0]}.sdpt_prompts.default"]
+
+
+def test_a_refused_second_adapter_leaves_no_trace():
+    model = attach(make_host())
+    first, names = run(model), [name for name, _ in model.named_parameters()]
+    with pytest.raises(ValueError, match=r"layers_to_transform has \[7\]"):
+        model.add_adapter("second", SDPTConfig(layers_to_transform=7))
+    assert list(model.peft_config) == ["default"] and torch.equal(run(model), first)
+    assert [name for name, _ in model.named_parameters()] == names
+
+
+def test_adapter_names_in_forward_are_refused():
+    model = attach(make_host())
+    with pytest.raises(ValueError, match="does not support adapter_names"):
+        model(**model_inputs(), adapter_names=["default", "__base__"])
+    assert torch.equal(run(model, adapter_names=None), run(model))
+
+
+@pytest.mark.parametrize("operation", ["merge_and_unload", "merge_adapter", "unmerge_adapter"])
+def test_merging_is_refused_with_a_way_out(operation):
+    model = attach(make_host())
+    before = run(model)
+    with pytest.raises(NotImplementedError, match=r"cannot be merged into weights.*unload\(\)"):
+        getattr(model, operation)()
+    assert torch.equal(run(model), before)
+
+
+# ---- the rest of PEFT's surface
+
+
+def test_inject_adapter_in_model(host):
+    torch.manual_seed(1)
+    injected = inject_adapter_in_model(SDPTConfig(num_virtual_tokens=4), host)
+    assert injected is host and adapted_layers(host) == LAYERS
+    twin = make_host("mm_grounding_dino" if "MM" in type(host).__name__ else "grounding_dino")
+    assert torch.equal(run(host), run(attach(twin)))
+
+
+def test_modules_to_save_train_whole():
+    stack = FusionStack()
+    model = attach(stack, modules_to_save=["head"])
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert len(trainable) == 4 and sum("head.modules_to_save" in name for name in trainable) == 2
+
+
+def test_a_fusion_layer_that_is_trained_whole_gets_no_prompts():
+    model = attach(FusionStack(), modules_to_save=["layers.1"])
+    assert model.base_model.targeted_module_names == ["layers.0"]
+    assert model.peft_config["default"].fusion_layers == {"layers.0": WIDTH}
+
+
+def test_beside_lora_in_the_same_host():
+    host = make_host()
+    host.config.tie_word_embeddings = False  # PEFT's LoRA asks this host for embeddings otherwise
+    inject_adapter_in_model(LoraConfig(target_modules=["fc1"], init_lora_weights=False), host)
+    with_lora = run(host)
+    with pytest.warns(UserWarning, match="Already found a `peft_config`"):
+        model = attach(host)
+    assert adapted_layers(host) == LAYERS
+    assert not torch.equal(run(model), with_lora)
+
+
+def test_prompts_learn_what_other_prompts_do():
+    def fused(model):
+        return model(**model_inputs()).encoder_last_hidden_state_text
+
+    with torch.no_grad():
+        target = fused(attach(make_host(), seed=2))
+    model = attach(make_host())
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    losses = []
+    for _ in range(30):
+        loss = (fused(model) - target).square().mean()
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < 0.3 * losses[0]
+
+
+def test_state_dict_of_the_whole_model_loads_back():
+    model, other = attach(make_host()), attach(make_host(seed=5), seed=6)
+    assert not torch.equal(run(model), run(other))
+    other.load_state_dict(model.state_dict())
+    other.get_base_model().load_state_dict(model.get_base_model().state_dict())
+    assert torch.equal(run(model), run(other))
