@@ -1,0 +1,111 @@
+# Copyright 2026 The peft_sdpt authors
+# SPDX-License-Identifier: Apache-2.0
+"""COCO average precision of a grounded detector, over any number of classes."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from coco_data import DetectionSplit
+from faster_coco_eval import COCO, COCOeval_faster
+from tqdm.auto import tqdm
+
+from peft_sdpt.grounding import class_prompt, class_scores, class_token_maps, split_classes
+
+# COCO counts the 100 best detections of an image.
+MAX_DETECTIONS = 100
+
+
+@torch.no_grad()
+def detect(model, processor, pictures: list, class_names: list[str], chunks: list[list[int]]) -> list[dict]:
+    """Detect all classes in some pictures.
+
+    Args:
+        model: the detector, in eval mode.
+        processor: its processor.
+        pictures: B PIL images.
+        class_names: names of the C classes.
+        chunks: from `split_classes`; a forward pass each, so the vocabulary may be longer than one prompt.
+
+    Returns:
+        B dicts of the `MAX_DETECTIONS` best of all pairs of query and class: `boxes` (n, 4) as x, y, width, height in
+        pixels of the picture, `scores` (n,), `labels` (n,) indices into `class_names`.
+    """
+    best = [{"scores": torch.empty(0), "labels": torch.empty(0, dtype=torch.long), "boxes": torch.empty(0, 4)}] * len(
+        pictures
+    )
+    device = next(model.parameters()).device
+    pixels = processor.image_processor(pictures, return_tensors="pt").to(device)
+    for chunk in chunks:
+        prompt = class_prompt([class_names[i] for i in chunk])
+        text = processor.tokenizer([prompt] * len(pictures), padding=True, return_tensors="pt").to(device)
+        outputs = model(**pixels, **text)
+        scores = class_scores(outputs.logits.float(), class_token_maps(text["input_ids"], outputs.logits.shape[-1]))
+        for image, score in enumerate(scores):
+            width, height = pictures[image].size
+            top = score.flatten().topk(min(MAX_DETECTIONS, score.numel()))
+            query, label = top.indices // len(chunk), top.indices % len(chunk)
+            centre_x, centre_y, w, h = outputs.pred_boxes[image, query].float().unbind(-1)
+            x0, x1 = (((centre_x + side * w / 2) * width).clamp(0, width) for side in (-1, 1))
+            y0, y1 = (((centre_y + side * h / 2) * height).clamp(0, height) for side in (-1, 1))
+            found = {
+                "scores": top.values,
+                "labels": torch.tensor(chunk, device=device)[label],
+                "boxes": torch.stack([x0, y0, x1 - x0, y1 - y0], dim=-1),
+            }
+            merged = {key: torch.cat([best[image][key], found[key].cpu()]) for key in found}
+            order = merged["scores"].argsort(descending=True)[:MAX_DETECTIONS]
+            best[image] = {key: value[order] for key, value in merged.items()}
+    return best
+
+
+def evaluate(
+    model, processor, data: DetectionSplit, batch_size: int, accelerator: Accelerator, label: str = "evaluating"
+) -> dict[str, float]:
+    """COCO AP, AP50 and AP75 of a detector on a split, in every process of a launch.
+
+    Each image is evaluated once, by one process.
+    """
+    was_training = model.training
+    model.eval()
+    detector = accelerator.unwrap_model(model)
+    chunks = split_classes(data.class_names, processor.tokenizer, detector.config.max_text_len)
+    mine = range(accelerator.process_index, len(data), accelerator.num_processes)
+    rows: list[tuple] = []
+    for start in tqdm(
+        range(0, len(mine), batch_size), desc=label, leave=False, disable=not accelerator.is_local_main_process
+    ):
+        images = mine[start : start + batch_size]
+        with accelerator.autocast():
+            found = detect(detector, processor, [data.open_image(i) for i in images], data.class_names, chunks)
+        for image, result in zip(images, found, strict=True):
+            for box, score, category in zip(result["boxes"], result["scores"], result["labels"], strict=True):
+                rows.append((image, *box.tolist(), float(score), int(category)))
+    model.train(was_training)
+    return average_precision(data, np.array(gather_object(rows)).reshape(-1, 7))
+
+
+def average_precision(data: DetectionSplit, detections: np.ndarray) -> dict[str, float]:
+    """COCO AP from detections.
+
+    Args:
+        data: the ground truth.
+        detections: (n, 7) rows of image index, x, y, width, height, score, class index.
+
+    Returns:
+        `AP` (IoU 0.50 to 0.95), `AP50` and `AP75`, each the mean over the classes that occur, from 0 to 1.
+    """
+    if not len(detections):
+        return {"AP": 0.0, "AP50": 0.0, "AP75": 0.0}
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(data.as_coco())
+        evaluator = COCOeval_faster(truth, truth.loadRes(detections), iouType="bbox")
+        evaluator.evaluate()
+        evaluator.accumulate()
+        evaluator.summarize()
+    return {name: round(float(evaluator.stats[i]), 4) for i, name in enumerate(("AP", "AP50", "AP75"))}

@@ -1,0 +1,39 @@
+# Copyright 2026 The peft_sdpt authors
+# SPDX-License-Identifier: Apache-2.0
+"""Make the pictogram sheets from the npm packages `emoji-datasource-google` and `emoji-datasource-twitter`.
+
+    npm install emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0
+    python build.py node_modules
+
+Both packages draw the same keys in two vendors' styles. For each vendor one sheet of 64 x 64 pixel RGBA tiles is
+written, a tile a category, in the order of `categories.txt`, row by row.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from pictograms import COLUMNS, TILE, read_categories
+
+FOLDER = Path(__file__).resolve().parent
+
+
+def build_sheet(node_modules: Path, vendor: str, package: str) -> None:
+    catalogue = {entry["short_name"]: entry for entry in json.loads((node_modules / package / "emoji.json").read_text())}
+    categories = read_categories()
+    rows = -(-len(categories) // COLUMNS)
+    sheet = Image.new("RGBA", (COLUMNS * TILE, rows * TILE))
+    for index, category in enumerate(categories):
+        path = node_modules / package / "img" / vendor / "64" / catalogue[category.key]["image"]
+        tile = Image.open(path).convert("RGBA").resize((TILE, TILE), Image.Resampling.LANCZOS)
+        sheet.paste(tile, (index % COLUMNS * TILE, index // COLUMNS * TILE))
+    sheet.save(FOLDER / f"{vendor}.webp", lossless=True, quality=100, method=6)
+
+
+if __name__ == "__main__":
+    build_sheet(Path(sys.argv[1]), "google", "emoji-datasource-google")
+    build_sheet(Path(sys.argv[1]), "twitter", "emoji-datasource-twitter")

@@ -1,0 +1,70 @@
+# Copyright 2026 The peft_sdpt authors
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures of detections, before and after, side by side."""
+
+from __future__ import annotations
+
+import colorsys
+
+from PIL import Image, ImageDraw, ImageFont
+
+SIDE = 480
+HEADER = 26
+
+
+def draw_detections(picture: Image.Image, detections: dict, class_names: list[str], threshold: float) -> Image.Image:
+    """A copy of a picture, `SIDE` pixels wide, with the boxes that score at least `threshold`.
+
+    Args:
+        picture: RGB.
+        detections: `boxes` (n, 4) as x, y, width, height in pixels of the picture, `scores` (n,) and `labels` (n,).
+        class_names: names of the classes.
+        threshold: lowest score shown.
+    """
+    scale = SIDE / picture.width
+    canvas = picture.resize((SIDE, round(picture.height * scale)), Image.Resampling.LANCZOS)
+    draw = ImageDraw.Draw(canvas)
+    font = ImageFont.load_default(14)
+    for box, score, label in zip(
+        detections["boxes"].tolist(), detections["scores"].tolist(), detections["labels"].tolist(), strict=True
+    ):
+        if score < threshold:
+            continue
+        colour = tuple(round(255 * c) for c in colorsys.hsv_to_rgb(label * 0.618 % 1, 0.75, 0.95))
+        x, y, width, height = (value * scale for value in box)
+        draw.rectangle((x, y, x + width, y + height), outline=colour, width=3)
+        text = f"{class_names[label]} {score:.2f}"
+        corner = draw.textbbox((x + 3, max(0, y - 17)), text, font=font)
+        draw.rectangle((corner[0] - 3, corner[1] - 2, corner[2] + 3, corner[3] + 2), fill=colour)
+        draw.text((x + 3, max(0, y - 17)), text, fill="black", font=font)
+    return canvas
+
+
+def side_by_side(
+    pictures: list[Image.Image],
+    columns: dict[str, list[dict]],
+    class_names: list[str],
+    threshold: float = 0.3,
+) -> Image.Image:
+    """One sheet with a row a picture and a column a model.
+
+    Args:
+        pictures: RGB images.
+        columns: heading -> detections of each picture, as `draw_detections` takes them.
+        class_names: names of the classes.
+        threshold: lowest score shown.
+    """
+    rows = [
+        [draw_detections(picture, found[i], class_names, threshold) for found in columns.values()]
+        for i, picture in enumerate(pictures)
+    ]
+    sheet = Image.new("RGB", (len(columns) * (SIDE + 8), HEADER + sum(row[0].height + 8 for row in rows)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, heading in enumerate(columns):
+        draw.text((column * (SIDE + 8) + 4, 4), heading, fill="black", font=ImageFont.load_default(16))
+    y = HEADER
+    for row in rows:
+        for column, picture in enumerate(row):
+            sheet.paste(picture, (column * (SIDE + 8), y))
+        y += row[0].height + 8
+    return sheet
