@@ -93,7 +93,7 @@ def bi_attention(
 
     Follows `GroundingDinoBiMultiHeadAttention.forward` (transformers 5.24) in everything that shows
     in its results: one logit matrix for both directions, the scale on the image projection after its
-    bias, the maximum of the whole batch taken off, the clamps before the masks, the order of the two
+    bias, the maximum of the whole batch taken off, the clamp before the masks, the order of the two
     dropouts.
 
     Args:
@@ -128,12 +128,11 @@ def bi_attention(
         text_logits = torch.cat([text_logits, text_states @ keys.transpose(-1, -2)], dim=-1)
         image_values = torch.cat([image_values, values.expand(batch, -1, -1, -1)], dim=-2)
 
-    # A softmax does not see these shifts, but the clamps do: they keep half precision finite.
+    # A softmax does not see this shift, but the clamp does: it keeps half precision finite. The host
+    # also takes off each text row's maximum and clamps again, which after this changes nothing.
     peak = torch.maximum(image_logits.detach().max(), text_logits.detach().max())
-    image_logits = (image_logits - peak).clamp(-_LOGIT_BOUND, _LOGIT_BOUND)
-    text_logits = (text_logits - peak).clamp(-_LOGIT_BOUND, _LOGIT_BOUND)
-    text_logits = text_logits - text_logits.detach().amax(dim=-1, keepdim=True)
-    text_logits = text_logits.clamp(-_LOGIT_BOUND, _LOGIT_BOUND)
+    image_logits = (image_logits - peak).clamp(min=-_LOGIT_BOUND)
+    text_logits = (text_logits - peak).clamp(min=-_LOGIT_BOUND)
 
     image_weights, image_out = _attend(image_logits, text_values, text, text_mask_function, dropout)
     text_weights, text_out = _attend(text_logits, image_values, image, image_mask_function, dropout)

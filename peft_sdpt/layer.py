@@ -140,7 +140,6 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
         self.sdpt_prompts[adapter_name] = nn.Parameter(init_prompts(config, self.width))
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.refresh_inverses()
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter from this layer, if it is there."""
@@ -227,7 +226,10 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
         dtypes = [weight.dtype for weight in before]
         super()._apply(fn, recurse)
         weights = self._query_weights()
-        if held and not were_meta and dtypes == [weight.dtype for weight in weights]:
+        if were_meta:
+            # No weights yet, perhaps uninitialised memory: at load time or at the next forward.
+            self._inverted = None
+        elif held and dtypes == [weight.dtype for weight in weights]:
             # Only moved, and the inverses with them.
             self._inverted = tuple(_WeightState.of(weight) for weight in weights)
         else:

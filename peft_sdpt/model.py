@@ -70,8 +70,6 @@ class SDPTModel(BaseTuner):
             target.update_layer(adapter_name, peft_config)
             return
         layer = SDPTLayer(target, find_host(target), adapter_name, peft_config)
-        if adapter_name not in self.active_adapters:
-            layer.sdpt_prompts.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -86,6 +84,7 @@ class SDPTModel(BaseTuner):
             return []
 
     def _check_merge_allowed(self) -> None:
+        # Here and not only in the layer: another tuner's layers may come before the first of ours.
         raise NotImplementedError(CANNOT_MERGE)
 
     @contextmanager
@@ -167,7 +166,7 @@ def _select_fusion_layers(model: nn.Module, config: SDPTConfig) -> dict[str, int
                 f"SDPTConfig.layers_to_transform has {absent}, but {type(model).__name__} has "
                 f"{len(names)} fusion layers, numbered 0 to {len(names) - 1}."
             )
-        names = [names[index] for index in sorted(config.layers_to_transform)]
+        names = [name for i, name in enumerate(names) if i in config.layers_to_transform]
 
     if config.target_modules is not None:
         targeted = _targeted_names(modules, config)

@@ -3,6 +3,7 @@
 """The layer against a reference that appends prompts to the host's own inputs and drops their rows."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -134,6 +135,16 @@ def test_any_masks_and_batch_size(batch, masks):
     inputs = make_inputs(batch=batch, masks=masks)
     for result, expected in zip(flat(layer(*inputs)), flat(append_and_drop(layer, *inputs)), strict=True):
         torch.testing.assert_close(result, expected, rtol=0, atol=1e-10)
+
+
+def test_logits_beyond_the_clamps():
+    layer, (image, text, image_mask, text_mask) = make_layer(), make_inputs()
+    inputs = (1e5 * image, text, image_mask, text_mask)
+    base = layer.base_layer
+    logits = base.vision_proj(inputs[0]) @ base.text_proj(text).transpose(1, 2) * base.scale
+    assert logits.max() - logits.min() > 100_000
+    for result, expected in zip(flat(layer(*inputs)), flat(append_and_drop(layer, *inputs)), strict=True):
+        torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_fully_padded_text_is_finite_because_prompts_are_seen():
@@ -461,7 +472,7 @@ def test_nothing_is_recomputed_when_nothing_changed(counted):
     with torch.inference_mode():
         layer(*inputs)
     layer.load_state_dict({"sdpt_prompts.default": torch.zeros(N, WIDTH)}, strict=False)
-    layer.to(torch.float64).to("cpu")
+    layer.to(torch.float64)._apply(torch.clone)  # as a move to another device does
     layer.update_layer("same tolerance", SDPTConfig())
     layer(*inputs)
     assert counted[0] == 2
@@ -469,6 +480,13 @@ def test_nothing_is_recomputed_when_nothing_changed(counted):
     assert counted[0] == 2
     layer.refresh_inverses(force=True)
     assert counted[0] == 4
+
+
+def test_a_write_that_pytorch_does_not_count_needs_a_forced_refresh():
+    layer, inputs = make_layer(), make_inputs()
+    layer.base_layer.vision_proj.weight.data.copy_(other_weight(layer))
+    layer.refresh_inverses(force=True)
+    assert_inverses_are_right(layer, inputs)
 
 
 def test_loading_refreshes_at_once_for_compiled_code(counted):
@@ -575,7 +593,14 @@ def test_deepcopy_is_independent():
     assert_inverses_are_right(twin, inputs)
 
 
-def test_meta_layer_gets_its_inverses_with_its_weights():
+def test_pickle():
+    layer, inputs = make_layer(), make_inputs()
+    twin = pickle.loads(pickle.dumps(layer))
+    pairs = zip(flat(twin(*inputs)), flat(layer(*inputs)), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_meta_layer_gets_its_inverses_with_its_weights(counted):
     real, inputs = make_layer(), make_inputs()
     with torch.device("meta"):
         attention = ATTENTION_CLASSES["grounding_dino"](host_config("grounding_dino")).double()
@@ -583,7 +608,9 @@ def test_meta_layer_gets_its_inverses_with_its_weights():
     assert all(buffer.is_meta for buffer in layer.buffers())
     image, text = (t.to("meta") for t in inputs[:2])
     assert layer(image, text)[0][1].shape == (3 * real.base_layer.num_heads, NV, NL + N)
+    meta = counted[0]
     layer.to_empty(device="cpu")
+    assert counted[0] == meta  # not of uninitialised memory
     layer.load_state_dict(real.state_dict())
     for result, expected in zip(flat(layer(*inputs)), flat(real(*inputs)), strict=True):
         assert torch.equal(result, expected)
@@ -601,7 +628,15 @@ def test_compiles_without_graph_breaks():
     compiled = torch.compile(layer, fullgraph=True, backend="eager")
     for result, expected in zip(flat(compiled(*inputs)), flat(layer(*inputs)), strict=True):
         torch.testing.assert_close(result, expected, rtol=0, atol=1e-6)
+    # A change that compiled code cannot compare for, so seen at load time.
     weight = other_weight(layer)
     layer.load_state_dict({"base_layer.vision_proj.weight": weight}, strict=False)
     for result, expected in zip(flat(compiled(*inputs)), flat(append_and_drop(layer, *inputs)), strict=True):
         torch.testing.assert_close(result, expected, rtol=0, atol=1e-5)
+
+
+def test_exports():
+    layer, inputs = make_layer(dtype=torch.float32), make_inputs(torch.float32)
+    program = torch.export.export(layer, inputs)
+    pairs = zip(flat(program.module()(*inputs)), flat(layer(*inputs)), strict=True)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in pairs)

@@ -225,7 +225,11 @@ def test_target_modules_narrow(targets, expected):
 
 
 def test_target_modules_and_layers_to_transform_both_hold():
-    model = attach(make_host(layers=3), target_modules=r".*\.[12]\.fusion_layer\.attn", layers_to_transform=[0, 2])
+    model = attach(
+        make_host(layers=3),
+        target_modules=r".*\.[12]\.fusion_layer\.attn",
+        layers_to_transform=[0, 2],
+    )
     assert [name.split(".")[3] for name in model.base_model.targeted_module_names] == ["2"]
 
 
@@ -344,6 +348,17 @@ def test_a_refused_second_adapter_leaves_no_trace():
     assert [name for name, _ in model.named_parameters()] == names
 
 
+def test_a_refused_second_injection_leaves_no_trace():
+    host = inject_adapter_in_model(SDPTConfig(), make_host())
+    before = run(host)
+    with (
+        pytest.warns(UserWarning, match="Already found a `peft_config`"),
+        pytest.raises(ValueError, match="layers_to_transform has"),
+    ):
+        inject_adapter_in_model(SDPTConfig(layers_to_transform=7), host, "second")
+    assert list(host.peft_config) == ["default"] and torch.equal(run(host), before)
+
+
 def test_adapter_names_in_forward_are_refused():
     model = attach(make_host())
     with pytest.raises(ValueError, match="does not support adapter_names"):
@@ -358,6 +373,17 @@ def test_merging_is_refused_with_a_way_out(operation):
     with pytest.raises(NotImplementedError, match=r"cannot be merged into weights.*unload\(\)"):
         getattr(model, operation)()
     assert torch.equal(run(model), before)
+
+
+def test_a_refused_merge_merges_nothing_of_other_tuners():
+    model = nn.ModuleDict({"adapted": nn.Linear(32, 32), "stack": FusionStack()})
+    inject_adapter_in_model(LoraConfig(target_modules=["adapted"], init_lora_weights=False), model)
+    weight = model.adapted.base_layer.weight.clone()
+    with pytest.warns(UserWarning, match="Already found a `peft_config`"):
+        tuned = attach(model)
+    with pytest.raises(NotImplementedError, match="cannot be merged"):
+        tuned.merge_and_unload()
+    assert torch.equal(model.adapted.base_layer.weight, weight)
 
 
 # ---- the rest of PEFT's surface
