@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from coco_data import DetectionSplit
 from faster_coco_eval import COCO, COCOeval_faster
 from tqdm.auto import tqdm
 
+from coco_data import DetectionSplit
 from peft_sdpt.grounding import class_prompt, class_scores, class_token_maps, split_classes
 
 # COCO counts the 100 best detections of an image.
@@ -84,18 +84,23 @@ def evaluate(
         with accelerator.autocast():
             found = detect(detector, processor, [data.open_image(i) for i in images], data.class_names, chunks)
         for image, result in zip(images, found, strict=True):
-            for box, score, category in zip(result["boxes"], result["scores"], result["labels"], strict=True):
-                rows.append((image, *box.tolist(), float(score), int(category)))
+            rows += rows_of(image, result)
     model.train(was_training)
-    return average_precision(data, np.array(gather_object(rows)).reshape(-1, 7))
+    return average_precision(data, gather_object(rows))
 
 
-def average_precision(data: DetectionSplit, detections: np.ndarray) -> dict[str, float]:
+def rows_of(image: int, result: dict) -> list[tuple]:
+    """What `detect` found in one picture, as rows of image index, x, y, width, height, score, class index."""
+    columns = (result["boxes"].tolist(), result["scores"].tolist(), result["labels"].tolist())
+    return [(image, *box, score, label) for box, score, label in zip(*columns, strict=True)]
+
+
+def average_precision(data: DetectionSplit, detections: list[tuple]) -> dict[str, float]:
     """COCO AP from detections.
 
     Args:
         data: the ground truth.
-        detections: (n, 7) rows of image index, x, y, width, height, score, class index.
+        detections: rows as `rows_of` makes them.
 
     Returns:
         `AP` (IoU 0.50 to 0.95), `AP50` and `AP75`, each the mean over the classes that occur, from 0 to 1.
@@ -104,7 +109,7 @@ def average_precision(data: DetectionSplit, detections: np.ndarray) -> dict[str,
         return {"AP": 0.0, "AP50": 0.0, "AP75": 0.0}
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(data.as_coco())
-        evaluator = COCOeval_faster(truth, truth.loadRes(detections), iouType="bbox")
+        evaluator = COCOeval_faster(truth, truth.loadRes(np.array(detections)), iouType="bbox")
         evaluator.evaluate()
         evaluator.accumulate()
         evaluator.summarize()

@@ -8,8 +8,9 @@ import colorsys
 
 from PIL import Image, ImageDraw, ImageFont
 
-SIDE = 480
-HEADER = 26
+# Pixels.
+SIDE, GAP, HEADER = 320, 6, 26
+GROUPS_PER_ROW = 2
 
 
 def draw_detections(picture: Image.Image, detections: dict, class_names: list[str], threshold: float) -> Image.Image:
@@ -46,7 +47,7 @@ def side_by_side(
     class_names: list[str],
     threshold: float = 0.3,
 ) -> Image.Image:
-    """One sheet with a row a picture and a column a model.
+    """One sheet on which each picture stands once a model, side by side; two pictures a row.
 
     Args:
         pictures: RGB images.
@@ -54,17 +55,21 @@ def side_by_side(
         class_names: names of the classes.
         threshold: lowest score shown.
     """
-    rows = [
+    groups = [
         [draw_detections(picture, found[i], class_names, threshold) for found in columns.values()]
         for i, picture in enumerate(pictures)
     ]
-    sheet = Image.new("RGB", (len(columns) * (SIDE + 8), HEADER + sum(row[0].height + 8 for row in rows)), "white")
+    rows = [groups[i : i + GROUPS_PER_ROW] for i in range(0, len(groups), GROUPS_PER_ROW)]
+    group_width = len(columns) * (SIDE + GAP) + GAP
+    heights = [max(group[0].height for group in row) + GAP for row in rows]
+    sheet = Image.new("RGB", (min(GROUPS_PER_ROW, len(groups)) * group_width, HEADER + sum(heights)), "white")
     draw = ImageDraw.Draw(sheet)
-    for column, heading in enumerate(columns):
-        draw.text((column * (SIDE + 8) + 4, 4), heading, fill="black", font=ImageFont.load_default(16))
     y = HEADER
-    for row in rows:
-        for column, picture in enumerate(row):
-            sheet.paste(picture, (column * (SIDE + 8), y))
-        y += row[0].height + 8
+    for row, height in zip(rows, heights, strict=True):
+        for place, group in enumerate(row):
+            for column, (heading, picture) in enumerate(zip(columns, group, strict=True)):
+                x = place * group_width + column * (SIDE + GAP)
+                draw.text((x + 4, 3), heading, fill="black", font=ImageFont.load_default(16))
+                sheet.paste(picture, (x, y))
+        y += height
     return sheet

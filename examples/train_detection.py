@@ -27,18 +27,18 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from coco_data import DetectionSplit, InputError, load_split
-from coco_metrics import detect, evaluate
 from peft import PeftModel, get_peft_model
-from pictograms.tasks import TASKS, write_task
-from pictures import side_by_side
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor, SchedulerType, get_scheduler
 
+from coco_data import DetectionSplit, InputError, load_split
+from coco_metrics import detect, evaluate
 from peft_sdpt import SDPTConfig
 from peft_sdpt.grounding import class_prompt, split_classes
 from peft_sdpt.loss import GroundedDetectionLoss
+from pictograms.tasks import TASKS, write_task
+from pictures import side_by_side
 
 HERE = Path(__file__).resolve().parent
 SHOWN_PICTURES = 4
@@ -47,7 +47,9 @@ SHOWN_PICTURES = 4
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--model_name_or_path", default=str(HERE / "host"), help="Folder or Hub id of a Grounding DINO kind of detector."
+        "--model_name_or_path",
+        default=str(HERE / "host"),
+        help="Folder or Hub id of a Grounding DINO kind of detector.",
     )
     parser.add_argument(
         "--dataset_name",
@@ -79,7 +81,9 @@ def parse_args() -> argparse.Namespace:
         "0 is the full inverse of the paper.",
     )
     parser.add_argument("--image_size", type=int, help="Shorter side in pixels. Default: the processor's own.")
-    parser.add_argument("--eval_only", action="store_true", help="Measure the host, and --adapter on it, without training.")
+    parser.add_argument(
+        "--eval_only", action="store_true", help="Measure the host, and --adapter on it, without training."
+    )
     parser.add_argument("--adapter", help="Folder or Hub id of a saved adapter to evaluate or to go on from.")
     return parser.parse_args()
 
@@ -246,7 +250,9 @@ def main() -> None:
         (args.output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
         columns = {"before": shown_before} | ({"after": shown_after} if shown_after else {})
         side_by_side(shown, columns, held_out.class_names).save(args.output_dir / "detections.png")
-        print(f"\n{args.dataset_name}, {eval_split} split of {len(held_out)} images, {len(held_out.class_names)} classes")
+        print(
+            f"\n{args.dataset_name}, {eval_split} split of {len(held_out)} images, {len(held_out.class_names)} classes"
+        )
         print(f"{'':8}{'AP':>8}{'AP50':>8}{'AP75':>8}")
         for name, row in (("before", before), ("after", after)):
             if row:

@@ -7,8 +7,8 @@ functions write prompts from class names, split a long list over several prompts
 scores.
 
 `post_process_grounded_object_detection` of transformers 5.24 scores a box by the best of *all* tokens, the separators
-included, and names it by text cut from the prompt. COCO metrics need a score of each class, so here a class is scored by
-its own tokens.
+included, and names it by text cut from the prompt. COCO metrics need a score of each class, so here a class is scored
+by its own tokens.
 """
 
 from __future__ import annotations
@@ -86,7 +86,8 @@ def class_token_maps(input_ids: Tensor, num_tokens: int | None = None) -> list[T
         num_tokens: width of the maps; the detector's logits are as wide as its `max_text_len`. Defaults to L.
 
     Returns:
-        B boolean tensors (C_b, num_tokens), a row a class in the prompt's order; prompts may differ in number of classes.
+        B boolean tensors (C_b, num_tokens), a row a class in the prompt's order; prompts may differ in their number of
+        classes.
     """
     is_border = torch.isin(input_ids, input_ids.new_tensor(BORDER_TOKEN_IDS))
     # A phrase starts at each word token that follows a border; what it is numbered is how many started so far.

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training loss of a grounded detector, for Grounding DINO and MM Grounding DINO.
 
-Hungarian matching, focal loss on tokens, L1 and generalised IoU on boxes are those of transformers. Two of its parts are
-wrong in transformers 5.24 and are put right here:
+Hungarian matching, focal loss on tokens, L1 and generalised IoU on boxes are those of transformers. Two of its parts
+are wrong in transformers 5.24 and are put right here:
 
 * With `two_stage`, its encoder term scores the learned queries against the text *before* fusion, on detached boxes: it
   trains neither prompts nor proposals. Here, as in the paper (arXiv 2303.05499, section 3.3) and its released code, the
@@ -72,8 +72,8 @@ class GroundedDetectionLoss:
         Args:
             outputs: what the detector returns: `logits` (B, Q, T), `pred_boxes` (B, Q, 4), `input_ids` (B, L) and, of a
                 two-stage host, `enc_outputs_class` (B, S, T) and `enc_outputs_coord_logits` (B, S, 4).
-            labels: B dicts of `class_labels` (n,), indices of the phrases of the image's own prompt, and `boxes` (n, 4),
-                centre, width and height as shares of the image. n may be 0.
+            labels: B dicts of `class_labels` (n,), indices of the phrases of the image's own prompt, and `boxes`
+                (n, 4), centre, width and height as shares of the image. n may be 0.
             num_items_in_batch: accepted for the `Trainer`; the loss is normalised by its boxes as transformers' own.
 
         Returns:

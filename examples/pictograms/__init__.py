@@ -123,7 +123,9 @@ def make_scene(
         gain = rng.uniform(0.75, 1.15)
         if look.grey:
             tile = Image.merge("RGBA", (*[tile.convert("L")] * 3, tile.getchannel("A")))
-        tile = Image.merge("RGBA", (*(b.point(lambda v: v * gain) for b in tile.split()[:3]), tile.split()[3]))
+        tile = Image.merge(
+            "RGBA", (*(b.point(lambda v, gain=gain: v * gain) for b in tile.split()[:3]), tile.split()[3])
+        )
         if max(tile.size) >= size:
             continue
         for _ in range(12):

@@ -23,7 +23,9 @@ FOLDER = Path(__file__).resolve().parent
 
 
 def build_sheet(node_modules: Path, vendor: str, package: str) -> None:
-    catalogue = {entry["short_name"]: entry for entry in json.loads((node_modules / package / "emoji.json").read_text())}
+    catalogue = {
+        entry["short_name"]: entry for entry in json.loads((node_modules / package / "emoji.json").read_text())
+    }
     categories = read_categories()
     rows = -(-len(categories) // COLUMNS)
     sheet = Image.new("RGBA", (COLUMNS * TILE, rows * TILE))

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The built-in downstream tasks: generated scenes in another vendor's drawing style, as COCO folders.
 
-    python examples/pictograms/tasks.py twemoji path/to/folder
+python examples/pictograms/tasks.py twemoji path/to/folder
 """
 
 from __future__ import annotations
