@@ -22,6 +22,7 @@ import math
 import os
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -105,6 +106,32 @@ def use_all_cores(num_processes: int) -> None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_processes))
 
 
+def load_host(args: argparse.Namespace) -> tuple:
+    """Processor and detector, with the adapter that is asked for: a saved one, a new one, or none."""
+    name = args.model_name_or_path
+    try:
+        processor = AutoProcessor.from_pretrained(name)
+        model = AutoModelForZeroShotObjectDetection.from_pretrained(name, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--model_name_or_path {name}: no detector to load ({error}).") from None
+    if args.image_size:
+        # 800 by 1333 is the ratio that detectors are trained with.
+        longest = round(args.image_size * 1333 / 800)
+        processor.image_processor.size = {"shortest_edge": args.image_size, "longest_edge": longest}
+    if args.adapter:
+        try:
+            return processor, PeftModel.from_pretrained(model, args.adapter, is_trainable=not args.eval_only)
+        except (OSError, ValueError) as error:
+            raise InputError(f"--adapter {args.adapter}: {error}") from None
+    if not args.eval_only:
+        try:
+            config = SDPTConfig(num_virtual_tokens=args.num_virtual_tokens, pinv_rtol=args.pinv_rtol or None)
+            return processor, get_peft_model(model, config)
+        except ValueError as error:
+            raise InputError(f"--model_name_or_path {name}: {error}") from None
+    return processor, model
+
+
 class Collator:
     """Makes a batch of a split: pictures through the processor, a prompt an image, labels in the prompt's order.
 
@@ -142,8 +169,7 @@ class Collator:
         return present + others[: room - len(present)]
 
 
-def main() -> None:
-    args = parse_args()
+def run(args: argparse.Namespace) -> None:
     check_args(args)
     accelerator = Accelerator(gradient_accumulation_steps=args.gradient_accumulation_steps)
     use_all_cores(accelerator.num_processes)
@@ -162,13 +188,8 @@ def main() -> None:
     if train and train.class_names != held_out.class_names:
         raise InputError(f"{dataset}: the splits train and {eval_split} name different classes.")
 
-    # Host
-    processor = AutoProcessor.from_pretrained(args.model_name_or_path)
-    if args.image_size:
-        # 800 by 1333 is the ratio that detectors are trained with.
-        longest = round(args.image_size * 1333 / 800)
-        processor.image_processor.size = {"shortest_edge": args.image_size, "longest_edge": longest}
-    model = AutoModelForZeroShotObjectDetection.from_pretrained(args.model_name_or_path, dtype=torch.float32)
+    # Host and adapter
+    processor, model = load_host(args)
     model.to(accelerator.device)
     shown = [held_out.open_image(i) for i in range(min(SHOWN_PICTURES, len(held_out)))]
     chunks = split_classes(held_out.class_names, processor.tokenizer, model.config.max_text_len)
@@ -178,17 +199,9 @@ def main() -> None:
         model.eval()
         return metrics, detect(accelerator.unwrap_model(model), processor, shown, held_out.class_names, chunks)
 
-    before, shown_before = measure("before")
+    with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
+        before, shown_before = measure("before")
     after, shown_after = None, None
-
-    # Adapter
-    if args.adapter:
-        model = PeftModel.from_pretrained(model, args.adapter, is_trainable=not args.eval_only)
-    elif not args.eval_only:
-        model = get_peft_model(
-            model,
-            SDPTConfig(num_virtual_tokens=args.num_virtual_tokens, pinv_rtol=args.pinv_rtol or None),
-        )
     total = sum(p.numel() for p in model.parameters())
     trainable = 0 if args.eval_only else sum(p.numel() for p in model.parameters() if p.requires_grad)
 
@@ -213,7 +226,8 @@ def main() -> None:
         model.train()
         start = time.perf_counter()
         bar = tqdm(total=max_train_steps, desc="training", disable=not accelerator.is_local_main_process)
-        while bar.n < max_train_steps:
+        step = 0
+        while step < max_train_steps:
             for inputs, labels in loader:
                 with accelerator.accumulate(model):
                     loss = loss_function(model(**inputs), labels)
@@ -225,9 +239,10 @@ def main() -> None:
                         scheduler.step()
                     optimizer.zero_grad()
                 if accelerator.sync_gradients:
+                    step += 1
                     bar.update()
                     bar.set_postfix(loss=f"{loss.item():.3f}")
-                if bar.n == max_train_steps:
+                if step == max_train_steps:
                     break
         bar.close()
         seconds = time.perf_counter() - start
@@ -262,9 +277,14 @@ def main() -> None:
     accelerator.end_training()
 
 
-if __name__ == "__main__":
+def main() -> None:
     try:
-        main()
+        run(parse_args())
     except InputError as error:
-        print(f"train_detection.py: {error}", file=sys.stderr)
+        # Causes that come from libraries run over many lines.
+        print(f"train_detection.py: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
