@@ -36,7 +36,7 @@ from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor, Sch
 from coco_data import DetectionSplit, InputError, load_split
 from coco_metrics import detect, evaluate
 from peft_sdpt import SDPTConfig
-from peft_sdpt.grounding import class_prompt, split_classes
+from peft_sdpt.grounding import class_prompt, phrase_lengths, split_classes
 from peft_sdpt.loss import GroundedDetectionLoss
 from pictograms.tasks import TASKS, write_task
 from pictures import side_by_side
@@ -135,26 +135,28 @@ def load_host(args: argparse.Namespace) -> tuple:
 class Collator:
     """Makes a batch of a split: pictures through the processor, a prompt an image, labels in the prompt's order.
 
-    Where the classes do not all fit one prompt, an image is asked for its own classes among random others.
+    Where the classes do not all fit one prompt, an image is asked for its own classes and as many random others as fit.
     """
 
     def __init__(self, data: DetectionSplit, processor, max_text_len: int):
         self.data, self.processor = data, processor
-        self.chunks = split_classes(data.class_names, processor.tokenizer, max_text_len)
+        self.lengths = phrase_lengths(data.class_names, processor.tokenizer)
+        self.room = max_text_len - 2  # [CLS] and [SEP]
 
     def __call__(self, images: list[int]) -> tuple[dict, list[dict]]:
         pictures = [self.data.open_image(i) for i in images]
         prompts, labels = [], []
         for image, picture in zip(images, pictures, strict=True):
-            kept = [i for i, crowd in enumerate(self.data.crowds[image]) if not crowd]
-            present = [self.data.labels[image][i] for i in kept]
-            asked = self.chunks[0] if len(self.chunks) == 1 else self._sample(present)
+            asked = self._ask(self.data.labels[image])
             prompts.append(class_prompt([self.data.class_names[c] for c in asked]))
-            boxes = torch.tensor([self.data.boxes[image][i] for i in kept]).reshape(-1, 4)
+            position = {c: i for i, c in enumerate(asked)}
+            objects = zip(self.data.boxes[image], self.data.labels[image], self.data.crowds[image], strict=True)
+            kept = [(box, position[c]) for box, c, crowd in objects if c in position and not crowd]
+            boxes = torch.tensor([box for box, _ in kept]).reshape(-1, 4)
             boxes = boxes / torch.tensor([*picture.size, *picture.size])
             labels.append(
                 {
-                    "class_labels": torch.tensor([asked.index(c) for c in present], dtype=torch.long),
+                    "class_labels": torch.tensor([c for _, c in kept], dtype=torch.long),
                     "boxes": torch.cat([boxes[:, :2] + boxes[:, 2:] / 2, boxes[:, 2:]], dim=1),
                 }
             )
@@ -162,11 +164,18 @@ class Collator:
         inputs |= self.processor.tokenizer(prompts, padding=True, return_tensors="pt")
         return dict(inputs), labels
 
-    def _sample(self, present: list[int]) -> list[int]:
-        room = min(map(len, self.chunks[:-1]))
-        present = sorted(set(present))[:room]
-        others = [c for c in torch.randperm(len(self.data.class_names)).tolist() if c not in set(present)]
-        return present + others[: room - len(present)]
+    def _ask(self, present: list[int]) -> list[int]:
+        classes = range(len(self.lengths))
+        if sum(self.lengths) <= self.room:
+            return list(classes)
+        own = set(present)
+        asked, room = [], self.room
+        for c in [*sorted(own), *(c for c in torch.randperm(len(classes)).tolist() if c not in own)]:
+            if self.lengths[c] > room:
+                break
+            asked.append(c)
+            room -= self.lengths[c]
+        return asked
 
 
 def run(args: argparse.Namespace) -> None:

@@ -46,6 +46,11 @@ def class_prompt(class_names: Sequence[str]) -> str:
     return " ".join(f"{phrase}." for phrase in phrases)
 
 
+def phrase_lengths(class_names: Sequence[str], tokenizer: Any) -> list[int]:
+    """Tokens that each class takes of a prompt, its full stop included."""
+    return [len(tokenizer(class_prompt([name]), add_special_tokens=False)["input_ids"]) for name in class_names]
+
+
 def split_classes(class_names: Sequence[str], tokenizer: Any, max_text_len: int) -> list[list[int]]:
     """Split classes over as few prompts as their order allows, none longer than `max_text_len` tokens.
 
@@ -64,11 +69,10 @@ def split_classes(class_names: Sequence[str], tokenizer: Any, max_text_len: int)
     """
     chunks: list[list[int]] = []
     room = 0
-    for index, name in enumerate(class_names):
-        length = len(tokenizer(class_prompt([name]), add_special_tokens=False)["input_ids"])
+    for index, length in enumerate(phrase_lengths(class_names, tokenizer)):
         if length > max_text_len - 2:
             raise ValueError(
-                f"class_names: {name!r} takes {length} tokens; the host reads at most {max_text_len - 2} a prompt."
+                f"class_names: {class_names[index]!r} takes {length} tokens; the host reads at most {max_text_len - 2} a prompt."
             )
         if length > room:
             chunks.append([])
