@@ -72,7 +72,8 @@ def split_classes(class_names: Sequence[str], tokenizer: Any, max_text_len: int)
     for index, length in enumerate(phrase_lengths(class_names, tokenizer)):
         if length > max_text_len - 2:
             raise ValueError(
-                f"class_names: {class_names[index]!r} takes {length} tokens; the host reads at most {max_text_len - 2} a prompt."
+                f"class_names: {class_names[index]!r} takes {length} tokens; the host reads at most {max_text_len - 2} "
+                "a prompt."
             )
         if length > room:
             chunks.append([])
