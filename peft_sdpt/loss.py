@@ -43,7 +43,9 @@ class _TokenLoss(GroundingDinoImageLoss):
 class GroundedDetectionLoss:
     """Loss of a grounded detector from its outputs and labels.
 
-    Call it with the model's output and labels; it suits `Trainer(compute_loss_func=...)` as it is.
+    Call it with the model's output and labels; it suits `Trainer(compute_loss_func=...)` as it is. With gradient
+    accumulation, set `trainer.loss_is_scaled_for_ga = False` as well: the `Trainer` takes the loss of a
+    `compute_loss_func` to be divided by the number of accumulated batches already, and this one is a mean of one batch.
 
     Args:
         config: the host's config; costs, coefficients and `focal_alpha` are read from it.
@@ -105,9 +107,11 @@ class GroundedDetectionLoss:
 
 
 def _mean_boxes_a_process(labels: list[dict[str, Tensor]]) -> float:
-    num_boxes = sum(len(label["class_labels"]) for label in labels)
+    num_boxes, num_processes = sum(len(label["class_labels"]) for label in labels), 1
     # Outside of Accelerate there is one process, and asking PartialState would start a distributed run.
     if PartialState._shared_state:
         device = labels[0]["boxes"].device
-        num_boxes = float(reduce(torch.tensor(float(num_boxes), device=device), reduction="mean"))
-    return max(float(num_boxes), 1.0)
+        num_boxes = float(reduce(torch.tensor(float(num_boxes), device=device), reduction="sum"))
+        num_processes = PartialState().num_processes
+    # At least one box in the whole batch, not one a process: that would shrink the loss of a batch with fewer.
+    return max(float(num_boxes), 1.0) / num_processes
