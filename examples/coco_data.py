@@ -6,13 +6,19 @@ from __future__ import annotations
 
 import json
 import math
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+
+# What is read of each entry of a COCO file.
+COCO_FIELDS = {
+    "images": ("id", "file_name", "width", "height"),
+    "annotations": ("image_id", "category_id", "bbox"),
+    "categories": ("id", "name"),
+}
 
 
 class InputError(ValueError):
@@ -97,15 +103,20 @@ def load_coco_folder(folder: Path, split: str) -> DetectionSplit:
         raise InputError(f"{file}: not JSON ({error}).") from None
     if not isinstance(coco, dict) or not {"images", "annotations", "categories"} <= coco.keys():
         raise InputError(f"{file}: not a COCO file; it needs `images`, `annotations` and `categories`.")
+    for part, fields in COCO_FIELDS.items():
+        for index, entry in enumerate(coco[part]):
+            for field in fields:
+                if field not in entry:
+                    raise InputError(f"{file}: {part}[{index}] has no `{field}`.")
     position = {category["id"]: i for i, category in enumerate(coco["categories"])}
-    names = [str(category.get("name", "")) for category in coco["categories"]]
-    found = defaultdict(list)
-    known = {image["id"] for image in coco["images"]}
-    if len(known) < len(coco["images"]):
+    if len(position) < len(coco["categories"]):
+        raise InputError(f"{file}: category ids are not unique.")
+    found = {image["id"]: [] for image in coco["images"]}
+    if len(found) < len(coco["images"]):
         raise InputError(f"{file}: image ids are not unique.")
     for annotation in coco["annotations"]:
         where = f"{file}: annotation {annotation.get('id')}"
-        if annotation["image_id"] not in known:
+        if annotation["image_id"] not in found:
             raise InputError(f"{where} is of image {annotation['image_id']!r}, which is not in `images`.")
         if annotation["category_id"] not in position:
             raise InputError(f"{where} has the unknown category_id {annotation['category_id']!r}.")
@@ -116,17 +127,21 @@ def load_coco_folder(folder: Path, split: str) -> DetectionSplit:
         if not path.is_file():
             raise InputError(f"{path}: no such image, but {file.name} lists it.")
         paths.append(path)
-    data = DetectionSplit(
-        class_names=names,
+    return DetectionSplit(
+        class_names=[str(category["name"]) for category in coco["categories"]],
         image_ids=[image["id"] for image in coco["images"]],
         sizes=[(image["width"], image["height"]) for image in coco["images"]],
-        boxes=[[tuple(map(float, a["bbox"])) for a in found[image["id"]]] for image in coco["images"]],
+        boxes=[
+            [
+                _box(a["bbox"], (image["width"], image["height"]), f"{file}: image {image['id']!r}")
+                for a in found[image["id"]]
+            ]
+            for image in coco["images"]
+        ],
         labels=[[position[a["category_id"]] for a in found[image["id"]]] for image in coco["images"]],
         crowds=[[bool(a.get("iscrowd", 0)) for a in found[image["id"]]] for image in coco["images"]],
         open_image=lambda index: Image.open(paths[index]).convert("RGB"),
     )
-    _check_boxes(data, str(file))
-    return data
 
 
 def load_hub_split(dataset_name: str, split: str) -> DetectionSplit:
@@ -141,36 +156,50 @@ def load_hub_split(dataset_name: str, split: str) -> DetectionSplit:
     missing = {"image", "objects"} - set(rows.column_names)
     if missing:
         raise InputError(f"{dataset_name}: no column {', '.join(sorted(missing))}; it has {rows.column_names}.")
-    objects = rows.features["objects"]
-    category = objects["category"] if isinstance(objects, dict) else objects.feature["category"]
-    names = getattr(getattr(category, "feature", category), "names", None)
+    # A dict of lists, as `datasets` keeps a Sequence of a dict, or a list of dicts.
+    feature = rows.features["objects"]
+    is_list = not isinstance(feature, dict)
+    fields = feature.feature if is_list else feature
+    for field in ("bbox", "category"):
+        if field not in fields:
+            raise InputError(f"{dataset_name}: `objects` has no `{field}`; it has {sorted(fields)}.")
+    category = fields["category"] if is_list else fields["category"].feature
+    names = getattr(category, "names", None)
     if names is None:
         raise InputError(f"{dataset_name}: `objects.category` has no class names.")
-    annotations = rows["objects"]
+    boxes, labels = (
+        [[item[field] for item in entry] if is_list else entry[field] for entry in rows["objects"]]
+        for field in ("bbox", "category")
+    )
     sizes = [rows[index]["image"].size for index in range(len(rows))]
-    data = DetectionSplit(
+    return DetectionSplit(
         class_names=list(names),
         image_ids=list(range(len(rows))),
         sizes=sizes,
-        boxes=[[tuple(map(float, box)) for box in entry["bbox"]] for entry in annotations],
-        labels=[list(entry["category"]) for entry in annotations],
-        crowds=[[False] * len(entry["bbox"]) for entry in annotations],
+        boxes=[
+            [_box(box, size, f"{dataset_name} ({split}): image {index}") for box in image]
+            for index, (image, size) in enumerate(zip(boxes, sizes, strict=True))
+        ],
+        labels=[list(image) for image in labels],
+        crowds=[[False] * len(image) for image in labels],
         open_image=lambda index: rows[index]["image"].convert("RGB"),
     )
-    _check_boxes(data, f"{dataset_name} ({split})")
-    return data
 
 
-def _check_boxes(data: DetectionSplit, source: str) -> None:
-    for image_id, (width, height), boxes in zip(data.image_ids, data.sizes, data.boxes, strict=True):
-        for box in boxes:
-            problem = None
-            if len(box) != 4 or not all(map(math.isfinite, box)):
-                problem = "must be four finite numbers x, y, width, height"
-            elif box[2] <= 0 or box[3] <= 0:
-                problem = "is empty; width and height must be positive"
-            # One pixel of grace: annotation tools round.
-            elif box[0] < -1 or box[1] < -1 or box[0] + box[2] > width + 1 or box[1] + box[3] > height + 1:
-                problem = f"lies outside its image of {width} x {height} pixels"
-            if problem:
-                raise InputError(f"{source}: image {image_id!r}: box {box} {problem}.")
+def _box(box: Any, size: tuple[int, int], where: str) -> tuple[float, float, float, float]:
+    """A box of an image of `size`, or an InputError that says what is wrong with it."""
+    problem = None
+    try:
+        x, y, width, height = map(float, box)
+    except (TypeError, ValueError):
+        x = y = width = height = math.nan
+    if not all(map(math.isfinite, (x, y, width, height))):
+        problem = "must be four finite numbers x, y, width, height"
+    elif width <= 0 or height <= 0:
+        problem = "is empty; width and height must be positive"
+    # One pixel of grace: annotation tools round.
+    elif x < -1 or y < -1 or x + width > size[0] + 1 or y + height > size[1] + 1:
+        problem = f"lies outside its image of {size[0]} x {size[1]} pixels"
+    if problem:
+        raise InputError(f"{where}: box {box!r} {problem}.")
+    return x, y, width, height
