@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prompts of class names, the tokens of each class, and scores, against what transformers does with the same tokens."""
 
+import itertools
 import random
 from types import SimpleNamespace
 
@@ -68,7 +69,7 @@ def test_split_classes_fits_keeps_order_and_is_not_longer_than_needed(tokenizer,
     assert len(chunks) > 1
     for chunk in chunks:
         assert 0 < length(chunk) <= max_text_len
-    for chunk, following in zip(chunks, chunks[1:], strict=False):
+    for chunk, following in itertools.pairwise(chunks):
         assert length([*chunk, following[0]]) > max_text_len
 
 

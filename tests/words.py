@@ -7,7 +7,8 @@ from pathlib import Path
 from transformers import BertTokenizerFast
 
 SPECIAL = {"[PAD]": 0, "[UNK]": 100, "[CLS]": 101, "[SEP]": 102, "[MASK]": 103, ".": 1012, "?": 1029}
-WORDS = "red white blood cell platelet dog cat horse hot ##dog ##s st bernard what is this a b c d e f g".split()
+WORDS = ["red", "white", "blood", "cell", "platelet", "dog", "cat", "horse", "hot", "##dog", "##s", "st", "bernard"]
+WORDS += ["what", "is", "this", *"abcdefg"]
 FIRST_WORD = 200
 
 
