@@ -95,7 +95,8 @@ def make_scene(
     """One scene.
 
     Args:
-        seed: what the scene depends on, nothing else.
+        seed: what the scene depends on, nothing else. numpy takes a short seed for one with zeros after it: (5, 1) and
+            (5, 1, 0) are one scene.
         classes: indices into `read_categories()` to draw from.
         size: width and height in pixels.
         look: style and sizes.
