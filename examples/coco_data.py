@@ -90,6 +90,11 @@ def load_split(dataset_name: str, split: str) -> DetectionSplit:
         raise InputError(f"{dataset_name}: split {split!r} has no images.")
     if not data.class_names:
         raise InputError(f"{dataset_name}: split {split!r} has no categories; a prompt needs class names.")
+    twice = {name for name in data.class_names if data.class_names.count(name) > 1}
+    if twice:
+        raise InputError(f"{dataset_name}: split {split!r} has several categories named {', '.join(sorted(twice))}.")
+    if not any(data.boxes):
+        raise InputError(f"{dataset_name}: split {split!r} has no boxes.")
     return data
 
 

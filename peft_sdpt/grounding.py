@@ -47,8 +47,18 @@ def class_prompt(class_names: Sequence[str]) -> str:
 
 
 def phrase_lengths(class_names: Sequence[str], tokenizer: Any) -> list[int]:
-    """Tokens that each class takes of a prompt, its full stop included."""
-    return [len(tokenizer(class_prompt([name]), add_special_tokens=False)["input_ids"]) for name in class_names]
+    """Tokens that each class takes of a prompt, its full stop included.
+
+    Raises:
+        ValueError: if the tokenizer knows nothing of a name: the classes after it would be taken for one another.
+    """
+    lengths = [len(tokenizer(class_prompt([name]), add_special_tokens=False)["input_ids"]) for name in class_names]
+    for name, length in zip(class_names, lengths, strict=True):
+        if length < 2:
+            raise ValueError(
+                f"class_names: the tokenizer finds no token in {name!r}; every class needs a word it knows."
+            )
+    return lengths
 
 
 def split_classes(class_names: Sequence[str], tokenizer: Any, max_text_len: int) -> list[list[int]]:
@@ -65,7 +75,7 @@ def split_classes(class_names: Sequence[str], tokenizer: Any, max_text_len: int)
         Indices into `class_names`, a list a prompt.
 
     Raises:
-        ValueError: if one name alone does not fit.
+        ValueError: if one name alone does not fit, or has no token.
     """
     chunks: list[list[int]] = []
     room = 0

@@ -190,6 +190,19 @@ def test_split_without_images(folder, coco):
         load(folder, {**coco, "images": [], "annotations": []})
 
 
+def test_split_without_boxes(folder, coco):
+    coco["annotations"] = []
+    with pytest.raises(InputError, match="split 'train' has no boxes"):
+        load(folder, coco)
+
+
+def test_categories_of_one_name(folder, coco):
+    for category in coco["categories"]:
+        category["name"] = "cell"
+    with pytest.raises(InputError, match="split 'train' has several categories named cell"):
+        load(folder, coco)
+
+
 def test_split_without_categories(folder, coco):
     with pytest.raises(InputError, match="split 'train' has no categories"):
         load(folder, {**coco, "annotations": [], "categories": []})

@@ -87,6 +87,12 @@ def test_split_classes_refuses_a_name_longer_than_a_prompt(tokenizer):
         split_classes(["dog", "a b c d e f"], tokenizer, 8)
 
 
+def test_a_name_without_tokens_is_refused(tokenizer):
+    # A zero-width space is a character to Python and nothing to the tokenizer.
+    with pytest.raises(ValueError, match="finds no token in"):
+        split_classes(["dog", "\u200b"], tokenizer, 32)
+
+
 PROMPTS = [
     "dog.",
     "hotdogs. red blood cell. cat.",
