@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+import torch
+from PIL import ExifTags, Image, ImageOps
+
+from peft_sdpt.grounding import class_prompt
 
 # What is read of each entry of a COCO file.
 COCO_FIELDS = {
@@ -73,6 +76,33 @@ class DetectionSplit:
         }
 
 
+def centre_boxes(boxes: list[tuple[float, float, float, float]], size: tuple[int, int]) -> torch.Tensor:
+    """Boxes (x, y, width, height) in pixels as a detector takes them: centre, width and height as shares of the image.
+
+    Args:
+        boxes: n boxes, perhaps none.
+        size: (width, height) of the image, pixels.
+
+    Returns:
+        (n, 4), float32.
+    """
+    shares = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4) / torch.tensor([*size, *size])
+    return torch.cat([shares[:, :2] + shares[:, 2:] / 2, shares[:, 2:]], dim=1)
+
+
+def has_test_split(dataset_name: str) -> bool:
+    """Whether a local folder or a data set on the Hub has a split "test"."""
+    folder = Path(dataset_name)
+    if folder.exists():
+        return (folder / "test.json").is_file()
+    from datasets import get_dataset_split_names
+
+    try:
+        return "test" in get_dataset_split_names(dataset_name)
+    except Exception:  # Not there at all: `load_split` says so.
+        return False
+
+
 def load_split(dataset_name: str, split: str) -> DetectionSplit:
     """Read a split of a local COCO folder, or of a data set on the Hub.
 
@@ -90,7 +120,8 @@ def load_split(dataset_name: str, split: str) -> DetectionSplit:
         raise InputError(f"{dataset_name}: split {split!r} has no images.")
     if not data.class_names:
         raise InputError(f"{dataset_name}: split {split!r} has no categories; a prompt needs class names.")
-    twice = {name for name in data.class_names if data.class_names.count(name) > 1}
+    phrases = [class_prompt([name]) for name in data.class_names if name.strip(" .?")]
+    twice = {phrase for phrase in phrases if phrases.count(phrase) > 1}
     if twice:
         raise InputError(f"{dataset_name}: split {split!r} has several categories named {', '.join(sorted(twice))}.")
     if not any(data.boxes):
@@ -131,22 +162,39 @@ def load_coco_folder(folder: Path, split: str) -> DetectionSplit:
         path = folder / "images" / image["file_name"]
         if not path.is_file():
             raise InputError(f"{path}: no such image, but {file.name} lists it.")
+        _check_picture(path, (image["width"], image["height"]), file)
         paths.append(path)
+    sizes = [(image["width"], image["height"]) for image in coco["images"]]
     return DetectionSplit(
         class_names=[str(category["name"]) for category in coco["categories"]],
         image_ids=[image["id"] for image in coco["images"]],
-        sizes=[(image["width"], image["height"]) for image in coco["images"]],
+        sizes=sizes,
         boxes=[
-            [
-                _box(a["bbox"], (image["width"], image["height"]), f"{file}: image {image['id']!r}")
-                for a in found[image["id"]]
-            ]
-            for image in coco["images"]
+            [_box(a["bbox"], size, f"{file}: image {image['id']!r}") for a in found[image["id"]]]
+            for image, size in zip(coco["images"], sizes, strict=True)
         ],
         labels=[[position[a["category_id"]] for a in found[image["id"]]] for image in coco["images"]],
         crowds=[[bool(a.get("iscrowd", 0)) for a in found[image["id"]]] for image in coco["images"]],
-        open_image=lambda index: Image.open(paths[index]).convert("RGB"),
+        open_image=lambda index: _open_picture(paths[index], sizes[index]),
     )
+
+
+def _check_picture(path: Path, size: tuple[int, int], file: Path) -> None:
+    """Refuse a picture that does not open or whose boxes are in pixels of another size; reads its header only."""
+    try:
+        with Image.open(path) as picture:
+            # Cameras store a turned picture as it left the sensor; annotations may be of either.
+            turned = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            sizes = {picture.size, picture.size[::-1] if turned else picture.size}
+    except OSError as error:
+        raise InputError(f"{path}: not a picture that opens ({error}).") from None
+    if size not in sizes:
+        raise InputError(f"{path}: {sorted(sizes)[0]} pixels, but {file.name} says {size}.")
+
+
+def _open_picture(path: Path, size: tuple[int, int]) -> Image.Image:
+    picture = Image.open(path)
+    return (picture if picture.size == size else ImageOps.exif_transpose(picture)).convert("RGB")
 
 
 def load_hub_split(dataset_name: str, split: str) -> DetectionSplit:

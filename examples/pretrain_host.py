@@ -32,11 +32,11 @@ from transformers import (
 )
 from transformers.models.grounding_dino.image_processing_pil_grounding_dino import GroundingDinoImageProcessorPil
 
-from coco_data import DetectionSplit
+from coco_data import DetectionSplit, centre_boxes
 from coco_metrics import average_precision, detect, evaluate, rows_of
 from peft_sdpt.grounding import class_prompt
 from peft_sdpt.loss import GroundedDetectionLoss
-from pictograms import make_scene, read_categories
+from pictograms import make_scene, read_categories, scene_split
 
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGE_SIZE = 96
@@ -60,7 +60,7 @@ def parse_args() -> argparse.Namespace:
         default="minilm",
         help="minilm: the first two layers of MiniLM, frozen. random: two layers from scratch, trained.",
     )
-    parser.add_argument("--names_per_prompt", type=int, nargs=2, default=(8, 24), metavar=("LEAST", "MOST"))
+    parser.add_argument("--names_per_prompt", type=int, nargs=2, default=(8, 23), metavar=("LEAST", "MOST"))
     parser.add_argument("--checkpointing_steps", type=int, default=250)
     parser.add_argument("--num_eval_images", type=int, default=500)
     parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="bf16")
@@ -140,11 +140,10 @@ def training_batch(step: int, args: argparse.Namespace, names: list[str], tokeni
         asked = draw_names(rng, classes, len(names), args.names_per_prompt)
         prompts.append(class_prompt([names[c] for c in asked]))
         pictures.append(np.asarray(picture))
-        box = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4) / IMAGE_SIZE
         labels.append(
             {
                 "class_labels": torch.tensor([asked.index(c) for c in classes], dtype=torch.long),
-                "boxes": torch.cat([box[:, :2] + box[:, 2:] / 2, box[:, 2:]], dim=1),
+                "boxes": centre_boxes(boxes, picture.size),
             }
         )
     pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 255
@@ -157,16 +156,7 @@ def held_out_scenes(seen: bool, num_images: int) -> DetectionSplit:
     """Scenes that no training step draws, of the names of pre-training or of those kept out of it."""
     categories = read_categories()
     classes = [i for i, category in enumerate(categories) if category.seen == seen]
-    scenes = [make_scene((EVAL_SEED, image), classes, IMAGE_SIZE) for image in range(num_images)]
-    return DetectionSplit(
-        class_names=[categories[c].name for c in classes],
-        image_ids=list(range(num_images)),
-        sizes=[(IMAGE_SIZE, IMAGE_SIZE)] * num_images,
-        boxes=[[tuple(map(float, box)) for box in boxes] for _, _, boxes in scenes],
-        labels=[[classes.index(label) for label in labels] for _, labels, _ in scenes],
-        crowds=[[False] * len(labels) for _, labels, _ in scenes],
-        open_image=lambda index: scenes[index][0],
-    )
+    return scene_split([(EVAL_SEED, image) for image in range(num_images)], classes, IMAGE_SIZE)
 
 
 def evaluate_host(model, processor, num_images: int, names_per_prompt: tuple[int, int]) -> dict:
@@ -195,7 +185,7 @@ def draw_names(rng: np.random.Generator, present: list[int], num_names: int, nam
     """The classes of a picture among random others, in random order."""
     present = sorted(set(present))
     others = rng.permutation(np.setdiff1d(np.arange(num_names), present))
-    drawn = [*present, *others[: max(0, rng.integers(*names_per_prompt) - len(present))]]
+    drawn = [*present, *others[: max(0, rng.integers(*names_per_prompt, endpoint=True) - len(present))]]
     return rng.permutation(drawn).tolist()
 
 

@@ -5,8 +5,8 @@
     accelerate launch examples/train_detection.py
 
 With no flags it takes the small host in `examples/host` and the built-in task "twemoji": pictograms of known names in a
-drawing style that the host has never seen. It measures COCO AP, trains, measures again, and saves the adapter,
-`metrics.json` and `detections.png` in the output folder.
+drawing style that the host has never seen. It measures COCO AP of the bare host, trains, measures again, and saves the
+adapter, `metrics.json` and `detections.png` in the output folder.
 
 With your own photographs, boxes in COCO format:
 
@@ -31,9 +31,9 @@ from accelerate.utils import set_seed
 from peft import PeftModel, get_peft_model
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor, SchedulerType, get_scheduler
+from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor, get_scheduler
 
-from coco_data import DetectionSplit, InputError, load_split
+from coco_data import DetectionSplit, InputError, centre_boxes, has_test_split, load_split
 from coco_metrics import detect, evaluate
 from peft_sdpt import SDPTConfig
 from peft_sdpt.grounding import class_prompt, phrase_lengths, split_classes
@@ -43,6 +43,11 @@ from pictures import side_by_side
 
 HERE = Path(__file__).resolve().parent
 SHOWN_PICTURES = 4
+NUM_VIRTUAL_TOKENS = 10
+# Those of transformers that need nothing but a number of steps.
+SCHEDULERS = (
+    *("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"),
+)
 
 
 def parse_args() -> argparse.Namespace:
@@ -69,17 +74,16 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--weight_decay", type=float, default=0.0)
     parser.add_argument("--max_grad_norm", type=float, default=1.0)
-    parser.add_argument("--lr_scheduler_type", type=SchedulerType, default="cosine", choices=list(SchedulerType))
+    parser.add_argument("--lr_scheduler_type", default="cosine", choices=SCHEDULERS)
     parser.add_argument("--num_warmup_steps", type=int, default=10)
     parser.add_argument("--gradient_accumulation_steps", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num_virtual_tokens", type=int, default=10, help="Unified prototype tokens a fusion layer.")
+    parser.add_argument("--num_virtual_tokens", type=int, help="Unified prototype tokens a fusion layer (default 10).")
     parser.add_argument(
         "--pinv_rtol",
         type=float,
-        default=0.1,
         help="Drop singular values of the frozen projections below this share of the largest when inverting them. "
-        "0 is the full inverse of the paper.",
+        "Default: the full inverse of the paper.",
     )
     parser.add_argument("--image_size", type=int, help="Shorter side in pixels. Default: the processor's own.")
     parser.add_argument(
@@ -98,12 +102,23 @@ def check_args(args: argparse.Namespace) -> None:
     for name in ("learning_rate", "max_grad_norm"):
         if not getattr(args, name) > 0:
             raise InputError(f"--{name} {getattr(args, name)}: must be positive.")
+    if args.pinv_rtol is not None and not 0 < args.pinv_rtol < 1:
+        raise InputError(f"--pinv_rtol {args.pinv_rtol}: must be above 0 and below 1.")
+    for name in ("num_virtual_tokens", "pinv_rtol"):
+        if args.adapter and getattr(args, name) is not None:
+            raise InputError(f"--{name}: belongs to the adapter, and --adapter {args.adapter} brings its own.")
 
 
-def use_all_cores(num_processes: int) -> None:
-    """Undo the one thread a process that `accelerate launch` falls back to when told nothing (accelerate 1.15)."""
+def use_all_cores(accelerator: Accelerator) -> None:
+    """Share the cores among the processes of this machine where each has one thread.
+
+    One thread is what `accelerate launch` (1.15) sets without `--num_cpu_threads_per_process`; a wish for exactly one
+    looks the same and is not heard.
+    """
     if os.environ.get("OMP_NUM_THREADS") == "1" and "ACCELERATE_MIXED_PRECISION" in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_processes))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+        torch.set_num_threads(max(1, cores // local_processes))
 
 
 def load_host(args: argparse.Namespace) -> tuple:
@@ -124,8 +139,8 @@ def load_host(args: argparse.Namespace) -> tuple:
         except (OSError, ValueError) as error:
             raise InputError(f"--adapter {args.adapter}: {error}") from None
     if not args.eval_only:
+        config = SDPTConfig(num_virtual_tokens=args.num_virtual_tokens or NUM_VIRTUAL_TOKENS, pinv_rtol=args.pinv_rtol)
         try:
-            config = SDPTConfig(num_virtual_tokens=args.num_virtual_tokens, pinv_rtol=args.pinv_rtol or None)
             return processor, get_peft_model(model, config)
         except ValueError as error:
             raise InputError(f"--model_name_or_path {name}: {error}") from None
@@ -140,8 +155,9 @@ class Collator:
 
     def __init__(self, data: DetectionSplit, processor, max_text_len: int):
         self.data, self.processor = data, processor
+        # [CLS] and [SEP] have their place too.
+        self.room = max_text_len - 2
         self.lengths = phrase_lengths(data.class_names, processor.tokenizer)
-        self.room = max_text_len - 2  # [CLS] and [SEP]
 
     def __call__(self, images: list[int]) -> tuple[dict, list[dict]]:
         pictures = [self.data.open_image(i) for i in images]
@@ -152,12 +168,10 @@ class Collator:
             position = {c: i for i, c in enumerate(asked)}
             objects = zip(self.data.boxes[image], self.data.labels[image], self.data.crowds[image], strict=True)
             kept = [(box, position[c]) for box, c, crowd in objects if c in position and not crowd]
-            boxes = torch.tensor([box for box, _ in kept]).reshape(-1, 4)
-            boxes = boxes / torch.tensor([*picture.size, *picture.size])
             labels.append(
                 {
                     "class_labels": torch.tensor([c for _, c in kept], dtype=torch.long),
-                    "boxes": torch.cat([boxes[:, :2] + boxes[:, 2:] / 2, boxes[:, 2:]], dim=1),
+                    "boxes": centre_boxes([box for box, _ in kept], picture.size),
                 }
             )
         inputs = self.processor.image_processor(pictures, return_tensors="pt")
@@ -181,7 +195,7 @@ class Collator:
 def run(args: argparse.Namespace) -> None:
     check_args(args)
     accelerator = Accelerator(gradient_accumulation_steps=args.gradient_accumulation_steps)
-    use_all_cores(accelerator.num_processes)
+    use_all_cores(accelerator)
     set_seed(args.seed)
     args.output_dir.mkdir(parents=True, exist_ok=True)
 
@@ -191,7 +205,7 @@ def run(args: argparse.Namespace) -> None:
         dataset = str(args.output_dir / "data" / dataset)
         with accelerator.main_process_first():
             write_task(args.dataset_name, Path(dataset), disable_progress=not accelerator.is_main_process)
-    eval_split = args.eval_split or ("test" if (Path(dataset) / "test.json").is_file() else "val")
+    eval_split = args.eval_split or ("test" if has_test_split(dataset) else "val")
     held_out = load_split(dataset, eval_split)
     train = None if args.eval_only else load_split(dataset, "train")
     if train and train.class_names != held_out.class_names:
@@ -201,12 +215,16 @@ def run(args: argparse.Namespace) -> None:
     processor, model = load_host(args)
     model.to(accelerator.device)
     shown = [held_out.open_image(i) for i in range(min(SHOWN_PICTURES, len(held_out)))]
-    chunks = split_classes(held_out.class_names, processor.tokenizer, model.config.max_text_len)
+    try:
+        chunks = split_classes(held_out.class_names, processor.tokenizer, model.config.max_text_len)
+    except ValueError as error:
+        raise InputError(f"{dataset}: {error}") from None
 
     def measure(label: str) -> tuple[dict, list[dict]]:
         metrics = evaluate(model, processor, held_out, args.per_device_eval_batch_size, accelerator, label)
         model.eval()
-        return metrics, detect(accelerator.unwrap_model(model), processor, shown, held_out.class_names, chunks)
+        with accelerator.autocast():
+            return metrics, detect(accelerator.unwrap_model(model), processor, shown, held_out.class_names, chunks)
 
     with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
         before, shown_before = measure("before")
@@ -244,7 +262,7 @@ def run(args: argparse.Namespace) -> None:
                     if accelerator.sync_gradients:
                         accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
                     optimizer.step()
-                    if accelerator.sync_gradients:
+                    if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
                         scheduler.step()
                     optimizer.zero_grad()
                 if accelerator.sync_gradients:
@@ -269,11 +287,13 @@ def run(args: argparse.Namespace) -> None:
             "trainable_parameters": trainable,
             "total_parameters": total,
             "train_seconds": round(seconds, 1),
-            "args": {name: str(v) if isinstance(v, Path | SchedulerType) else v for name, v in vars(args).items()},
+            "args": {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()},
         }
-        (args.output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        # An evaluation leaves the record of the training run beside it alone.
+        prefix = "eval_" if args.eval_only else ""
+        (args.output_dir / f"{prefix}metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
         columns = {"before": shown_before} | ({"after": shown_after} if shown_after else {})
-        side_by_side(shown, columns, held_out.class_names).save(args.output_dir / "detections.png")
+        side_by_side(shown, columns, held_out.class_names).save(args.output_dir / f"{prefix}detections.png")
         print(
             f"\n{args.dataset_name}, {eval_split} split of {len(held_out)} images, {len(held_out.class_names)} classes"
         )
@@ -281,8 +301,11 @@ def run(args: argparse.Namespace) -> None:
         for name, row in (("before", before), ("after", after)):
             if row:
                 print(f"{name:8}{row['AP']:8.3f}{row['AP50']:8.3f}{row['AP75']:8.3f}")
-        print(f"trained {trainable:,} of {total:,} parameters ({100 * trainable / total:.3f} %) in {seconds:.0f} s")
-        print(f"wrote {args.output_dir}/: metrics.json, detections.png" + (", the adapter" if seconds else ""))
+        if not args.eval_only:
+            share = f"{100 * trainable / total:.3f} %"
+            print(f"trained {trainable:,} of {total:,} parameters ({share}) in {seconds:.0f} s")
+            print(f"the adapter: {args.output_dir}/adapter_model.safetensors")
+        print(f"wrote {args.output_dir}/{prefix}metrics.json and {prefix}detections.png")
     accelerator.end_training()
 
 

@@ -96,7 +96,7 @@ class SDPTConfig(PeftConfig):
         self.peft_type = PeftType.SDPT
         if isinstance(self.init_weights, bool):
             self.init_weights = "uniform"
-        if isinstance(self.layers_to_transform, int) and not _is_bool(self.layers_to_transform):
+        if _is_int(self.layers_to_transform):
             self.layers_to_transform = [self.layers_to_transform]
         for name in ("target_modules", "layers_to_transform", "modules_to_save"):
             value = getattr(self, name)

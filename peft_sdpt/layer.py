@@ -41,10 +41,11 @@ def init_prompts(config: SDPTConfig, width: int) -> torch.Tensor:
     Returns:
         `(N, width)`, or `(2, N, width)` for independent mode (image set, text set); float32.
     """
-    sets = 2 if config.prompt_mode == "independent" else 1
+    tokens = torch.empty(prompt_shape(config, width), device="cpu", dtype=torch.float32)
     # Set by set: torch takes the fans of a 3-D tensor for those of a convolution.
-    tokens = [_INITIALISERS[config.init_weights](torch.empty(config.num_virtual_tokens, width)) for _ in range(sets)]
-    return torch.stack(tokens) if sets == 2 else tokens[0]
+    for token_set in tokens.view(-1, config.num_virtual_tokens, width):
+        _INITIALISERS[config.init_weights](token_set)
+    return tokens
 
 
 def prompt_shape(config: SDPTConfig, width: int) -> tuple[int, ...]:
@@ -54,23 +55,50 @@ def prompt_shape(config: SDPTConfig, width: int) -> tuple[int, ...]:
 
 
 class _WeightState(NamedTuple):
-    """What a weight was when its inverse was taken.
+    """What the weight of a projection was when its inverse was taken.
 
     The alias keeps the storage alive: no later weight can come to lie at the same address unseen.
+    PEFT merges another tuner's adapter through `.data`, which PyTorch does not count; what is merged
+    into the projection is therefore part of its state.
     """
 
     alias: torch.Tensor
     version: int | None
+    merged: tuple[str, ...]
 
     @classmethod
-    def of(cls, weight: torch.Tensor) -> _WeightState:
-        return cls(weight.detach(), _version(weight))
+    def of(cls, query: nn.Module) -> _WeightState:
+        return cls(query.weight.detach(), _version(query.weight), _merged(query))
 
-    def still_holds(self, weight: torch.Tensor) -> bool:
-        alias = self.alias
+    def still_holds(self, query: nn.Module) -> bool:
+        alias, weight = self.alias, query.weight
+        if self.merged != _merged(query):
+            return False
         if alias.is_meta or weight.is_meta:
             return alias.is_meta and weight.is_meta and alias.shape == weight.shape
         return alias.device == weight.device and alias.is_set_to(weight) and self.version == _version(weight)
+
+
+def _merged(query: nn.Module) -> tuple[str, ...]:
+    return tuple(getattr(query, "merged_adapters", ()))
+
+
+def refuse_adapted(query: nn.Module) -> None:
+    """SDPT inverts the host's own map, not the one that another tuner makes of it.
+
+    Raises:
+        ValueError: another tuner's adapter acts on the projection without being merged into it.
+    """
+    if isinstance(query, BaseTunerLayer) and not query.disable_adapters and not query.merged:
+        acting = [
+            name for name in query.active_adapters if any(name in getattr(query, n) for n in query.adapter_layer_names)
+        ]
+        if acting:
+            raise ValueError(
+                f"SDPT inverts a projection that the adapter {acting[0]!r} of another tuner ({type(query).__module__}) "
+                "changes in every forward. Merge or disable it, or leave the query projections of the fusion layers "
+                "out of its target_modules."
+            )
 
 
 def _version(tensor: torch.Tensor) -> int | None:
@@ -95,8 +123,10 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
 
     The inverse projections are computed when an adapter is attached and again, before the next
     forward, when a projection weight has changed: by `load_state_dict`, an operation in place, a new
-    parameter or new `.data`, a cast. Writes that PyTorch itself does not count, `weight.data.copy_()`
-    or through numpy, go unseen: call `refresh_inverses(force=True)` after such a write. No gradient
+    parameter or new `.data`, a cast, a merge of another tuner's adapter. Other writes that PyTorch does
+    not count, in place through `weight.data` or through numpy, go unseen: call
+    `refresh_inverses(force=True)` after such a write. An adapter of another tuner that acts on a query
+    projection without being merged into it is refused. No gradient
     flows to the weights through their inverse.
 
     Args:
@@ -150,19 +180,21 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
 
     def refresh_inverses(self, force: bool = False) -> None:
         """Recompute the inverse projections if a weight has changed since; with `force`, anyway."""
-        weights = self._query_weights()
+        queries = self._queries()
+        for query in queries:
+            refuse_adapted(query)
         if force or not self._inverses_hold():
             for inverses in (self.sdpt_image_inverse, self.sdpt_text_inverse):
                 inverses.clear()
-        for inverses, weight in zip((self.sdpt_image_inverse, self.sdpt_text_inverse), weights, strict=True):
+        for inverses, query in zip((self.sdpt_image_inverse, self.sdpt_text_inverse), queries, strict=True):
             # Adapters with the same tolerance share one tensor.
             known = {self.sdpt_config[name].pinv_rtol: value for name, value in inverses.items()}
             for name, config in self.sdpt_config.items():
                 if name not in inverses:
                     if config.pinv_rtol not in known:
-                        known[config.pinv_rtol] = inverse_projection(weight, config.pinv_rtol)
+                        known[config.pinv_rtol] = inverse_projection(query.weight, config.pinv_rtol)
                     inverses[name] = known[config.pinv_rtol]
-        self._inverted = tuple(_WeightState.of(weight) for weight in weights)
+        self._inverted = tuple(_WeightState.of(query) for query in queries)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Same arguments and results as the wrapped attention; see the class for the weights."""
@@ -193,6 +225,8 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
         if not torch.compiler.is_compiling() and not self._inverses_hold():
             self.refresh_inverses()
         image_query, text_query = self._queries()
+        for query in (image_query, text_query):
+            refuse_adapted(query)
         image_prompts, text_prompts = [], []
         for name in names:
             config = self.sdpt_config[name]
@@ -217,7 +251,7 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
     def _inverses_hold(self) -> bool:
         """Whether the inverses are those of the weights as they are now."""
         return self._inverted is not None and all(
-            state.still_holds(weight) for state, weight in zip(self._inverted, self._query_weights(), strict=True)
+            state.still_holds(query) for state, query in zip(self._inverted, self._queries(), strict=True)
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> SDPTLayer:
@@ -231,7 +265,7 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
             self._inverted = None
         elif held and dtypes == [weight.dtype for weight in weights]:
             # Only moved, and the inverses with them.
-            self._inverted = tuple(_WeightState.of(weight) for weight in weights)
+            self._inverted = tuple(_WeightState.of(query) for query in self._queries())
         else:
             # A cast rounds the weights, and has cast the inverses too, below float32 perhaps.
             self.refresh_inverses(force=True)

@@ -16,7 +16,7 @@ from torch import nn
 
 from .config import SDPTConfig
 from .hosts import find_host, supported_classes
-from .layer import CANNOT_MERGE, SDPTLayer, prompt_shape
+from .layer import CANNOT_MERGE, SDPTLayer, prompt_shape, refuse_adapted
 
 
 class SDPTModel(BaseTuner):
@@ -28,7 +28,8 @@ class SDPTModel(BaseTuner):
     Raises:
         ValueError: the host has no known fusion attention; `target_modules` matches nothing, or a
             module that is none; a layer of `layers_to_transform` is not there; the config belongs to
-            a saved adapter whose layers are not those of the host.
+            a saved adapter whose layers are not those of the host; another tuner's adapter acts on a
+            projection that SDPT inverts.
     """
 
     prefix = "sdpt_"
@@ -176,7 +177,10 @@ def _select_fusion_layers(model: nn.Module, config: SDPTConfig) -> dict[str, int
                 f"SDPTConfig.target_modules={config.target_modules!r} matches none of the fusion "
                 f"layers asked for by layers_to_transform={config.layers_to_transform}."
             )
-    return {name: _width(layers[name]) for name in names}
+    for name in names:
+        for query in _queries(layers[name]):
+            refuse_adapted(query)
+    return {name: _queries(layers[name])[0].weight.shape[0] for name in names}
 
 
 def _adaptable_modules(model: nn.Module, config: SDPTConfig) -> dict[str, nn.Module]:
@@ -230,7 +234,8 @@ def _is_fusion_layer(module: nn.Module) -> bool:
     return isinstance(module, SDPTLayer) or find_host(module) is not None
 
 
-def _width(module: nn.Module) -> int:
-    if isinstance(module, SDPTLayer):
-        return module.width
-    return find_host(module).image_side(module).query.weight.shape[0]
+def _queries(module: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """Query projections of a fusion attention, image and text."""
+    module = module.base_layer if isinstance(module, SDPTLayer) else module
+    host = find_host(module)
+    return host.image_side(module).query, host.text_side(module).query

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from hosts import HOST_NAMES, WIDTH, FusionStack, make_host, model_inputs
@@ -419,6 +420,52 @@ def test_beside_lora_in_the_same_host():
         model = attach(host)
     assert adapted_layers(host) == LAYERS
     assert not torch.equal(run(model), with_lora)
+
+
+def lora_on_the_queries(host) -> list:
+    """LoRA on every projection that SDPT inverts; returns its layers."""
+    host.config.tie_word_embeddings = False
+    inject_adapter_in_model(LoraConfig(target_modules=["text_proj", "vision_proj"], init_lora_weights=False), host)
+    return [module for module in host.modules() if isinstance(module, LoraLayer)]
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+def test_lora_on_an_inverted_projection_is_refused_unless_merged():
+    host = make_host()
+    lora_layers = lora_on_the_queries(host)
+    assert len(lora_layers) == 2 * len(LAYERS)
+    before = run(host)
+    with pytest.raises(ValueError, match=r"adapter 'default' of another tuner .*Merge or disable it"):
+        attach(host)
+    assert not any(isinstance(module, SDPTLayer) for module in host.modules())
+    assert torch.equal(run(host), before)
+
+    for layer in lora_layers:
+        layer.merge()
+    model = attach(host)
+    merged = run(model)
+    assert not torch.equal(merged, before)
+    # PEFT unmerges through `.data`, which PyTorch does not count.
+    for layer in lora_layers:
+        layer.unmerge()
+    with pytest.raises(ValueError, match="Merge or disable it"):
+        run(model)
+    for layer in lora_layers:
+        layer.merge()
+    torch.testing.assert_close(run(model), merged)
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+def test_the_inverse_follows_a_merge_of_another_tuner():
+    model = attach(make_host())
+    lora_layers = lora_on_the_queries(model.get_base_model())
+    for layer in lora_layers:
+        layer.merge()
+    merged = run(model)
+    for module in model.modules():
+        if isinstance(module, SDPTLayer):
+            module.refresh_inverses(force=True)
+    assert torch.equal(run(model), merged)
 
 
 def test_prompts_learn_what_other_prompts_do():

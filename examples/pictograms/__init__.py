@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Generated scenes of named pictograms, in COCO terms: the data of the host's pre-training and of the built-in tasks.
 
-A scene is a small photograph-like picture: a few pictograms of random size, turn and tint on smoothed noise, with
+A scene is a small photograph-like picture: a few pictograms of random size, turn and brightness on smoothed noise, with
 their names and tight boxes. It depends on nothing but its seed.
 """
 
@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from coco_data import DetectionSplit
 
 FOLDER = Path(__file__).resolve().parent
 TILE = 64
@@ -140,3 +142,19 @@ def make_scene(
     if look.grey:
         picture = picture.convert("L").convert("RGB")
     return picture, labels, [(x0, y0, x1 - x0, y1 - y0) for x0, y0, x1, y1 in corners]
+
+
+def scene_split(
+    seeds: list[tuple[int, ...]], classes: list[int], size: int = 96, look: SceneStyle = SceneStyle()
+) -> DetectionSplit:
+    """Scenes as a split of a detection data set: one a seed, its labels indices into `classes`."""
+    scenes = [make_scene(seed, classes, size, look) for seed in seeds]
+    return DetectionSplit(
+        class_names=[read_categories()[c].name for c in classes],
+        image_ids=list(range(len(scenes))),
+        sizes=[(size, size)] * len(scenes),
+        boxes=[[tuple(map(float, box)) for box in boxes] for _, _, boxes in scenes],
+        labels=[[classes.index(label) for label in labels] for _, labels, _ in scenes],
+        crowds=[[False] * len(labels) for _, labels, _ in scenes],
+        open_image=lambda index: scenes[index][0],
+    )

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from pictograms import SceneStyle, make_scene, read_categories
+from pictograms import SceneStyle, read_categories, scene_split
 
 
 @dataclass(frozen=True)
@@ -53,29 +53,12 @@ def write_task(name: str, folder: Path, size: int = 96, disable_progress: bool =
     classes = [i for i, category in enumerate(categories) if category.seen][:: task.every]
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for split in splits:
-        images, annotations = [], []
-        for index in tqdm(range(getattr(task, split)), desc=f"drawing {name} {split}", disable=disable_progress):
-            seed = (zlib.crc32(name.encode()), splits.index(split), index)
-            picture, labels, boxes = make_scene(seed, classes, size, task.look)
-            file_name = f"{split}_{index:04d}.png"
-            picture.save(folder / "images" / file_name, compress_level=1)
-            images.append({"id": index, "file_name": file_name, "width": size, "height": size})
-            for label, box in zip(labels, boxes, strict=True):
-                annotations.append(
-                    {
-                        "id": len(annotations) + 1,
-                        "image_id": index,
-                        "category_id": label,
-                        "bbox": box,
-                        "area": box[2] * box[3],
-                        "iscrowd": 0,
-                    }
-                )
-        coco = {
-            "images": images,
-            "annotations": annotations,
-            "categories": [{"id": i, "name": categories[i].name} for i in classes],
-        }
+        seeds = [(zlib.crc32(name.encode()), splits.index(split), index) for index in range(getattr(task, split))]
+        data = scene_split(seeds, classes, size, task.look)
+        coco = data.as_coco()
+        for image in tqdm(coco["images"], desc=f"drawing {name} {split}", disable=disable_progress):
+            image["file_name"] = f"{split}_{image['id']:04d}.png"
+            data.open_image(image["id"]).save(folder / "images" / image["file_name"], compress_level=1)
         # Last and in one move: a split whose file is there has all its images.
         unfinished = folder / f"{split}.json.unfinished"
         unfinished.write_text(json.dumps(coco))
