@@ -167,25 +167,26 @@ def test_many_classes_are_asked_in_part_and_never_without_those_of_the_picture(s
 
 
 @pytest.mark.slow
-def test_accelerate_launch_on_two_processes_writes_what_one_writes(small_task, tmp_path):
+def test_two_processes_train_and_measure_as_one_does(small_task, tmp_path):
+    # torchrun, because `accelerate launch --cpu --num_processes 2` starts one process (accelerate 1.15).
     for processes in (1, 2):
         subprocess.run(
             [
-                *(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)),
-                *("--num_cpu_threads_per_process", "1", "--main_process_port", "0"),
+                *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)),
                 *(str(ROOT / "examples" / "train_detection.py"), "--dataset_name", str(small_task)),
-                *("--max_train_steps", "2", "--per_device_train_batch_size", str(4 // processes)),
-                *("--output_dir", str(tmp_path / str(processes))),
+                *("--max_train_steps", "2", "--num_warmup_steps", "0"),
+                *("--per_device_train_batch_size", str(4 // processes), "--output_dir", str(tmp_path / str(processes))),
             ],
             check=True,
             timeout=240,
+            env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
         )
-    one, two = (json.loads((tmp_path / str(n) / "metrics.json").read_text()) for n in (1, 2))
+    one, two = (json.loads((tmp_path / n / "metrics.json").read_text()) for n in "12")
     assert one["before"] == pytest.approx(two["before"], abs=2e-4)
-    # The same global batches, but for the order in which their losses are summed.
+    assert one["after"] == pytest.approx(two["after"], abs=2e-2)
     one, two = (load_file(tmp_path / n / "adapter_model.safetensors") for n in "12")
-    moved = torch.cat([(one[key] - two[key]).flatten() for key in one])
-    assert (moved.abs() < 1e-3).float().mean() > 0.8
+    # The same global batches, but for the order in which their losses are summed. A step is 0.2.
+    assert all(torch.allclose(one[key], two[key], atol=5e-3) for key in one)
 
 
 @pytest.mark.slow

@@ -457,11 +457,17 @@ def test_lora_on_an_inverted_projection_is_refused_unless_merged():
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
 def test_the_inverse_follows_a_merge_of_another_tuner():
-    model = attach(make_host())
-    lora_layers = lora_on_the_queries(model.get_base_model())
+    host = make_host()
+    lora_layers = lora_on_the_queries(host)
     for layer in lora_layers:
+        layer.enable_adapters(False)
+    model = attach(host)
+    before = run(model)
+    for layer in lora_layers:
+        layer.enable_adapters(True)
         layer.merge()
     merged = run(model)
+    assert not torch.equal(merged, before)
     for module in model.modules():
         if isinstance(module, SDPTLayer):
             module.refresh_inverses(force=True)
