@@ -115,7 +115,10 @@ def load_split(dataset_name: str, split: str) -> DetectionSplit:
         InputError: naming the file, image or annotation that cannot be used.
     """
     folder = Path(dataset_name)
-    data = load_coco_folder(folder, split) if folder.exists() else load_hub_split(dataset_name, split)
+    try:
+        data = load_coco_folder(folder, split) if folder.exists() else load_hub_split(dataset_name, split)
+    except (TypeError, KeyError, AttributeError) as error:  # a list where a number should be, and the like
+        raise InputError(f"{dataset_name}: split {split!r} is not in COCO format ({error!r}).") from None
     if not len(data):
         raise InputError(f"{dataset_name}: split {split!r} has no images.")
     if not data.class_names:
@@ -124,8 +127,8 @@ def load_split(dataset_name: str, split: str) -> DetectionSplit:
     twice = {phrase for phrase in phrases if phrases.count(phrase) > 1}
     if twice:
         raise InputError(f"{dataset_name}: split {split!r} has several categories named {', '.join(sorted(twice))}.")
-    if not any(data.boxes):
-        raise InputError(f"{dataset_name}: split {split!r} has no boxes.")
+    if all(crowd for crowds in data.crowds for crowd in crowds):
+        raise InputError(f"{dataset_name}: split {split!r} has no boxes but those of crowds.")
     return data
 
 

@@ -6,7 +6,7 @@
 
 With no flags it takes the small host in `examples/host` and the built-in task "twemoji": pictograms of known names in a
 drawing style that the host has never seen. It measures COCO AP of the bare host, trains, measures again, and saves the
-adapter, `metrics.json` and `detections.png` in the output folder.
+adapter, `metrics.json` and `detections.png` in the output folder. "Before" is always the bare host.
 
 With your own photographs, boxes in COCO format:
 
@@ -100,8 +100,11 @@ def check_args(args: argparse.Namespace) -> None:
         if value is not None and value < 1:
             raise InputError(f"--{name} {value}: must be at least 1.")
     for name in ("learning_rate", "max_grad_norm"):
-        if not getattr(args, name) > 0:
-            raise InputError(f"--{name} {getattr(args, name)}: must be positive.")
+        if not 0 < getattr(args, name) < math.inf:
+            raise InputError(f"--{name} {getattr(args, name)}: must be positive and finite.")
+    for name, most in (("weight_decay", math.inf), ("num_warmup_steps", math.inf), ("seed", 2**32)):
+        if not 0 <= getattr(args, name) < most:
+            raise InputError(f"--{name} {getattr(args, name)}: must be at least 0 and below {most}.")
     if args.pinv_rtol is not None and not 0 < args.pinv_rtol < 1:
         raise InputError(f"--pinv_rtol {args.pinv_rtol}: must be above 0 and below 1.")
     for name in ("num_virtual_tokens", "pinv_rtol"):
@@ -136,8 +139,8 @@ def load_host(args: argparse.Namespace) -> tuple:
     if args.adapter:
         try:
             return processor, PeftModel.from_pretrained(model, args.adapter, is_trainable=not args.eval_only)
-        except (OSError, ValueError) as error:
-            raise InputError(f"--adapter {args.adapter}: {error}") from None
+        except Exception as error:  # whatever a damaged folder or another tuner's adapter brings up
+            raise InputError(f"--adapter {args.adapter}: no SDPT adapter that loads on this host ({error}).") from None
     if not args.eval_only:
         config = SDPTConfig(num_virtual_tokens=args.num_virtual_tokens or NUM_VIRTUAL_TOKENS, pinv_rtol=args.pinv_rtol)
         try:
@@ -201,7 +204,10 @@ def run(args: argparse.Namespace) -> None:
     )
     use_all_cores(accelerator)
     set_seed(args.seed)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output_dir {args.output_dir}: cannot be made ({error}).") from None
 
     # Data
     dataset = args.dataset_name
@@ -261,7 +267,11 @@ def run(args: argparse.Namespace) -> None:
         while step < max_train_steps:
             for inputs, labels in loader:
                 with accelerator.accumulate(model):
-                    loss = loss_function(model(**inputs), labels)
+                    outputs = model(**inputs)
+                    if not outputs.pred_boxes.isfinite().all():
+                        bar.close()
+                        raise InputError(f"boxes are not finite any more at step {step + 1}: lower --learning_rate.")
+                    loss = loss_function(outputs, labels)
                     accelerator.backward(loss)
                     if accelerator.sync_gradients:
                         accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)

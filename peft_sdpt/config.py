@@ -112,6 +112,8 @@ class SDPTConfig(PeftConfig):
             self._refuse("num_virtual_tokens", "at least 1")
 
         if isinstance(self.target_modules, str):
+            if not self.target_modules:
+                self._refuse("target_modules", "None, a list of names or a regular expression that is not empty")
             try:
                 re.compile(self.target_modules)
             except re.error as error:

@@ -52,13 +52,14 @@ def phrase_lengths(class_names: Sequence[str], tokenizer: Any) -> list[int]:
     Raises:
         ValueError: if the tokenizer knows nothing of a name: the classes after it would be taken for one another.
     """
-    lengths = [len(tokenizer(class_prompt([name]), add_special_tokens=False)["input_ids"]) for name in class_names]
-    for name, length in zip(class_names, lengths, strict=True):
-        if length < 2:
+    tokens = [tokenizer(class_prompt([name]), add_special_tokens=False)["input_ids"] for name in class_names]
+    for name, ids in zip(class_names, tokens, strict=True):
+        # All but the closing full stop.
+        if set(ids[:-1]) <= {tokenizer.unk_token_id}:
             raise ValueError(
                 f"class_names: the tokenizer finds no token in {name!r}; every class needs a word it knows."
             )
-    return lengths
+    return [len(ids) for ids in tokens]
 
 
 def split_classes(class_names: Sequence[str], tokenizer: Any, max_text_len: int) -> list[list[int]]:

@@ -22,8 +22,9 @@ from .layer import CANNOT_MERGE, SDPTLayer, prompt_shape, refuse_adapted
 class SDPTModel(BaseTuner):
     """Synchronous dual prompt tuning of a fusion-based vision-language model (arXiv 2407.11414).
 
-    Made by `peft.get_peft_model(host, SDPTConfig(...))` and the other entry points of PEFT. Whatever
-    makes a config and a host unfit for each other is found before the host is touched.
+    Made by `peft.get_peft_model(host, SDPTConfig(...))` and the other entry points of PEFT. What makes
+    the fusion layers of a host unfit for a config is found before the host is touched
+    (`modules_to_save` is PEFT's own to check, after that).
 
     Raises:
         ValueError: the host has no known fusion attention; `target_modules` matches nothing, or a
@@ -155,8 +156,9 @@ def _select_fusion_layers(model: nn.Module, config: SDPTConfig) -> dict[str, int
     layers = {name: module for name, module in modules.items() if _is_fusion_layer(module)}
     if not layers:
         raise ValueError(
-            f"{type(model).__name__} has no fusion layer that SDPT knows. Supported fusion attentions: "
-            f"{supported_classes()}."
+            f"{type(model).__name__} has no fusion layer that SDPT knows"
+            + (f" outside of modules_to_save={config.modules_to_save}" if config.modules_to_save else "")
+            + f". Supported fusion attentions: {supported_classes()}."
         )
 
     names = list(layers)

@@ -190,7 +190,20 @@ def test_split_without_images(folder, coco):
         load(folder, {**coco, "images": [], "annotations": []})
 
 
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [("images", None), ("annotations", [1]), ("categories", [{"id": [1], "name": "a"}]), ("images", [{"id": 1}, 3])],
+)
+def test_wrong_types_are_one_error(folder, coco, part, value):
+    with pytest.raises(InputError, match="train"):
+        load(folder, {**coco, part: value})
+
+
 def test_split_without_boxes(folder, coco):
+    for annotation in coco["annotations"]:
+        annotation["iscrowd"] = 1
+    with pytest.raises(InputError, match="split 'train' has no boxes"):
+        load(folder, coco)
     coco["annotations"] = []
     with pytest.raises(InputError, match="split 'train' has no boxes"):
         load(folder, coco)

@@ -35,6 +35,7 @@ def test_defaults_are_the_published_method():
         ("target_modules", "(attn", "a valid regular expression", ValueError),
         ("target_modules", [], "non-empty", ValueError),
         ("target_modules", [""], "non-empty", ValueError),
+        ("target_modules", "", "not empty", ValueError),
         ("target_modules", ["attn", 3], "a list of module names", TypeError),
         ("target_modules", 3, "a list of module names", TypeError),
         ("layers_to_transform", -1, "non-negative", ValueError),

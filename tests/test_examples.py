@@ -61,6 +61,11 @@ def main_job(monkeypatch, tmp_path):
     return run
 
 
+def test_the_shipped_host_loads_in_single_precision(host):
+    assert AutoModelForZeroShotObjectDetection.from_pretrained(HOST).dtype == torch.float32
+    assert {p.dtype for p in load_file(HOST / "model.safetensors").values() if p.is_floating_point()} == {torch.float16}
+
+
 def test_the_aligned_space_of_the_shipped_host_is_wider_than_its_inputs(host):
     fusion = host.model.encoder.layers[0].fusion_layer.attn
     assert fusion.embed_dim >= 4 * fusion.vision_dim == 4 * host.config.d_model
@@ -134,6 +139,12 @@ def test_gradient_accumulation_is_the_whole_batch(small_task, main_job, tmp_path
     [
         (("--num_virtual_tokens", 0), "--num_virtual_tokens 0"),
         (("--learning_rate", -1), "--learning_rate -1"),
+        (("--learning_rate", "inf"), "--learning_rate inf"),
+        (("--weight_decay", -1), "--weight_decay -1"),
+        (("--num_warmup_steps", -1), "--num_warmup_steps -1"),
+        (("--seed", -1), "--seed -1"),
+        (("--output_dir", "/proc/nowhere"), "--output_dir /proc/nowhere"),
+        (("--learning_rate", 1e37, "--max_train_steps", 4), "boxes are not finite any more at step"),
         (("--max_train_steps", 0), "--max_train_steps 0"),
         (("--dataset_name", "no/such folder"), "no/such folder"),
         (("--eval_split", "nosuch"), "nosuch.json: no such file"),

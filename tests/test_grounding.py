@@ -87,10 +87,11 @@ def test_split_classes_refuses_a_name_longer_than_a_prompt(tokenizer):
         split_classes(["dog", "a b c d e f"], tokenizer, 8)
 
 
-def test_a_name_without_tokens_is_refused(tokenizer):
-    # A zero-width space is a character to Python and nothing to the tokenizer.
+# A zero-width space is a character to Python and nothing to the tokenizer; all that it does not know is one [UNK].
+@pytest.mark.parametrize("name", ["\u200b", "\u732b", "\u732b \u9d09"])
+def test_a_name_without_known_tokens_is_refused(tokenizer, name):
     with pytest.raises(ValueError, match="finds no token in"):
-        split_classes(["dog", "\u200b"], tokenizer, 32)
+        split_classes(["dog", name], tokenizer, 32)
 
 
 PROMPTS = [
