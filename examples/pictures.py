@@ -26,9 +26,10 @@ def draw_detections(picture: Image.Image, detections: dict, class_names: list[st
     canvas = picture.resize((SIDE, round(picture.height * scale)), Image.Resampling.LANCZOS)
     draw = ImageDraw.Draw(canvas)
     font = ImageFont.load_default(14)
-    for box, score, label in zip(
-        detections["boxes"].tolist(), detections["scores"].tolist(), detections["labels"].tolist(), strict=True
-    ):
+    # The best last, on top of what it overlaps.
+    order = detections["scores"].argsort()
+    columns = (detections[key][order].tolist() for key in ("boxes", "scores", "labels"))
+    for box, score, label in zip(*columns, strict=True):
         if score < threshold:
             continue
         colour = tuple(round(255 * c) for c in colorsys.hsv_to_rgb(label * 0.618 % 1, 0.75, 0.95))
