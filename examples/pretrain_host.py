@@ -50,7 +50,7 @@ EVAL_SEED = 20_240_711
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--max_train_steps", type=int, default=7000)
+    parser.add_argument("--max_train_steps", type=int, default=6500)
     parser.add_argument("--per_device_train_batch_size", type=int, default=32)
     parser.add_argument("--learning_rate", type=float, default=5e-4)
     parser.add_argument("--num_warmup_steps", type=int, default=200)

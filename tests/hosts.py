@@ -9,7 +9,13 @@ and nothing is dropped at random.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import torch
+from peft import get_peft_model
 from torch import nn
 from transformers import (
     BertConfig,
@@ -25,6 +31,9 @@ from transformers.models.grounding_dino.modeling_grounding_dino import (
 from transformers.models.mm_grounding_dino.modeling_mm_grounding_dino import (
     MMGroundingDinoBiMultiHeadAttention,
 )
+
+import peft_sdpt
+from peft_sdpt import SDPTConfig, SDPTLayer
 
 D_MODEL = 32
 WIDTH = 4 * D_MODEL
@@ -141,3 +150,38 @@ def model_inputs(batch: int = 2, *, padding: int = 0, seed: int = 0) -> dict[str
         "attention_mask": mask,
         "token_type_ids": torch.zeros_like(ids),
     }
+
+
+# Fusion layers of a host that `make_host` makes.
+LAYERS = [f"model.encoder.layers.{index}.fusion_layer.attn" for index in range(2)]
+
+
+@torch.no_grad()
+def run(model: nn.Module, **changes) -> torch.Tensor:
+    """Class logits and boxes of the two samples, flat; padded text positions are -inf."""
+    outputs = model(**{**model_inputs(), **changes})
+    return torch.cat([outputs.logits.flatten(), outputs.pred_boxes.flatten()])
+
+
+def adapted_layers(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, SDPTLayer)]
+
+
+def attach(host: nn.Module, seed: int = 1, **config):
+    torch.manual_seed(seed)
+    return get_peft_model(host, SDPTConfig(**{"num_virtual_tokens": 4, **config}))
+
+
+ROOT = Path(peft_sdpt.__file__).parents[1]
+
+
+def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess:
+    """Run code in a fresh interpreter that can import the package."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=60,
+    )

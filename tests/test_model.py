@@ -10,26 +10,8 @@ from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from hosts import HOST_NAMES, WIDTH, FusionStack, make_host, model_inputs
+from hosts import HOST_NAMES, LAYERS, WIDTH, FusionStack, adapted_layers, attach, make_host, model_inputs, run
 from peft_sdpt import SDPTConfig, SDPTLayer
-
-LAYERS = [f"model.encoder.layers.{index}.fusion_layer.attn" for index in range(2)]
-
-
-@torch.no_grad()
-def run(model: nn.Module, **changes) -> torch.Tensor:
-    """Class logits and boxes of the two samples, flat; padded text positions are -inf."""
-    outputs = model(**{**model_inputs(), **changes})
-    return torch.cat([outputs.logits.flatten(), outputs.pred_boxes.flatten()])
-
-
-def adapted_layers(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, SDPTLayer)]
-
-
-def attach(host: nn.Module, seed: int = 1, **config):
-    torch.manual_seed(seed)
-    return get_peft_model(host, SDPTConfig(**{"num_virtual_tokens": 4, **config}))
 
 
 @pytest.fixture(params=HOST_NAMES)

@@ -3,11 +3,8 @@
 """Importing the package makes SDPT a method of PEFT, once."""
 
 import importlib
-import os
 import pickle
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from peft import PeftConfig
@@ -19,21 +16,8 @@ from peft.mapping import (
 from peft.utils import PeftType
 
 import peft_sdpt
+from hosts import run_python
 from peft_sdpt import SDPTConfig, SDPTLayer, SDPTModel
-
-ROOT = Path(peft_sdpt.__file__).parents[1]
-
-
-def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess:
-    """Run code in a fresh interpreter that can import the package."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=60,
-    )
 
 
 def test_registered():

@@ -21,10 +21,20 @@ from transformers.models.grounding_dino.modeling_grounding_dino import (
     GroundingDinoBiMultiHeadAttention,
 )
 
-from hosts import HOST_NAMES, WIDTH, FusionStack, host_config, make_host
+from hosts import (
+    HOST_NAMES,
+    LAYERS,
+    ROOT,
+    WIDTH,
+    FusionStack,
+    adapted_layers,
+    attach,
+    host_config,
+    make_host,
+    run,
+    run_python,
+)
 from peft_sdpt import SDPTConfig, SDPTLayer
-from test_model import LAYERS, adapted_layers, attach, run
-from test_registration import ROOT, run_python
 
 
 def saved(path, name: str = "grounding_dino", host: dict | None = None, **config):
@@ -133,8 +143,7 @@ sys.path.insert(0, sys.argv[1])
 torch.set_num_threads(1)
 import peft_sdpt
 from peft import PeftConfig, PeftModel
-from hosts import make_host
-from test_model import run
+from hosts import make_host, run
 assert type(PeftConfig.from_pretrained(sys.argv[2])) is peft_sdpt.SDPTConfig
 model = PeftModel.from_pretrained(make_host(), sys.argv[2])
 torch.save(run(model), sys.argv[2] + "/outputs.pt")
