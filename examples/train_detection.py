@@ -43,10 +43,17 @@ from pictures import side_by_side
 
 HERE = Path(__file__).resolve().parent
 SHOWN_PICTURES = 4
-NUM_VIRTUAL_TOKENS = 10
+# Flags that make a new adapter; a field that is not asked for keeps the default of `SDPTConfig`.
+ADAPTER_FLAGS = ("num_virtual_tokens", "pinv_rtol")
 # Those of transformers that need nothing but a number of steps.
 SCHEDULERS = (
-    *("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"),
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
 )
 
 
@@ -78,7 +85,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--num_warmup_steps", type=int, default=10)
     parser.add_argument("--gradient_accumulation_steps", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num_virtual_tokens", type=int, help="Unified prototype tokens a fusion layer (default 10).")
+    parser.add_argument(
+        "--num_virtual_tokens", type=int, help="Unified prototype tokens a fusion layer. Default: that of SDPTConfig."
+    )
     parser.add_argument(
         "--pinv_rtol",
         type=float,
@@ -107,7 +116,7 @@ def check_args(args: argparse.Namespace) -> None:
             raise InputError(f"--{name} {getattr(args, name)}: must be at least 0 and below {most}.")
     if args.pinv_rtol is not None and not 0 < args.pinv_rtol < 1:
         raise InputError(f"--pinv_rtol {args.pinv_rtol}: must be above 0 and below 1.")
-    for name in ("num_virtual_tokens", "pinv_rtol"):
+    for name in ADAPTER_FLAGS:
         if args.adapter and getattr(args, name) is not None:
             raise InputError(f"--{name}: belongs to the adapter, and --adapter {args.adapter} brings its own.")
 
@@ -142,7 +151,7 @@ def load_host(args: argparse.Namespace) -> tuple:
         except Exception as error:  # whatever a damaged folder or another tuner's adapter brings up
             raise InputError(f"--adapter {args.adapter}: no SDPT adapter that loads on this host ({error}).") from None
     if not args.eval_only:
-        config = SDPTConfig(num_virtual_tokens=args.num_virtual_tokens or NUM_VIRTUAL_TOKENS, pinv_rtol=args.pinv_rtol)
+        config = SDPTConfig(**{name: getattr(args, name) for name in ADAPTER_FLAGS if getattr(args, name) is not None})
         try:
             return processor, get_peft_model(model, config)
         except ValueError as error:
