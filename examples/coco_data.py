@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from PIL import ExifTags, Image, ImageOps
 
+from errors import InputError
 from peft_sdpt.grounding import class_prompt
 
 # What is read of each entry of a COCO file.
@@ -22,10 +23,6 @@ COCO_FIELDS = {
     "annotations": ("image_id", "category_id", "bbox"),
     "categories": ("id", "name"),
 }
-
-
-class InputError(ValueError):
-    """The user's input cannot be used; the message says what, where and why."""
 
 
 @dataclass

@@ -33,8 +33,9 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor, get_scheduler
 
-from coco_data import DetectionSplit, InputError, centre_boxes, has_test_split, load_split
+from coco_data import DetectionSplit, centre_boxes, has_test_split, load_split
 from coco_metrics import detect, evaluate
+from errors import InputError, one_line_errors
 from peft_sdpt import SDPTConfig
 from peft_sdpt.grounding import class_prompt, phrase_lengths, split_classes
 from peft_sdpt.loss import GroundedDetectionLoss
@@ -333,12 +334,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    try:
+    with one_line_errors("train_detection.py"):
         run(parse_args())
-    except InputError as error:
-        # Causes that come from libraries run over many lines.
-        print(f"train_detection.py: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ import datasets
 import pytest
 from PIL import Image
 
-from coco_data import InputError, load_split
+from coco_data import load_split
+from errors import InputError
 
 DATASETS = Path(__file__).resolve().parents[2] / "shared" / "datasets"
 
