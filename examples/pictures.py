@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of detections, before and after, side by side."""
+"""Pictures of detections: one at its own size, or before and after side by side."""
 
 from __future__ import annotations
 
@@ -13,19 +13,26 @@ SIDE, GAP, HEADER = 320, 6, 26
 GROUPS_PER_ROW = 2
 
 
-def draw_detections(picture: Image.Image, detections: dict, class_names: list[str], threshold: float) -> Image.Image:
-    """A copy of a picture, `SIDE` pixels wide, with the boxes that score at least `threshold`.
+def draw_detections(
+    picture: Image.Image, detections: dict, class_names: list[str], threshold: float, width: int | None = None
+) -> Image.Image:
+    """A copy of a picture with the boxes that score at least `threshold`.
 
     Args:
         picture: RGB.
         detections: `boxes` (n, 4) as x, y, width, height in pixels of the picture, `scores` (n,) and `labels` (n,).
         class_names: names of the classes.
         threshold: lowest score shown.
+        width: of the copy, pixels. Default: the picture's own.
     """
-    scale = SIDE / picture.width
-    canvas = picture.resize((SIDE, round(picture.height * scale)), Image.Resampling.LANCZOS)
+    scale = (width or picture.width) / picture.width
+    size = (round(picture.width * scale), max(1, round(picture.height * scale)))
+    canvas = picture.copy() if size == picture.size else picture.resize(size, Image.Resampling.LANCZOS)
     draw = ImageDraw.Draw(canvas)
-    font = ImageFont.load_default(14)
+    # As the root of the side: a large photograph is looked at both whole and enlarged.
+    letters = max(10, round(0.85 * (canvas.width * canvas.height) ** 0.25))
+    line = round(letters / 5)
+    font = ImageFont.load_default(letters)
     # The best last, on top of what it overlaps.
     order = detections["scores"].argsort()
     columns = (detections[key][order].tolist() for key in ("boxes", "scores", "labels"))
@@ -33,12 +40,15 @@ def draw_detections(picture: Image.Image, detections: dict, class_names: list[st
         if score < threshold:
             continue
         colour = tuple(round(255 * c) for c in colorsys.hsv_to_rgb(label * 0.618 % 1, 0.75, 0.95))
-        x, y, width, height = (value * scale for value in box)
-        draw.rectangle((x, y, x + width, y + height), outline=colour, width=3)
+        x, y, box_width, box_height = (value * scale for value in box)
+        draw.rectangle((x, y, x + box_width, y + box_height), outline=colour, width=line)
         text = f"{class_names[label]} {score:.2f}"
-        corner = draw.textbbox((x + 3, max(0, y - 17)), text, font=font)
-        draw.rectangle((corner[0] - 3, corner[1] - 2, corner[2] + 3, corner[3] + 2), fill=colour)
-        draw.text((x + 3, max(0, y - 17)), text, fill="black", font=font)
+        # Above the box, but inside the picture as far as it is long enough.
+        left = max(0, min(x, canvas.width - draw.textlength(text, font) - 2 * line))
+        place = (left + line, max(0, y - 1.2 * letters))
+        corner = draw.textbbox(place, text, font)
+        draw.rectangle((corner[0] - line, corner[1] - line, corner[2] + line, corner[3] + line), fill=colour)
+        draw.text(place, text, fill="black", font=font)
     return canvas
 
 
@@ -57,7 +67,7 @@ def side_by_side(
         threshold: lowest score shown.
     """
     groups = [
-        [draw_detections(picture, found[i], class_names, threshold) for found in columns.values()]
+        [draw_detections(picture, found[i], class_names, threshold, SIDE) for found in columns.values()]
         for i, picture in enumerate(pictures)
     ]
     rows = [groups[i : i + GROUPS_PER_ROW] for i in range(0, len(groups), GROUPS_PER_ROW)]

@@ -295,7 +295,7 @@ def found() -> dict:
 
 def test_draws_boxes_that_score_enough(found):
     picture = Image.new("RGB", (160, 80), "white")
-    drawn = draw_detections(picture, found, ["dog", "cat"], 0.3)
+    drawn = draw_detections(picture, found, ["dog", "cat"], 0.3, SIDE)
     assert drawn.size == (SIDE, 160)  # twice as large
     assert picture.getcolors() == [(160 * 80, (255, 255, 255))]
     white = (255, 255, 255)
@@ -306,15 +306,40 @@ def test_draws_boxes_that_score_enough(found):
     assert drawn.getpixel((100, 110)) == white
     # The second one scores less; with a lower threshold it is there, in its own colour.
     assert drawn.crop((195, 0, 320, 160)).getcolors() == [(125 * 160, white)]
-    both = draw_detections(picture, found, ["dog", "cat"], 0.2)
+    both = draw_detections(picture, found, ["dog", "cat"], 0.2, SIDE)
     assert both.getpixel((200, 40)) not in (white, colour)
 
 
 def test_draws_nothing_where_nothing_is_found(found):
     picture = Image.new("RGB", (160, 80), "white")
     none = {"boxes": torch.empty(0, 4), "scores": torch.empty(0), "labels": torch.empty(0, dtype=torch.long)}
-    assert draw_detections(picture, none, ["dog"], 0.3).getcolors() == [(SIDE * 160, (255, 255, 255))]
+    assert draw_detections(picture, none, ["dog"], 0.3).getcolors() == [(160 * 80, (255, 255, 255))]
     assert len(draw_detections(picture, found, ["dog", "cat"], 0.3).getcolors()) > 2
+
+
+@pytest.mark.parametrize("size", [(40, 30), (160, 80), (1600, 800), (4000, 3000)], ids=str)
+def test_draws_at_the_size_of_the_picture(size):
+    width, height = size
+    box = torch.tensor([[0.25 * width, 0.25 * height, 0.5 * width, 0.5 * height]])
+    found = {"boxes": box, "scores": torch.tensor([0.9]), "labels": torch.tensor([0])}
+    drawn = draw_detections(Image.new("RGB", size, "white"), found, [""], 0.3)
+    assert drawn.size == size
+    row = [drawn.getpixel((x, height * 2 // 3)) != (255, 255, 255) for x in range(width)]
+    edges = [x for x in range(width) if row[x]]
+    assert edges[0] == 0.25 * width and edges[-1] == 0.75 * width
+    # Lines that are seen in a large picture and do not fill a small one.
+    assert max(2, width // 500) <= len(edges) // 2 <= max(3, width // 200)
+
+
+def test_names_stay_inside_the_picture():
+    found = {"boxes": torch.tensor([[390.0, 150.0, 10.0, 20.0]]), "scores": torch.ones(1), "labels": torch.tensor([0])}
+    picture = Image.new("RGB", (400, 300), "white")
+    plain, named = (draw_detections(picture, found, [name], 0.3) for name in ("", "a long name of a class"))
+    inked = [(x, y) for x in range(400) for y in range(300) if named.getpixel((x, y)) != (255, 255, 255)]
+    assert min(x for x, _ in inked) < 250 and max(x for x, _ in inked) == 399
+    # The margin behind the name is as wide as that before it.
+    assert plain.getpixel((399, 160)) == named.getpixel((399, 160))
+    assert all(named.getpixel((398, y)) != (0, 0, 0) for y in range(300))
 
 
 def test_sheet_has_every_picture_once_a_column(found):
