@@ -67,9 +67,17 @@ def detect(model, processor, pictures: list, class_names: list[str], chunks: lis
 def evaluate(
     model, processor, data: DetectionSplit, batch_size: int, accelerator: Accelerator, label: str = "evaluating"
 ) -> dict[str, float]:
-    """COCO AP, AP50 and AP75 of a detector on a split, in every process of a launch.
+    """COCO AP, AP50 and AP75 of a detector on a split, in every process of a launch."""
+    return average_precision(data, detect_split(model, processor, data, batch_size, accelerator, label))
 
-    Each image is evaluated once, by one process.
+
+def detect_split(
+    model, processor, data: DetectionSplit, batch_size: int, accelerator: Accelerator, label: str = "evaluating"
+) -> list[tuple]:
+    """Detect all classes in all pictures of a split, each picture once, in one of the processes of a launch.
+
+    Returns:
+        In every process the rows of all pictures, as `rows_of` makes them.
     """
     was_training = model.training
     model.eval()
@@ -86,13 +94,23 @@ def evaluate(
         for image, result in zip(images, found, strict=True):
             rows += rows_of(image, result)
     model.train(was_training)
-    return average_precision(data, gather_object(rows))
+    return gather_object(rows)
 
 
 def rows_of(image: int, result: dict) -> list[tuple]:
     """What `detect` found in one picture, as rows of image index, x, y, width, height, score, class index."""
     columns = (result["boxes"].tolist(), result["scores"].tolist(), result["labels"].tolist())
     return [(image, *box, score, label) for box, score, label in zip(*columns, strict=True)]
+
+
+def result_of(image: int, rows: list[tuple]) -> dict:
+    """The detections of one picture back from rows, as `detect` gave them."""
+    mine = [row for row in rows if row[0] == image]
+    return {
+        "boxes": torch.tensor([row[1:5] for row in mine], dtype=torch.float32).reshape(-1, 4),
+        "scores": torch.tensor([row[5] for row in mine], dtype=torch.float32),
+        "labels": torch.tensor([row[6] for row in mine], dtype=torch.long),
+    }
 
 
 def average_precision(data: DetectionSplit, detections: list[tuple]) -> dict[str, float]:

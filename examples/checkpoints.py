@@ -1,0 +1,224 @@
+# Copyright 2026 The peft_sdpt authors
+# SPDX-License-Identifier: Apache-2.0
+"""Saving a run: checkpoints to resume from, and adapters to use, each written whole or not at all.
+
+A folder or a file gets its name only once all of it is on the disk, so a run can be killed at any instant.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from peft import load_peft_weights, set_peft_model_state_dict
+
+from errors import InputError
+
+RUN_FILE = "run.json"
+UNFINISHED = ".unfinished"
+
+
+@dataclass
+class Progress:
+    """How far a run has come; a part of its checkpoints.
+
+    Attributes:
+        step: optimizer steps taken.
+        seconds: time spent in training steps.
+        before: metrics and shown detections of the bare host.
+        validated: step of the last validation.
+        best: metrics on the validation split of the best adapter so far, and its `step`.
+    """
+
+    step: int = 0
+    seconds: float = 0.0
+    before: dict = field(default_factory=dict)
+    validated: int = 0
+    best: dict = field(default_factory=dict)
+
+    def state_dict(self) -> dict:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict) -> None:
+        vars(self).update(state)
+
+
+class Checkpoints:
+    """The folders `step_N` of a run, as `Accelerator.save_state` writes them, with the adapter in place of the model.
+
+    Args:
+        accelerator: with the model prepared, and everything that a checkpoint holds prepared or registered.
+        folder: where the folders `step_N` are.
+        run: what makes the run the run it is; one that differs in any of it cannot be resumed from these.
+        total_limit: how many to keep, the newest; None keeps all.
+    """
+
+    def __init__(self, accelerator: Accelerator, folder: Path, run: dict, total_limit: int | None = None):
+        self.accelerator, self.folder, self.run, self.total_limit = accelerator, folder, run, total_limit
+        accelerator.register_save_state_pre_hook(self._save_adapter)
+        accelerator.register_load_state_pre_hook(self._load_adapter)
+
+    def _save_adapter(self, models: list, weights: list, folder: str) -> None:
+        # Without the host's weights: they are frozen, and may be thousand times larger.
+        weights.clear()
+        if self.accelerator.is_main_process:
+            self.accelerator.unwrap_model(models[0]).save_pretrained(folder)
+
+    def _load_adapter(self, models: list, folder: str) -> None:
+        model = self.accelerator.unwrap_model(models.pop())
+        set_peft_model_state_dict(model, load_peft_weights(folder, device="cpu"))
+
+    def save(self, step: int) -> None:
+        """Write `step_<step>`, unless it is there already.
+
+        Raises:
+            InputError: in every process, if it cannot be written in one; the earlier checkpoints are as they were.
+        """
+        final = self.folder / f"step_{step}"
+        if final.is_dir():
+            return
+        unfinished = final.with_name(final.name + UNFINISHED)
+        problem = []
+        try:
+            self.accelerator.save_state(str(unfinished))
+        except Exception as error:  # OSError, and what torch and safetensors make of it
+            problem = [str(error)]
+        problem = gather_object(problem)
+        if not problem and self.accelerator.is_main_process:
+            try:
+                (unfinished / RUN_FILE).write_text(json.dumps(self.run, indent=2) + "\n")
+                _flush(unfinished)
+                os.replace(unfinished, final)
+                self._remove_old()
+            except OSError as error:
+                problem = [str(error)]
+        problem = gather_object(problem)
+        if problem:
+            if self.accelerator.is_main_process:
+                shutil.rmtree(unfinished, ignore_errors=True)
+            raise InputError(
+                f"the checkpoint of step {step} cannot be written ({problem[0]}); "
+                f"the last complete one is {latest(self.folder) or 'none'}."
+            )
+
+    def load(self, folder: Path) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            InputError: if it is no complete checkpoint, one of another run, or cannot be read.
+        """
+        where = f"--resume_from_checkpoint {folder}"
+        try:
+            run = json.loads((folder / RUN_FILE).read_text())
+        except (OSError, ValueError) as error:
+            raise InputError(f"{where}: no complete checkpoint ({error}).") from None
+        for name, value in self.run.items():
+            # As JSON, because that is how it was written: a tuple has become a list.
+            if (then := run.get(name)) != json.loads(json.dumps(value)):
+                raise InputError(f"{where}: is of another run, with {name} {then!r} instead of {value!r}.")
+        try:
+            self.accelerator.load_state(str(folder))
+        except Exception as error:  # a damaged file can bring up anything
+            raise InputError(f"{where}: cannot be read ({error}).") from None
+
+    def _remove_old(self) -> None:
+        for _, folder in _complete(self.folder)[: -self.total_limit] if self.total_limit else []:
+            # First out of sight: half a removal must not look like a checkpoint.
+            doomed = folder.with_name(folder.name + UNFINISHED)
+            os.replace(folder, doomed)
+            shutil.rmtree(doomed)
+
+
+def latest(folder: Path) -> Path | None:
+    """The complete checkpoint of most steps in a folder."""
+    found = _complete(folder)
+    return found[-1][1] if found else None
+
+
+def _complete(folder: Path) -> list[tuple[int, Path]]:
+    """Complete checkpoints with their steps, in order."""
+    return sorted((int(m[1]), path) for path in folder.glob("step_*") if (m := re.fullmatch(r"step_(\d+)", path.name)))
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Clear away what a killed run was about to write."""
+    for path in (*folder.glob(f"step_*{UNFINISHED}"), folder / f"files{UNFINISHED}"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def save_adapter(folder: Path, model: Any, processor: Any, class_names: list[str]) -> None:
+    """Save an adapter with all that is needed to detect with it, by one process.
+
+    Raises:
+        InputError: if it cannot be written; what was there before is as it was.
+    """
+    with whole_files(folder) as unfinished:
+        model.save_pretrained(unfinished)
+        processor.save_pretrained(unfinished)
+        (unfinished / "class_names.json").write_text(json.dumps(class_names, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def whole_files(folder: Path) -> Iterator[Path]:
+    """A folder to write files in, which are moved into `folder` at the end, each in one move.
+
+    Raises:
+        InputError: if one cannot be written.
+    """
+    unfinished = folder / f"files{UNFINISHED}"
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        _flush(unfinished)
+        for file in sorted(unfinished.iterdir()):
+            os.replace(file, folder / file.name)
+        unfinished.rmdir()
+    except Exception as error:  # OSError, and what torch, safetensors and Pillow make of it
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise InputError(f"{folder}: cannot be written ({error}).") from None
+
+
+def _flush(folder: Path) -> None:
+    """Bring all files of a folder to the disk: after a power cut, a name must not stand for less than its file."""
+    for path in (*folder.iterdir(), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def averaged(model: torch.nn.Module, average: torch.optim.swa_utils.AveragedModel | None) -> Iterator[None]:
+    """A model whose trained parameters are those of their moving average, if there is one, for a while."""
+    if average is None:
+        yield
+        return
+    trained = trained_parameters(model)
+    kept = [parameter.detach().clone() for parameter in trained]
+    try:
+        _copy(average.module, trained)
+        yield
+    finally:
+        _copy(kept, trained)
+
+
+@torch.no_grad()
+def _copy(source: Any, target: list[torch.nn.Parameter]) -> None:
+    for parameter, value in zip(target, source, strict=True):
+        parameter.copy_(value)
+
+
+def trained_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
