@@ -1,28 +1,49 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""Detection data from a COCO folder or the Hub, as one small class that training and evaluation read."""
+"""Detection data from a folder in COCO format or the Hub, as one small class that training and evaluation read."""
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+import os
+import random
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, ImageOps
+from tqdm.auto import tqdm
 
 from errors import InputError
 from peft_sdpt.grounding import class_prompt
 
+# Where an annotation file and its images lie in a folder; the first that is there is read.
+ROBOFLOW_FILE = "{split}/_annotations.coco.json"
+LAYOUTS = (
+    ("{split}.json", "images"),
+    # ODinW keeps Roboflow's file beside this one, which has no root category.
+    ("{split}/annotations_without_background.json", "{split}"),
+    (ROBOFLOW_FILE, "{split}"),
+    ("annotations/instances_{split}.json", "{split}"),
+)
+# Names of one and the same split.
+VALIDATION_NAMES = ("val", "valid", "validation")
 # What is read of each entry of a COCO file.
 COCO_FIELDS = {
     "images": ("id", "file_name", "width", "height"),
     "annotations": ("image_id", "category_id", "bbox"),
     "categories": ("id", "name"),
 }
+# What the four numbers of a box are, by the name of their format.
+BOX_FORMATS = {"xywh": "x, y, width, height", "xyxy": "x0, y0, x1, y1"}
+
+Box = tuple[float, float, float, float]
 
 
 @dataclass
@@ -36,13 +57,14 @@ class DetectionSplit:
         boxes: of each image a list of (x, y, width, height), pixels.
         labels: of each image a class index a box.
         crowds: of each image whether each box stands for a crowd: ignored in evaluation, left out of training.
-        open_image: index -> RGB picture.
+        open_image: index -> RGB picture; raises `InputError` for one that is missing, damaged or of another size.
+            Of data that was loaded it can be pickled, so that workers of a DataLoader may be spawned.
     """
 
     class_names: list[str]
     image_ids: list[Any]
     sizes: list[tuple[int, int]]
-    boxes: list[list[tuple[float, float, float, float]]]
+    boxes: list[list[Box]]
     labels: list[list[int]]
     crowds: list[list[bool]]
     open_image: Callable[[int], Image.Image]
@@ -72,8 +94,26 @@ class DetectionSplit:
             "categories": [{"id": i, "name": name} for i, name in enumerate(self.class_names)],
         }
 
+    def subset(self, indices: Sequence[int]) -> DetectionSplit:
+        """Some of the images, in the order of `indices`; the classes stay."""
+        per_image = ("image_ids", "sizes", "boxes", "labels", "crowds")
+        return replace(
+            self,
+            **{name: [getattr(self, name)[index] for index in indices] for name in per_image},
+            open_image=functools.partial(_open_nth, self.open_image, list(indices)),
+        )
 
-def centre_boxes(boxes: list[tuple[float, float, float, float]], size: tuple[int, int]) -> torch.Tensor:
+    def fingerprint(self) -> str:
+        """16 hex digits of all but the pictures' pixels: the same again means that a resumed run has the same data."""
+        fields = [self.class_names, self.image_ids, self.sizes, self.boxes, self.labels, self.crowds]
+        return hashlib.sha256(json.dumps(fields).encode()).hexdigest()[:16]
+
+
+def _open_nth(open_image: Callable[[int], Image.Image], indices: list[int], index: int) -> Image.Image:
+    return open_image(indices[index])
+
+
+def centre_boxes(boxes: list[Box], size: tuple[int, int]) -> torch.Tensor:
     """Boxes (x, y, width, height) in pixels as a detector takes them: centre, width and height as shares of the image.
 
     Args:
@@ -87,172 +127,392 @@ def centre_boxes(boxes: list[tuple[float, float, float, float]], size: tuple[int
     return torch.cat([shares[:, :2] + shares[:, 2:] / 2, shares[:, 2:]], dim=1)
 
 
-def has_test_split(dataset_name: str) -> bool:
-    """Whether a local folder or a data set on the Hub has a split "test"."""
+def few_shot(data: DetectionSplit, shots: int, seed: int) -> list[int]:
+    """Choose images for few-shot training as GLIP does for ODinW (`few_shot` of its `COCODataset`).
+
+    Images come in a random order, and one is taken while any of its classes has been seen on fewer than `shots` taken
+    images. So a class is on at least `shots` of them, or on all its images if it has fewer; frequent classes are on
+    more. Boxes of crowds do not count. More shots with one seed add images to those of fewer shots.
+
+    Returns:
+        Sorted indices into `data`; they depend on the arguments alone.
+    """
+    # Like GLIP, which sorts by id and leaves out images without a box before it shuffles.
+    order = [index for index, boxes in enumerate(data.boxes) if boxes]
+    order.sort(key=lambda index: (isinstance(data.image_ids[index], str), data.image_ids[index]))
+    random.Random(seed).shuffle(order)
+    seen = [0] * len(data.class_names)
+    taken = []
+    for index in order:
+        labels, crowds = data.labels[index], data.crowds[index]
+        classes = {label for label, crowd in zip(labels, crowds, strict=True) if not crowd}
+        if any(seen[label] < shots for label in classes):
+            taken.append(index)
+            for label in classes:
+                seen[label] += 1
+    return sorted(taken)
+
+
+def check_pictures(data: DetectionSplit, disable_progress: bool = False) -> dict[int, str]:
+    """Open and decode every picture, on all cores.
+
+    Returns:
+        Index -> what is wrong, naming the file, of the pictures that `open_image` refuses.
+    """
+
+    def problem(index: int) -> str | None:
+        try:
+            data.open_image(index)
+        except InputError as error:
+            return str(error)
+        return None
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    pool = ThreadPoolExecutor(cores)
+    try:
+        problems = pool.map(problem, range(len(data)))
+        problems = list(tqdm(problems, desc="checking pictures", total=len(data), disable=disable_progress))
+    finally:
+        # Whoever interrupts this does not wait for the rest of the pictures.
+        pool.shutdown(cancel_futures=True)
+    return {index: text for index, text in enumerate(problems) if text}
+
+
+def require_same_classes(splits: dict[str, DetectionSplit], dataset_name: str) -> None:
+    """Refuse splits whose labels do not mean the same.
+
+    Args:
+        splits: name -> split.
+        dataset_name: what the error names.
+
+    Raises:
+        InputError: saying which classes only one of two splits has, or where their order differs.
+    """
+    (first, one), *others = splits.items()
+    for second, other in others:
+        if one.class_names == other.class_names:
+            continue
+        where = f"{dataset_name}: the splits {first} and {second} name"
+        only = [
+            f"only {name} has {', '.join(map(repr, names))}"
+            for name, names in (
+                (first, [name for name in one.class_names if name not in other.class_names]),
+                (second, [name for name in other.class_names if name not in one.class_names]),
+            )
+            if names
+        ]
+        if only:
+            raise InputError(f"{where} different classes: {'; '.join(only)}.")
+        # No name is there twice, so both lists are of one length.
+        index = next(i for i, name in enumerate(one.class_names) if name != other.class_names[i])
+        raise InputError(
+            f"{where} their classes in different orders: class {index} is {one.class_names[index]!r} in {first} and "
+            f"{other.class_names[index]!r} in {second}."
+        )
+
+
+def split_names(split: str) -> tuple[str, ...]:
+    """The names that a split may go by, the one asked for first."""
+    return (split, *(name for name in VALIDATION_NAMES if split in VALIDATION_NAMES and name != split))
+
+
+def has_split(dataset_name: str, split: str) -> bool:
+    """Whether `load_split` finds a split in a local folder or in a data set on the Hub."""
     folder = Path(dataset_name)
     if folder.exists():
-        return (folder / "test.json").is_file()
+        return find_layout(folder, split) is not None
     from datasets import get_dataset_split_names
 
     try:
-        return "test" in get_dataset_split_names(dataset_name)
+        return not set(split_names(split)).isdisjoint(get_dataset_split_names(dataset_name))
     except Exception:  # Not there at all: `load_split` says so.
         return False
 
 
-def load_split(dataset_name: str, split: str) -> DetectionSplit:
-    """Read a split of a local COCO folder, or of a data set on the Hub.
+def load_split(
+    dataset_name: str,
+    split: str,
+    bbox_format: str = "xywh",
+    class_names_file: str | Path | None = None,
+    class_names_column: str | None = None,
+) -> DetectionSplit:
+    """Read a split of a local folder in COCO format, or of a data set on the Hub. Opens no picture of a folder.
 
     Args:
-        dataset_name: a folder with `<split>.json` and `images/`, or a Hub id whose rows have `image` and `objects`
-            (`bbox` in COCO's x, y, width, height in pixels, and `category`).
-        split: "train", "val", "test", ...
+        dataset_name: a folder in one of the `LAYOUTS` (`<split>.json` and `images/`, or as Roboflow, ODinW or COCO
+            itself have it), or a Hub id whose rows have `image` and `objects` (`bbox`, `category`).
+        split: "train", "val", "test", "train2017", ... The names val, valid and validation are one split.
+        bbox_format: "xywh", which is COCO's, or "xyxy"; pixels. What is returned is xywh.
+        class_names_file: a JSON object of old names -> names to prompt with, for instance `{"RBC": "red blood cell"}`.
+            Comes after `class_names_column`.
+        class_names_column: the field of COCO's `categories`, or of the Hub's `objects`, that holds the names; of a
+            list, as LVIS's `synonyms`, the first is taken. Default: `name`, or the names of `objects.category`.
 
     Raises:
-        InputError: naming the file, image or annotation that cannot be used.
+        InputError: naming the file and the image, annotation or category that cannot be used.
     """
+    if bbox_format not in BOX_FORMATS:
+        raise InputError(f"--bbox_format {bbox_format!r}: must be one of {', '.join(BOX_FORMATS)}.")
     folder = Path(dataset_name)
     try:
-        data = load_coco_folder(folder, split) if folder.exists() else load_hub_split(dataset_name, split)
+        if folder.exists():
+            data, source = load_coco_folder(folder, split, class_names_column)
+        else:
+            # Here, because it imports this module.
+            from hub_data import load_hub_split
+
+            data, source = load_hub_split(dataset_name, split, class_names_column)
     except (TypeError, KeyError, AttributeError) as error:  # a list where a number should be, and the like
         raise InputError(f"{dataset_name}: split {split!r} is not in COCO format ({error!r}).") from None
     if not len(data):
         raise InputError(f"{dataset_name}: split {split!r} has no images.")
     if not data.class_names:
         raise InputError(f"{dataset_name}: split {split!r} has no categories; a prompt needs class names.")
-    phrases = [class_prompt([name]) for name in data.class_names if name.strip(" .?")]
-    twice = {phrase for phrase in phrases if phrases.count(phrase) > 1}
-    if twice:
-        raise InputError(f"{dataset_name}: split {split!r} has several categories named {', '.join(sorted(twice))}.")
+    data.boxes = _read_boxes(data, bbox_format, source)
+    if class_names_file is not None:
+        data.class_names = rename_classes(data.class_names, Path(class_names_file))
+    _check_phrases(data.class_names, f"{dataset_name}: split {split!r}")
     if all(crowd for crowds in data.crowds for crowd in crowds):
         raise InputError(f"{dataset_name}: split {split!r} has no boxes but those of crowds.")
     return data
 
 
-def load_coco_folder(folder: Path, split: str) -> DetectionSplit:
-    file = folder / f"{split}.json"
-    if not file.is_file():
-        raise InputError(f"{file}: no such file; a COCO folder has train.json, val.json and images/.")
-    try:
-        coco = json.loads(file.read_text())
-    except ValueError as error:
-        raise InputError(f"{file}: not JSON ({error}).") from None
-    if not isinstance(coco, dict) or not {"images", "annotations", "categories"} <= coco.keys():
+def rename_classes(class_names: list[str], file: Path) -> list[str]:
+    """The names with those replaced that a JSON object of old -> new names lists.
+
+    Raises:
+        InputError: naming the file and the entry that is no string or renames no class.
+    """
+    new = _read_json(file)
+    if not isinstance(new, dict):
+        raise InputError(f"{file}: must be a JSON object of old names -> new names.")
+    for old, name in new.items():
+        if not isinstance(name, str):
+            raise InputError(f"{file}: the new name of {old!r} is {name!r}, which is not a string.")
+        if old not in class_names:
+            raise InputError(f"{file}: there is no class {old!r}; there are {', '.join(map(repr, class_names))}.")
+    return [new.get(name, name) for name in class_names]
+
+
+def _check_phrases(class_names: list[str], where: str) -> None:
+    """Refuse names that a prompt would write as the same phrase."""
+    names: dict[str, list[str]] = {}
+    for name in class_names:
+        # A name without a word is refused where the prompt is written.
+        if name.strip(" .?"):
+            names.setdefault(class_prompt([name]).rstrip("."), []).append(name)
+    twice = [f"{phrase} ({', '.join(map(repr, same))})" for phrase, same in sorted(names.items()) if len(same) > 1]
+    if twice:
+        raise InputError(f"{where} has several categories named {', '.join(twice)}; a prompt cannot tell them apart.")
+
+
+def find_layout(folder: Path, split: str) -> tuple[Path, Path, str] | None:
+    """The annotation file of a split, the folder of its images, and the pattern that found them, if any did."""
+    for name in split_names(split):
+        for file, images in LAYOUTS:
+            if (folder / file.format(split=name)).is_file():
+                return folder / file.format(split=name), folder / images.format(split=name), file
+    return None
+
+
+def load_coco_folder(folder: Path, split: str, class_names_column: str | None) -> tuple[DetectionSplit, str]:
+    """A split as `load_split` has it, but for boxes as they are in the file; and the file's name."""
+    found = find_layout(folder, split)
+    if found is None:
+        looked_for = ", ".join(file.format(split=split) for file, _ in LAYOUTS)
+        there = sorted(
+            str(path.relative_to(folder)) for file, _ in LAYOUTS for path in folder.glob(file.format(split="*"))
+        )
+        raise InputError(
+            f"{folder}: no split {split!r}; looked for {looked_for}. There is {', '.join(there) or 'none'}."
+        )
+    file, images, pattern = found
+    coco = read_coco(file)
+    roots = _unused_roots(coco, folder) if pattern == ROBOFLOW_FILE else set()
+    categories = [category for category in coco["categories"] if category["id"] not in roots]
+    position = {category["id"]: i for i, category in enumerate(categories)}
+    objects: dict[Any, list[dict]] = {image["id"]: [] for image in coco["images"]}
+    for annotation in coco["annotations"]:
+        objects[annotation["image_id"]].append(annotation)
+    sizes = [(image["width"], image["height"]) for image in coco["images"]]
+    field = class_names_column or "name"
+    for category in categories:
+        if field not in category:
+            raise InputError(f"{file}: category {category['id']!r} ({category['name']!r}) has no `{field}`.")
+    data = DetectionSplit(
+        class_names=[
+            one_name(category[field], f"{file}: `{field}` of category {category['id']!r}") for category in categories
+        ],
+        image_ids=list(objects),
+        sizes=sizes,
+        boxes=[[a["bbox"] for a in found] for found in objects.values()],
+        labels=[[position[a["category_id"]] for a in found] for found in objects.values()],
+        crowds=[
+            [is_crowd(a.get("iscrowd"), f"{file}: annotation {a.get('id')}") for a in found]
+            for found in objects.values()
+        ],
+        open_image=CocoPictures(images, [image["file_name"] for image in coco["images"]], sizes, file.name),
+    )
+    return data, str(file)
+
+
+def read_coco(file: Path) -> dict:
+    """A COCO annotation file, every entry of which has what is read of it."""
+    coco = _read_json(file)
+    if not isinstance(coco, dict) or not COCO_FIELDS.keys() <= coco.keys():
         raise InputError(f"{file}: not a COCO file; it needs `images`, `annotations` and `categories`.")
     for part, fields in COCO_FIELDS.items():
+        if not isinstance(coco[part], list):
+            raise InputError(f"{file}: `{part}` is not a list.")
         for index, entry in enumerate(coco[part]):
+            where = f"{file}: {part}[{index}]"
+            if not isinstance(entry, dict):
+                raise InputError(f"{where} is not an object but {entry!r}.")
             for field in fields:
                 if field not in entry:
-                    raise InputError(f"{file}: {part}[{index}] has no `{field}`.")
-    position = {category["id"]: i for i, category in enumerate(coco["categories"])}
-    if len(position) < len(coco["categories"]):
-        raise InputError(f"{file}: category ids are not unique.")
-    found = {image["id"]: [] for image in coco["images"]}
-    if len(found) < len(coco["images"]):
-        raise InputError(f"{file}: image ids are not unique.")
+                    raise InputError(f"{where} has no `{field}`.")
+                if field.endswith("id") and not isinstance(entry[field], int | str):
+                    raise InputError(f"{where} has the `{field}` {entry[field]!r}; ids are whole numbers or strings.")
+                if field in ("width", "height") and not (isinstance(entry[field], int | float) and entry[field] >= 1):
+                    raise InputError(f"{where} has the `{field}` {entry[field]!r}; sizes are in pixels.")
+    for part, word in (("images", "image"), ("categories", "category")):
+        seen = set()
+        for entry in coco[part]:
+            if entry["id"] in seen:
+                raise InputError(f"{file}: {word} ids are not unique; {entry['id']!r} is there twice.")
+            seen.add(entry["id"])
+    images, categories = ({entry["id"] for entry in coco[part]} for part in ("images", "categories"))
     for annotation in coco["annotations"]:
         where = f"{file}: annotation {annotation.get('id')}"
-        if annotation["image_id"] not in found:
+        if annotation["image_id"] not in images:
             raise InputError(f"{where} is of image {annotation['image_id']!r}, which is not in `images`.")
-        if annotation["category_id"] not in position:
+        if annotation["category_id"] not in categories:
             raise InputError(f"{where} has the unknown category_id {annotation['category_id']!r}.")
-        found[annotation["image_id"]].append(annotation)
-    paths = []
-    for image in coco["images"]:
-        path = folder / "images" / image["file_name"]
-        if not path.is_file():
-            raise InputError(f"{path}: no such image, but {file.name} lists it.")
-        _check_picture(path, (image["width"], image["height"]), file)
-        paths.append(path)
-    sizes = [(image["width"], image["height"]) for image in coco["images"]]
-    return DetectionSplit(
-        class_names=[str(category["name"]) for category in coco["categories"]],
-        image_ids=[image["id"] for image in coco["images"]],
-        sizes=sizes,
-        boxes=[
-            [_box(a["bbox"], size, f"{file}: image {image['id']!r}") for a in found[image["id"]]]
-            for image, size in zip(coco["images"], sizes, strict=True)
-        ],
-        labels=[[position[a["category_id"]] for a in found[image["id"]]] for image in coco["images"]],
-        crowds=[[bool(a.get("iscrowd", 0)) for a in found[image["id"]]] for image in coco["images"]],
-        open_image=lambda index: _open_picture(paths[index], sizes[index]),
-    )
+    return coco
 
 
-def _check_picture(path: Path, size: tuple[int, int], file: Path) -> None:
-    """Refuse a picture that does not open or whose boxes are in pixels of another size; reads its header only."""
+def _unused_roots(coco: dict, folder: Path) -> set[Any]:
+    """Ids of the categories that Roboflow adds as a root of the others and that no split's file annotates."""
+    roots = _roots(coco)
+    if roots:
+        # All splits' files, so that all splits drop the same.
+        for file in sorted(folder.glob(ROBOFLOW_FILE.format(split="*"))):
+            other = read_coco(file)
+            theirs = _roots(other)
+            used = {theirs.get(annotation["category_id"]) for annotation in other["annotations"]}
+            roots = {id: name for id, name in roots.items() if name not in used}
+    return set(roots)
+
+
+def _roots(coco: dict) -> dict[Any, str]:
+    parents = {category.get("supercategory") for category in coco["categories"]}
+    return {
+        category["id"]: category["name"]
+        for category in coco["categories"]
+        if category.get("supercategory") == "none" and category["name"] in parents
+    }
+
+
+def _read_json(file: Path) -> Any:
     try:
-        with Image.open(path) as picture:
-            # Cameras store a turned picture as it left the sensor; annotations may be of either.
-            turned = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-            sizes = {picture.size, picture.size[::-1] if turned else picture.size}
+        return json.loads(file.read_bytes())
     except OSError as error:
-        raise InputError(f"{path}: not a picture that opens ({error}).") from None
-    if size not in sizes:
-        raise InputError(f"{path}: {sorted(sizes)[0]} pixels, but {file.name} says {size}.")
+        raise InputError(f"{file}: cannot be read ({error.strerror}).") from None
+    except ValueError as error:
+        raise InputError(f"{file}: not JSON ({error}).") from None
 
 
-def _open_picture(path: Path, size: tuple[int, int]) -> Image.Image:
-    picture = Image.open(path)
-    return (picture if picture.size == size else ImageOps.exif_transpose(picture)).convert("RGB")
+def one_name(value: Any, where: str) -> str:
+    """A class name, or the first of a list of them as LVIS's `synonyms`."""
+    name = value[0] if isinstance(value, list) and value else value
+    if not isinstance(name, str):
+        raise InputError(f"{where} is {value!r}; it must be a name or a list of names.")
+    return name
 
 
-def load_hub_split(dataset_name: str, split: str) -> DetectionSplit:
-    from datasets import load_dataset
+def is_crowd(value: Any, where: str) -> bool:
+    """Whether a box is of a crowd. Tools write flags as numbers, booleans or strings, or leave them out."""
+    text = str(value).lower()
+    if text not in ("0", "1", "0.0", "1.0", "false", "true", "none"):
+        raise InputError(f"{where}: `iscrowd` is {value!r}; it must be 0 or 1.")
+    return text in ("1", "1.0", "true")
 
+
+@dataclass(frozen=True)
+class CocoPictures:
+    """index -> RGB picture of a COCO file, checked each time: it may vanish or change in mid-run."""
+
+    folder: Path
+    names: list[str]
+    sizes: list[tuple[int, int]]
+    annotations: str
+
+    def __call__(self, index: int) -> Image.Image:
+        path, size = self.folder / self.names[index], self.sizes[index]
+        if not path.is_file():
+            raise InputError(f"{path}: no such image, but {self.annotations} lists it.")
+        picture = read_picture(path, str(path), size)
+        if picture.size != size:
+            raise InputError(f"{path}: {picture.size} pixels, but {self.annotations} says {size}.")
+        return picture
+
+
+def read_picture(source: Any, where: str, size: tuple[int, int] | None = None) -> Image.Image:
+    """The whole picture as RGB, turned as its EXIF says unless it is stored in `size`.
+
+    Cameras store a turned picture as it left the sensor, and annotations may be of either.
+
+    Args:
+        source: a path or a file object.
+        where: what the error names.
+        size: (width, height), pixels.
+
+    Raises:
+        InputError: if it is no picture or a damaged one.
+    """
     try:
-        rows = load_dataset(dataset_name, split="validation" if split == "val" else split)
-    except Exception as error:  # `datasets` raises many kinds for one cause: it is not there
-        raise InputError(
-            f"--dataset_name {dataset_name!r}, split {split!r}: no such folder, and the Hub has none ({error})."
-        ) from None
-    missing = {"image", "objects"} - set(rows.column_names)
-    if missing:
-        raise InputError(f"{dataset_name}: no column {', '.join(sorted(missing))}; it has {rows.column_names}.")
-    # A dict of lists, as `datasets` keeps a Sequence of a dict, or a list of dicts.
-    feature = rows.features["objects"]
-    is_list = not isinstance(feature, dict)
-    fields = feature.feature if is_list else feature
-    for field in ("bbox", "category"):
-        if field not in fields:
-            raise InputError(f"{dataset_name}: `objects` has no `{field}`; it has {sorted(fields)}.")
-    category = fields["category"] if is_list else fields["category"].feature
-    names = getattr(category, "names", None)
-    if names is None:
-        raise InputError(f"{dataset_name}: `objects.category` has no class names.")
-    boxes, labels = (
-        [[item[field] for item in entry] if is_list else entry[field] for entry in rows["objects"]]
-        for field in ("bbox", "category")
-    )
-    sizes = [rows[index]["image"].size for index in range(len(rows))]
-    return DetectionSplit(
-        class_names=list(names),
-        image_ids=list(range(len(rows))),
-        sizes=sizes,
-        boxes=[
-            [_box(box, size, f"{dataset_name} ({split}): image {index}") for box in image]
-            for index, (image, size) in enumerate(zip(boxes, sizes, strict=True))
-        ],
-        labels=[list(image) for image in labels],
-        crowds=[[False] * len(image) for image in labels],
-        open_image=lambda index: rows[index]["image"].convert("RGB"),
-    )
+        with Image.open(source) as picture:
+            return (picture if picture.size == size else ImageOps.exif_transpose(picture)).convert("RGB")
+    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and more for damaged files
+        raise InputError(f"{where}: not a picture that opens ({error}).") from None
 
 
-def _box(box: Any, size: tuple[int, int], where: str) -> tuple[float, float, float, float]:
-    """A box of an image of `size`, or an InputError that says what is wrong with it."""
-    problem = None
+def _read_boxes(data: DetectionSplit, bbox_format: str, source: str) -> list[list[Box]]:
+    """The split's boxes as (x, y, width, height), each checked to be one and to lie in its image."""
+    other = "xyxy" if bbox_format == "xywh" else "xywh"
+    for image_id, size, boxes in zip(data.image_ids, data.sizes, data.boxes, strict=True):
+        for box in boxes:
+            problem = _box_problem(box, size, bbox_format)
+            if problem is None:
+                continue
+            if not any(
+                _box_problem(box, size, other)
+                for size, boxes in zip(data.sizes, data.boxes, strict=True)
+                for box in boxes
+            ):
+                problem += f"; all boxes fit their images as {BOX_FORMATS[other]}, which is --bbox_format {other}"
+            raise InputError(f"{source}: image {image_id!r}: box {box!r} {problem}.")
+    return [[_as_xywh(box, bbox_format) for box in boxes] for boxes in data.boxes]
+
+
+def _box_problem(box: Any, size: tuple[int, int], bbox_format: str) -> str | None:
+    """What is wrong with a box of an image of `size`, if anything is."""
     try:
-        x, y, width, height = map(float, box)
+        x, y, width, height = _as_xywh(box, bbox_format)
     except (TypeError, ValueError):
         x = y = width = height = math.nan
     if not all(map(math.isfinite, (x, y, width, height))):
-        problem = "must be four finite numbers x, y, width, height"
-    elif width <= 0 or height <= 0:
-        problem = "is empty; width and height must be positive"
+        return f"must be four finite numbers {BOX_FORMATS[bbox_format]}"
+    if width <= 0 or height <= 0:
+        if bbox_format == "xyxy":
+            return "is empty; x1 and y1 must be greater than x0 and y0"
+        return "is empty; width and height must be positive"
     # One pixel of grace: annotation tools round.
-    elif x < -1 or y < -1 or x + width > size[0] + 1 or y + height > size[1] + 1:
-        problem = f"lies outside its image of {size[0]} x {size[1]} pixels"
-    if problem:
-        raise InputError(f"{where}: box {box!r} {problem}.")
-    return x, y, width, height
+    if x < -1 or y < -1 or x + width > size[0] + 1 or y + height > size[1] + 1:
+        return f"lies outside its image of {size[0]} x {size[1]} pixels"
+    return None
+
+
+def _as_xywh(box: Any, bbox_format: str) -> Box:
+    x, y, a, b = map(float, box)
+    return (x, y, a, b) if bbox_format == "xywh" else (x, y, a - x, b - y)

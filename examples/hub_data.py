@@ -1,0 +1,133 @@
+# Copyright 2026 The peft_sdpt authors
+# SPDX-License-Identifier: Apache-2.0
+"""Detection data from the Hub: rows with an image and its objects, read by `datasets`."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import datasets
+from PIL import ExifTags, Image
+
+from coco_data import DetectionSplit, is_crowd, one_name, read_picture, split_names
+from errors import InputError
+
+
+def load_hub_split(dataset_name: str, split: str, class_names_column: str | None) -> tuple[DetectionSplit, str]:
+    """A split as `load_split` has it, but for boxes as they are in the rows; and what errors call it.
+
+    The classes are those of `objects.category`: the names of a ClassLabel, or the sorted values of strings or numbers.
+    Values, and the names that `class_names_column` gives them, are gathered over all splits of the data set, so that
+    its splits agree on the classes even where one split lacks some.
+    """
+    try:
+        # All splits: `datasets` prepares them together whichever is asked for.
+        found = datasets.load_dataset(dataset_name)
+    except Exception as error:  # `datasets` raises many kinds for one cause: it is not there
+        raise InputError(
+            f"--dataset_name {dataset_name!r}, split {split!r}: no such folder, and the Hub has none ({error})."
+        ) from None
+    name = next((name for name in split_names(split) if name in found), None)
+    if name is None:
+        raise InputError(f"{dataset_name}: no split {split!r} on the Hub; it has {', '.join(found)}.")
+    rows, source = found[name], f"{dataset_name} ({split})"
+    missing = {"image", "objects"} - set(rows.column_names)
+    if missing:
+        raise InputError(f"{dataset_name}: no column {', '.join(sorted(missing))}; it has {rows.column_names}.")
+    if not isinstance(rows.features["image"], datasets.Image):
+        raise InputError(f"{dataset_name}: the column image holds no pictures but {rows.features['image']}.")
+    fields = _object_fields(rows)
+    for field in ("bbox", "category", class_names_column or "category"):
+        if field not in fields:
+            raise InputError(f"{dataset_name}: `objects` has no `{field}`; it has {sorted(fields)}.")
+    classes = _classes(found, fields["category"], class_names_column, dataset_name)
+    position = {value: index for index, value in enumerate(classes)}
+    crowd_field = next((field for field in ("iscrowd", "is_crowd") if field in fields), None)
+    boxes, labels, crowds = [], [], []
+    for index, objects in enumerate(_objects(rows)):
+        where = f"{source}: image {index}"
+        for value in objects["category"]:
+            if value not in position:
+                raise InputError(f"{where}: unknown category {value!r}.")
+        if len({len(values) for values in objects.values()}) > 1:
+            raise InputError(f"{where}: the fields of `objects` are not of one length.")
+        boxes.append(objects["bbox"])
+        labels.append([position[value] for value in objects["category"]])
+        crowds.append([is_crowd(v, where) for v in objects.get(crowd_field, [0] * len(boxes[-1]))])
+    pictures = HubPictures(rows.select_columns("image").cast_column("image", datasets.Image(decode=False)), source)
+    data = DetectionSplit(
+        class_names=list(classes.values()),
+        image_ids=list(range(len(rows))),
+        sizes=[pictures.size(index) for index in range(len(rows))],
+        boxes=boxes,
+        labels=labels,
+        crowds=crowds,
+        open_image=pictures,
+    )
+    return data, source
+
+
+def _object_fields(rows: datasets.Dataset) -> dict[str, Any]:
+    """Field -> feature of one object. A row has a list of dicts, or the dict of lists that `Sequence` makes of it."""
+    feature = rows.features["objects"]
+    if isinstance(feature, dict):
+        return {field: getattr(values, "feature", values) for field, values in feature.items()}
+    return getattr(feature, "feature", feature)
+
+
+def _objects(rows: datasets.Dataset) -> Iterator[dict[str, list]]:
+    """The objects of each row as a dict of lists."""
+    fields = list(_object_fields(rows))
+    for objects in rows["objects"]:
+        yield objects if isinstance(objects, dict) else {field: [item[field] for item in objects] for field in fields}
+
+
+def _classes(
+    found: datasets.DatasetDict, category: Any, class_names_column: str | None, dataset_name: str
+) -> dict[Any, str]:
+    """Value of `objects.category` -> name of the class, in the classes' order."""
+    labels = dict(enumerate(getattr(category, "names", ())))
+    if labels and class_names_column is None:
+        return labels
+    if class_names_column is None and category.dtype not in ("string", "large_string"):
+        raise InputError(
+            f"{dataset_name}: `objects.category` has no class names; if another field of `objects` has them, say "
+            f"which with --class_names_column."
+        )
+    names: dict[Any, str] = {}
+    for split, rows in found.items():
+        for index, objects in enumerate(_objects(rows)):
+            where = f"{dataset_name} ({split}): image {index}"
+            for value, name in zip(objects["category"], objects[class_names_column or "category"], strict=True):
+                name = one_name(name, f"{where}: `{class_names_column or 'category'}`")
+                if names.setdefault(value, name) != name:
+                    raise InputError(f"{where}: category {value!r} is named {name!r}, and {names[value]!r} before.")
+    return {value: names.get(value, labels.get(value)) for value in labels or sorted(names)}
+
+
+class HubPictures:
+    """index -> RGB picture of rows whose column `image` is not decoded."""
+
+    def __init__(self, rows: datasets.Dataset, source: str):
+        self.rows, self.source = rows, source
+
+    def _file(self, index: int) -> Any:
+        image = self.rows[index]["image"] or {}
+        if image.get("bytes") is None and image.get("path") is None:
+            raise InputError(f"{self.source}: image {index} is missing.")
+        return image["path"] if image.get("bytes") is None else io.BytesIO(image["bytes"])
+
+    def size(self, index: int) -> tuple[int, int]:
+        """(width, height) of the picture as it is opened; reads its header only."""
+        file = self._file(index)
+        try:
+            with Image.open(file) as picture:
+                turned = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+                return picture.size[::-1] if turned else picture.size
+        except Exception as error:  # Pillow raises many kinds for damaged files
+            raise InputError(f"{self.source}: image {index}: not a picture that opens ({error}).") from None
+
+    def __call__(self, index: int) -> Image.Image:
+        return read_picture(self._file(index), f"{self.source}: image {index}")
