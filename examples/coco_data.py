@@ -17,29 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm.auto import tqdm
 
+from coco_folder import find_layout, load_coco_folder, read_json, split_names
 from errors import InputError
 from peft_sdpt.grounding import class_prompt
 
-# Where an annotation file and its images lie in a folder; the first that is there is read.
-ROBOFLOW_FILE = "{split}/_annotations.coco.json"
-LAYOUTS = (
-    ("{split}.json", "images"),
-    # ODinW keeps Roboflow's file beside this one, which has no root category.
-    ("{split}/annotations_without_background.json", "{split}"),
-    (ROBOFLOW_FILE, "{split}"),
-    ("annotations/instances_{split}.json", "{split}"),
-)
-# Names of one and the same split.
-VALIDATION_NAMES = ("val", "valid", "validation")
-# What is read of each entry of a COCO file.
-COCO_FIELDS = {
-    "images": ("id", "file_name", "width", "height"),
-    "annotations": ("image_id", "category_id", "bbox"),
-    "categories": ("id", "name"),
-}
 # What the four numbers of a box are, by the name of their format.
 BOX_FORMATS = {"xywh": "x, y, width, height", "xyxy": "x0, y0, x1, y1"}
 
@@ -194,7 +178,7 @@ def require_same_classes(splits: dict[str, DetectionSplit], dataset_name: str) -
             continue
         where = f"{dataset_name}: the splits {first} and {second} name"
         only = [
-            f"only {name} has {', '.join(map(repr, names))}"
+            f"only {name} has {_listed(names)}"
             for name, names in (
                 (first, [name for name in one.class_names if name not in other.class_names]),
                 (second, [name for name in other.class_names if name not in one.class_names]),
@@ -211,9 +195,10 @@ def require_same_classes(splits: dict[str, DetectionSplit], dataset_name: str) -
         )
 
 
-def split_names(split: str) -> tuple[str, ...]:
-    """The names that a split may go by, the one asked for first."""
-    return (split, *(name for name in VALIDATION_NAMES if split in VALIDATION_NAMES and name != split))
+def _listed(names: list[str]) -> str:
+    """Names as an error lists them: LVIS has 1203."""
+    more = [f"{len(names) - 10} more"] if len(names) > 10 else []
+    return ", ".join([*map(repr, names[:10]), *more])
 
 
 def has_split(dataset_name: str, split: str) -> bool:
@@ -256,14 +241,15 @@ def load_split(
     folder = Path(dataset_name)
     try:
         if folder.exists():
-            data, source = load_coco_folder(folder, split, class_names_column)
+            fields, source = load_coco_folder(folder, split, class_names_column)
         else:
-            # Here, because it imports this module.
+            # Here, because `datasets` takes its time to import and a folder does without.
             from hub_data import load_hub_split
 
-            data, source = load_hub_split(dataset_name, split, class_names_column)
+            fields, source = load_hub_split(dataset_name, split, class_names_column)
     except (TypeError, KeyError, AttributeError) as error:  # a list where a number should be, and the like
         raise InputError(f"{dataset_name}: split {split!r} is not in COCO format ({error!r}).") from None
+    data = DetectionSplit(**fields)
     if not len(data):
         raise InputError(f"{dataset_name}: split {split!r} has no images.")
     if not data.class_names:
@@ -283,14 +269,14 @@ def rename_classes(class_names: list[str], file: Path) -> list[str]:
     Raises:
         InputError: naming the file and the entry that is no string or renames no class.
     """
-    new = _read_json(file)
+    new = read_json(file)
     if not isinstance(new, dict):
         raise InputError(f"{file}: must be a JSON object of old names -> new names.")
     for old, name in new.items():
         if not isinstance(name, str):
             raise InputError(f"{file}: the new name of {old!r} is {name!r}, which is not a string.")
         if old not in class_names:
-            raise InputError(f"{file}: there is no class {old!r}; there are {', '.join(map(repr, class_names))}.")
+            raise InputError(f"{file}: there is no class {old!r}; there are {_listed(class_names)}.")
     return [new.get(name, name) for name in class_names]
 
 
@@ -304,177 +290,6 @@ def _check_phrases(class_names: list[str], where: str) -> None:
     twice = [f"{phrase} ({', '.join(map(repr, same))})" for phrase, same in sorted(names.items()) if len(same) > 1]
     if twice:
         raise InputError(f"{where} has several categories named {', '.join(twice)}; a prompt cannot tell them apart.")
-
-
-def find_layout(folder: Path, split: str) -> tuple[Path, Path, str] | None:
-    """The annotation file of a split, the folder of its images, and the pattern that found them, if any did."""
-    for name in split_names(split):
-        for file, images in LAYOUTS:
-            if (folder / file.format(split=name)).is_file():
-                return folder / file.format(split=name), folder / images.format(split=name), file
-    return None
-
-
-def load_coco_folder(folder: Path, split: str, class_names_column: str | None) -> tuple[DetectionSplit, str]:
-    """A split as `load_split` has it, but for boxes as they are in the file; and the file's name."""
-    found = find_layout(folder, split)
-    if found is None:
-        looked_for = ", ".join(file.format(split=split) for file, _ in LAYOUTS)
-        there = sorted(
-            str(path.relative_to(folder)) for file, _ in LAYOUTS for path in folder.glob(file.format(split="*"))
-        )
-        raise InputError(
-            f"{folder}: no split {split!r}; looked for {looked_for}. There is {', '.join(there) or 'none'}."
-        )
-    file, images, pattern = found
-    coco = read_coco(file)
-    roots = _unused_roots(coco, folder) if pattern == ROBOFLOW_FILE else set()
-    categories = [category for category in coco["categories"] if category["id"] not in roots]
-    position = {category["id"]: i for i, category in enumerate(categories)}
-    objects: dict[Any, list[dict]] = {image["id"]: [] for image in coco["images"]}
-    for annotation in coco["annotations"]:
-        objects[annotation["image_id"]].append(annotation)
-    sizes = [(image["width"], image["height"]) for image in coco["images"]]
-    field = class_names_column or "name"
-    for category in categories:
-        if field not in category:
-            raise InputError(f"{file}: category {category['id']!r} ({category['name']!r}) has no `{field}`.")
-    data = DetectionSplit(
-        class_names=[
-            one_name(category[field], f"{file}: `{field}` of category {category['id']!r}") for category in categories
-        ],
-        image_ids=list(objects),
-        sizes=sizes,
-        boxes=[[a["bbox"] for a in found] for found in objects.values()],
-        labels=[[position[a["category_id"]] for a in found] for found in objects.values()],
-        crowds=[
-            [is_crowd(a.get("iscrowd"), f"{file}: annotation {a.get('id')}") for a in found]
-            for found in objects.values()
-        ],
-        open_image=CocoPictures(images, [image["file_name"] for image in coco["images"]], sizes, file.name),
-    )
-    return data, str(file)
-
-
-def read_coco(file: Path) -> dict:
-    """A COCO annotation file, every entry of which has what is read of it."""
-    coco = _read_json(file)
-    if not isinstance(coco, dict) or not COCO_FIELDS.keys() <= coco.keys():
-        raise InputError(f"{file}: not a COCO file; it needs `images`, `annotations` and `categories`.")
-    for part, fields in COCO_FIELDS.items():
-        if not isinstance(coco[part], list):
-            raise InputError(f"{file}: `{part}` is not a list.")
-        for index, entry in enumerate(coco[part]):
-            where = f"{file}: {part}[{index}]"
-            if not isinstance(entry, dict):
-                raise InputError(f"{where} is not an object but {entry!r}.")
-            for field in fields:
-                if field not in entry:
-                    raise InputError(f"{where} has no `{field}`.")
-                if field.endswith("id") and not isinstance(entry[field], int | str):
-                    raise InputError(f"{where} has the `{field}` {entry[field]!r}; ids are whole numbers or strings.")
-                if field in ("width", "height") and not (isinstance(entry[field], int | float) and entry[field] >= 1):
-                    raise InputError(f"{where} has the `{field}` {entry[field]!r}; sizes are in pixels.")
-    for part, word in (("images", "image"), ("categories", "category")):
-        seen = set()
-        for entry in coco[part]:
-            if entry["id"] in seen:
-                raise InputError(f"{file}: {word} ids are not unique; {entry['id']!r} is there twice.")
-            seen.add(entry["id"])
-    images, categories = ({entry["id"] for entry in coco[part]} for part in ("images", "categories"))
-    for annotation in coco["annotations"]:
-        where = f"{file}: annotation {annotation.get('id')}"
-        if annotation["image_id"] not in images:
-            raise InputError(f"{where} is of image {annotation['image_id']!r}, which is not in `images`.")
-        if annotation["category_id"] not in categories:
-            raise InputError(f"{where} has the unknown category_id {annotation['category_id']!r}.")
-    return coco
-
-
-def _unused_roots(coco: dict, folder: Path) -> set[Any]:
-    """Ids of the categories that Roboflow adds as a root of the others and that no split's file annotates."""
-    roots = _roots(coco)
-    if roots:
-        # All splits' files, so that all splits drop the same.
-        for file in sorted(folder.glob(ROBOFLOW_FILE.format(split="*"))):
-            other = read_coco(file)
-            theirs = _roots(other)
-            used = {theirs.get(annotation["category_id"]) for annotation in other["annotations"]}
-            roots = {id: name for id, name in roots.items() if name not in used}
-    return set(roots)
-
-
-def _roots(coco: dict) -> dict[Any, str]:
-    parents = {category.get("supercategory") for category in coco["categories"]}
-    return {
-        category["id"]: category["name"]
-        for category in coco["categories"]
-        if category.get("supercategory") == "none" and category["name"] in parents
-    }
-
-
-def _read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_bytes())
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read ({error.strerror}).") from None
-    except ValueError as error:
-        raise InputError(f"{file}: not JSON ({error}).") from None
-
-
-def one_name(value: Any, where: str) -> str:
-    """A class name, or the first of a list of them as LVIS's `synonyms`."""
-    name = value[0] if isinstance(value, list) and value else value
-    if not isinstance(name, str):
-        raise InputError(f"{where} is {value!r}; it must be a name or a list of names.")
-    return name
-
-
-def is_crowd(value: Any, where: str) -> bool:
-    """Whether a box is of a crowd. Tools write flags as numbers, booleans or strings, or leave them out."""
-    text = str(value).lower()
-    if text not in ("0", "1", "0.0", "1.0", "false", "true", "none"):
-        raise InputError(f"{where}: `iscrowd` is {value!r}; it must be 0 or 1.")
-    return text in ("1", "1.0", "true")
-
-
-@dataclass(frozen=True)
-class CocoPictures:
-    """index -> RGB picture of a COCO file, checked each time: it may vanish or change in mid-run."""
-
-    folder: Path
-    names: list[str]
-    sizes: list[tuple[int, int]]
-    annotations: str
-
-    def __call__(self, index: int) -> Image.Image:
-        path, size = self.folder / self.names[index], self.sizes[index]
-        if not path.is_file():
-            raise InputError(f"{path}: no such image, but {self.annotations} lists it.")
-        picture = read_picture(path, str(path), size)
-        if picture.size != size:
-            raise InputError(f"{path}: {picture.size} pixels, but {self.annotations} says {size}.")
-        return picture
-
-
-def read_picture(source: Any, where: str, size: tuple[int, int] | None = None) -> Image.Image:
-    """The whole picture as RGB, turned as its EXIF says unless it is stored in `size`.
-
-    Cameras store a turned picture as it left the sensor, and annotations may be of either.
-
-    Args:
-        source: a path or a file object.
-        where: what the error names.
-        size: (width, height), pixels.
-
-    Raises:
-        InputError: if it is no picture or a damaged one.
-    """
-    try:
-        with Image.open(source) as picture:
-            return (picture if picture.size == size else ImageOps.exif_transpose(picture)).convert("RGB")
-    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and more for damaged files
-        raise InputError(f"{where}: not a picture that opens ({error}).") from None
 
 
 def _read_boxes(data: DetectionSplit, bbox_format: str, source: str) -> list[list[Box]]:
@@ -498,7 +313,8 @@ def _read_boxes(data: DetectionSplit, bbox_format: str, source: str) -> list[lis
 def _box_problem(box: Any, size: tuple[int, int], bbox_format: str) -> str | None:
     """What is wrong with a box of an image of `size`, if anything is."""
     try:
-        x, y, width, height = _as_xywh(box, bbox_format)
+        # A string of four digits would pass for four numbers.
+        x, y, width, height = _as_xywh(None if isinstance(box, str) else box, bbox_format)
     except (TypeError, ValueError):
         x = y = width = height = math.nan
     if not all(map(math.isfinite, (x, y, width, height))):

@@ -11,12 +11,12 @@ from typing import Any
 import datasets
 from PIL import ExifTags, Image
 
-from coco_data import DetectionSplit, is_crowd, one_name, read_picture, split_names
+from coco_folder import is_crowd, one_name, read_picture, split_names
 from errors import InputError
 
 
-def load_hub_split(dataset_name: str, split: str, class_names_column: str | None) -> tuple[DetectionSplit, str]:
-    """A split as `load_split` has it, but for boxes as they are in the rows; and what errors call it.
+def load_hub_split(dataset_name: str, split: str, class_names_column: str | None) -> tuple[dict[str, Any], str]:
+    """The fields of a `DetectionSplit`, boxes being as they are in the rows; and what errors call the split.
 
     The classes are those of `objects.category`: the names of a ClassLabel, or the sorted values of strings or numbers.
     Values, and the names that `class_names_column` gives them, are gathered over all splits of the data set, so that
@@ -56,17 +56,17 @@ def load_hub_split(dataset_name: str, split: str, class_names_column: str | None
         boxes.append(objects["bbox"])
         labels.append([position[value] for value in objects["category"]])
         crowds.append([is_crowd(v, where) for v in objects.get(crowd_field, [0] * len(boxes[-1]))])
-    pictures = HubPictures(rows.select_columns("image").cast_column("image", datasets.Image(decode=False)), source)
-    data = DetectionSplit(
-        class_names=list(classes.values()),
-        image_ids=list(range(len(rows))),
-        sizes=[pictures.size(index) for index in range(len(rows))],
-        boxes=boxes,
-        labels=labels,
-        crowds=crowds,
-        open_image=pictures,
-    )
-    return data, source
+    pictures = HubPictures(rows, source)
+    fields = {
+        "class_names": list(classes.values()),
+        "image_ids": list(range(len(rows))),
+        "sizes": pictures.sizes,
+        "boxes": boxes,
+        "labels": labels,
+        "crowds": crowds,
+        "open_image": pictures,
+    }
+    return fields, source
 
 
 def _object_fields(rows: datasets.Dataset) -> dict[str, Any]:
@@ -81,6 +81,8 @@ def _objects(rows: datasets.Dataset) -> Iterator[dict[str, list]]:
     """The objects of each row as a dict of lists."""
     fields = list(_object_fields(rows))
     for objects in rows["objects"]:
+        # A row without objects may hold nothing at all.
+        objects = objects or []
         yield objects if isinstance(objects, dict) else {field: [item[field] for item in objects] for field in fields}
 
 
@@ -108,26 +110,36 @@ def _classes(
 
 
 class HubPictures:
-    """index -> RGB picture of rows whose column `image` is not decoded."""
+    """index -> RGB picture of the column `image`.
+
+    Attributes:
+        sizes: (width, height) of each picture as it is opened, pixels; read from its header, without decoding it.
+    """
 
     def __init__(self, rows: datasets.Dataset, source: str):
-        self.rows, self.source = rows, source
+        self.rows = rows.select_columns("image").cast_column("image", datasets.Image(decode=False))
+        self.source = source
+        self.sizes = [self._header_size(index) for index in range(len(rows))]
+
+    def __call__(self, index: int) -> Image.Image:
+        where = f"{self.source}: image {index}"
+        picture = read_picture(self._file(index), where)
+        if picture.size != self.sizes[index]:
+            raise InputError(f"{where}: {picture.size} pixels, but its header said {self.sizes[index]}.")
+        return picture
+
+    def _header_size(self, index: int) -> tuple[int, int]:
+        file = self._file(index)
+        try:
+            with Image.open(file) as picture:
+                # Not `picture.getexif()`, which decodes a PNG in search of EXIF behind its pixels.
+                turned = Image.Image.getexif(picture).get(ExifTags.Base.Orientation, 1) >= 5
+                return picture.size[::-1] if turned else picture.size
+        except Exception as error:  # Pillow raises many kinds for damaged files
+            raise InputError(f"{self.source}: image {index}: not a picture that opens ({error}).") from None
 
     def _file(self, index: int) -> Any:
         image = self.rows[index]["image"] or {}
         if image.get("bytes") is None and image.get("path") is None:
             raise InputError(f"{self.source}: image {index} is missing.")
         return image["path"] if image.get("bytes") is None else io.BytesIO(image["bytes"])
-
-    def size(self, index: int) -> tuple[int, int]:
-        """(width, height) of the picture as it is opened; reads its header only."""
-        file = self._file(index)
-        try:
-            with Image.open(file) as picture:
-                turned = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-                return picture.size[::-1] if turned else picture.size
-        except Exception as error:  # Pillow raises many kinds for damaged files
-            raise InputError(f"{self.source}: image {index}: not a picture that opens ({error}).") from None
-
-    def __call__(self, index: int) -> Image.Image:
-        return read_picture(self._file(index), f"{self.source}: image {index}")
