@@ -15,6 +15,7 @@ from faster_coco_eval import COCO, COCOeval_faster
 from tqdm.auto import tqdm
 
 from coco_data import DetectionSplit
+from errors import InputError
 from peft_sdpt.grounding import class_prompt, class_scores, class_token_maps, split_classes
 
 # COCO counts the 100 best detections of an image.
@@ -78,6 +79,9 @@ def detect_split(
 
     Returns:
         In every process the rows of all pictures, as `rows_of` makes them.
+
+    Raises:
+        InputError: if scores are not finite.
     """
     was_training = model.training
     model.eval()
@@ -92,6 +96,8 @@ def detect_split(
         with accelerator.autocast():
             found = detect(detector, processor, [data.open_image(i) for i in images], data.class_names, chunks)
         for image, result in zip(images, found, strict=True):
+            if not result["scores"].isfinite().all():
+                raise InputError(f"{label}: scores are not finite any more; lower --learning_rate.")
             rows += rows_of(image, result)
     model.train(was_training)
     return gather_object(rows)

@@ -24,5 +24,5 @@ def one_line_errors(program: str) -> Iterator[None]:
         print(f"{program}: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
-        print(f"{program}: {interrupt or 'interrupted.'}", file=sys.stderr)
+        print(f"{program}: {str(interrupt) or 'interrupted.'}", file=sys.stderr)
         sys.exit(130)

@@ -22,30 +22,54 @@ import math
 import os
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, set_seed
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import broadcast_object_list, set_seed
 from peft import PeftModel, get_peft_model
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor, get_scheduler
 
-from coco_data import DetectionSplit, centre_boxes, has_test_split, load_split
-from coco_metrics import detect, evaluate
+from checkpoints import (
+    Checkpoints,
+    Progress,
+    averaged,
+    latest,
+    remove_unfinished,
+    save_adapter,
+    trained_parameters,
+    whole_files,
+)
+from coco_data import DetectionSplit, check_pictures, few_shot, has_split, load_split, require_same_classes
+from coco_metrics import average_precision, detect_split, result_of
 from errors import InputError, one_line_errors
-from peft_sdpt import SDPTConfig
-from peft_sdpt.grounding import class_prompt, phrase_lengths, split_classes
+from interruption import Interruption, leave_signals_to_the_main_process
+from peft_sdpt import SDPTConfig, SDPTLayer
+from peft_sdpt.grounding import split_classes
 from peft_sdpt.loss import GroundedDetectionLoss
 from pictograms.tasks import TASKS, write_task
 from pictures import side_by_side
+from training_data import TrainingSamples
 
 HERE = Path(__file__).resolve().parent
 SHOWN_PICTURES = 4
 # Flags that make a new adapter; a field that is not asked for keeps the default of `SDPTConfig`.
-ADAPTER_FLAGS = ("num_virtual_tokens", "pinv_rtol")
+ADAPTER_FLAGS = ("num_virtual_tokens", "pinv_rtol", "prompt_dropout")
+# Flags that a resumed run may change: they say where and how, not what. Those on data are told by the data itself.
+FREE_FLAGS = (
+    *("output_dir", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "validation_steps"),
+    *("with_tracking", "report_to", "per_device_eval_batch_size", "dataloader_num_workers", "skip_bad_images"),
+    *("dataset_name", "train_split", "validation_split", "eval_split", "bbox_format", "shots"),
+    *("class_names_file", "class_names_column"),
+    # As their products below.
+    *("num_train_epochs", "max_train_steps", "per_device_train_batch_size", "mixed_precision"),
+)
 # Those of transformers that need nothing but a number of steps.
 SCHEDULERS = (
     "linear",
@@ -59,67 +83,179 @@ SCHEDULERS = (
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
+    class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        """Shows the defaults, and the text above as it stands."""
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, allow_abbrev=False)
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--dataset_name",
+        default="twemoji",
+        help="A folder with boxes in COCO format (of its own, a Roboflow export, ODinW or COCO itself), a Hub id with "
+        f"the columns image and objects, or a built-in task: {', '.join(TASKS)}.",
+    )
+    data.add_argument("--train_split", default="train")
+    data.add_argument(
+        "--validation_split", help="Split that tells which adapter is the best. If not given: val, if there is one."
+    )
+    data.add_argument(
+        "--eval_split", help="Split to measure on. If not given: test if the data has one, else the validation split."
+    )
+    data.add_argument(
+        "--bbox_format",
+        default="xywh",
+        choices=("xywh", "xyxy"),
+        help="What the four numbers of a box are: its corner, width and height as in COCO, or two corners. In pixels.",
+    )
+    data.add_argument("--class_names_file", help='JSON with names for prompts: {"RBC": "red blood cell"}.')
+    data.add_argument(
+        "--class_names_column", help="Field of the categories (COCO) or the objects (Hub) to take class names from."
+    )
+    data.add_argument("--shots", type=int, help="Train on this many images a class, drawn with --seed.")
+    data.add_argument("--skip_bad_images", action="store_true", help="Leave out images that do not open.")
+    data.add_argument(
+        "--no_augmentation", action="store_true", help="No flips, scale jitter and crops of the training images."
+    )
+    data.add_argument("--image_size", type=int, help="Shorter side in pixels. If not given: the processor's own.")
+    data.add_argument("--dataloader_num_workers", type=int, default=0)
+
+    host = parser.add_argument_group("host and adapter")
+    host.add_argument(
         "--model_name_or_path",
         default=str(HERE / "host"),
         help="Folder or Hub id of a Grounding DINO kind of detector.",
     )
-    parser.add_argument(
-        "--dataset_name",
-        default="twemoji",
-        help=f"A folder in COCO format (train.json, val.json, images/), a Hub id with the columns image and objects, "
-        f"or a built-in task: {', '.join(TASKS)}.",
+    host.add_argument("--adapter", help="Folder or Hub id of a saved adapter to evaluate or to go on from.")
+    host.add_argument(
+        "--num_virtual_tokens",
+        type=int,
+        help="Unified prototype tokens a fusion layer. If not given: that of SDPTConfig, as the next two.",
     )
-    parser.add_argument("--output_dir", type=Path, default=Path("sdpt-detection"))
-    parser.add_argument("--eval_split", help="Split to measure on. Default: test if the data has one, else val.")
-    parser.add_argument("--num_train_epochs", type=int, default=3)
-    parser.add_argument("--max_train_steps", type=int, help="Optimizer steps in all; overrides --num_train_epochs.")
-    parser.add_argument("--per_device_train_batch_size", type=int, default=12)
-    parser.add_argument("--per_device_eval_batch_size", type=int, default=16)
-    parser.add_argument(
-        "--learning_rate", type=float, default=0.2, help="Prompts want rates two orders above those of weights."
-    )
-    parser.add_argument("--weight_decay", type=float, default=0.0)
-    parser.add_argument("--max_grad_norm", type=float, default=1.0)
-    parser.add_argument("--lr_scheduler_type", default="cosine", choices=SCHEDULERS)
-    parser.add_argument("--num_warmup_steps", type=int, default=10)
-    parser.add_argument("--gradient_accumulation_steps", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--num_virtual_tokens", type=int, help="Unified prototype tokens a fusion layer. Default: that of SDPTConfig."
-    )
-    parser.add_argument(
+    host.add_argument(
         "--pinv_rtol",
         type=float,
-        help="Drop singular values of the frozen projections below this share of the largest when inverting them. "
-        "Default: the full inverse of the paper.",
+        help="Drop singular values of the frozen projections below this share of the largest when inverting them.",
     )
-    parser.add_argument("--image_size", type=int, help="Shorter side in pixels. Default: the processor's own.")
-    parser.add_argument(
+    host.add_argument("--prompt_dropout", type=float, help="Dropout probability on the prototype tokens.")
+
+    train = parser.add_argument_group("training")
+    train.add_argument("--num_train_epochs", type=int, default=3)
+    train.add_argument("--max_train_steps", type=int, help="Optimizer steps in all; overrides --num_train_epochs.")
+    train.add_argument("--per_device_train_batch_size", type=int, default=12)
+    train.add_argument("--per_device_eval_batch_size", type=int, default=16)
+    train.add_argument("--gradient_accumulation_steps", type=int, default=1)
+    train.add_argument(
+        "--learning_rate", type=float, default=0.2, help="Prompts want rates two orders above those of weights."
+    )
+    train.add_argument("--weight_decay", type=float, default=0.0)
+    train.add_argument("--max_grad_norm", type=float, default=1.0)
+    train.add_argument("--lr_scheduler_type", default="cosine", choices=SCHEDULERS)
+    train.add_argument("--num_warmup_steps", type=int, default=10)
+    train.add_argument(
+        "--ema_decay",
+        type=float,
+        help="Evaluate and save the exponential moving average of the prompts, with this decay a step.",
+    )
+    train.add_argument(
+        "--mixed_precision", choices=("no", "fp16", "bf16"), help="If not given: what `accelerate config` says."
+    )
+    train.add_argument("--seed", type=int, default=0)
+
+    output = parser.add_argument_group("output")
+    output.add_argument("--output_dir", type=Path, default=Path("sdpt-detection"))
+    output.add_argument(
+        "--validation_steps", type=int, help="Validate every so many optimizer steps. If not given: each epoch."
+    )
+    output.add_argument(
+        "--checkpointing_steps",
+        help="Save a checkpoint to resume from, the folder step_N, every so many optimizer steps, or each `epoch`.",
+    )
+    output.add_argument("--checkpoints_total_limit", type=int, help="Keep the newest so many.")
+    output.add_argument(
+        "--resume_from_checkpoint", help="A folder step_N, or `latest`: the newest of --output_dir, if there is one."
+    )
+    output.add_argument("--with_tracking", action="store_true", help="Log loss, learning rate, AP and prompt norms.")
+    output.add_argument("--report_to", default="tensorboard", help="A tracker that Accelerate knows, or `all`.")
+    output.add_argument(
         "--eval_only", action="store_true", help="Measure the host, and --adapter on it, without training."
     )
-    parser.add_argument("--adapter", help="Folder or Hub id of a saved adapter to evaluate or to go on from.")
     return parser.parse_args()
 
 
 def check_args(args: argparse.Namespace) -> None:
+    if args.checkpointing_steps not in (None, "epoch"):
+        try:
+            args.checkpointing_steps = int(args.checkpointing_steps)
+        except ValueError:
+            raise InputError(
+                f"--checkpointing_steps {args.checkpointing_steps}: must be a number of steps or `epoch`."
+            ) from None
     for name in ("num_train_epochs", "max_train_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
-                 "gradient_accumulation_steps", "num_virtual_tokens", "image_size"):  # fmt: skip
+                 "gradient_accumulation_steps", "num_virtual_tokens", "image_size", "shots", "validation_steps",
+                 "checkpointing_steps", "checkpoints_total_limit"):  # fmt: skip
         value = getattr(args, name)
-        if value is not None and value < 1:
+        if value not in (None, "epoch") and value < 1:
             raise InputError(f"--{name} {value}: must be at least 1.")
     for name in ("learning_rate", "max_grad_norm"):
         if not 0 < getattr(args, name) < math.inf:
             raise InputError(f"--{name} {getattr(args, name)}: must be positive and finite.")
-    for name, most in (("weight_decay", math.inf), ("num_warmup_steps", math.inf), ("seed", 2**32)):
-        if not 0 <= getattr(args, name) < most:
-            raise InputError(f"--{name} {getattr(args, name)}: must be at least 0 and below {most}.")
-    if args.pinv_rtol is not None and not 0 < args.pinv_rtol < 1:
-        raise InputError(f"--pinv_rtol {args.pinv_rtol}: must be above 0 and below 1.")
+    for name, most in (("weight_decay", math.inf), ("num_warmup_steps", math.inf), ("seed", 2**32),
+                       ("dataloader_num_workers", math.inf), ("prompt_dropout", 1)):  # fmt: skip
+        value = getattr(args, name)
+        if value is not None and not 0 <= value < most:
+            raise InputError(f"--{name} {value}: must be at least 0 and below {most}.")
+    for name in ("pinv_rtol", "ema_decay"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < 1:
+            raise InputError(f"--{name} {value}: must be above 0 and below 1.")
+    for name in ("dataset_name", "adapter", "model_name_or_path", "resume_from_checkpoint"):
+        if getattr(args, name) == "":
+            raise InputError(f"--{name}: is empty.")
     for name in ADAPTER_FLAGS:
         if args.adapter and getattr(args, name) is not None:
             raise InputError(f"--{name}: belongs to the adapter, and --adapter {args.adapter} brings its own.")
+    if args.eval_only and args.resume_from_checkpoint:
+        raise InputError("--resume_from_checkpoint: goes on training; to evaluate a checkpoint pass it as --adapter.")
+    if args.with_tracking and args.report_to not in (there := [*map(str, get_available_trackers()), "all"]):
+        raise InputError(f"--report_to {args.report_to}: not installed or unknown to Accelerate; there is {there}.")
+
+
+def make_accelerator(args: argparse.Namespace) -> Accelerator:
+    try:
+        accelerator = Accelerator(
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            mixed_precision=args.mixed_precision,
+            log_with=args.report_to if args.with_tracking else None,
+            project_dir=args.output_dir,
+        )
+    except ValueError as error:
+        raise InputError(f"--mixed_precision {args.mixed_precision}: {error}") from None
+    if {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ:
+        # accelerate 1.15 has no launcher for several processes on the CPU of one machine.
+        print(
+            "`accelerate launch --cpu --num_processes N` starts one process. For N on the CPU: "
+            "ACCELERATE_USE_CPU=true torchrun --nproc_per_node N examples/train_detection.py",
+            file=sys.stderr,
+        )
+    return accelerator
+
+
+def make_output_dir(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Find out now, not after hours, whether the results can be written, and whether they would mix with others."""
+    if accelerator.is_main_process:
+        try:
+            with whole_files(args.output_dir):
+                pass
+        except InputError as error:
+            raise InputError(f"--output_dir {error}") from None
+        remove_unfinished(args.output_dir)
+    accelerator.wait_for_everyone()
+    there = latest(args.output_dir)
+    if there and not args.eval_only and not args.resume_from_checkpoint:
+        raise InputError(
+            f"--output_dir {args.output_dir}: has {there.name} of an earlier run; go on from it with "
+            "--resume_from_checkpoint latest, or choose another folder."
+        )
 
 
 def use_all_cores(accelerator: Accelerator) -> None:
@@ -160,127 +296,182 @@ def load_host(args: argparse.Namespace) -> tuple:
     return processor, model
 
 
-class Collator:
-    """Makes a batch of a split: pictures through the processor, a prompt an image, labels in the prompt's order.
-
-    Where the classes do not all fit one prompt, an image is asked for its own classes and as many random others as fit.
-    """
-
-    def __init__(self, data: DetectionSplit, processor, max_text_len: int):
-        self.data, self.processor = data, processor
-        # [CLS] and [SEP] have their place too.
-        self.room = max_text_len - 2
-        self.lengths = phrase_lengths(data.class_names, processor.tokenizer)
-
-    def __call__(self, images: list[int]) -> tuple[dict, list[dict]]:
-        pictures = [self.data.open_image(i) for i in images]
-        prompts, labels = [], []
-        for image, picture in zip(images, pictures, strict=True):
-            asked = self._ask(self.data.labels[image])
-            prompts.append(class_prompt([self.data.class_names[c] for c in asked]))
-            position = {c: i for i, c in enumerate(asked)}
-            objects = zip(self.data.boxes[image], self.data.labels[image], self.data.crowds[image], strict=True)
-            kept = [(box, position[c]) for box, c, crowd in objects if c in position and not crowd]
-            labels.append(
-                {
-                    "class_labels": torch.tensor([c for _, c in kept], dtype=torch.long),
-                    "boxes": centre_boxes([box for box, _ in kept], picture.size),
-                }
-            )
-        inputs = self.processor.image_processor(pictures, return_tensors="pt")
-        inputs |= self.processor.tokenizer(prompts, padding=True, return_tensors="pt")
-        return dict(inputs), labels
-
-    def _ask(self, present: list[int]) -> list[int]:
-        classes = range(len(self.lengths))
-        if sum(self.lengths) <= self.room:
-            return list(classes)
-        own = set(present)
-        asked, room = [], self.room
-        for c in [*sorted(own), *(c for c in torch.randperm(len(classes)).tolist() if c not in own)]:
-            if self.lengths[c] > room:
-                break
-            asked.append(c)
-            room -= self.lengths[c]
-        return asked
-
-
-def run(args: argparse.Namespace) -> None:
-    check_args(args)
-    accelerator = Accelerator(
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        # The same order of images whatever the number of processes.
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
-    )
-    use_all_cores(accelerator)
-    set_seed(args.seed)
-    try:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output_dir {args.output_dir}: cannot be made ({error}).") from None
-
-    # Data
+def read_data(args: argparse.Namespace, accelerator: Accelerator) -> tuple[dict[str, DetectionSplit], str | None, str]:
+    """The splits by name, and the names of the one to validate on, None without one, and of the one to measure on."""
     dataset = args.dataset_name
     if dataset in TASKS:
         dataset = str(args.output_dir / "data" / dataset)
         with accelerator.main_process_first():
             write_task(args.dataset_name, Path(dataset), disable_progress=not accelerator.is_main_process)
-    eval_split = args.eval_split or ("test" if has_test_split(dataset) else "val")
-    held_out = load_split(dataset, eval_split)
-    train = None if args.eval_only else load_split(dataset, "train")
-    if train and train.class_names != held_out.class_names:
-        raise InputError(f"{dataset}: the splits train and {eval_split} name different classes.")
+    validation = args.validation_split or ("val" if has_split(dataset, "val") else None)
+    held_out = args.eval_split or ("test" if has_split(dataset, "test") else validation or "val")
+    names = {held_out} if args.eval_only else {args.train_split, held_out} | ({validation} if validation else set())
+    splits = {
+        name: load_split(dataset, name, args.bbox_format, args.class_names_file, args.class_names_column)
+        for name in sorted(names)
+    }
+    require_same_classes(splits, dataset)
+    for name, data in splits.items():
+        # Once a launch; every process must leave out the same.
+        bad = [check_pictures(data, disable_progress=False) if accelerator.is_main_process else None]
+        bad = broadcast_object_list(bad)[0]
+        if not bad:
+            continue
+        if not args.skip_bad_images:
+            first = next(iter(bad.values()))
+            raise InputError(f"{first} {len(bad)} such in split {name!r}; --skip_bad_images leaves them out.")
+        if len(bad) == len(data):
+            raise InputError(f"{dataset}: split {name!r} has no image that opens.")
+        for problem in bad.values():
+            accelerator.print(f"left out: {problem}")
+        splits[name] = data.subset([image for image in range(len(data)) if image not in bad])
+    if args.shots and not args.eval_only:
+        train = splits[args.train_split]
+        splits[args.train_split] = train.subset(few_shot(train, args.shots, args.seed))
+        if accelerator.is_main_process:
+            sample = {"shots": args.shots, "seed": args.seed, "image_ids": splits[args.train_split].image_ids}
+            with whole_files(args.output_dir) as folder:
+                (folder / "shots.json").write_text(json.dumps(sample, indent=2) + "\n")
+    return splits, validation, held_out
+
+
+def run(args: argparse.Namespace) -> None:
+    check_args(args)
+    accelerator = make_accelerator(args)
+    use_all_cores(accelerator)
+    set_seed(args.seed)
+    make_output_dir(args, accelerator)
+
+    # Data
+    splits, validation_split, eval_split = read_data(args, accelerator)
+    held_out = splits[eval_split]
 
     # Host and adapter
-    processor, model = load_host(args)
-    model.to(accelerator.device)
-    shown = [held_out.open_image(i) for i in range(min(SHOWN_PICTURES, len(held_out)))]
+    processor, detector = load_host(args)
+    model = detector.to(accelerator.device)
     try:
-        chunks = split_classes(held_out.class_names, processor.tokenizer, model.config.max_text_len)
+        split_classes(held_out.class_names, processor.tokenizer, model.config.max_text_len)
     except ValueError as error:
-        raise InputError(f"{dataset}: {error}") from None
-
-    def measure(label: str) -> tuple[dict, list[dict]]:
-        metrics = evaluate(model, processor, held_out, args.per_device_eval_batch_size, accelerator, label)
-        model.eval()
-        with accelerator.autocast():
-            return metrics, detect(accelerator.unwrap_model(model), processor, shown, held_out.class_names, chunks)
-
-    with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
-        before, shown_before = measure("before")
-    after, shown_after = None, None
+        raise InputError(f"{args.dataset_name}: {error}") from None
     total = sum(p.numel() for p in model.parameters())
-    trainable = 0 if args.eval_only else sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trainable = 0 if args.eval_only else sum(p.numel() for p in trained_parameters(model))
+    progress = Progress()
 
-    seconds = 0.0
+    def detections(data: DetectionSplit, label: str) -> list[tuple]:
+        return detect_split(model, processor, data, args.per_device_eval_batch_size, accelerator, label)
+
+    def measure(label: str) -> dict:
+        rows = detections(held_out, label)
+        shown = [result_of(image, rows) for image in range(min(SHOWN_PICTURES, len(held_out)))]
+        return {"metrics": average_precision(held_out, rows), "shown": shown}
+
     if not args.eval_only:
-        loss_function = GroundedDetectionLoss(model.config)
-        loader = DataLoader(
-            range(len(train)),
-            batch_size=args.per_device_train_batch_size,
-            shuffle=True,
-            collate_fn=Collator(train, processor, model.config.max_text_len),
-        )
-        optimizer = torch.optim.AdamW(
-            [p for p in model.parameters() if p.requires_grad], args.learning_rate, weight_decay=args.weight_decay
-        )
-        model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-        steps_per_epoch = math.ceil(len(loader) / args.gradient_accumulation_steps)
+        train = splits[args.train_split]
+        global_batch_size = args.per_device_train_batch_size * accelerator.num_processes
+        samples_per_step = global_batch_size * args.gradient_accumulation_steps
+        steps_per_epoch = math.ceil(len(train) / samples_per_step)
         max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
+        samples = TrainingSamples(
+            train,
+            max_train_steps * samples_per_step,
+            processor,
+            model.config.max_text_len,
+            args.seed,
+            augmentation=not args.no_augmentation,
+        )
+        loader = DataLoader(
+            samples,
+            batch_size=args.per_device_train_batch_size,
+            collate_fn=samples.collate,
+            num_workers=args.dataloader_num_workers,
+            worker_init_fn=leave_signals_to_the_main_process,
+            # Its own, or starting the loader would draw from the one of dropout, once more in each resumed run.
+            generator=torch.Generator(),
+        )
+        trained = torch.nn.ParameterList(trained_parameters(model))
+        optimizer = torch.optim.AdamW(trained, args.learning_rate, weight_decay=args.weight_decay)
+        model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
         # Not prepared: it counts optimizer steps, whatever the number of processes.
         scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.num_warmup_steps, max_train_steps)
+        average = AveragedModel(trained, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay)) if args.ema_decay else None
+        accelerator.register_for_checkpointing(scheduler, progress, *([average] if average else []))
+        this_run = {f"--{name}": str(value) for name, value in vars(args).items() if name not in FREE_FLAGS} | {
+            "training steps": max_train_steps,
+            "images a step": samples_per_step,
+            "mixed precision": accelerator.mixed_precision,
+            "training images": train.fingerprint(),
+            f"images of the split {eval_split}": held_out.fingerprint(),
+        }
+        checkpoints = Checkpoints(accelerator, args.output_dir, this_run, args.checkpoints_total_limit)
+        if args.resume_from_checkpoint == "latest":
+            resumed = latest(args.output_dir)
+        else:
+            resumed = args.resume_from_checkpoint and Path(args.resume_from_checkpoint)
+        if resumed:
+            checkpoints.load(resumed)
+            # Whole steps only, also from a checkpoint that was saved in the middle of one.
+            accelerator.step = progress.step * args.gradient_accumulation_steps
+            accelerator.print(f"going on from {resumed}")
+        elif args.resume_from_checkpoint:
+            accelerator.print(f"{args.output_dir} has no checkpoint yet: starting")
 
+    if not progress.before:
+        with detector.disable_adapter() if isinstance(detector, PeftModel) else nullcontext():
+            progress.before = measure("before")
+    after = None
+
+    if not args.eval_only:
+        loss_function = GroundedDetectionLoss(detector.config)
+        validation_steps = args.validation_steps or steps_per_epoch
+        checkpointing_steps = steps_per_epoch if args.checkpointing_steps == "epoch" else args.checkpointing_steps
+        if args.with_tracking:
+            accelerator.init_trackers("train_detection", {name: str(value) for name, value in vars(args).items()})
+            accelerator.log({f"before/{name}": value for name, value in progress.before["metrics"].items()}, step=0)
+        if not validation_split:
+            accelerator.print(f"{args.dataset_name} has no split val: no best adapter is kept, only the last")
+
+        def save(folder: Path) -> None:
+            if accelerator.is_main_process:
+                save_adapter(folder, detector, processor, train.class_names)
+
+        def validate() -> None:
+            with averaged(detector, average):
+                metrics = average_precision(validation, detections(validation, "validating"))
+                progress.validated = progress.step
+                if metrics["AP"] > progress.best.get("AP", -1):
+                    progress.best = metrics | {"step": progress.step}
+                    save(args.output_dir / "best")
+            accelerator.log({f"validation/{name}": value for name, value in metrics.items()}, step=progress.step)
+
+        def secured(batches: Iterable) -> Iterator:
+            """The batches; if a picture vanishes in mid-run, what is trained by then is saved first."""
+            try:
+                yield from batches
+            except InputError:
+                # Other processes are in the middle of a step that never ends.
+                if accelerator.num_processes == 1 and progress.step:
+                    checkpoints.save(progress.step)
+                raise
+
+        validation = splits.get(validation_split)
+        bar = tqdm(
+            total=max_train_steps,
+            initial=progress.step,
+            desc="training",
+            disable=not accelerator.is_local_main_process,
+        )
         model.train()
-        start = time.perf_counter()
-        bar = tqdm(total=max_train_steps, desc="training", disable=not accelerator.is_local_main_process)
-        step = 0
-        while step < max_train_steps:
-            for inputs, labels in loader:
+        batches = accelerator.skip_first_batches(loader, progress.step * args.gradient_accumulation_steps)
+        with Interruption(accelerator) as interruption, bar:
+            start = time.perf_counter()
+            step_loss = 0.0
+            for inputs, labels in secured(batches):
                 with accelerator.accumulate(model):
                     outputs = model(**inputs)
                     if not outputs.pred_boxes.isfinite().all():
-                        bar.close()
-                        raise InputError(f"boxes are not finite any more at step {step + 1}: lower --learning_rate.")
+                        raise InputError(
+                            f"boxes are not finite any more at step {progress.step + 1}: lower --learning_rate."
+                        )
                     loss = loss_function(outputs, labels)
                     accelerator.backward(loss)
                     if accelerator.sync_gradients:
@@ -289,48 +480,91 @@ def run(args: argparse.Namespace) -> None:
                     if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
                         scheduler.step()
                     optimizer.zero_grad()
-                if accelerator.sync_gradients:
-                    step += 1
-                    bar.update()
-                    bar.set_postfix(loss=f"{loss.item():.3f}")
-                if step == max_train_steps:
-                    break
-        bar.close()
-        seconds = time.perf_counter() - start
-        if accelerator.is_main_process:
-            accelerator.unwrap_model(model).save_pretrained(args.output_dir)
-            processor.save_pretrained(args.output_dir)
-    if args.adapter or not args.eval_only:
-        after, shown_after = measure("after")
-
-    # Report
+                step_loss += loss.detach() / args.gradient_accumulation_steps
+                if not accelerator.sync_gradients:
+                    continue
+                if average:
+                    average.update_parameters(trained)
+                progress.step += 1
+                progress.seconds += time.perf_counter() - start
+                bar.update()
+                bar.set_postfix(loss=f"{step_loss.item():.3f}")
+                if args.with_tracking:
+                    log_step(accelerator, detector, step_loss, scheduler.get_last_lr()[0], progress.step)
+                if validation and progress.step % validation_steps == 0:
+                    validate()
+                stopped = interruption.asked_for()
+                if stopped or (checkpointing_steps and progress.step % checkpointing_steps == 0):
+                    checkpoints.save(progress.step)
+                if stopped:
+                    raise KeyboardInterrupt(
+                        f"stopped after step {progress.step} of {max_train_steps}; "
+                        "go on with --resume_from_checkpoint latest"
+                    )
+                start = time.perf_counter()
+                step_loss = 0.0
+        with averaged(detector, average):
+            save(args.output_dir)
+        if validation and progress.validated < progress.step:
+            validate()
+        with averaged(detector, average):
+            after = measure("after")
+        accelerator.log({f"after/{name}": value for name, value in after["metrics"].items()}, step=progress.step)
+    elif args.adapter:
+        after = measure("after")
     if accelerator.is_main_process:
-        metrics = {
-            "before": before,
-            "after": after,
-            "trainable_parameters": trainable,
-            "total_parameters": total,
-            "train_seconds": round(seconds, 1),
-            "args": {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()},
-        }
-        # An evaluation leaves the record of the training run beside it alone.
-        prefix = "eval_" if args.eval_only else ""
-        (args.output_dir / f"{prefix}metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-        columns = {"before": shown_before} | ({"after": shown_after} if shown_after else {})
-        side_by_side(shown, columns, held_out.class_names).save(args.output_dir / f"{prefix}detections.png")
-        print(
-            f"\n{args.dataset_name}, {eval_split} split of {len(held_out)} images, {len(held_out.class_names)} classes"
-        )
-        print(f"{'':8}{'AP':>8}{'AP50':>8}{'AP75':>8}")
-        for name, row in (("before", before), ("after", after)):
-            if row:
-                print(f"{name:8}{row['AP']:8.3f}{row['AP50']:8.3f}{row['AP75']:8.3f}")
-        if not args.eval_only:
-            share = f"{100 * trainable / total:.3f} %"
-            print(f"trained {trainable:,} of {total:,} parameters ({share}) in {seconds:.0f} s")
-            print(f"the adapter: {args.output_dir}/adapter_model.safetensors")
-        print(f"wrote {args.output_dir}/{prefix}metrics.json and {prefix}detections.png")
+        report(args, progress, after, held_out, eval_split, trainable, total)
     accelerator.end_training()
+
+
+def log_step(accelerator: Accelerator, detector: PeftModel, loss: torch.Tensor, rate: float, step: int) -> None:
+    values = {"loss": accelerator.reduce(loss, reduction="mean").item(), "learning_rate": rate}
+    layers = [module for module in detector.modules() if isinstance(module, SDPTLayer)]
+    for index, layer in enumerate(layers):
+        norms = torch.cat([tokens.detach().norm(dim=-1) for tokens in trained_parameters(layer)])
+        values[f"prompt_norm/layer_{index}"] = norms.mean().item()
+    accelerator.log(values, step=step)
+
+
+def report(
+    args: argparse.Namespace,
+    progress: Progress,
+    after: dict | None,
+    held_out: DetectionSplit,
+    eval_split: str,
+    trainable: int,
+    total: int,
+) -> None:
+    """Print the results, and write them and the pictures."""
+    results = {"before": progress.before} | ({"after": after} if after else {})
+    metrics = {
+        "before": progress.before["metrics"],
+        "after": after and after["metrics"],
+        "best": progress.best or None,
+        "trainable_parameters": trainable,
+        "total_parameters": total,
+        "train_seconds": round(progress.seconds, 1),
+        "args": {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()},
+    }
+    # An evaluation leaves the record of the training run beside it alone.
+    prefix = "eval_" if args.eval_only else ""
+    shown = [held_out.open_image(i) for i in range(min(SHOWN_PICTURES, len(held_out)))]
+    columns = {name: result["shown"] for name, result in results.items()}
+    with whole_files(args.output_dir) as folder:
+        (folder / f"{prefix}metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        side_by_side(shown, columns, held_out.class_names).save(folder / f"{prefix}detections.png")
+    print(f"\n{args.dataset_name}, {eval_split} split of {len(held_out)} images, {len(held_out.class_names)} classes")
+    print(f"{'':8}{'AP':>8}{'AP50':>8}{'AP75':>8}")
+    for name, result in results.items():
+        print(f"{name:8}" + "".join(f"{result['metrics'][key]:8.3f}" for key in ("AP", "AP50", "AP75")))
+    if not args.eval_only:
+        share = f"{100 * trainable / total:.3f} %"
+        print(f"trained {trainable:,} of {total:,} parameters ({share}) in {progress.seconds:.0f} s")
+        print(f"the adapter: {args.output_dir}/adapter_model.safetensors")
+    if progress.best:
+        print(f"the best on validation, AP {progress.best['AP']:.3f} at step {progress.best['step']}: "
+              f"{args.output_dir}/best")  # fmt: skip
+    print(f"wrote {args.output_dir}/{prefix}metrics.json and {prefix}detections.png")
 
 
 def main() -> None:

@@ -1,0 +1,485 @@
+# Copyright 2026 The peft_sdpt authors
+# SPDX-License-Identifier: Apache-2.0
+"""The main job, run as a user runs it: trained, measured, killed, resumed, and given bad input."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForZeroShotObjectDetection
+
+import train_detection
+from pictograms import tasks
+
+ROOT = Path(__file__).resolve().parent.parent
+HOST = ROOT / "examples" / "host"
+
+
+@pytest.fixture(scope="module")
+def small_task(tmp_path_factory):
+    """The built-in task with few pictures, as a COCO folder."""
+    folder = tmp_path_factory.mktemp("task")
+    task = dataclasses.replace(tasks.TASKS["twemoji"], train=12, val=4, test=8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(tasks.TASKS, "twemoji", task)
+        tasks.write_task("twemoji", folder, disable_progress=True)
+    return folder
+
+
+@pytest.fixture
+def main_job(monkeypatch, tmp_path):
+    """Run the main job in this process; returns its exit code, 0 when it just returns."""
+
+    def run(*flags) -> int:
+        # Warm-up starts at a rate of zero: the first of a few steps would do nothing.
+        arguments = ["--output_dir", tmp_path / "out", "--num_warmup_steps", 0, *flags]
+        monkeypatch.setattr(sys, "argv", ["train_detection.py", *map(str, arguments)])
+        # One process, several runs: Accelerate keeps its state, precision included, for as long as a process lives.
+        AcceleratorState._reset_state(reset_partial_state=True)
+        try:
+            train_detection.main()
+        except SystemExit as exit:
+            return exit.code
+        return 0
+
+    return run
+
+
+def test_main_job_trains_measures_and_saves(main_job, small_task, tmp_path):
+    assert main_job("--dataset_name", small_task, "--max_train_steps", 2, "--per_device_train_batch_size", 4) == 0
+    out = tmp_path / "out"
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert set(metrics) == {
+        *("before", "after", "best", "trainable_parameters", "total_parameters", "train_seconds", "args"),
+    }
+    assert set(metrics["before"]) == set(metrics["after"]) == {"AP", "AP50", "AP75"}
+    prompts = load_file(out / "adapter_model.safetensors")
+    assert metrics["trainable_parameters"] == sum(p.numel() for p in prompts.values())
+    assert metrics["trainable_parameters"] < 0.005 * metrics["total_parameters"]
+    assert (out / "adapter_config.json").is_file() and (out / "detections.png").is_file()
+    assert json.loads((out / "class_names.json").read_text())[:2] == ["monkey", "horse"]
+    assert not list(out.rglob("*.unfinished"))
+
+    # The saved adapter gives the very numbers that were measured before saving.
+    assert main_job("--dataset_name", small_task, "--eval_only", "--adapter", out) == 0
+    again = json.loads((out / "eval_metrics.json").read_text())
+    assert json.loads((out / "metrics.json").read_text()) == metrics
+    assert again["before"] == metrics["before"] and again["after"] == metrics["after"]
+    assert again["trainable_parameters"] == 0
+
+
+def test_main_job_goes_on_from_a_saved_adapter(main_job, small_task, tmp_path):
+    first = tmp_path / "first"
+    assert main_job("--dataset_name", small_task, "--max_train_steps", 1, "--output_dir", first) == 0
+    assert main_job("--dataset_name", small_task, "--max_train_steps", 1, "--adapter", first) == 0
+    before, after = (load_file(f / "adapter_model.safetensors") for f in (first, tmp_path / "out"))
+    assert before.keys() == after.keys()
+    assert all(not torch.equal(before[key], after[key]) for key in before)
+    # One step of one rate moves no entry further than about that rate: it went on, it did not start anew.
+    assert max((before[key] - after[key]).abs().max() for key in before) < 0.3
+
+
+def test_main_job_is_the_same_twice(main_job, small_task, tmp_path):
+    runs = [tmp_path / "one", tmp_path / "two"]
+    for out in runs:
+        assert main_job("--dataset_name", small_task, "--max_train_steps", 2, "--output_dir", out, "--seed", 3) == 0
+    one, two = (load_file(out / "adapter_model.safetensors") for out in runs)
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_gradient_accumulation_is_the_whole_batch(small_task, main_job, tmp_path):
+    """Two halves accumulated move the prompts as one batch does, but for the count of boxes in each half."""
+    for out, flags in (("whole", (8, 1)), ("halves", (4, 2))):
+        assert (
+            main_job(
+                *("--dataset_name", small_task, "--max_train_steps", 1, "--output_dir", tmp_path / out),
+                *("--per_device_train_batch_size", flags[0], "--gradient_accumulation_steps", flags[1]),
+            )
+            == 0
+        )
+    whole, halves = (load_file(tmp_path / out / "adapter_model.safetensors") for out in ("whole", "halves"))
+    moved = torch.cat([(whole[key] - halves[key]).flatten() for key in whole])
+    # Adam's first steps follow the sign of the gradient, which is noise where the gradient is nearly none.
+    assert (moved.abs() < 1e-3).float().mean() > 0.8
+
+
+# All that is random or kept between steps, in little time.
+EVERYTHING = (
+    *("--max_train_steps", 6, "--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2),
+    *("--prompt_dropout", 0.3, "--ema_decay", 0.7, "--validation_steps", 2, "--checkpointing_steps", 2),
+)
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing in the example gets to see it."""
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """Have something done in the middle of a training step, the first being 1, once."""
+
+    def arrange(step: int, action, accumulated: int = 1) -> None:
+        compute, calls = train_detection.GroundedDetectionLoss.__call__, 0
+
+        def call(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == step * accumulated:
+                action()
+            return compute(*args, **kwargs)
+
+        monkeypatch.setattr(train_detection.GroundedDetectionLoss, "__call__", call)
+
+    return arrange
+
+
+def kill():
+    raise Killed
+
+
+def prompts(folder):
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def same_run(one, two):
+    """Whether two output folders hold the same adapters, bit for bit, and the same results."""
+    for folder in ("", "best"):
+        first, second = prompts(one / folder), prompts(two / folder)
+        if not all(torch.equal(first[key], second[key]) for key in first | second):
+            return False
+    one, two = (json.loads((out / "metrics.json").read_text()) for out in (one, two))
+    return all(one[key] == two[key] for key in ("before", "after", "best"))
+
+
+@pytest.mark.parametrize("step", [1, 3, 4, 6])
+def test_killed_at_a_step_it_goes_on_as_if_nothing_had_happened(main_job, at_step, small_task, tmp_path, step):
+    run = ("--dataset_name", small_task, *EVERYTHING, "--resume_from_checkpoint", "latest", "--output_dir")
+    assert main_job(*run, tmp_path / "whole") == 0
+    at_step(step, kill, accumulated=2)
+    with pytest.raises(Killed):
+        main_job(*run, tmp_path / "killed")
+    assert (tmp_path / "killed" / "step_2").is_dir() == (step > 2)
+    assert main_job(*run, tmp_path / "killed") == 0
+    assert same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_random_numbers_are_part_of_what_a_run_is(main_job, small_task, tmp_path):
+    """The check above could not fail if dropout did nothing."""
+    for out, dropout in (("one", 0.3), ("two", 0.31)):
+        flags = ("--max_train_steps", 1, "--prompt_dropout", dropout, "--output_dir", tmp_path / out)
+        assert main_job("--dataset_name", small_task, *flags) == 0
+    assert not same_run(tmp_path / "one", tmp_path / "two")
+
+
+def test_ctrl_c_saves_a_checkpoint_and_says_so_in_one_line(main_job, at_step, small_task, tmp_path, capsys):
+    run = ("--dataset_name", small_task, "--max_train_steps", 4, "--per_device_train_batch_size", 2, "--output_dir")
+    assert main_job(*run, tmp_path / "whole") == 0
+    at_step(3, lambda: os.kill(os.getpid(), signal.SIGINT))
+    capsys.readouterr()
+    assert main_job(*run, tmp_path / "stopped") == 130
+    error = capsys.readouterr().err.strip().splitlines()
+    assert error[-1] == ("train_detection.py: stopped after step 3 of 4; go on with --resume_from_checkpoint latest")
+    assert not (tmp_path / "stopped" / "adapter_model.safetensors").exists()
+    assert main_job(*run, tmp_path / "stopped", "--resume_from_checkpoint", tmp_path / "stopped" / "step_3") == 0
+    assert same_run(tmp_path / "whole", tmp_path / "stopped")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_ctrl_c_stops_at_once(main_job, at_step, small_task, tmp_path, capsys):
+    at_step(2, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
+    assert main_job("--dataset_name", small_task, "--max_train_steps", 4) == 130
+    assert capsys.readouterr().err.strip().splitlines()[-1] == "train_detection.py: interrupted."
+    assert not list((tmp_path / "out").glob("step_*"))
+
+
+def test_checkpoints_come_each_epoch_and_the_newest_are_kept(main_job, small_task, tmp_path):
+    flags = ("--checkpointing_steps", "epoch", "--num_train_epochs", 3, "--checkpoints_total_limit", 2)
+    assert main_job("--dataset_name", small_task, "--per_device_train_batch_size", 6, *flags) == 0
+    assert {path.name for path in (tmp_path / "out").glob("step_*")} == {"step_4", "step_6"}
+
+
+def test_a_checkpoint_is_an_adapter_as_well(main_job, small_task, tmp_path):
+    assert main_job("--dataset_name", small_task, "--max_train_steps", 2, "--checkpointing_steps", 2) == 0
+    out = tmp_path / "out"
+    assert main_job("--dataset_name", small_task, "--eval_only", "--adapter", out / "step_2") == 0
+    trained, evaluated = (json.loads((out / name).read_text()) for name in ("metrics.json", "eval_metrics.json"))
+    assert evaluated["after"] == trained["after"]
+
+
+def test_a_folder_with_checkpoints_is_not_trained_into_anew(main_job, small_task, tmp_path, capsys):
+    run = ("--dataset_name", small_task, "--max_train_steps", 1, "--checkpointing_steps", 1)
+    assert main_job(*run) == 0
+    assert main_job(*run) == 2
+    assert "has step_1 of an earlier run; go on from it with --resume_from_checkpoint latest" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--learning_rate", 0.1), "of another run, with --learning_rate '0.2' instead of '0.1'"),
+        (("--max_train_steps", 2), "of another run, with training steps 1 instead of 2"),
+        (("--shots", 1), "of another run, with training images"),
+        (("--per_device_train_batch_size", 3), "of another run, with images a step 12 instead of 3"),
+        (("--resume_from_checkpoint", "nowhere"), "--resume_from_checkpoint nowhere: no complete checkpoint"),
+    ],
+)
+def test_a_checkpoint_of_other_arguments_is_refused(main_job, small_task, capsys, flags, message):
+    run = ("--dataset_name", small_task, "--max_train_steps", 1, "--checkpointing_steps", 1)
+    assert main_job(*run) == 0
+    assert main_job(*run, "--resume_from_checkpoint", "latest", *flags) == 2
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.fixture
+def own_task(small_task, tmp_path):
+    """A copy of the task to damage."""
+    return Path(shutil.copytree(small_task, tmp_path / "own"))
+
+
+def edit(file, change):
+    coco = json.loads(file.read_text())
+    change(coco)
+    file.write_text(json.dumps(coco))
+
+
+def test_data_that_changed_since_the_checkpoint_are_refused(main_job, own_task, capsys):
+    run = ("--dataset_name", own_task, "--max_train_steps", 1, "--checkpointing_steps", 1)
+    assert main_job(*run) == 0
+    edit(own_task / "train.json", lambda coco: coco["annotations"].pop())
+    assert main_job(*run, "--resume_from_checkpoint", "latest") == 2
+    assert "is of another run, with training images" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_picture_that_vanishes_in_mid_run_is_named_and_nothing_is_lost(
+    main_job, at_step, own_task, small_task, tmp_path, capsys
+):
+    run = ("--max_train_steps", 4, "--per_device_train_batch_size", 3, "--output_dir")
+    assert main_job("--dataset_name", small_task, *run, tmp_path / "whole") == 0
+    aside = tmp_path / "aside"
+    at_step(2, lambda: shutil.move(own_task / "images", aside))
+    assert main_job("--dataset_name", own_task, *run, tmp_path / "out") == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "/images/train_" in error and "Traceback" not in error
+    saved = next((tmp_path / "out").glob("step_*"))
+    shutil.move(aside, own_task / "images")
+    resumed = ("--dataset_name", own_task, "--resume_from_checkpoint", saved)
+    assert main_job(*resumed, *run, tmp_path / "out") == 0
+    assert same_run(tmp_path / "whole", tmp_path / "out")
+
+
+def test_a_worker_that_misses_a_picture_says_so_in_one_line(main_job, at_step, own_task, capsys):
+    at_step(1, lambda: shutil.rmtree(own_task / "images"))
+    flags = ("--max_train_steps", 40, "--per_device_train_batch_size", 1, "--dataloader_num_workers", 1)
+    assert main_job("--dataset_name", own_task, *flags) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"train_detection.py: {own_task}/images/train_") and "Traceback" not in error
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(main_job, at_step, small_task, tmp_path, capsys):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(3, lambda: patch.setattr(torch, "save", full))
+        flags = ("--max_train_steps", 4, "--checkpointing_steps", 2)
+        assert main_job("--dataset_name", small_task, *flags) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "the checkpoint of step 4 cannot be written" in error and "No space left" in error
+    assert error.endswith("step_2.") and [path.name for path in (tmp_path / "out").glob("step_*")] == ["step_2"]
+
+
+def test_workers_change_nothing(main_job, small_task, tmp_path):
+    for workers in (0, 2):
+        flags = ("--max_train_steps", 3, "--dataloader_num_workers", workers, "--output_dir", tmp_path / str(workers))
+        assert main_job("--dataset_name", small_task, "--per_device_train_batch_size", 4, *flags) == 0
+    assert same_run(tmp_path / "0", tmp_path / "2")
+
+
+def test_the_best_on_validation_is_kept_beside_the_last(main_job, small_task, tmp_path, monkeypatch):
+    scores = iter([0.5, 0.2, 0.4, 0.3, 0.6])  # before, three validations, after
+    monkeypatch.setattr(
+        train_detection, "average_precision", lambda *_: dict.fromkeys(("AP", "AP50", "AP75"), next(scores))
+    )
+    flags = ("--max_train_steps", 3, "--validation_steps", 1, "--checkpointing_steps", 1)
+    assert main_job("--dataset_name", small_task, *flags) == 0
+    out = tmp_path / "out"
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["best"] == {"AP": 0.4, "AP50": 0.4, "AP75": 0.4, "step": 2}
+    assert metrics["before"]["AP"] == 0.5 and metrics["after"]["AP"] == 0.6
+    for folder, step in (("", 3), ("best", 2)):
+        kept, then = prompts(out / folder), prompts(out / f"step_{step}")
+        assert all(torch.equal(kept[key], then[key]) for key in then)
+
+
+def test_without_a_validation_split_only_the_last_is_kept(main_job, own_task, tmp_path, capsys):
+    (own_task / "val.json").unlink()
+    assert main_job("--dataset_name", own_task, "--max_train_steps", 1) == 0
+    assert "has no split val: no best adapter is kept" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "best").exists()
+
+
+def test_a_moving_average_is_what_is_saved_and_measured(main_job, small_task, tmp_path):
+    """Over two steps of decay d the average is d p1 + (1 - d) p2."""
+    for out, flags in (("plain", ()), ("average", ("--ema_decay", 0.75))):
+        run = ("--max_train_steps", 2, "--checkpointing_steps", 1, "--output_dir", tmp_path / out)
+        assert main_job("--dataset_name", small_task, *run, *flags) == 0
+    first, second = (prompts(tmp_path / "plain" / name) for name in ("step_1", "step_2"))
+    for key, value in prompts(tmp_path / "average").items():
+        torch.testing.assert_close(value, 0.75 * first[key] + 0.25 * second[key])
+        assert torch.equal(prompts(tmp_path / "average" / "step_2")[key], second[key])
+
+
+def test_bf16_ends_near_single_precision(main_job, small_task, tmp_path):
+    for precision in ("no", "bf16"):
+        flags = ("--max_train_steps", 2, "--mixed_precision", precision, "--output_dir", tmp_path / precision)
+        assert main_job("--dataset_name", small_task, *flags) == 0
+    single, half = (prompts(tmp_path / precision) for precision in ("no", "bf16"))
+    assert {value.dtype for value in half.values()} == {torch.float32}
+    moved = torch.cat([(single[key] - half[key]).abs().flatten() for key in single])
+    assert moved.max() > 0
+    # A step is 0.2 long in each entry.
+    assert moved.median() < 0.02
+
+
+def test_tracking_logs_loss_rate_precision_and_prompt_norms(main_job, small_task, tmp_path):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    flags = ("--max_train_steps", 3, "--validation_steps", 2, "--with_tracking", "--report_to", "tensorboard")
+    assert main_job("--dataset_name", small_task, *flags) == 0
+    events = event_accumulator.EventAccumulator(str(tmp_path / "out" / "train_detection"))
+    events.Reload()
+    steps = {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert steps["loss"] == steps["learning_rate"] == steps["prompt_norm/layer_0"] == [1, 2, 3]
+    assert steps["validation/AP"] == [2, 3] and steps["before/AP50"] == [0] and steps["after/AP50"] == [3]
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert events.Scalars("after/AP50")[0].value == pytest.approx(metrics["after"]["AP50"])
+    layers = [value for key, value in prompts(tmp_path / "out").items() if "layers.0." in key]
+    norm = torch.cat(layers).norm(dim=-1).mean().item()
+    assert events.Scalars("prompt_norm/layer_0")[-1].value == pytest.approx(norm)
+
+
+def test_shots_train_on_few_images_and_write_down_which(main_job, small_task, tmp_path):
+    drawn = []
+    for out, seed in (("a", 0), ("b", 0), ("c", 1)):
+        flags = ("--shots", 1, "--seed", seed, "--max_train_steps", 1, "--output_dir", tmp_path / out)
+        assert main_job("--dataset_name", small_task, *flags) == 0
+        drawn.append(json.loads((tmp_path / out / "shots.json").read_text()))
+    assert drawn[0] == drawn[1] and drawn[0]["shots"] == 1
+    assert drawn[0]["image_ids"] != drawn[2]["image_ids"]
+    coco = json.loads((small_task / "train.json").read_text())
+    assert set(drawn[0]["image_ids"]) < {image["id"] for image in coco["images"]}
+    kept = {a["category_id"] for a in coco["annotations"] if a["image_id"] in drawn[0]["image_ids"]}
+    assert kept == {a["category_id"] for a in coco["annotations"]}
+
+
+def test_names_for_prompts_are_what_the_adapter_is_saved_with(main_job, small_task, tmp_path):
+    names = tmp_path / "names.json"
+    names.write_text(json.dumps({"monkey": "small ape"}))
+    assert main_job("--dataset_name", small_task, "--max_train_steps", 1, "--class_names_file", names) == 0
+    assert json.loads((tmp_path / "out" / "class_names.json").read_text())[:2] == ["small ape", "horse"]
+
+
+def test_images_that_do_not_open_are_left_out_only_when_asked(main_job, own_task, tmp_path, capsys):
+    for split in ("train", "val", "test"):
+        picture = own_task / "images" / f"{split}_0001.png"
+        picture.write_bytes(picture.read_bytes()[:200])
+    run = ("--dataset_name", own_task, "--max_train_steps", 1, "--output_dir")
+    assert main_job(*run, tmp_path / "strict") == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "_0001.png" in error and "--skip_bad_images" in error
+    assert main_job(*run, tmp_path / "out", "--skip_bad_images") == 0
+    output = capsys.readouterr().out
+    assert output.count("left out: ") == 3 and "test split of 7 images" in output
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--num_virtual_tokens", 0), "--num_virtual_tokens 0"),
+        (("--learning_rate", -1), "--learning_rate -1"),
+        (("--learning_rate", "inf"), "--learning_rate inf"),
+        (("--weight_decay", -1), "--weight_decay -1"),
+        (("--num_warmup_steps", -1), "--num_warmup_steps -1"),
+        (("--seed", -1), "--seed -1"),
+        (("--output_dir", "/proc/nowhere"), "--output_dir /proc/nowhere"),
+        (
+            ("--learning_rate", 1e37, "--validation_steps", 9),
+            "boxes are not finite any more at step 2: lower --learning_rate",
+        ),
+        (("--learning_rate", 1e37, "--max_train_steps", 1), "scores are not finite any more; lower --learning_rate"),
+        (("--max_train_steps", 0), "--max_train_steps 0"),
+        (("--dataset_name", "no/such folder"), "no/such folder"),
+        (("--eval_split", "nosuch"), "no split 'nosuch'"),
+        (("--train_split", "nosuch"), "no split 'nosuch'"),
+        (("--validation_split", "nosuch"), "no split 'nosuch'"),
+        (("--shots", 0), "--shots 0"),
+        (("--ema_decay", 1), "--ema_decay 1.0"),
+        (("--prompt_dropout", 1), "--prompt_dropout 1.0"),
+        (("--checkpointing_steps", 0), "--checkpointing_steps 0"),
+        (("--checkpointing_steps", "often"), "--checkpointing_steps often"),
+        (("--checkpoints_total_limit", 0), "--checkpoints_total_limit 0"),
+        (("--dataloader_num_workers", -1), "--dataloader_num_workers -1"),
+        (("--dataset_name", ""), "--dataset_name: is empty"),
+        (("--adapter", ""), "--adapter: is empty"),
+        (("--class_names_file", "no-such.json"), "no-such.json"),
+        (("--class_names_column", "synonym"), "no `synonym`"),
+        (("--bbox_format", "xyxy"), "--bbox_format"),
+        (("--with_tracking", "--report_to", "nosuch"), "--report_to nosuch"),
+        (("--eval_only", "--resume_from_checkpoint", "latest"), "--resume_from_checkpoint"),
+        (("--pinv_rtol", 2), "--pinv_rtol 2.0"),
+        (("--adapter", "somewhere", "--num_virtual_tokens", 5), "--num_virtual_tokens: belongs to the adapter"),
+        (("--model_name_or_path", "no-such-folder"), "--model_name_or_path no-such-folder"),
+        (("--adapter", "no-such-folder"), "--adapter no-such-folder"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(main_job, small_task, flags, message, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert main_job("--dataset_name", small_task, *flags) == 2
+    error = capsys.readouterr().err
+    assert message in error.strip().splitlines()[-1]
+    assert "Traceback" not in error
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_measure_as_one_does(small_task, tmp_path):
+    # torchrun, because `accelerate launch --cpu --num_processes 2` starts one process (accelerate 1.15).
+    for processes in (1, 2):
+        subprocess.run(
+            [
+                *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)),
+                *(str(ROOT / "examples" / "train_detection.py"), "--dataset_name", str(small_task)),
+                *("--max_train_steps", "2", "--num_warmup_steps", "0"),
+                *("--per_device_train_batch_size", str(4 // processes), "--output_dir", str(tmp_path / str(processes))),
+            ],
+            check=True,
+            timeout=240,
+            env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        )
+    one, two = (json.loads((tmp_path / n / "metrics.json").read_text()) for n in "12")
+    assert one["before"] == pytest.approx(two["before"], abs=2e-4)
+    assert one["after"] == pytest.approx(two["after"], abs=2e-2)
+    one, two = (load_file(tmp_path / n / "adapter_model.safetensors") for n in "12")
+    # The same global batches, but for the order in which their losses are summed. A step is 0.2.
+    assert all(torch.allclose(one[key], two[key], atol=5e-3) for key in one)
+
+
+@pytest.mark.skipif(not (ROOT.parent / "shared" / "datasets" / "bccd").is_dir(), reason="the photographs are not here")
+def test_real_photographs_go_through_training(main_job, tmp_path):
+    bccd = ROOT.parent / "shared" / "datasets" / "bccd"
+    assert main_job("--dataset_name", bccd, "--max_train_steps", 1, "--eval_split", "val") == 0
+    assert (
+        PeftModel.from_pretrained(AutoModelForZeroShotObjectDetection.from_pretrained(HOST), tmp_path / "out")
+        .peft_config["default"]
+        .num_virtual_tokens
+        == 10
+    )
