@@ -1,0 +1,538 @@
+# Copyright 2026 The peft_sdpt authors
+# SPDX-License-Identifier: Apache-2.0
+"""Detect objects in your pictures with the adapters that `train_detection.py` made.
+
+    python examples/detect.py photo.jpg --adapter my-adapter
+    python examples/detect.py folder/of/photos --adapter my-adapter user/other-adapter --threshold 0.4
+    python examples/detect.py camera/ --adapter my-adapter --watch
+
+Writes each picture with its boxes drawn, under its own name, and `detections.json`, a COCO file whose annotations have
+a `score`. Several adapters are loaded on one host; each detects in every picture and has a folder of results.
+Photographs that a camera stored turned are turned upright first: boxes are in pixels of the upright picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from huggingface_hub import snapshot_download
+from peft import PeftConfig, PeftModel
+from PIL import Image, ImageOps
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoModelForZeroShotObjectDetection, AutoProcessor
+
+from coco_metrics import detect
+from errors import InputError, one_line_errors
+from peft_sdpt import SDPTConfig
+from peft_sdpt.grounding import class_prompt, split_classes
+from pictures import draw_detections
+
+HERE = Path(__file__).resolve().parent
+# Those that Pillow both reads and writes in full colour.
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
+# Scaled to a host's size the shorter side must keep some pixels.
+MOST_OBLONG = 100
+SECONDS_BETWEEN_LOOKS = 0.5
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("inputs", nargs="+", type=Path, help="Pictures, and folders whose pictures are all taken.")
+    parser.add_argument(
+        "--adapter",
+        nargs="+",
+        default=[],
+        metavar="[NAME=]ADAPTER",
+        help="Folders or Hub ids of saved adapters. A name is what its folder in --output_dir is called; default: the "
+        "last part of the folder or id. Without any, the bare host detects.",
+    )
+    parser.add_argument(
+        "--model_name_or_path",
+        help="Folder or Hub id of the host. Default: the one that the adapters were trained on, or the shipped one.",
+    )
+    parser.add_argument(
+        "--class_names",
+        nargs="+",
+        metavar="NAME",
+        help='What to look for, such as "red blood cell" platelet. Default: the classes each adapter was trained on.',
+    )
+    parser.add_argument("--threshold", type=float, default=0.3, help="Lowest score that counts as a detection.")
+    parser.add_argument("--batch_size", type=int, default=4, help="Pictures at a time, where they are of one size.")
+    parser.add_argument("--output_dir", type=Path, default=Path("detections"))
+    parser.add_argument(
+        "--watch", action="store_true", help="Go on looking for new pictures in the folders, until Ctrl-C."
+    )
+    parser.add_argument(
+        "--skip_bad_images", action="store_true", help="Leave out what does not open as a picture, and say so."
+    )
+    return parser.parse_args()
+
+
+def check_args(args: argparse.Namespace) -> None:
+    if not 0 <= args.threshold < 1:
+        raise InputError(f"--threshold {args.threshold}: must be at least 0 and below 1.")
+    if args.batch_size < 1:
+        raise InputError(f"--batch_size {args.batch_size}: must be at least 1.")
+    for path in args.inputs:
+        if not path.exists():
+            raise InputError(f"{path}: no such picture or folder.")
+        if args.watch and not path.is_dir():
+            raise InputError(f"{path}: --watch looks into folders, and this is none.")
+
+
+# ---- pictures in
+
+
+def pictures_of(folder: Path) -> list[Path]:
+    """The files of a folder that look like pictures by their suffix, sorted."""
+    try:
+        # Hidden ones are no photographs: files that are still being copied, or what macOS keeps beside a photograph.
+        return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be read ({error}).") from None
+
+
+def find_pictures(inputs: list[Path], skip_bad_images: bool) -> list[Path]:
+    """All pictures of the inputs, each once; their headers are read already.
+
+    Raises:
+        InputError: a folder has none; a file is none, unless such are skipped; none is left.
+    """
+    paths = []
+    for path in inputs:
+        found = pictures_of(path) if path.is_dir() else [path]
+        if not found:
+            raise InputError(f"{path}: no picture in this folder.")
+        paths += found
+    kept = []
+    for path in {os.path.abspath(path): path for path in paths}.values():
+        try:
+            with opened(path):
+                kept.append(path)
+        except InputError as error:
+            skip_or_raise(error, skip_bad_images)
+    if not kept:
+        raise InputError("none of the inputs opens as a picture.")
+    return kept
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Image.Image]:
+    """A picture whose header is read.
+
+    Raises:
+        InputError: it is none, or reading on finds a part damaged or missing.
+    """
+    try:
+        with Image.open(path) as picture:
+            if max(picture.size) > MOST_OBLONG * min(picture.size):
+                raise ValueError(f"{picture.width} x {picture.height} pixels are too oblong for a host")
+            yield picture
+    except Exception as error:  # Pillow's many readers raise many kinds
+        raise InputError(f"{path}: not a picture that opens ({error}).") from None
+
+
+def read_picture(path: Path) -> Image.Image:
+    """A picture in RGB, turned upright."""
+    with opened(path) as picture:
+        return ImageOps.exif_transpose(picture).convert("RGB")
+
+
+def skip_or_raise(error: InputError, skip_bad_images: bool) -> None:
+    if not skip_bad_images:
+        raise error
+    tqdm.write(f"skipped: {error}", file=sys.stderr)
+
+
+def read_pictures(paths: list[Path], skip_bad_images: bool) -> Iterator[tuple[Path, Image.Image]]:
+    for path in paths:
+        try:
+            picture = read_picture(path)
+        except InputError as error:
+            skip_or_raise(error, skip_bad_images)
+        else:
+            yield path, picture
+
+
+def watch(folders: list[Path]) -> Iterator[Iterator[tuple[Path, Image.Image]]]:
+    """Look into folders time and again until Ctrl-C; gives, of each look, the pictures that were not given before.
+
+    A picture that is still being written does not open in full; it is tried again once the file has changed.
+    """
+    # Of each file that was tried its size and time of change, None once it was given.
+    tried: dict[Path, tuple[int, int] | None] = {}
+    interrupted = False
+
+    def interrupt(*_) -> None:
+        # What is at work is finished and written. A second Ctrl-C does not wait for it.
+        nonlocal interrupted
+        interrupted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def look() -> Iterator[tuple[Path, Image.Image]]:
+        for path in [path for folder in folders for path in pictures_of(folder)]:
+            if interrupted:
+                return
+            try:
+                # Before it is opened: what is written meanwhile is a change.
+                stat = path.stat()
+                state = (stat.st_size, stat.st_mtime_ns)
+                if path in tried and tried[path] in (None, state):
+                    continue
+                tried[path] = state
+                picture = read_picture(path)
+            except (OSError, InputError):  # gone again, or not there in full
+                continue
+            tried[path] = None
+            yield path, picture
+
+    handler_before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        while not interrupted:
+            yield look()
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+    finally:
+        signal.signal(signal.SIGINT, handler_before)
+    for path, state in tried.items():
+        if state is not None:
+            print(f"left out: {path} did not open as a picture.", file=sys.stderr)
+
+
+def batches(pictures: Iterable[tuple[Path, Image.Image]], size: int) -> Iterator[list[tuple[Path, Image.Image]]]:
+    """At most `size` pictures at a time, in order, all as large as one another.
+
+    Unequal ones would be padded, and a host scores a padded picture differently: what is found in a picture must not
+    depend on its neighbours.
+    """
+    batch: list[tuple[Path, Image.Image]] = []
+    for path, picture in pictures:
+        if batch and (len(batch) == size or picture.size != batch[0][1].size):
+            yield batch
+            batch = []
+        batch.append((path, picture))
+    if batch:
+        yield batch
+
+
+# ---- adapters and their host
+
+
+@dataclass
+class Adapter:
+    """A saved adapter: as it was asked for, its name, where its files are, and the host it was trained on."""
+
+    asked: str
+    name: str
+    folder: Path
+    host: str | None
+
+
+def find_adapter(asked: str) -> Adapter:
+    """Find an adapter from `path`, `hub/id` or `name=` either; nothing of the Hub but small files is fetched.
+
+    Raises:
+        InputError: it is not there, not of SDPT, or has no name that a folder could have.
+    """
+    name, equals, where = asked.partition("=")
+    if not equals or Path(asked).is_dir():
+        name, where = "", asked
+    folder = Path(where)
+    if not folder.is_dir():
+        try:
+            # At once and first, so that a local folder and the Hub are the same to all that follows.
+            patterns = ["*.json", "*.txt", "adapter_model.safetensors"]
+            folder = Path(snapshot_download(where, allow_patterns=patterns, ignore_patterns="*/*"))
+        except Exception as error:  # `huggingface_hub` raises many kinds for one cause: it is not there
+            raise InputError(f"--adapter {asked}: no such folder, and the Hub has none ({error}).") from None
+    name = name or Path(where).resolve().name
+    if name in ("", "..") or Path(name).name != name:
+        raise InputError(f"--adapter {asked}: {name!r} cannot name a folder of results; write name=path.")
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / file).is_file():
+            raise InputError(f"--adapter {asked}: no saved adapter, {folder} has no {file}.")
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except Exception as error:  # whatever a damaged file brings up
+        raise InputError(f"--adapter {asked}: adapter_config.json cannot be read ({error!r}).") from None
+    if not isinstance(config, SDPTConfig):
+        raise InputError(f"--adapter {asked}: no SDPT adapter, its config is a {type(config).__name__}.")
+    return Adapter(asked, name, folder, config.base_model_name_or_path)
+
+
+def find_adapters(asked: list[str]) -> list[Adapter]:
+    """Find all adapters.
+
+    Raises:
+        InputError: one cannot be used, or two have one name.
+    """
+    adapters = [find_adapter(text) for text in asked]
+    named: dict[str, Adapter] = {}
+    for adapter in adapters:
+        # Some file systems take capitals for small letters.
+        other = named.setdefault(adapter.name.casefold(), adapter)
+        if other is not adapter:
+            raise InputError(
+                f"--adapter {other.asked} {adapter.asked}: both are called {adapter.name}; write name=path."
+            )
+    return adapters
+
+
+def find_host(adapters: list[Adapter]) -> str:
+    """The host that all adapters were trained on.
+
+    Raises:
+        InputError: they name different ones, or none.
+    """
+    if not adapters:
+        return str(HERE / "host")
+    hosts = {}
+    for adapter in adapters:
+        if not adapter.host:
+            raise InputError(f"--adapter {adapter.asked}: does not name its host; give --model_name_or_path.")
+        hosts[str(Path(adapter.host).resolve()) if Path(adapter.host).is_dir() else adapter.host] = adapter
+    if len(hosts) > 1:
+        named = "; ".join(f"{adapter.name}: {host}" for host, adapter in hosts.items())
+        raise InputError(f"--adapter: they were trained on different hosts ({named}); give --model_name_or_path.")
+    return next(iter(hosts))
+
+
+def read_class_names(adapter: Adapter | None) -> list[str]:
+    """The classes that an adapter was trained on.
+
+    Raises:
+        InputError: they are not beside it, or there is no adapter.
+    """
+    if adapter is None:
+        raise InputError("no class names: give --class_names, or an --adapter that was saved with its own.")
+    file = adapter.folder / "class_names.json"
+    if not file.is_file():
+        raise InputError(f"--adapter {adapter.asked}: no class names, it has no {file.name}; give --class_names.")
+    try:
+        class_names = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{file}: not JSON ({error}).") from None
+    if not isinstance(class_names, list) or not all(isinstance(name, str) for name in class_names):
+        raise InputError(f"{file}: must be a list of names.")
+    return class_names
+
+
+def load_processor(adapter: Adapter | None, host: str):
+    """The processor that an adapter was saved with, because pictures should be as large as in training; or the host's.
+
+    Raises:
+        InputError: there is none that loads.
+    """
+    own = adapter and any((adapter.folder / f"{name}_config.json").is_file() for name in ("preprocessor", "processor"))
+    source = str(adapter.folder) if own else host
+    try:
+        processor = AutoProcessor.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{source}: no processor to load ({error}).") from None
+    if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
+        raise InputError(f"{source}: the processor must have both a tokenizer and an image processor.")
+    return processor
+
+
+def load_model(host: str, adapters: list[Adapter]) -> torch.nn.Module:
+    """The host with all adapters on it, called "adapter0", "adapter1", ...
+
+    Not by their own names, which may have what those of modules may not: a full stop, for one.
+
+    Raises:
+        InputError: the host or an adapter does not load.
+    """
+    try:
+        model = AutoModelForZeroShotObjectDetection.from_pretrained(host, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{host}: no detector to load ({error}).") from None
+    for number, adapter in enumerate(adapters):
+        folder, name = str(adapter.folder), f"adapter{number}"
+        try:
+            if number == 0:
+                model = PeftModel.from_pretrained(model, folder, adapter_name=name)
+            else:
+                model.load_adapter(folder, adapter_name=name)
+        except Exception as error:  # whatever a damaged folder brings up
+            raise InputError(f"--adapter {adapter.asked}: does not load on the host {host} ({error}).") from None
+    return model.eval()
+
+
+# ---- detections out
+
+
+@dataclass
+class Results:
+    """What is found with one adapter: a folder with the pictures and their COCO file.
+
+    Attributes:
+        folder: where it is written.
+        processor: with which pictures go in.
+        class_names: names of the classes.
+        chunks: from `split_classes`.
+        images, annotations: of the COCO file. All ids count from 1; a category's is its place in `class_names` plus 1.
+    """
+
+    folder: Path
+    processor: object
+    class_names: list[str]
+    chunks: list[list[int]]
+    images: list[dict] = field(default_factory=list)
+    annotations: list[dict] = field(default_factory=list)
+
+    def add(self, source: Path, name: str, picture: Image.Image, found: dict, threshold: float) -> None:
+        """Write a picture with its boxes, and keep those boxes for the COCO file.
+
+        Args:
+            source: where the picture came from.
+            name: file name to write it under.
+            picture: RGB.
+            found: from `detect`.
+            threshold: lowest score that counts.
+        """
+        drawn = draw_detections(picture, found, self.class_names, threshold)
+        # How the file was stored, such as a compression for black and white, is not how this one can be.
+        drawn.info.clear()
+        write_whole(self.folder / name, lambda file: drawn.save(file, quality=95))
+        width, height = picture.size
+        image = {"id": len(self.images) + 1, "file_name": name, "width": width, "height": height}
+        self.images.append({**image, "source": str(source)})
+        for box, score, label in zip(*(found[key].tolist() for key in ("boxes", "scores", "labels")), strict=True):
+            if score >= threshold:
+                self.annotations.append(
+                    {
+                        "id": len(self.annotations) + 1,
+                        "image_id": image["id"],
+                        "category_id": label + 1,
+                        "bbox": box,
+                        "area": box[2] * box[3],
+                        "score": score,
+                        "iscrowd": 0,
+                    }
+                )
+
+    def write(self) -> None:
+        coco = {
+            "images": self.images,
+            "annotations": self.annotations,
+            "categories": [{"id": i, "name": name} for i, name in enumerate(self.class_names, 1)],
+        }
+        write_whole(self.folder / "detections.json", lambda file: file.write_text(json.dumps(coco) + "\n"))
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Have a file written that is there in full or not at all."""
+    temporary = path.with_name(f".{path.name}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be written ({error}).") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def free_name(path: Path, taken: set[str]) -> str:
+    """A file name that is not taken yet, and takes it: the picture's own if that can be, or `photo-2.jpg` and so on."""
+    stem, suffix = (path.stem, path.suffix) if path.suffix.lower() in SUFFIXES else (path.name, ".png")
+    name, number = stem + suffix, 1
+    while name.casefold() in taken:
+        number += 1
+        name = f"{stem}-{number}{suffix}"
+    taken.add(name.casefold())
+    return name
+
+
+def make_folders(folders: list[Path], inputs: Iterable[Path]) -> None:
+    """Make the folders of the results.
+
+    Args:
+        folders: to be made, if they are not there.
+        inputs: folders that pictures are taken from.
+
+    Raises:
+        InputError: one cannot be written, or is an input.
+    """
+    read = {folder.resolve() for folder in inputs}
+    for folder in folders:
+        if folder.resolve() in read:
+            raise InputError(f"--output_dir: {folder} holds the pictures themselves, which would be overwritten.")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise InputError(f"--output_dir: {folder} cannot be written ({error}).") from None
+
+
+def run(args: argparse.Namespace) -> None:
+    # What can be found wrong is, before the weights are loaded.
+    check_args(args)
+    paths = [] if args.watch else find_pictures(args.inputs, args.skip_bad_images)
+    adapters = find_adapters(args.adapter)
+    host = args.model_name_or_path or find_host(adapters)
+    try:
+        max_text_len = getattr(AutoConfig.from_pretrained(host), "max_text_len", None)
+    except (OSError, ValueError) as error:
+        hint = "" if args.model_name_or_path else " The adapter names it as its host: give --model_name_or_path."
+        raise InputError(f"{host}: no detector to load ({error}).{hint}") from None
+    if max_text_len is None:
+        raise InputError(f"{host}: no detector of the Grounding DINO kind.")
+    results = []
+    for adapter in adapters or [None]:
+        class_names = args.class_names or read_class_names(adapter)
+        processor = load_processor(adapter, host)
+        try:
+            phrases = [class_prompt([name]) for name in class_names]
+            chunks = split_classes(class_names, processor.tokenizer, max_text_len)
+        except ValueError as error:
+            raise InputError(str(error)) from None
+        if not phrases or len(set(phrases)) < len(phrases):
+            raise InputError(f"class names: {' '.join(phrases) or 'none'} There must be one at least, and none twice.")
+        folder = args.output_dir / adapter.name if len(adapters) > 1 else args.output_dir
+        results.append(Results(folder, processor, class_names, chunks))
+    make_folders([result.folder for result in results], args.inputs if args.watch else {p.parent for p in paths})
+
+    model = load_model(host, adapters).to(Accelerator().device)
+    taken, written = set(), None
+    bar = tqdm(total=None if args.watch else len(paths), desc="watching" if args.watch else "detecting", unit="picture")
+    for pictures in watch(args.inputs) if args.watch else [read_pictures(paths, args.skip_bad_images)]:
+        for batch in batches(pictures, args.batch_size):
+            names = [free_name(path, taken) for path, _ in batch]
+            for number, result in enumerate(results):
+                if adapters:
+                    model.set_adapter(f"adapter{number}")
+                found = detect(
+                    model, result.processor, [picture for _, picture in batch], result.class_names, result.chunks
+                )
+                for (path, picture), name, found_here in zip(batch, names, found, strict=True):
+                    result.add(path, name, picture, found_here, args.threshold)
+            bar.update(len(batch))
+        # Watching: after each look that found something, and the first, so that there is a file in any case.
+        if len(taken) != written:
+            written = len(taken)
+            for result in results:
+                result.write()
+    bar.close()
+    objects = ", ".join(f"{len(result.annotations)} in {result.folder}" for result in results)
+    print(f"pictures: {len(taken)}, objects: {objects}")
+
+
+def main() -> None:
+    with one_line_errors("detect.py"):
+        run(parse_args())
+
+
+if __name__ == "__main__":
+    main()
