@@ -224,8 +224,8 @@ def load_split(
     """Read a split of a local folder in COCO format, or of a data set on the Hub. Opens no picture of a folder.
 
     Args:
-        dataset_name: a folder in one of the `LAYOUTS` (`<split>.json` and `images/`, or as Roboflow, ODinW or COCO
-            itself have it), or a Hub id whose rows have `image` and `objects` (`bbox`, `category`).
+        dataset_name: a folder in one of `coco_folder.LAYOUTS` (`<split>.json` and `images/`, or as Roboflow, ODinW or
+            COCO itself have it), or a Hub id whose rows have `image` and `objects` (`bbox`, `category`).
         split: "train", "val", "test", "train2017", ... The names val, valid and validation are one split.
         bbox_format: "xywh", which is COCO's, or "xyxy"; pixels. What is returned is xywh.
         class_names_file: a JSON object of old names -> names to prompt with, for instance `{"RBC": "red blood cell"}`.
@@ -281,12 +281,13 @@ def rename_classes(class_names: list[str], file: Path) -> list[str]:
 
 
 def _check_phrases(class_names: list[str], where: str) -> None:
-    """Refuse names that a prompt would write as the same phrase."""
+    """Refuse names that make no phrase of a prompt, or the same phrase."""
     names: dict[str, list[str]] = {}
     for name in class_names:
-        # A name without a word is refused where the prompt is written.
-        if name.strip(" .?"):
+        try:
             names.setdefault(class_prompt([name]).rstrip("."), []).append(name)
+        except ValueError as error:
+            raise InputError(f"{where}: {error}") from None
     twice = [f"{phrase} ({', '.join(map(repr, same))})" for phrase, same in sorted(names.items()) if len(same) > 1]
     if twice:
         raise InputError(f"{where} has several categories named {', '.join(twice)}; a prompt cannot tell them apart.")

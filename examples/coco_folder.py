@@ -17,18 +17,20 @@ from errors import InputError
 ROBOFLOW_FILE = "{split}/_annotations.coco.json"
 LAYOUTS = (
     ("{split}.json", "images"),
-    # ODinW keeps Roboflow's file beside this one, which has no root category.
+    # ODinW, which keeps Roboflow's file beside this one; this one has no root category.
     ("{split}/annotations_without_background.json", "{split}"),
     (ROBOFLOW_FILE, "{split}"),
+    # COCO itself
     ("annotations/instances_{split}.json", "{split}"),
 )
 # Names of one and the same split.
 VALIDATION_NAMES = ("val", "valid", "validation")
+Id = int | float | str
 # What is read of each entry of a COCO file; boxes and names are checked where they are made sense of.
 COCO_FIELDS = {
-    "images": {"id": int | str, "file_name": str, "width": int | float, "height": int | float},
-    "annotations": {"image_id": int | str, "category_id": int | str, "bbox": object},
-    "categories": {"id": int | str, "name": object},
+    "images": {"id": Id, "file_name": str, "width": int | float, "height": int | float},
+    "annotations": {"image_id": Id, "category_id": Id, "bbox": object},
+    "categories": {"id": Id, "name": object},
 }
 
 
@@ -171,7 +173,14 @@ def is_crowd(value: Any, where: str) -> bool:
 
 @dataclass(frozen=True)
 class CocoPictures:
-    """index -> RGB picture of a COCO file, checked each time: it may vanish or change in mid-run."""
+    """index -> RGB picture of a COCO file, checked each time: it may vanish or change in mid-run.
+
+    Attributes:
+        folder: where the images lie.
+        names: path of each image, relative to `folder`.
+        sizes: (width, height) of each image, pixels.
+        annotations: name of the COCO file, for errors.
+    """
 
     folder: Path
     names: list[str]

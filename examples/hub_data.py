@@ -46,13 +46,10 @@ def load_hub_split(dataset_name: str, split: str, class_names_column: str | None
     position = {value: index for index, value in enumerate(classes)}
     crowd_field = next((field for field in ("iscrowd", "is_crowd") if field in fields), None)
     boxes, labels, crowds = [], [], []
-    for index, objects in enumerate(_objects(rows)):
-        where = f"{source}: image {index}"
+    for where, objects in _objects(rows, source):
         for value in objects["category"]:
             if value not in position:
                 raise InputError(f"{where}: unknown category {value!r}.")
-        if len({len(values) for values in objects.values()}) > 1:
-            raise InputError(f"{where}: the fields of `objects` are not of one length.")
         boxes.append(objects["bbox"])
         labels.append([position[value] for value in objects["category"]])
         crowds.append([is_crowd(v, where) for v in objects.get(crowd_field, [0] * len(boxes[-1]))])
@@ -77,13 +74,18 @@ def _object_fields(rows: datasets.Dataset) -> dict[str, Any]:
     return getattr(feature, "feature", feature)
 
 
-def _objects(rows: datasets.Dataset) -> Iterator[dict[str, list]]:
-    """The objects of each row as a dict of lists."""
+def _objects(rows: datasets.Dataset, source: str) -> Iterator[tuple[str, dict[str, list]]]:
+    """What errors call each row, and its objects as a dict of lists of one length."""
     fields = list(_object_fields(rows))
-    for objects in rows["objects"]:
+    for index, objects in enumerate(rows["objects"]):
+        where = f"{source}: image {index}"
         # A row without objects may hold nothing at all.
         objects = objects or []
-        yield objects if isinstance(objects, dict) else {field: [item[field] for item in objects] for field in fields}
+        if not isinstance(objects, dict):
+            objects = {field: [item[field] for item in objects] for field in fields}
+        if len({len(values) for values in objects.values()}) > 1:
+            raise InputError(f"{where}: the fields of `objects` are not of one length.")
+        yield where, objects
 
 
 def _classes(
@@ -100,8 +102,7 @@ def _classes(
         )
     names: dict[Any, str] = {}
     for split, rows in found.items():
-        for index, objects in enumerate(_objects(rows)):
-            where = f"{dataset_name} ({split}): image {index}"
+        for where, objects in _objects(rows, f"{dataset_name} ({split})"):
             for value, name in zip(objects["category"], objects[class_names_column or "category"], strict=True):
                 name = one_name(name, f"{where}: `{class_names_column or 'category'}`")
                 if names.setdefault(value, name) != name:

@@ -400,6 +400,22 @@ def test_categories_of_one_phrase_are_listed(folder, coco):
         load(folder, coco)
 
 
+@pytest.mark.parametrize("name", ["", " ", "?."])
+def test_category_without_a_word(folder, coco, name):
+    coco["categories"][2]["name"] = name
+    with pytest.raises(InputError, match=r"split 'train': .* has no word to prompt with"):
+        load(folder, coco)
+
+
+def test_ids_of_other_types(folder, coco):
+    """Tables write whole numbers as floats; some tools name images by strings."""
+    coco["images"][0]["id"] = coco["annotations"][1]["image_id"] = "b"
+    coco["annotations"][0]["category_id"] = 90.0
+    data = load(folder, coco)
+    assert data.image_ids == ["b", 7, 1000]
+    assert data.labels == [[1], [0, 1], []]
+
+
 # ---- box formats
 
 
@@ -1004,10 +1020,11 @@ def test_unknown_class_of_the_hub(monkeypatch):
         load_split("someone/some-data", "train")
 
 
-def test_objects_of_several_lengths(monkeypatch):
+@pytest.mark.parametrize("category", [OBJECT["category"], datasets.Value("string")], ids=["ClassLabel", "string"])
+def test_objects_of_several_lengths(monkeypatch, category):
     columns, features = hub_rows("dict of lists")
-    features["objects"] = {key: datasets.Sequence(value) for key, value in OBJECT.items()}
-    columns["objects"] = [{"bbox": [[1, 2, 3, 4]], "category": [0, 1]}, {"bbox": [], "category": []}]
+    features["objects"] = {"bbox": datasets.Sequence(OBJECT["bbox"]), "category": datasets.Sequence(category)}
+    columns["objects"] = [{"bbox": [[1, 2, 3, 4]], "category": ["cat", "dog"]}, {"bbox": [], "category": []}]
     hub(monkeypatch, columns, features)
     with pytest.raises(InputError, match=r"\(train\): image 0: the fields of `objects` are not of one length"):
         load_split("someone/some-data", "train")
