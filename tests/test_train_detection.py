@@ -5,10 +5,12 @@
 import dataclasses
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForZeroShotObjectDetection
 
+import checkpoints
 import train_detection
 from pictograms import tasks
 
@@ -450,27 +453,92 @@ def test_bad_input_is_one_line_and_exit_code_2(main_job, small_task, flags, mess
     assert "Traceback" not in error
 
 
+SCRIPT = ROOT / "examples" / "train_detection.py"
+# More kills for a soak: KILLS=20 python -m pytest -k soak
+KILLS = int(os.environ.get("KILLS", 3))
+
+
+def launched(command, **options):
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, *map(str, command)], env=environment, **options)
+
+
+@pytest.mark.slow
+def test_soak_killed_at_random_instants_it_ends_in_the_same_prompts(small_task, tmp_path):
+    steps = 3 * KILLS
+    run = (
+        *(SCRIPT, "--dataset_name", small_task, *EVERYTHING, "--max_train_steps", steps, "--checkpointing_steps", 1),
+        *("--checkpoints_total_limit", 2, "--resume_from_checkpoint", "latest", "--output_dir"),
+    )
+    assert launched([*run, tmp_path / "whole"]).wait(timeout=600) == 0
+    out, chance = tmp_path / "killed", random.Random(0)
+
+    def newest():
+        return int(folder.name.removeprefix("step_")) if (folder := checkpoints.latest(out)) else 0
+
+    for kill in range(KILLS):
+        process, first = launched([*run, out], stderr=subprocess.DEVNULL), newest()
+        # Every third while it starts, loads and measures, the others after some steps.
+        further, deadline = (0, 3, 1)[kill % 3], time.monotonic() + 120
+        while further and newest() < first + further and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0, 0.5 if further else 8))
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    assert 0 < newest() <= steps
+    assert launched([*run, out]).wait(timeout=600) == 0
+    assert same_run(tmp_path / "whole", out)
+
+
 @pytest.mark.slow
 def test_two_processes_train_and_measure_as_one_does(small_task, tmp_path):
     # torchrun, because `accelerate launch --cpu --num_processes 2` starts one process (accelerate 1.15).
     for processes in (1, 2):
-        subprocess.run(
-            [
-                *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)),
-                *(str(ROOT / "examples" / "train_detection.py"), "--dataset_name", str(small_task)),
-                *("--max_train_steps", "2", "--num_warmup_steps", "0"),
-                *("--per_device_train_batch_size", str(4 // processes), "--output_dir", str(tmp_path / str(processes))),
-            ],
-            check=True,
-            timeout=240,
-            env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        command = (
+            *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, SCRIPT),
+            *("--dataset_name", small_task, "--max_train_steps", 2, "--num_warmup_steps", 0, "--ema_decay", 0.5),
+            *("--gradient_accumulation_steps", 2, "--per_device_train_batch_size", 4 // processes),
+            *("--checkpointing_steps", 1, "--output_dir", tmp_path / str(processes)),
         )
+        assert launched(command).wait(timeout=240) == 0
     one, two = (json.loads((tmp_path / n / "metrics.json").read_text()) for n in "12")
     assert one["before"] == pytest.approx(two["before"], abs=2e-4)
     assert one["after"] == pytest.approx(two["after"], abs=2e-2)
-    one, two = (load_file(tmp_path / n / "adapter_model.safetensors") for n in "12")
     # The same global batches, but for the order in which their losses are summed. A step is 0.2.
-    assert all(torch.allclose(one[key], two[key], atol=5e-3) for key in one)
+    for folder in ("", "step_1", "step_2"):
+        one, two = (prompts(tmp_path / n / folder) for n in "12")
+        assert all(torch.allclose(one[key], two[key], atol=5e-3) for key in one)
+    files = [{str(path.relative_to(tmp_path / n)) for path in (tmp_path / n).rglob("*")} for n in "12"]
+    # Each process has random numbers of its own; all else is written once.
+    assert files[1] - files[0] == {f"step_{step}/random_states_1.pkl" for step in (1, 2)} and files[0] < files[1]
+
+
+@pytest.mark.slow
+def test_two_processes_are_stopped_and_resumed_together(small_task, tmp_path):
+    run = (
+        *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, SCRIPT, "--dataset_name", small_task),
+        *("--max_train_steps", 12, "--per_device_train_batch_size", 1, "--prompt_dropout", 0.3),
+        *("--checkpointing_steps", 2, "--validation_steps", 6, "--resume_from_checkpoint", "latest", "--output_dir"),
+    )
+    assert launched([*run, tmp_path / "whole"]).wait(timeout=240) == 0
+    process = launched([*run, tmp_path / "stopped"], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "stopped" / "step_2").is_dir() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)  # torchrun passes it on to both
+    assert "go on with --resume_from_checkpoint latest" in process.communicate(timeout=120)[1]
+    assert not (tmp_path / "stopped" / "metrics.json").exists()
+    assert launched([*run, tmp_path / "stopped"]).wait(timeout=240) == 0
+    assert same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
+@pytest.mark.slow
+def test_a_launcher_that_starts_one_process_instead_of_two_is_not_passed_over(small_task, tmp_path):
+    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", 2)
+    command = (*launcher, SCRIPT, "--dataset_name", small_task, "--eval_only", "--output_dir", tmp_path)
+    process = launched(command, stderr=subprocess.PIPE, text=True)
+    assert "For N on the CPU: ACCELERATE_USE_CPU=true torchrun" in process.communicate(timeout=120)[1]
+    assert process.returncode == 0
 
 
 @pytest.mark.skipif(not (ROOT.parent / "shared" / "datasets" / "bccd").is_dir(), reason="the photographs are not here")
