@@ -12,7 +12,7 @@ import os
 import random
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ class DetectionSplit:
         crowds: of each image whether each box stands for a crowd: ignored in evaluation, left out of training.
         open_image: index -> RGB picture; raises `InputError` for one that is missing, damaged or of another size.
             Of data that was loaded it can be pickled, so that workers of a DataLoader may be spawned.
+        left_out: what was wrong with each box that was left out.
     """
 
     class_names: list[str]
@@ -52,6 +53,7 @@ class DetectionSplit:
     labels: list[list[int]]
     crowds: list[list[bool]]
     open_image: Callable[[int], Image.Image]
+    left_out: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -220,6 +222,7 @@ def load_split(
     bbox_format: str = "xywh",
     class_names_file: str | Path | None = None,
     class_names_column: str | None = None,
+    skip_bad_boxes: bool = False,
 ) -> DetectionSplit:
     """Read a split of a local folder in COCO format, or of a data set on the Hub. Opens no picture of a folder.
 
@@ -232,6 +235,7 @@ def load_split(
             Comes after `class_names_column`.
         class_names_column: the field of COCO's `categories`, or of the Hub's `objects`, that holds the names; of a
             list, as LVIS's `synonyms`, the first is taken. Default: `name`, or the names of `objects.category`.
+        skip_bad_boxes: leave out boxes that are empty, not finite or outside their image, instead of raising.
 
     Raises:
         InputError: naming the file and the image, annotation or category that cannot be used.
@@ -254,7 +258,7 @@ def load_split(
         raise InputError(f"{dataset_name}: split {split!r} has no images.")
     if not data.class_names:
         raise InputError(f"{dataset_name}: split {split!r} has no categories; a prompt needs class names.")
-    data.boxes = _read_boxes(data, bbox_format, source)
+    _read_boxes(data, bbox_format, source, skip_bad_boxes)
     if class_names_file is not None:
         data.class_names = rename_classes(data.class_names, Path(class_names_file))
     _check_phrases(data.class_names, f"{dataset_name}: split {split!r}")
@@ -293,13 +297,20 @@ def _check_phrases(class_names: list[str], where: str) -> None:
         raise InputError(f"{where} has several categories named {', '.join(twice)}; a prompt cannot tell them apart.")
 
 
-def _read_boxes(data: DetectionSplit, bbox_format: str, source: str) -> list[list[Box]]:
-    """The split's boxes as (x, y, width, height), each checked to be one and to lie in its image."""
+def _read_boxes(data: DetectionSplit, bbox_format: str, source: str, skip_bad_boxes: bool) -> None:
+    """Make the split's boxes (x, y, width, height), each checked to be one and to lie in its image."""
     other = "xyxy" if bbox_format == "xywh" else "xywh"
+    fitting = []
     for image_id, size, boxes in zip(data.image_ids, data.sizes, data.boxes, strict=True):
-        for box in boxes:
+        fitting.append([])
+        for index, box in enumerate(boxes):
             problem = _box_problem(box, size, bbox_format)
             if problem is None:
+                fitting[-1].append(index)
+                continue
+            problem = f"{source}: image {image_id!r}: box {box!r} {problem}"
+            if skip_bad_boxes:
+                data.left_out.append(problem)
                 continue
             if not any(
                 _box_problem(box, size, other)
@@ -307,8 +318,15 @@ def _read_boxes(data: DetectionSplit, bbox_format: str, source: str) -> list[lis
                 for box in boxes
             ):
                 problem += f"; all boxes fit their images as {BOX_FORMATS[other]}, which is --bbox_format {other}"
-            raise InputError(f"{source}: image {image_id!r}: box {box!r} {problem}.")
-    return [[_as_xywh(box, bbox_format) for box in boxes] for boxes in data.boxes]
+            else:
+                problem += "; --skip_bad_boxes leaves such boxes out"
+            raise InputError(f"{problem}.")
+    data.boxes = [
+        [_as_xywh(boxes[index], bbox_format) for index in kept] for boxes, kept in zip(data.boxes, fitting, strict=True)
+    ]
+    for name in ("labels", "crowds"):
+        values = [[values[index] for index in kept] for values, kept in zip(getattr(data, name), fitting, strict=True)]
+        setattr(data, name, values)
 
 
 def _box_problem(box: Any, size: tuple[int, int], bbox_format: str) -> str | None:

@@ -64,7 +64,8 @@ ADAPTER_FLAGS = ("num_virtual_tokens", "pinv_rtol", "prompt_dropout")
 # Flags that a resumed run may change: they say where and how, not what. Those on data are told by the data itself.
 FREE_FLAGS = (
     *("output_dir", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "validation_steps"),
-    *("with_tracking", "report_to", "per_device_eval_batch_size", "dataloader_num_workers", "skip_bad_images"),
+    *("with_tracking", "report_to", "per_device_eval_batch_size", "dataloader_num_workers"),
+    *("skip_bad_images", "skip_bad_boxes"),
     *("dataset_name", "train_split", "validation_split", "eval_split", "bbox_format", "shots"),
     *("class_names_file", "class_names_column"),
     # As their products below.
@@ -113,6 +114,7 @@ def parse_args() -> argparse.Namespace:
     )
     data.add_argument("--shots", type=int, help="Train on this many images a class, drawn with --seed.")
     data.add_argument("--skip_bad_images", action="store_true", help="Leave out images that do not open.")
+    data.add_argument("--skip_bad_boxes", action="store_true", help="Leave out boxes that are empty or outside.")
     data.add_argument(
         "--no_augmentation", action="store_true", help="No flips, scale jitter and crops of the training images."
     )
@@ -307,7 +309,9 @@ def read_data(args: argparse.Namespace, accelerator: Accelerator) -> tuple[dict[
     held_out = args.eval_split or ("test" if has_split(dataset, "test") else validation or "val")
     names = {held_out} if args.eval_only else {args.train_split, held_out} | ({validation} if validation else set())
     splits = {
-        name: load_split(dataset, name, args.bbox_format, args.class_names_file, args.class_names_column)
+        name: load_split(
+            *(dataset, name, args.bbox_format, args.class_names_file, args.class_names_column, args.skip_bad_boxes)
+        )
         for name in sorted(names)
     }
     require_same_classes(splits, dataset)
@@ -315,16 +319,14 @@ def read_data(args: argparse.Namespace, accelerator: Accelerator) -> tuple[dict[
         # Once a launch; every process must leave out the same.
         bad = [check_pictures(data, disable_progress=False) if accelerator.is_main_process else None]
         bad = broadcast_object_list(bad)[0]
-        if not bad:
-            continue
-        if not args.skip_bad_images:
+        if bad and not args.skip_bad_images:
             first = next(iter(bad.values()))
             raise InputError(f"{first} {len(bad)} such in split {name!r}; --skip_bad_images leaves them out.")
-        if len(bad) == len(data):
-            raise InputError(f"{dataset}: split {name!r} has no image that opens.")
-        for problem in bad.values():
+        for problem in (*data.left_out, *bad.values()):
             accelerator.print(f"left out: {problem}")
         splits[name] = data.subset([image for image in range(len(data)) if image not in bad])
+        if not any(splits[name].boxes):
+            raise InputError(f"{dataset}: split {name!r} has no box left.")
     if args.shots and not args.eval_only:
         train = splits[args.train_split]
         splits[args.train_split] = train.subset(few_shot(train, args.shots, args.seed))

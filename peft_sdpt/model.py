@@ -15,7 +15,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, match_target_against_key
 from torch import nn
 
 from .config import SDPTConfig
-from .hosts import find_host, supported_classes
+from .hosts import find_host, supported_hosts
 from .layer import CANNOT_MERGE, SDPTLayer, prompt_shape, refuse_adapted
 
 
@@ -158,7 +158,7 @@ def _select_fusion_layers(model: nn.Module, config: SDPTConfig) -> dict[str, int
         raise ValueError(
             f"{type(model).__name__} has no fusion layer that SDPT knows"
             + (f" outside of modules_to_save={config.modules_to_save}" if config.modules_to_save else "")
-            + f". Supported fusion attentions: {supported_classes()}."
+            + f". Models that have one: {supported_hosts()}."
         )
 
     names = list(layers)
@@ -217,7 +217,7 @@ def _targeted_names(modules: dict[str, nn.Module], config: SDPTConfig) -> set[st
         raise ValueError(
             f"SDPTConfig.target_modules={targets!r} matches '{strangers[0]}' "
             f"({type(modules[strangers[0]]).__name__}), which is no fusion attention. Supported: "
-            f"{supported_classes()}."
+            f"{supported_hosts()}."
         )
     if unused:
         fusion_layers = [name for name, module in modules.items() if _is_fusion_layer(module)]

@@ -446,6 +446,24 @@ def test_a_bad_box_is_not_taken_for_another_format(folder, coco):
     assert "--bbox_format" not in str(error.value)
 
 
+def test_bad_boxes_are_left_out_only_when_asked(folder, coco):
+    """COCO's own train2017 has boxes without width or height."""
+    kept = load(folder, coco)
+    bad = [[1, 2, 0, 4], [1, 2, 30, 4], [float("nan"), 2, 3, 4]]
+    coco["annotations"][:0] = [
+        {"id": 50 + i, "image_id": 7, "category_id": 3, "bbox": box} for i, box in enumerate(bad)
+    ]
+    with pytest.raises(InputError, match=r"box \[1, 2, 0, 4\] is empty; .*; --skip_bad_boxes leaves such boxes out"):
+        load(folder, coco)
+    data = load(folder, coco, skip_bad_boxes=True)
+    assert [data.boxes, data.labels, data.crowds] == [kept.boxes, kept.labels, kept.crowds]
+    assert [text.partition("box ")[2].split("]")[0] for text in data.left_out] == [
+        "[1, 2, 0, 4",
+        "[1, 2, 30, 4",
+        "[nan, 2, 3, 4",
+    ]
+
+
 def test_unknown_box_format(folder, coco):
     with pytest.raises(InputError, match=r"--bbox_format 'cxcywh': must be one of xywh, xyxy"):
         load(folder, coco, bbox_format="cxcywh")

@@ -228,7 +228,7 @@ def test_target_modules_and_layers_to_transform_both_hold():
         (
             {"target_modules": ["vision_proj"]},
             r"matches 'model\.encoder\.layers\.0\.fusion_layer\.attn\.vision_proj' \(Linear\), which "
-            r"is no fusion attention\. Supported: GroundingDinoBiMultiHeadAttention, MMGrounding",
+            r"is no fusion attention\. Supported: Grounding DINO, .* \(GroundingDinoBiMultiHeadAttention, MMGrounding",
         ),
         (
             {"target_modules": r".*fusion_layer.*"},
@@ -251,7 +251,7 @@ def test_unfit_targets_are_refused_and_leave_the_host_alone(config, message):
 
 
 def test_a_model_without_fusion_layers_is_refused():
-    with pytest.raises(ValueError, match=r"Sequential has no fusion layer .* GroundingDinoBiMul"):
+    with pytest.raises(ValueError, match=r"Sequential has no fusion layer .* Grounding DINO, .* \(GroundingDinoBiMul"):
         get_peft_model(nn.Sequential(nn.Linear(2, 2)), SDPTConfig())
 
 

@@ -3,6 +3,7 @@
 """The main job, run as a user runs it: trained, measured, killed, resumed, and given bad input."""
 
 import dataclasses
+import itertools
 import json
 import os
 import random
@@ -18,10 +19,16 @@ import torch
 from accelerate.state import AcceleratorState
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForZeroShotObjectDetection
+from transformers import (
+    AutoModelForZeroShotObjectDetection,
+    AutoProcessor,
+    OwlViTConfig,
+    OwlViTForObjectDetection,
+)
 
 import checkpoints
 import train_detection
+from hosts import attach, make_host
 from pictograms import tasks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -453,6 +460,93 @@ def test_bad_input_is_one_line_and_exit_code_2(main_job, small_task, flags, mess
     assert "Traceback" not in error
 
 
+@pytest.fixture
+def strange_host(tmp_path):
+    """A zero-shot detector without fusion layers, with a processor that loads."""
+    text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    vision = {"image_size": 32, "patch_size": 16, **text}
+    config = OwlViTConfig(text_config={"vocab_size": 1100, **text}, vision_config=vision, projection_dim=16)
+    OwlViTForObjectDetection(config).save_pretrained(tmp_path / "owlvit")
+    AutoProcessor.from_pretrained(HOST).save_pretrained(tmp_path / "owlvit")
+    return tmp_path / "owlvit"
+
+
+def test_a_model_without_fusion_layers_is_told_which_models_have_them(main_job, small_task, strange_host, capsys):
+    assert main_job("--dataset_name", small_task, "--model_name_or_path", strange_host) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"--model_name_or_path {strange_host}: " in error
+    assert "OwlViTForObjectDetection has no fusion layer" in error and "Grounding DINO, MM Grounding DINO" in error
+
+
+def test_an_adapter_of_another_host_is_refused(main_job, small_task, tmp_path, capsys):
+    attach(make_host()).save_pretrained(tmp_path / "theirs")
+    assert main_job("--dataset_name", small_task, "--adapter", tmp_path / "theirs") == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"--adapter {tmp_path / 'theirs'}: no SDPT adapter that loads on this host" in error
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda coco: coco.pop("categories"), "not a COCO file"),
+        (lambda coco: coco["images"].clear(), "is of image"),
+        (lambda coco: coco["categories"].clear(), "unknown category_id"),
+        (lambda coco: [coco[part].clear() for part in ("images", "annotations")], "has no images"),
+        (lambda coco: [coco[part].clear() for part in ("categories", "annotations")], "has no categories"),
+        (lambda coco: coco["images"].append(coco["images"][0]), "image ids are not unique"),
+        (lambda coco: coco["annotations"][0].update(category_id=999), "unknown category_id 999"),
+        (lambda coco: coco["annotations"][0].update(bbox=[0, 0, 0, 5]), "is empty"),
+        (lambda coco: coco["annotations"][0].update(bbox=[0, 0, 500, 5]), "lies outside its image"),
+        (lambda coco: coco["annotations"][0].update(bbox=[0, float("nan"), 5, 5]), "must be four finite numbers"),
+        (lambda coco: coco["images"][0].update(file_name="gone.png"), "gone.png: no such image"),
+        (lambda coco: coco["categories"][0].update(name="ape"), "name different classes: only test has 'ape'"),
+    ],
+)
+def test_bad_annotations_are_one_line_and_exit_code_2(main_job, own_task, change, message, capsys):
+    edit(own_task / "test.json", change)
+    assert main_job("--dataset_name", own_task) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("train_detection.py: ") and message in error
+
+
+def test_an_annotation_file_that_is_not_json_is_one_line(main_job, own_task, capsys):
+    (own_task / "train.json").write_text("images:")
+    assert main_job("--dataset_name", own_task) == 2
+    assert "train.json: not JSON" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_a_vocabulary_as_large_as_that_of_lvis_takes_the_memory_of_one_prompt(small_task, tmp_path):
+    """1203 classes against 300, which fill several prompts too: sampled in training, in chunks in evaluation."""
+    words = json.loads((HOST / "tokenizer.json").read_text())["model"]["vocab"]
+    words = [word for word in words if word.isalpha() and word.isascii()]
+    peaks = []
+    for num_classes in (300, 1203):
+        data, out = tmp_path / f"{num_classes}", tmp_path / f"{num_classes}-out"
+        shutil.copytree(small_task, data)
+        for file in data.glob("*.json"):
+
+            def enlarge(coco, more=num_classes - 40):
+                pairs = itertools.islice(itertools.permutations(words, 2), more)
+                coco["categories"] += [{"id": 1000 + i, "name": " ".join(pair)} for i, pair in enumerate(pairs)]
+
+            edit(file, enlarge)
+        command = ("-c", PEAK_MEMORY, SCRIPT, "--dataset_name", data, "--max_train_steps", 1, "--output_dir", out)
+        process = launched(command, stdout=subprocess.PIPE, text=True)
+        peaks.append(int(process.communicate(timeout=400)[0].strip().splitlines()[-1]))
+        assert process.returncode == 0
+        assert len(json.loads((out / "class_names.json").read_text())) == num_classes
+    assert peaks[1] < 1.1 * peaks[0]
+
+
+# Runs a script and prints the most memory that it had, kB.
+PEAK_MEMORY = """
+import resource, runpy, sys
+sys.argv = sys.argv[1:]
+sys.path.insert(0, sys.argv[0].rpartition("/")[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
 SCRIPT = ROOT / "examples" / "train_detection.py"
 # More kills for a soak: KILLS=20 python -m pytest -k soak
 KILLS = int(os.environ.get("KILLS", 3))

@@ -11,7 +11,7 @@ from .grounding_dino import GROUNDING_DINO
 
 HOSTS: tuple[FusionHost, ...] = (GROUNDING_DINO,)
 
-__all__ = ["GROUNDING_DINO", "HOSTS", "FusionHost", "find_host", "supported_classes"]
+__all__ = ["GROUNDING_DINO", "HOSTS", "FusionHost", "find_host", "supported_hosts"]
 
 
 def find_host(module: nn.Module) -> FusionHost | None:
@@ -19,6 +19,6 @@ def find_host(module: nn.Module) -> FusionHost | None:
     return next((host for host in HOSTS if host.matches(module)), None)
 
 
-def supported_classes() -> str:
-    """The class names of all known fusion attentions, for messages."""
-    return ", ".join(name for host in HOSTS for name in host.class_names)
+def supported_hosts() -> str:
+    """The models that have a known fusion attention, and the class names of these, for messages."""
+    return "; ".join(f"{host.name} ({', '.join(host.class_names)})" for host in HOSTS)

@@ -8,7 +8,7 @@ Read in transformers 5.24; the two attention classes are the same but for their 
 from .declaration import FusionHost
 
 GROUNDING_DINO = FusionHost(
-    name="Grounding DINO, MM Grounding DINO (transformers)",
+    name="Grounding DINO, MM Grounding DINO and LLMDet of transformers",
     class_names=("GroundingDinoBiMultiHeadAttention", "MMGroundingDinoBiMultiHeadAttention"),
     image_projections=("vision_proj", "values_vision_proj", "out_vision_proj"),
     text_projections=("text_proj", "values_text_proj", "out_text_proj"),
