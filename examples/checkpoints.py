@@ -23,9 +23,9 @@ from accelerate.utils import gather_object
 from peft import load_peft_weights, set_peft_model_state_dict
 
 from errors import InputError
+from files import UNFINISHED, flush, whole_files
 
 RUN_FILE = "run.json"
-UNFINISHED = ".unfinished"
 
 
 @dataclass
@@ -97,7 +97,7 @@ class Checkpoints:
         if not problem and self.accelerator.is_main_process:
             try:
                 (unfinished / RUN_FILE).write_text(json.dumps(self.run, indent=2) + "\n")
-                _flush(unfinished)
+                flush(unfinished)
                 os.replace(unfinished, final)
                 self._remove_old()
             except OSError as error:
@@ -165,38 +165,8 @@ def save_adapter(folder: Path, model: Any, processor: Any, class_names: list[str
     with whole_files(folder) as unfinished:
         model.save_pretrained(unfinished)
         processor.save_pretrained(unfinished)
-        (unfinished / "class_names.json").write_text(json.dumps(class_names, indent=2, ensure_ascii=False) + "\n")
-
-
-@contextlib.contextmanager
-def whole_files(folder: Path) -> Iterator[Path]:
-    """A folder to write files in, which are moved into `folder` at the end, each in one move.
-
-    Raises:
-        InputError: if one cannot be written.
-    """
-    unfinished = folder / f"files{UNFINISHED}"
-    try:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        yield unfinished
-        _flush(unfinished)
-        for file in sorted(unfinished.iterdir()):
-            os.replace(file, folder / file.name)
-        unfinished.rmdir()
-    except Exception as error:  # OSError, and what torch, safetensors and Pillow make of it
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise InputError(f"{folder}: cannot be written ({error}).") from None
-
-
-def _flush(folder: Path) -> None:
-    """Bring all files of a folder to the disk: after a power cut, a name must not stand for less than its file."""
-    for path in (*folder.iterdir(), folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        text = json.dumps(class_names, indent=2, ensure_ascii=False) + "\n"
+        (unfinished / "class_names.json").write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from errors import InputError
+from picture_files import read_picture
 
 # Where an annotation file and its images lie in a folder; the first that is there is read.
 ROBOFLOW_FILE = "{split}/_annotations.coco.json"
@@ -195,23 +196,3 @@ class CocoPictures:
         if picture.size != size:
             raise InputError(f"{path}: {picture.size} pixels, but {self.annotations} says {size}.")
         return picture
-
-
-def read_picture(source: Any, where: str, size: tuple[int, int] | None = None) -> Image.Image:
-    """The whole picture as RGB, turned as its EXIF says unless it is stored in `size`.
-
-    Cameras store a turned picture as it left the sensor, and annotations may be of either.
-
-    Args:
-        source: a path or a file object.
-        where: what the error names.
-        size: (width, height), pixels.
-
-    Raises:
-        InputError: if it is no picture or a damaged one.
-    """
-    try:
-        with Image.open(source) as picture:
-            return (picture if picture.size == size else ImageOps.exif_transpose(picture)).convert("RGB")
-    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and more for damaged files
-        raise InputError(f"{where}: not a picture that opens ({error}).") from None

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 
 import numpy as np
 import torch
@@ -77,6 +78,9 @@ def detect_split(
 ) -> list[tuple]:
     """Detect all classes in all pictures of a split, each picture once, in one of the processes of a launch.
 
+    A batch has pictures of one size: padding changes scores, and what is found in a picture must not depend on its
+    neighbours, which other batch sizes and numbers of processes would change.
+
     Returns:
         In every process the rows of all pictures, as `rows_of` makes them.
 
@@ -87,12 +91,13 @@ def detect_split(
     model.eval()
     detector = accelerator.unwrap_model(model)
     chunks = split_classes(data.class_names, processor.tokenizer, detector.config.max_text_len)
-    mine = range(accelerator.process_index, len(data), accelerator.num_processes)
+    mine = sorted(range(len(data)), key=data.sizes.__getitem__)[accelerator.process_index :: accelerator.num_processes]
+    batches = []
+    for _, images in itertools.groupby(mine, key=data.sizes.__getitem__):
+        images = list(images)
+        batches += [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
     rows: list[tuple] = []
-    for start in tqdm(
-        range(0, len(mine), batch_size), desc=label, leave=False, disable=not accelerator.is_local_main_process
-    ):
-        images = mine[start : start + batch_size]
+    for images in tqdm(batches, desc=label, leave=False, disable=not accelerator.is_local_main_process):
         with accelerator.autocast():
             found = detect(detector, processor, [data.open_image(i) for i in images], data.class_names, chunks)
         for image, result in zip(images, found, strict=True):

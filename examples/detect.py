@@ -15,13 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import signal
-import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,23 +23,19 @@ import torch
 from accelerate import Accelerator
 from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForZeroShotObjectDetection, AutoProcessor
 
 from coco_metrics import detect
 from errors import InputError, one_line_errors
+from files import whole_files
 from peft_sdpt import SDPTConfig
 from peft_sdpt.grounding import class_prompt, split_classes
+from picture_files import SUFFIXES, batches, find_pictures, read_pictures, watch
 from pictures import draw_detections
 
 HERE = Path(__file__).resolve().parent
-# Those that Pillow both reads and writes in full colour.
-FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
-# Scaled to a host's size the shorter side must keep some pixels.
-MOST_OBLONG = 100
-SECONDS_BETWEEN_LOOKS = 0.5
 
 
 def parse_args() -> argparse.Namespace:
@@ -91,140 +81,6 @@ def check_args(args: argparse.Namespace) -> None:
             raise InputError(f"{path}: no such picture or folder.")
         if args.watch and not path.is_dir():
             raise InputError(f"{path}: --watch looks into folders, and this is none.")
-
-
-# ---- pictures in
-
-
-def pictures_of(folder: Path) -> list[Path]:
-    """The files of a folder that look like pictures by their suffix, sorted."""
-    try:
-        # Hidden ones are no photographs: files that are still being copied, or what macOS keeps beside a photograph.
-        return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be read ({error}).") from None
-
-
-def find_pictures(inputs: list[Path], skip_bad_images: bool) -> list[Path]:
-    """All pictures of the inputs, each once; their headers are read already.
-
-    Raises:
-        InputError: a folder has none; a file is none, unless such are skipped; none is left.
-    """
-    paths = []
-    for path in inputs:
-        found = pictures_of(path) if path.is_dir() else [path]
-        if not found:
-            raise InputError(f"{path}: no picture in this folder.")
-        paths += found
-    kept = []
-    for path in {os.path.abspath(path): path for path in paths}.values():
-        try:
-            with opened(path):
-                kept.append(path)
-        except InputError as error:
-            skip_or_raise(error, skip_bad_images)
-    if not kept:
-        raise InputError("none of the inputs opens as a picture.")
-    return kept
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[Image.Image]:
-    """A picture whose header is read.
-
-    Raises:
-        InputError: it is none, or reading on finds a part damaged or missing.
-    """
-    try:
-        with Image.open(path) as picture:
-            if max(picture.size) > MOST_OBLONG * min(picture.size):
-                raise ValueError(f"{picture.width} x {picture.height} pixels are too oblong for a host")
-            yield picture
-    except Exception as error:  # Pillow's many readers raise many kinds
-        raise InputError(f"{path}: not a picture that opens ({error}).") from None
-
-
-def read_picture(path: Path) -> Image.Image:
-    """A picture in RGB, turned upright."""
-    with opened(path) as picture:
-        return ImageOps.exif_transpose(picture).convert("RGB")
-
-
-def skip_or_raise(error: InputError, skip_bad_images: bool) -> None:
-    if not skip_bad_images:
-        raise error
-    tqdm.write(f"skipped: {error}", file=sys.stderr)
-
-
-def read_pictures(paths: list[Path], skip_bad_images: bool) -> Iterator[tuple[Path, Image.Image]]:
-    for path in paths:
-        try:
-            picture = read_picture(path)
-        except InputError as error:
-            skip_or_raise(error, skip_bad_images)
-        else:
-            yield path, picture
-
-
-def watch(folders: list[Path]) -> Iterator[Iterator[tuple[Path, Image.Image]]]:
-    """Look into folders time and again until Ctrl-C; gives, of each look, the pictures that were not given before.
-
-    A picture that is still being written does not open in full; it is tried again once the file has changed.
-    """
-    # Of each file that was tried its size and time of change, None once it was given.
-    tried: dict[Path, tuple[int, int] | None] = {}
-    interrupted = False
-
-    def interrupt(*_) -> None:
-        # What is at work is finished and written. A second Ctrl-C does not wait for it.
-        nonlocal interrupted
-        interrupted = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def look() -> Iterator[tuple[Path, Image.Image]]:
-        for path in [path for folder in folders for path in pictures_of(folder)]:
-            if interrupted:
-                return
-            try:
-                # Before it is opened: what is written meanwhile is a change.
-                stat = path.stat()
-                state = (stat.st_size, stat.st_mtime_ns)
-                if path in tried and tried[path] in (None, state):
-                    continue
-                tried[path] = state
-                picture = read_picture(path)
-            except (OSError, InputError):  # gone again, or not there in full
-                continue
-            tried[path] = None
-            yield path, picture
-
-    handler_before = signal.signal(signal.SIGINT, interrupt)
-    try:
-        while not interrupted:
-            yield look()
-            time.sleep(SECONDS_BETWEEN_LOOKS)
-    finally:
-        signal.signal(signal.SIGINT, handler_before)
-    for path, state in tried.items():
-        if state is not None:
-            print(f"left out: {path} did not open as a picture.", file=sys.stderr)
-
-
-def batches(pictures: Iterable[tuple[Path, Image.Image]], size: int) -> Iterator[list[tuple[Path, Image.Image]]]:
-    """At most `size` pictures at a time, in order, all as large as one another.
-
-    Unequal ones would be padded, and a host scores a padded picture differently: what is found in a picture must not
-    depend on its neighbours.
-    """
-    batch: list[tuple[Path, Image.Image]] = []
-    for path, picture in pictures:
-        if batch and (len(batch) == size or picture.size != batch[0][1].size):
-            yield batch
-            batch = []
-        batch.append((path, picture))
-    if batch:
-        yield batch
 
 
 # ---- adapters and their host
@@ -405,7 +261,8 @@ class Results:
         drawn = draw_detections(picture, found, self.class_names, threshold)
         # How the file was stored, such as a compression for black and white, is not how this one can be.
         drawn.info.clear()
-        write_whole(self.folder / name, lambda file: drawn.save(file, quality=95))
+        with whole_files(self.folder) as folder:
+            drawn.save(folder / name, quality=95)
         width, height = picture.size
         image = {"id": len(self.images) + 1, "file_name": name, "width": width, "height": height}
         self.images.append({**image, "source": str(source)})
@@ -429,19 +286,8 @@ class Results:
             "annotations": self.annotations,
             "categories": [{"id": i, "name": name} for i, name in enumerate(self.class_names, 1)],
         }
-        write_whole(self.folder / "detections.json", lambda file: file.write_text(json.dumps(coco) + "\n"))
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Have a file written that is there in full or not at all."""
-    temporary = path.with_name(f".{path.name}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be written ({error}).") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+        with whole_files(self.folder) as folder:
+            (folder / "detections.json").write_text(json.dumps(coco) + "\n")
 
 
 def free_name(path: Path, taken: set[str]) -> str:
@@ -470,10 +316,10 @@ def make_folders(folders: list[Path], inputs: Iterable[Path]) -> None:
         if folder.resolve() in read:
             raise InputError(f"--output_dir: {folder} holds the pictures themselves, which would be overwritten.")
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            raise InputError(f"--output_dir: {folder} cannot be written ({error}).") from None
+            with whole_files(folder):
+                pass
+        except InputError as error:
+            raise InputError(f"--output_dir {error}") from None
 
 
 def run(args: argparse.Namespace) -> None:

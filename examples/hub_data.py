@@ -11,8 +11,9 @@ from typing import Any
 import datasets
 from PIL import ExifTags, Image
 
-from coco_folder import is_crowd, one_name, read_picture, split_names
+from coco_folder import is_crowd, one_name, split_names
 from errors import InputError
+from picture_files import read_picture
 
 
 def load_hub_split(dataset_name: str, split: str, class_names_column: str | None) -> tuple[dict[str, Any], str]:

@@ -44,11 +44,11 @@ from checkpoints import (
     remove_unfinished,
     save_adapter,
     trained_parameters,
-    whole_files,
 )
 from coco_data import DetectionSplit, check_pictures, few_shot, has_split, load_split, require_same_classes
 from coco_metrics import average_precision, detect_split, result_of
 from errors import InputError, one_line_errors
+from files import whole_files
 from interruption import Interruption, leave_signals_to_the_main_process
 from peft_sdpt import SDPTConfig, SDPTLayer
 from peft_sdpt.grounding import split_classes

@@ -12,8 +12,9 @@ from accelerate import Accelerator
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import checkpoints
-from checkpoints import Checkpoints, Progress, averaged, latest, remove_unfinished, trained_parameters, whole_files
+from checkpoints import Checkpoints, Progress, averaged, latest, remove_unfinished, trained_parameters
 from errors import InputError
+from files import whole_files
 from hosts import attach, make_host
 
 RUN = {"--learning_rate": "0.2", "betas": (0.9, 0.99)}

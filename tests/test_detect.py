@@ -25,6 +25,7 @@ from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 
 import coco_metrics
 import detect
+import picture_files
 from peft_sdpt import SDPTConfig
 from peft_sdpt.grounding import split_classes
 
@@ -192,7 +193,7 @@ def test_kinds_of_pictures(suffix, mode, tmp_path):
     results = detect.Results(tmp_path, None, ["dog"], [[0]])
     found = {"boxes": torch.tensor([[5.0, 5.0, 60.0, 40.0]]), "scores": torch.ones(1), "labels": torch.tensor([0])}
     name = detect.free_name(tmp_path / f"out{suffix}", set())
-    results.add(file, name, detect.read_picture(file), found, 0.5)
+    results.add(file, name, picture_files.read_picture(file, str(file)), found, 0.5)
     with Image.open(tmp_path / f"out{suffix}") as written:
         assert written.size == (120, 90)
 
@@ -201,17 +202,6 @@ def test_a_picture_that_pillow_cannot_write_becomes_a_png():
     taken = {"a.psd.png"}
     assert detect.free_name(Path("in/a.psd"), taken) == "a.psd-2.png"
     assert detect.free_name(Path("in/detections.json"), taken) == "detections.json.png"
-
-
-def test_a_file_is_whole_or_not_there(tmp_path):
-    def fail(file):
-        file.write_text("ha")
-        raise OSError("disk full")
-
-    (tmp_path / "detections.json").write_text("before")
-    with pytest.raises(detect.InputError, match=r"detections\.json: cannot be written \(disk full\)"):
-        detect.write_whole(tmp_path / "detections.json", fail)
-    assert names_of(tmp_path) == ["detections.json"] and (tmp_path / "detections.json").read_text() == "before"
 
 
 # ---- adapters
@@ -373,7 +363,7 @@ def until(condition, seconds: float = 60) -> None:
 
 
 def test_watch(run, photos, adapters, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(detect, "SECONDS_BETWEEN_LOOKS", 0.05)
+    monkeypatch.setattr(picture_files, "SECONDS_BETWEEN_LOOKS", 0.05)
     noise(5).save(tmp_path / "late.png")
     late = (tmp_path / "late.png").read_bytes()
     out, seen, failures = tmp_path / "out", {}, []
@@ -440,14 +430,14 @@ def test_watching_ends_with_everything_written(run, photos, adapters, tmp_path, 
 
 def test_watching_an_empty_folder(run, adapters, tmp_path, monkeypatch):
     (tmp_path / "camera").mkdir()
-    monkeypatch.setattr(detect.time, "sleep", lambda _: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(picture_files.time, "sleep", lambda _: signal.raise_signal(signal.SIGINT))
     assert run(tmp_path / "camera", "--adapter", adapters[0], "--watch") == 0
     written = read(tmp_path / "out")
     assert written["images"] == written["annotations"] == [] and len(written["categories"]) == 3
 
 
 def test_a_watched_folder_that_goes_away(run, photos, adapters, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(detect.time, "sleep", lambda _: shutil.rmtree(photos))
+    monkeypatch.setattr(picture_files.time, "sleep", lambda _: shutil.rmtree(photos))
     assert run(photos, "--adapter", adapters[0], "--watch") == 2
     assert f"{photos}: cannot be read" in capsys.readouterr().err
     assert len(read(tmp_path / "out")["images"]) == 3
@@ -490,7 +480,7 @@ def refused(run, offline, tmp_path, monkeypatch, capsys):
         ("no-such-folder: no detector to load", ("--model_name_or_path", "no-such-folder")),
         ("--adapter no-such-folder: no such folder", ("--adapter", "no-such-folder")),
         ("--adapter no/such folder: no such folder", ("--adapter", "no/such folder")),
-        ("/proc/nowhere cannot be written", ("--output_dir", "/proc/nowhere", "--class_names", "dog")),
+        ("--output_dir /proc/nowhere: cannot be written", ("--output_dir", "/proc/nowhere", "--class_names", "dog")),
         ("has no word to prompt with", ("--class_names", "dog", "...")),
         ("dog. cat. dog. There must be one at least, and none twice", ("--class_names", "dog", "cat", "Dog ")),
         ("the tokenizer finds no token in '☃'", ("--class_names", "☃")),
@@ -510,7 +500,7 @@ def test_bad_inputs(refused, photos, adapters, tmp_path, monkeypatch, capsys, ru
     refused("holds the pictures themselves", photos, *flags, output=photos)
     refused("holds the pictures themselves", photos, "--watch", *flags, output=photos / ".." / photos.name)
     (tmp_path / "file").write_text("")
-    refused("file cannot be written", photos, *flags, output=tmp_path / "file")
+    refused("file: cannot be written", photos, *flags, output=tmp_path / "file")
     (photos / "bad.jpg").write_text("no picture")
     refused("bad.jpg: not a picture that opens", photos, *flags)
     refused("none of the inputs opens", photos / "bad.jpg", "--skip_bad_images", *flags)
