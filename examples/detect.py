@@ -21,21 +21,18 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from huggingface_hub import snapshot_download
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from PIL import Image
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForZeroShotObjectDetection, AutoProcessor
+from transformers import AutoConfig, AutoModelForZeroShotObjectDetection
 
+from adapters import Adapter, find_adapters, find_host, load_processor, read_class_names
 from coco_metrics import detect
 from errors import InputError, one_line_errors
 from files import whole_files
-from peft_sdpt import SDPTConfig
 from peft_sdpt.grounding import class_prompt, split_classes
 from picture_files import SUFFIXES, batches, find_pictures, read_pictures, watch
 from pictures import draw_detections
-
-HERE = Path(__file__).resolve().parent
 
 
 def parse_args() -> argparse.Namespace:
@@ -83,125 +80,6 @@ def check_args(args: argparse.Namespace) -> None:
             raise InputError(f"{path}: --watch looks into folders, and this is none.")
 
 
-# ---- adapters and their host
-
-
-@dataclass
-class Adapter:
-    """A saved adapter: as it was asked for, its name, where its files are, and the host it was trained on."""
-
-    asked: str
-    name: str
-    folder: Path
-    host: str | None
-
-
-def find_adapter(asked: str) -> Adapter:
-    """Find an adapter from `path`, `hub/id` or `name=` either; nothing of the Hub but small files is fetched.
-
-    Raises:
-        InputError: it is not there, not of SDPT, or has no name that a folder could have.
-    """
-    name, equals, where = asked.partition("=")
-    if not equals or Path(asked).is_dir():
-        name, where = "", asked
-    folder = Path(where)
-    if not folder.is_dir():
-        try:
-            # At once and first, so that a local folder and the Hub are the same to all that follows.
-            patterns = ["*.json", "*.txt", "adapter_model.safetensors"]
-            folder = Path(snapshot_download(where, allow_patterns=patterns, ignore_patterns="*/*"))
-        except Exception as error:  # `huggingface_hub` raises many kinds for one cause: it is not there
-            raise InputError(f"--adapter {asked}: no such folder, and the Hub has none ({error}).") from None
-    name = name or Path(where).resolve().name
-    if name in ("", "..") or Path(name).name != name:
-        raise InputError(f"--adapter {asked}: {name!r} cannot name a folder of results; write name=path.")
-    for file in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (folder / file).is_file():
-            raise InputError(f"--adapter {asked}: no saved adapter, {folder} has no {file}.")
-    try:
-        config = PeftConfig.from_pretrained(str(folder))
-    except Exception as error:  # whatever a damaged file brings up
-        raise InputError(f"--adapter {asked}: adapter_config.json cannot be read ({error!r}).") from None
-    if not isinstance(config, SDPTConfig):
-        raise InputError(f"--adapter {asked}: no SDPT adapter, its config is a {type(config).__name__}.")
-    return Adapter(asked, name, folder, config.base_model_name_or_path)
-
-
-def find_adapters(asked: list[str]) -> list[Adapter]:
-    """Find all adapters.
-
-    Raises:
-        InputError: one cannot be used, or two have one name.
-    """
-    adapters = [find_adapter(text) for text in asked]
-    named: dict[str, Adapter] = {}
-    for adapter in adapters:
-        # Some file systems take capitals for small letters.
-        other = named.setdefault(adapter.name.casefold(), adapter)
-        if other is not adapter:
-            raise InputError(
-                f"--adapter {other.asked} {adapter.asked}: both are called {adapter.name}; write name=path."
-            )
-    return adapters
-
-
-def find_host(adapters: list[Adapter]) -> str:
-    """The host that all adapters were trained on.
-
-    Raises:
-        InputError: they name different ones, or none.
-    """
-    if not adapters:
-        return str(HERE / "host")
-    hosts = {}
-    for adapter in adapters:
-        if not adapter.host:
-            raise InputError(f"--adapter {adapter.asked}: does not name its host; give --model_name_or_path.")
-        hosts[str(Path(adapter.host).resolve()) if Path(adapter.host).is_dir() else adapter.host] = adapter
-    if len(hosts) > 1:
-        named = "; ".join(f"{adapter.name}: {host}" for host, adapter in hosts.items())
-        raise InputError(f"--adapter: they were trained on different hosts ({named}); give --model_name_or_path.")
-    return next(iter(hosts))
-
-
-def read_class_names(adapter: Adapter | None) -> list[str]:
-    """The classes that an adapter was trained on.
-
-    Raises:
-        InputError: they are not beside it, or there is no adapter.
-    """
-    if adapter is None:
-        raise InputError("no class names: give --class_names, or an --adapter that was saved with its own.")
-    file = adapter.folder / "class_names.json"
-    if not file.is_file():
-        raise InputError(f"--adapter {adapter.asked}: no class names, it has no {file.name}; give --class_names.")
-    try:
-        class_names = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{file}: not JSON ({error}).") from None
-    if not isinstance(class_names, list) or not all(isinstance(name, str) for name in class_names):
-        raise InputError(f"{file}: must be a list of names.")
-    return class_names
-
-
-def load_processor(adapter: Adapter | None, host: str):
-    """The processor that an adapter was saved with, because pictures should be as large as in training; or the host's.
-
-    Raises:
-        InputError: there is none that loads.
-    """
-    own = adapter and any((adapter.folder / f"{name}_config.json").is_file() for name in ("preprocessor", "processor"))
-    source = str(adapter.folder) if own else host
-    try:
-        processor = AutoProcessor.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{source}: no processor to load ({error}).") from None
-    if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
-        raise InputError(f"{source}: the processor must have both a tokenizer and an image processor.")
-    return processor
-
-
 def load_model(host: str, adapters: list[Adapter]) -> torch.nn.Module:
     """The host with all adapters on it, called "adapter0", "adapter1", ...
 
@@ -224,9 +102,6 @@ def load_model(host: str, adapters: list[Adapter]) -> torch.nn.Module:
         except Exception as error:  # whatever a damaged folder brings up
             raise InputError(f"--adapter {adapter.asked}: does not load on the host {host} ({error}).") from None
     return model.eval()
-
-
-# ---- detections out
 
 
 @dataclass

@@ -31,11 +31,13 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import broadcast_object_list, set_seed
 from peft import PeftModel, get_peft_model
+from PIL import Image
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor, get_scheduler
+from transformers import AutoModelForZeroShotObjectDetection, get_scheduler
 
+from adapters import Adapter, find_adapter, load_processor
 from checkpoints import (
     Checkpoints,
     Progress,
@@ -46,7 +48,7 @@ from checkpoints import (
     trained_parameters,
 )
 from coco_data import DetectionSplit, check_pictures, few_shot, has_split, load_split, require_same_classes
-from coco_metrics import average_precision, detect_split, result_of
+from coco_metrics import average_precision, detect, detect_split, result_of
 from errors import InputError, one_line_errors
 from files import whole_files
 from interruption import Interruption, leave_signals_to_the_main_process
@@ -272,11 +274,11 @@ def use_all_cores(accelerator: Accelerator) -> None:
         torch.set_num_threads(max(1, cores // local_processes))
 
 
-def load_host(args: argparse.Namespace) -> tuple:
+def load_host(args: argparse.Namespace, adapter: Adapter | None) -> tuple:
     """Processor and detector, with the adapter that is asked for: a saved one, a new one, or none."""
     name = args.model_name_or_path
+    processor = load_processor(adapter, name)
     try:
-        processor = AutoProcessor.from_pretrained(name)
         model = AutoModelForZeroShotObjectDetection.from_pretrained(name, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise InputError(f"--model_name_or_path {name}: no detector to load ({error}).") from None
@@ -284,15 +286,15 @@ def load_host(args: argparse.Namespace) -> tuple:
         # 800 by 1333 is the ratio that detectors are trained with.
         longest = round(args.image_size * 1333 / 800)
         processor.image_processor.size = {"shortest_edge": args.image_size, "longest_edge": longest}
-    if args.adapter:
+    if adapter:
         try:
-            return processor, PeftModel.from_pretrained(model, args.adapter, is_trainable=not args.eval_only)
-        except Exception as error:  # whatever a damaged folder or another tuner's adapter brings up
-            raise InputError(f"--adapter {args.adapter}: no SDPT adapter that loads on this host ({error}).") from None
-    if not args.eval_only:
+            model = PeftModel.from_pretrained(model, str(adapter.folder), is_trainable=not args.eval_only)
+        except Exception as error:  # whatever a damaged folder or an adapter of another host brings up
+            raise InputError(f"--adapter {args.adapter}: does not load on this host ({error}).") from None
+    elif not args.eval_only:
         config = SDPTConfig(**{name: getattr(args, name) for name in ADAPTER_FLAGS if getattr(args, name) is not None})
         try:
-            return processor, get_peft_model(model, config)
+            model = get_peft_model(model, config)
         except ValueError as error:
             raise InputError(f"--model_name_or_path {name}: {error}") from None
     return processor, model
@@ -343,14 +345,20 @@ def run(args: argparse.Namespace) -> None:
     use_all_cores(accelerator)
     set_seed(args.seed)
     make_output_dir(args, accelerator)
+    adapter = find_adapter(args.adapter) if args.adapter else None
 
     # Data
     splits, validation_split, eval_split = read_data(args, accelerator)
     held_out = splits[eval_split]
 
     # Host and adapter
-    processor, detector = load_host(args)
+    processor, detector = load_host(args, adapter)
     model = detector.to(accelerator.device)
+    if args.image_size:
+        try:
+            detect(model.eval(), processor, [Image.new("RGB", (args.image_size,) * 2)], ["object"], [[0]])
+        except RuntimeError as error:  # fewer places in the picture than the host has queries, and the like
+            raise InputError(f"--image_size {args.image_size}: does not suit this host ({error}).") from None
     try:
         split_classes(held_out.class_names, processor.tokenizer, model.config.max_text_len)
     except ValueError as error:

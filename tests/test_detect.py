@@ -26,6 +26,7 @@ from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 import coco_metrics
 import detect
 import picture_files
+from adapters import find_adapter, find_adapters, load_processor
 from peft_sdpt import SDPTConfig
 from peft_sdpt.grounding import split_classes
 
@@ -253,13 +254,13 @@ def test_the_adapters_own_processor(run, photos, adapters, tmp_path):
     processor = AutoProcessor.from_pretrained(HOST)
     processor.image_processor.size = {"shortest_edge": 48, "longest_edge": 80}
     processor.save_pretrained(own)
-    assert detect.load_processor(detect.find_adapter(str(own)), str(HOST)).image_processor.size["shortest_edge"] == 48
+    assert load_processor(find_adapter(str(own)), str(HOST)).image_processor.size["shortest_edge"] == 48
     assert run(photos, "--adapter", own, f"hosts={adapters[0]}") == 0
     assert read(tmp_path / "out" / "own")["annotations"] != read(tmp_path / "out" / "hosts")["annotations"]
 
 
 def test_host_of_the_adapters(adapters, tmp_path, monkeypatch):
-    found = detect.find_adapters([str(adapter) for adapter in adapters])
+    found = find_adapters([str(adapter) for adapter in adapters])
     assert detect.find_host(found) == detect.find_host([]) == str(HOST)
     # One folder, two ways of writing it.
     monkeypatch.chdir(ROOT)
@@ -322,7 +323,7 @@ def hub(monkeypatch, tmp_path):
         endpoint=f"http://127.0.0.1:{server.server_port}",
         cache_dir=tmp_path / "cache",
     )
-    monkeypatch.setattr(detect, "snapshot_download", download)
+    monkeypatch.setattr("adapters.snapshot_download", download)
     yield folder, fetched
     server.shutdown()
     server.server_close()

@@ -432,6 +432,7 @@ def test_images_that_do_not_open_are_left_out_only_when_asked(main_job, own_task
         (("--train_split", "nosuch"), "no split 'nosuch'"),
         (("--validation_split", "nosuch"), "no split 'nosuch'"),
         (("--shots", 0), "--shots 0"),
+        (("--image_size", 16), "--image_size 16: does not suit this host"),
         (("--ema_decay", 1), "--ema_decay 1.0"),
         (("--prompt_dropout", 1), "--prompt_dropout 1.0"),
         (("--checkpointing_steps", 0), "--checkpointing_steps 0"),
@@ -482,7 +483,7 @@ def test_an_adapter_of_another_host_is_refused(main_job, small_task, tmp_path, c
     attach(make_host()).save_pretrained(tmp_path / "theirs")
     assert main_job("--dataset_name", small_task, "--adapter", tmp_path / "theirs") == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert f"--adapter {tmp_path / 'theirs'}: no SDPT adapter that loads on this host" in error
+    assert f"--adapter {tmp_path / 'theirs'}: does not load on this host" in error
 
 
 @pytest.mark.parametrize(
