@@ -34,11 +34,13 @@ class SideInput(NamedTuple):
         tokens: `(B, L, d)`.
         mask: `(B, L)` in the host's convention, or None.
         prompts: `(N, d)`, extra tokens that the *other* modality attends to, or None.
+        hidden_prompts: `(B, N)`, bool, True where a sample does not see a prompt; None where all see all.
     """
 
     tokens: torch.Tensor
     mask: torch.Tensor | None
     prompts: torch.Tensor | None
+    hidden_prompts: torch.Tensor | None = None
 
 
 # (logits (B, heads, queries, L + N), mask (B, L), N) -> masked logits. Prompts are the last columns.
@@ -72,6 +74,9 @@ def _attend(
     """Weights `(B, heads, queries, keys)` and attended values `(B, queries, E)`."""
     if keys.mask is not None:
         logits = mask_function(logits, keys.mask, 0 if keys.prompts is None else len(keys.prompts))
+    if keys.hidden_prompts is not None:
+        hidden = F.pad(keys.hidden_prompts, (keys.tokens.shape[1], 0), value=False)
+        logits = logits.masked_fill(hidden[:, None, None, :], float("-inf"))
     weights = logits.softmax(dim=-1)
     attended = F.dropout(weights, p=dropout) @ values
     return weights, attended.transpose(1, 2).flatten(2)

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -196,17 +197,31 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
                     inverses[name] = known[config.pinv_rtol]
         self._inverted = tuple(_WeightState.of(query) for query in queries)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Same arguments and results as the wrapped attention; see the class for the weights."""
-        names = [name for name in self.active_adapters if name in self.sdpt_prompts]
+    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """Same arguments and results as the wrapped attention; see the class for the weights.
+
+        Args:
+            adapter_names: of each sample the adapter whose prompts it sees, `"__base__"` for none; as
+                `model(..., adapter_names=[...])` passes it on. None: all see those that are active.
+        """
+        asked = self.active_adapters if adapter_names is None else dict.fromkeys(adapter_names)
+        names = [name for name in asked if name in self.sdpt_prompts]
         if self.disable_adapters or not names:
             return self.base_layer(*args, **kwargs)
         image, text, image_mask, text_mask = self.fusion_host.bind(args, kwargs)
         image_prompts, text_prompts = self._prompts(names)
+        image_hidden = text_hidden = None
+        if adapter_names is not None:
+            if len(adapter_names) != len(image):
+                raise ValueError(
+                    f"adapter_names has {len(adapter_names)} names for a batch of {len(image)}; give one a sample."
+                )
+            shown = [name for name in names if self.sdpt_config[name].image_attends_prompts]
+            image_hidden, text_hidden = (self._hidden(adapter_names, owners, image.device) for owners in (names, shown))
         base = self.base_layer
         return bi_attention(
-            SideInput(image, image_mask, image_prompts),
-            SideInput(text, text_mask, text_prompts),
+            SideInput(image, image_mask, image_prompts, image_hidden),
+            SideInput(text, text_mask, text_prompts, text_hidden),
             self.fusion_host.image_side(base),
             self.fusion_host.text_side(base),
             num_heads=base.num_heads,
@@ -239,6 +254,16 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
         image = torch.cat(image_prompts).to(image_query.weight.dtype)
         text = torch.cat(text_prompts).to(text_query.weight.dtype) if text_prompts else None
         return image, text
+
+    def _hidden(self, adapter_names: Sequence[str], owners: list[str], device: torch.device) -> torch.Tensor | None:
+        """`(B, N)`, True where a prompt of `owners`, one after the other, is not of the sample's adapter."""
+        if not owners:
+            return None
+        sizes = torch.tensor([self.sdpt_config[name].num_virtual_tokens for name in owners])
+        owner = torch.arange(len(owners)).repeat_interleave(sizes)
+        number = {name: index for index, name in enumerate(owners)}
+        wanted = torch.tensor([number.get(name, -1) for name in adapter_names])
+        return (wanted[:, None] != owner).to(device)
 
     def _queries(self) -> tuple[nn.Module, nn.Module]:
         base = self.get_base_layer()

@@ -18,6 +18,9 @@ from .config import SDPTConfig
 from .hosts import find_host, supported_hosts
 from .layer import CANNOT_MERGE, SDPTLayer, prompt_shape, refuse_adapted
 
+# PEFT's name for the host without an adapter, in `adapter_names`.
+BASE = "__base__"
+
 
 class SDPTModel(BaseTuner):
     """Synchronous dual prompt tuning of a fusion-based vision-language model (arXiv 2407.11414).
@@ -91,12 +94,99 @@ class SDPTModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is not None:
+        """Hand `adapter_names` of `model(..., adapter_names=[...])`, one a sample, to the layers for this forward.
+
+        Raises:
+            ValueError: no adapter of this tuner has one of the names.
+        """
+        adapter_names = kwargs.get("adapter_names")
+        if adapter_names is None:
+            yield
+            return
+        unknown = sorted(set(adapter_names) - set(self.peft_config) - {BASE})
+        if unknown:
             raise ValueError(
-                "SDPT does not support adapter_names in forward: every sample of a batch sees the "
-                "active adapters. Choose them with set_adapter() and run one batch for each."
+                f"adapter_names has {unknown}; this model has the adapters {sorted(self.peft_config)}, and "
+                f"{BASE!r} is the host without one."
             )
-        yield
+
+        def pass_on(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            return args, {**kwargs, "adapter_names": adapter_names}
+
+        # Layers of ours, and what `modules_to_save` has copies of.
+        takers = [m for m in self.model.modules() if isinstance(m, (SDPTLayer, AuxiliaryTrainingWrapper))]
+        handles = [module.register_forward_pre_hook(pass_on, with_kwargs=True) for module in takers]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "cat",
+    ) -> None:
+        """Make a new adapter of others, on the layers that they share.
+
+        Args:
+            adapters: names of at least one adapter, alike in `prompt_mode`, `image_attends_prompts`, `pinv_rtol` and
+                layers, and without `modules_to_save`.
+            weights: a factor for the tokens of each, in the aligned space.
+            adapter_name: of the new one. It is not made active, and not trainable until it is.
+            combination_type: `"cat"`, the tokens of one after those of the other: with weights of 1 what activating
+                all of them gives. `"linear"`, the weighted sum of their tokens; all have as many.
+
+        Raises:
+            ValueError: naming the argument, when a name is unknown or taken, numbers do not match, or the adapters
+                cannot be combined.
+        """
+        self._check_combination(adapters, weights, adapter_name, combination_type)
+        configs = [self.peft_config[name] for name in adapters]
+        tokens = [config.num_virtual_tokens for config in configs]
+        config = copy.deepcopy(configs[0])
+        config.num_virtual_tokens = sum(tokens) if combination_type == "cat" else tokens[0]
+        self.peft_config[adapter_name] = config
+        self.inject_adapter(self.model, adapter_name)
+        with torch.no_grad():
+            for layer in self.model.modules():
+                if not isinstance(layer, SDPTLayer) or adapter_name not in layer.sdpt_prompts:
+                    continue
+                parts = [layer.sdpt_prompts[name] * weight for name, weight in zip(adapters, weights, strict=True)]
+                # Tokens are the last dimension but one, also where each modality has a set.
+                combined = torch.cat(parts, dim=-2) if combination_type == "cat" else sum(parts)
+                layer.sdpt_prompts[adapter_name].copy_(combined)
+        self.set_requires_grad(adapter_name, requires_grad=False)
+
+    def _check_combination(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str
+    ) -> None:
+        if combination_type not in ("cat", "linear"):
+            raise ValueError(f"combination_type must be 'cat' or 'linear', got {combination_type!r}")
+        if adapter_name in self.peft_config:
+            raise ValueError(f"adapter_name {adapter_name!r} is taken; this model has {sorted(self.peft_config)}")
+        if not adapters or len(adapters) != len(weights):
+            raise ValueError(f"adapters and weights must be as many, at least one; got {adapters} and {weights}")
+        unknown = [name for name in adapters if name not in self.peft_config]
+        if unknown:
+            raise ValueError(f"adapters has {unknown}, but this model has {sorted(self.peft_config)}")
+        alike = ["prompt_mode", "image_attends_prompts", "pinv_rtol", "fusion_layers"]
+        if combination_type == "linear":
+            alike.append("num_virtual_tokens")
+        for field in alike:
+            values = [getattr(self.peft_config[name], field) for name in adapters]
+            if any(value != values[0] for value in values):
+                raise ValueError(
+                    f"combination_type {combination_type!r} needs adapters of one {field}; {adapters} have {values}"
+                )
+        for name in adapters:
+            if self.peft_config[name].modules_to_save:
+                raise ValueError(
+                    f"adapter {name!r} has modules_to_save={self.peft_config[name].modules_to_save}, which cannot be "
+                    "combined"
+                )
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -3,10 +3,11 @@
 """SDPT on whole hosts, through PEFT."""
 
 import copy
+import itertools
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
@@ -342,11 +343,149 @@ def test_a_refused_second_injection_leaves_no_trace():
     assert list(host.peft_config) == ["default"] and torch.equal(run(host), before)
 
 
-def test_adapter_names_in_forward_are_refused():
+def three_adapters(host=None, **second):
+    """ "default", "second" (another size, one layer), "third" (hidden from the image); "default" is active."""
+    model = attach(host or make_host())
+    torch.manual_seed(5)
+    model.add_adapter("second", SDPTConfig(num_virtual_tokens=2, layers_to_transform=[1], **second))
+    model.add_adapter("third", SDPTConfig(num_virtual_tokens=3, image_attends_prompts=False))
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["default", "default", "default"],
+        ["default", "second", "__base__"],
+        ["third", "__base__", "second"],
+        ["third", "third", "__base__"],
+        ["__base__", "__base__", "__base__"],
+    ],
+)
+def test_a_mixed_batch_equals_each_sample_alone(host, names):
+    model = three_adapters(host)
+    inputs = model_inputs(3)
+    with torch.no_grad():
+        mixed = model(**inputs, adapter_names=names)
+        for index, name in enumerate(names):
+            sample = {key: value[index : index + 1] for key, value in inputs.items()}
+            if name == "__base__":
+                with model.disable_adapter():
+                    alone = model(**sample)
+            else:
+                model.set_adapter(name)
+                alone = model(**sample)
+                model.set_adapter("default")
+            torch.testing.assert_close(mixed.logits[index], alone.logits[0], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(mixed.pred_boxes[index], alone.pred_boxes[0], rtol=1e-4, atol=1e-5)
+        # No hook stays behind.
+        assert torch.equal(model(**inputs).logits, model(**inputs, adapter_names=None).logits)
+
+
+def test_a_mixed_batch_sees_each_prompt_where_it_belongs(host):
+    """What the equality above could not tell if prompts did little."""
+    model = three_adapters(host)
+    outputs = {name: run(model, adapter_names=[name, "default"]) for name in ("default", "second", "third", "__base__")}
+    for one, other in itertools.combinations(outputs.values(), 2):
+        assert (one - other).nan_to_num().abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["default", "nosuch"], r"adapter_names has \['nosuch'\]; this model has the adapters \['default', 'second'"),
+        (["default"], "adapter_names has 1 names for a batch of 2"),
+    ],
+)
+def test_wrong_adapter_names_are_refused(names, message):
+    model = three_adapters()
+    before = run(model)
+    with pytest.raises(ValueError, match=message):
+        run(model, adapter_names=names)
+    assert torch.equal(run(model), before)
+
+
+def test_a_mixed_batch_takes_modules_to_save_of_each_adapter():
+    model = attach(make_host(), modules_to_save=["enc_output"])
+    model.add_adapter("second", SDPTConfig(num_virtual_tokens=2, modules_to_save=["enc_output"]))
+    copies = model.base_model.model.model.enc_output.modules_to_save
+    with torch.no_grad():
+        for index, name in enumerate(("default", "second")):
+            copies[name].weight += index + 1.0
+        mixed = model.eval()(**model_inputs(), adapter_names=["second", "default"])
+        for index, name in enumerate(("second", "default")):
+            model.set_adapter(name)
+            alone = model(**{key: value[index : index + 1] for key, value in model_inputs().items()})
+            torch.testing.assert_close(mixed.logits[index], alone.logits[0], rtol=1e-4, atol=1e-5)
+
+
+def combined(model, adapters, weights, **options):
+    model.base_model.add_weighted_adapter(adapters, weights, "both", **options)
+    return model
+
+
+@pytest.mark.parametrize("mode", ["unified", "independent"])
+def test_cat_is_what_activating_all_gives(host, mode):
+    model = attach(host, prompt_mode=mode)
+    torch.manual_seed(5)
+    model.add_adapter("second", SDPTConfig(num_virtual_tokens=2, prompt_mode=mode))
+    combined(model, ["default", "second"], [1.0, 1.0])
+    assert model.peft_config["both"].num_virtual_tokens == 6 and model.active_adapters == ["default"]
+    assert not any(p.requires_grad for n, p in model.named_parameters() if n.endswith(".both"))
+    model.base_model.set_adapter(["default", "second"])
+    active = run(model)
+    model.set_adapter("both")
+    torch.testing.assert_close(run(model), active)
+
+
+def test_linear_is_the_weighted_sum_of_tokens(tmp_path):
     model = attach(make_host())
-    with pytest.raises(ValueError, match="does not support adapter_names"):
-        model(**model_inputs(), adapter_names=["default", "__base__"])
-    assert torch.equal(run(model, adapter_names=None), run(model))
+    model.add_adapter("second", SDPTConfig(num_virtual_tokens=4))
+    combined(model, ["default", "second"], [0.25, -2.0], combination_type="linear")
+    for layer in [m for m in model.modules() if isinstance(m, SDPTLayer)]:
+        prompts = layer.sdpt_prompts
+        torch.testing.assert_close(prompts["both"], 0.25 * prompts["default"] - 2.0 * prompts["second"])
+    model.set_adapter("both")
+    outputs = run(model)
+    model.save_pretrained(tmp_path, selected_adapters=["both"])
+    loaded = PeftModel.from_pretrained(make_host(), tmp_path / "both")
+    assert torch.equal(run(loaded), outputs)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        (
+            (["default", "second"], [1.0, 1.0]),
+            {"combination_type": "svd"},
+            "combination_type must be 'cat' or 'linear'",
+        ),
+        ((["default", "second"], [1.0]), {}, "adapters and weights must be as many"),
+        (([], []), {}, "adapters and weights must be as many, at least one"),
+        ((["default", "nosuch"], [1.0, 1.0]), {}, r"adapters has \['nosuch'\]"),
+        ((["default", "second"], [1.0, 1.0]), {}, "needs adapters of one fusion_layers"),
+        ((["default", "third"], [1.0, 1.0]), {}, "needs adapters of one image_attends_prompts"),
+        (
+            (["default", "small"], [1.0, 1.0]),
+            {"combination_type": "linear"},
+            "needs adapters of one num_virtual_tokens",
+        ),
+        ((["default", "whole"], [1.0, 1.0]), {}, "has modules_to_save"),
+    ],
+)
+def test_what_cannot_be_combined_is_refused_and_leaves_no_trace(arguments, options, message):
+    model = three_adapters()
+    model.add_adapter("small", SDPTConfig(num_virtual_tokens=2))
+    model.add_adapter("whole", SDPTConfig(num_virtual_tokens=4, modules_to_save=["enc_output"]))
+    with pytest.raises(ValueError, match=message):
+        combined(model, *arguments, **options)
+    assert list(model.peft_config) == ["default", "second", "third", "small", "whole"]
+
+
+def test_a_combination_of_a_taken_name_is_refused():
+    model = three_adapters()
+    with pytest.raises(ValueError, match="adapter_name 'second' is taken"):
+        model.base_model.add_weighted_adapter(["default"], [1.0], "second")
 
 
 @pytest.mark.parametrize("operation", ["merge_and_unload", "merge_adapter", "unmerge_adapter"])
