@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,8 @@ from torch import nn
 from .attention import SideInput, bi_attention
 from .config import SDPTConfig
 from .hosts import FusionHost
-from .projection import inverse_projection, to_input_space
+from .projection import to_input_space
+from .weights import WeightState, bias_of, device_and_dtype, inverse_of, refuse_adapted
 
 CANNOT_MERGE = (
     "SDPT prompts are extra keys and values of the attention and cannot be merged into weights: keep "
@@ -53,58 +54,6 @@ def prompt_shape(config: SDPTConfig, width: int) -> tuple[int, ...]:
     """Shape of the prompts that `config` gives a fusion layer of this width."""
     shape = (config.num_virtual_tokens, width)
     return (2, *shape) if config.prompt_mode == "independent" else shape
-
-
-class _WeightState(NamedTuple):
-    """What the weight of a projection was when its inverse was taken.
-
-    The alias keeps the storage alive: no later weight can come to lie at the same address unseen.
-    PEFT merges another tuner's adapter through `.data`, which PyTorch does not count; what is merged
-    into the projection is therefore part of its state.
-    """
-
-    alias: torch.Tensor
-    version: int | None
-    merged: tuple[str, ...]
-
-    @classmethod
-    def of(cls, query: nn.Module) -> _WeightState:
-        return cls(query.weight.detach(), _version(query.weight), _merged(query))
-
-    def still_holds(self, query: nn.Module) -> bool:
-        alias, weight = self.alias, query.weight
-        if self.merged != _merged(query):
-            return False
-        if alias.is_meta or weight.is_meta:
-            return alias.is_meta and weight.is_meta and alias.shape == weight.shape
-        return alias.device == weight.device and alias.is_set_to(weight) and self.version == _version(weight)
-
-
-def _merged(query: nn.Module) -> tuple[str, ...]:
-    return tuple(getattr(query, "merged_adapters", ()))
-
-
-def refuse_adapted(query: nn.Module) -> None:
-    """SDPT inverts the host's own map, not the one that another tuner makes of it.
-
-    Raises:
-        ValueError: another tuner's adapter acts on the projection without being merged into it.
-    """
-    if isinstance(query, BaseTunerLayer) and not query.disable_adapters and not query.merged:
-        acting = [
-            name for name in query.active_adapters if any(name in getattr(query, n) for n in query.adapter_layer_names)
-        ]
-        if acting:
-            raise ValueError(
-                f"SDPT inverts a projection that the adapter {acting[0]!r} of another tuner ({type(query).__module__}) "
-                "changes in every forward. Merge or disable it, or leave the query projections of the fusion layers "
-                "out of its target_modules."
-            )
-
-
-def _version(tensor: torch.Tensor) -> int | None:
-    # Inference tensors have no version; a change of one in place is seen by the load hook only.
-    return None if tensor.is_inference() else tensor._version
 
 
 def _refresh_after_load(layer: SDPTLayer, incompatible_keys: Any) -> None:
@@ -153,7 +102,7 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
         self.sdpt_config: dict[str, SDPTConfig] = {}
         self.sdpt_image_inverse = BufferDict(persistent=False)
         self.sdpt_text_inverse = BufferDict(persistent=False)
-        self._inverted: tuple[_WeightState, _WeightState] | None = None
+        self._inverted: tuple[WeightState, WeightState] | None = None
         # A new module starts in training mode, and prompt dropout would act in an evaluated host.
         self.training = base_layer.training
         self.register_load_state_dict_post_hook(_refresh_after_load)
@@ -163,7 +112,7 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
     @property
     def width(self) -> int:
         """Width E of the aligned space."""
-        return self._query_weights()[0].shape[0]
+        return self._queries()[0].out_features
 
     def update_layer(self, adapter_name: str, config: SDPTConfig) -> None:
         """Add the prompts of an adapter, with the start that `config` asks for."""
@@ -193,9 +142,9 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
             for name, config in self.sdpt_config.items():
                 if name not in inverses:
                     if config.pinv_rtol not in known:
-                        known[config.pinv_rtol] = inverse_projection(query.weight, config.pinv_rtol)
+                        known[config.pinv_rtol] = inverse_of(query, config.pinv_rtol)
                     inverses[name] = known[config.pinv_rtol]
-        self._inverted = tuple(_WeightState.of(query) for query in queries)
+        self._inverted = tuple(WeightState.of(query) for query in queries)
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """Same arguments and results as the wrapped attention; see the class for the weights.
@@ -210,6 +159,9 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
             return self.base_layer(*args, **kwargs)
         image, text, image_mask, text_mask = self.fusion_host.bind(args, kwargs)
         image_prompts, text_prompts = self._prompts(names)
+        # They stay in float32 on a half-precision host, whose projections take what its own tokens are.
+        image_prompts = image_prompts.to(image.dtype)
+        text_prompts = text_prompts.to(text.dtype) if text_prompts is not None else None
         image_hidden = text_hidden = None
         if adapter_names is not None:
             if len(adapter_names) != len(image):
@@ -247,13 +199,10 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
             config = self.sdpt_config[name]
             tokens = F.dropout(self.sdpt_prompts[name], config.prompt_dropout, self.training)
             image_tokens, text_tokens = tokens.unbind(0) if tokens.dim() == 3 else (tokens, tokens)
-            image_prompts.append(to_input_space(image_tokens, self.sdpt_image_inverse[name], image_query.bias))
+            image_prompts.append(to_input_space(image_tokens, self.sdpt_image_inverse[name], bias_of(image_query)))
             if config.image_attends_prompts:
-                text_prompts.append(to_input_space(text_tokens, self.sdpt_text_inverse[name], text_query.bias))
-        # Prompts stay in float32 on a half-precision host, its projections take their own dtype.
-        image = torch.cat(image_prompts).to(image_query.weight.dtype)
-        text = torch.cat(text_prompts).to(text_query.weight.dtype) if text_prompts else None
-        return image, text
+                text_prompts.append(to_input_space(text_tokens, self.sdpt_text_inverse[name], bias_of(text_query)))
+        return torch.cat(image_prompts), torch.cat(text_prompts) if text_prompts else None
 
     def _hidden(self, adapter_names: Sequence[str], owners: list[str], device: torch.device) -> torch.Tensor | None:
         """`(B, N)`, True where a prompt of `owners`, one after the other, is not of the sample's adapter."""
@@ -269,10 +218,6 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
         base = self.get_base_layer()
         return self.fusion_host.image_side(base).query, self.fusion_host.text_side(base).query
 
-    def _query_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
-        image_query, text_query = self._queries()
-        return image_query.weight, text_query.weight
-
     def _inverses_hold(self) -> bool:
         """Whether the inverses are those of the weights as they are now."""
         return self._inverted is not None and all(
@@ -280,25 +225,21 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> SDPTLayer:
-        before = self._query_weights()
-        held, were_meta = self._inverses_hold(), any(weight.is_meta for weight in before)
-        dtypes = [weight.dtype for weight in before]
+        held, before = self._inverses_hold(), [device_and_dtype(query) for query in self._queries()]
         super()._apply(fn, recurse)
-        weights = self._query_weights()
-        if were_meta:
+        if any(device.type == "meta" for device, _ in before):
             # No weights yet, perhaps uninitialised memory: at load time or at the next forward.
             self._inverted = None
-        elif held and dtypes == [weight.dtype for weight in weights]:
+        elif held and [dtype for _, dtype in before] == [device_and_dtype(query)[1] for query in self._queries()]:
             # Only moved, and the inverses with them.
-            self._inverted = tuple(_WeightState.of(query) for query in self._queries())
+            self._inverted = tuple(WeightState.of(query) for query in self._queries())
         else:
             # A cast rounds the weights, and has cast the inverses too, below float32 perhaps.
             self.refresh_inverses(force=True)
         return self
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
-        weight = self.fusion_host.image_side(base_layer).query.weight
-        return weight.device, weight.dtype
+        return device_and_dtype(self.fusion_host.image_side(base_layer).query)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise NotImplementedError(CANNOT_MERGE)

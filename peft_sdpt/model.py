@@ -16,7 +16,8 @@ from torch import nn
 
 from .config import SDPTConfig
 from .hosts import find_host, supported_hosts
-from .layer import CANNOT_MERGE, SDPTLayer, prompt_shape, refuse_adapted
+from .layer import CANNOT_MERGE, SDPTLayer, prompt_shape
+from .weights import refuse_adapted
 
 # PEFT's name for the host without an adapter, in `adapter_names`.
 BASE = "__base__"
@@ -272,7 +273,7 @@ def _select_fusion_layers(model: nn.Module, config: SDPTConfig) -> dict[str, int
     for name in names:
         for query in _queries(layers[name]):
             refuse_adapted(query)
-    return {name: _queries(layers[name])[0].weight.shape[0] for name in names}
+    return {name: _queries(layers[name])[0].out_features for name in names}
 
 
 def _adaptable_modules(model: nn.Module, config: SDPTConfig) -> dict[str, nn.Module]:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import peft_sdpt.layer
+import peft_sdpt.weights
 from hosts import ATTENTION_CLASSES, D_MODEL, HOST_NAMES, WIDTH, host_config, make_attention
 from peft_sdpt import SDPTConfig, SDPTLayer
 from peft_sdpt.hosts import GROUNDING_DINO
@@ -374,13 +375,13 @@ def test_zeros_is_not_the_identity():
 @pytest.fixture
 def counted(monkeypatch):
     """Number of inverses computed so far, as a list of one."""
-    count, original = [0], peft_sdpt.layer.inverse_projection
+    count, original = [0], peft_sdpt.weights.inverse_projection
 
     def counting(weight, rtol=None):
         count[0] += 1
         return original(weight, rtol)
 
-    monkeypatch.setattr(peft_sdpt.layer, "inverse_projection", counting)
+    monkeypatch.setattr(peft_sdpt.weights, "inverse_projection", counting)
     return count
 
 

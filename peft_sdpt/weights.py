@@ -1,0 +1,121 @@
+# Copyright 2026 The peft_sdpt authors
+# SPDX-License-Identifier: Apache-2.0
+"""The weight of a frozen projection: dense whatever keeps it, and whether it is still what it was."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.integrations import dequantize_module_weight, gather_params_ctx
+from torch import nn
+
+from .projection import inverse_projection
+
+
+def inverse_of(query: nn.Module, rtol: float | None) -> torch.Tensor:
+    """Inverse of a projection, as `inverse_projection` takes it of its dense weight.
+
+    Weights that DeepSpeed ZeRO-3 or FSDP2 have sharded are gathered for it, by all processes together; quantised ones
+    are inverted as what they stand for, since that is the map that the host applies. Known are the dynamic int8 of
+    PyTorch, torchao, bitsandbytes and HQQ.
+
+    Raises:
+        TypeError: the weight is of no floating point dtype and of no known quantisation.
+    """
+    module = query.get_base_layer() if isinstance(query, BaseTunerLayer) else query
+    if callable(module.weight):  # dynamic int8
+        return inverse_projection(module.weight().dequantize(), rtol)
+    # On its own device: adapters may be attached under a default of "meta".
+    with gather_params_ctx([module.weight]), torch.device(module.weight.device):
+        if type(module.weight).__name__ == "Int8Params":
+            # On the CPU, PEFT 0.21's way leaves bitsandbytes' layer without its scales.
+            scales = module.weight.SCB if module.weight.SCB is not None else module.state.SCB
+            weight = module.weight.data * scales[:, None] / 127
+        else:
+            weight = dequantize_module_weight(module)
+        if hasattr(weight, "full_tensor"):  # FSDP2
+            weight = weight.full_tensor()
+        return inverse_projection(weight, rtol)
+
+
+def bias_of(query: nn.Module) -> torch.Tensor | None:
+    """Bias of a projection, `(out_features,)`."""
+    return query.bias() if callable(query.bias) else query.bias
+
+
+def device_and_dtype(query: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where a projection computes and what it takes: of a quantised one that computes wider than it stores, float32."""
+    if callable(query.weight):
+        return torch.device("cpu"), torch.float32
+    dtype = query.weight.dtype
+    return query.weight.device, dtype if dtype.is_floating_point else torch.float32
+
+
+class WeightState(NamedTuple):
+    """What the weight of a projection was when its inverse was taken.
+
+    The alias keeps the storage alive: no later weight can come to lie at the same address unseen.
+    PEFT merges another tuner's adapter through `.data`, which PyTorch does not count; what is merged
+    into the projection is therefore part of its state.
+    """
+
+    alias: Any
+    version: int | None
+    merged: tuple[str, ...]
+
+    @classmethod
+    def of(cls, query: nn.Module) -> WeightState:
+        held = _held(query)
+        plain = _is_plain(held)
+        return cls(held.detach() if plain else held, _version(held) if plain else None, _merged(query))
+
+    def still_holds(self, query: nn.Module) -> bool:
+        alias, held = self.alias, _held(query)
+        if self.merged != _merged(query):
+            return False
+        if not _is_plain(held):
+            return alias is held
+        if not _is_plain(alias):
+            return False
+        if alias.is_meta or held.is_meta:
+            return alias.is_meta and held.is_meta and alias.shape == held.shape
+        return alias.device == held.device and alias.is_set_to(held) and self.version == _version(held)
+
+
+def _held(query: nn.Module) -> Any:
+    """What the weight is kept in: a tensor, or the packed parameters of dynamic int8."""
+    return query._packed_params._packed_params if callable(query.weight) else query.weight
+
+
+def _is_plain(held: Any) -> bool:
+    """Whether PyTorch tells of changes; quantised and sharded weights are compared by identity."""
+    return type(held) in (torch.Tensor, nn.Parameter) and not hasattr(held, "ds_id")
+
+
+def _merged(query: nn.Module) -> tuple[str, ...]:
+    return tuple(getattr(query, "merged_adapters", ()))
+
+
+def _version(tensor: torch.Tensor) -> int | None:
+    # Inference tensors have no version; a change of one in place is seen by the load hook only.
+    return None if tensor.is_inference() else tensor._version
+
+
+def refuse_adapted(query: nn.Module) -> None:
+    """SDPT inverts the host's own map, not the one that another tuner makes of it.
+
+    Raises:
+        ValueError: another tuner's adapter acts on the projection without being merged into it.
+    """
+    if isinstance(query, BaseTunerLayer) and not query.disable_adapters and not query.merged:
+        acting = [
+            name for name in query.active_adapters if any(name in getattr(query, n) for n in query.adapter_layer_names)
+        ]
+        if acting:
+            raise ValueError(
+                f"SDPT inverts a projection that the adapter {acting[0]!r} of another tuner ({type(query).__module__}) "
+                "changes in every forward. Merge or disable it, or leave the query projections of the fusion layers "
+                "out of its target_modules."
+            )
