@@ -17,7 +17,7 @@ from torch import nn
 from .config import SDPTConfig
 from .hosts import find_host, supported_hosts
 from .layer import CANNOT_MERGE, SDPTLayer, prompt_shape
-from .weights import refuse_adapted
+from .weights import refuse_adapted, refuse_out_of_reach
 
 # PEFT's name for the host without an adapter, in `adapter_names`.
 BASE = "__base__"
@@ -34,7 +34,7 @@ class SDPTModel(BaseTuner):
         ValueError: the host has no known fusion attention; `target_modules` matches nothing, or a
             module that is none; a layer of `layers_to_transform` is not there; the config belongs to
             a saved adapter whose layers are not those of the host; another tuner's adapter acts on a
-            projection that SDPT inverts.
+            projection that SDPT inverts; its weight is sharded or offloaded already.
     """
 
     prefix = "sdpt_"
@@ -273,6 +273,7 @@ def _select_fusion_layers(model: nn.Module, config: SDPTConfig) -> dict[str, int
     for name in names:
         for query in _queries(layers[name]):
             refuse_adapted(query)
+            refuse_out_of_reach(query)
     return {name: _queries(layers[name])[0].out_features for name in names}
 
 

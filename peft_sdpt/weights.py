@@ -119,3 +119,21 @@ def refuse_adapted(query: nn.Module) -> None:
                 "changes in every forward. Merge or disable it, or leave the query projections of the fusion layers "
                 "out of its target_modules."
             )
+
+
+def refuse_out_of_reach(query: nn.Module) -> None:
+    """An adapter is attached to projections whose weights are here.
+
+    Raises:
+        ValueError: FSDP2 has sharded the weight, or Accelerate offloads it.
+    """
+    if hasattr(query.weight, "full_tensor"):
+        raise ValueError(
+            "SDPT cannot be attached to a host that fully_shard has sharded already: its layers would bypass the hooks "
+            "that gather the weights. Attach SDPT first, and shard the tuned model."
+        )
+    if getattr(getattr(query, "_hf_hook", None), "offload", False):
+        raise ValueError(
+            "SDPT cannot be attached to offloaded fusion layers: it needs their weights in every forward. Give "
+            "`device_map` a device for them, and offload the backbones."
+        )
