@@ -1,18 +1,12 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""SDPT under Accelerate, torch.distributed and torch.compile, and beside what transformers offers."""
+"""SDPT under Accelerate and torch.distributed, compiled and exported."""
 
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from peft import (
-    PeftModel,
-    load_peft_weights,
-    set_peft_model_state_dict,
-)
-from transformers import (
-    GroundingDinoForObjectDetection,
-)
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from transformers import GroundingDinoForObjectDetection
 
 from hosts import LAYERS, ROOT, FusionStack, attach, make_host, model_inputs, run, run_python
 from peft_sdpt import SDPTLayer
@@ -140,6 +134,3 @@ def test_a_tuned_detector_exports_with_equal_outputs():
         exported = program.module()(**inputs)
     torch.testing.assert_close(exported.pred_boxes, expected.pred_boxes)
     torch.testing.assert_close(exported.logits, expected.logits)
-
-
-# ---- transformers
