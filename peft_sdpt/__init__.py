@@ -12,8 +12,8 @@ from peft.utils import PeftType, register_peft_method
 from .config import SDPTConfig
 from .layer import SDPTLayer
 from .model import SDPTModel
+from .version import __version__
 
-__version__ = "0.1.0"
 __all__ = ["SDPTConfig", "SDPTLayer", "SDPTModel"]
 
 

@@ -4,12 +4,18 @@
 
 from __future__ import annotations
 
+import operator
+import os
 import re
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from peft.config import PeftConfig
 from peft.utils import PeftType
+
+from .model_card import complete_card
+from .saved import check_saved_weights
+from .version import __version__
 
 INIT_WEIGHTS = (
     "uniform",
@@ -61,6 +67,9 @@ class SDPTConfig(PeftConfig):
         fusion_layers: not to be set by hand. Filled in when the adapter is attached: module name and
             width E of each adapted fusion layer. Saved with the adapter, so that loading onto a host
             with other layers is refused before that host is touched.
+        peft_sdpt_version: not to be set by hand. The version of this package that made the adapter. In
+            `adapter_config.json` it also says what to import: without `import peft_sdpt`, PEFT ends in
+            `KeyError: 'SDPT'`.
     """
 
     num_virtual_tokens: int = field(default=10, metadata={"help": "Prototype tokens of each fusion layer."})
@@ -90,12 +99,17 @@ class SDPTConfig(PeftConfig):
     fusion_layers: dict[str, int] | None = field(
         default=None, metadata={"help": "Filled in when attached: width of each adapted layer."}
     )
+    peft_sdpt_version: str = field(
+        default=__version__, metadata={"help": "Filled in: version of the package to import before loading."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.SDPT
         if isinstance(self.init_weights, bool):
             self.init_weights = "uniform"
+        self.num_virtual_tokens = _plain_int(self.num_virtual_tokens)
+        self.layers_to_transform = _plain_int(self.layers_to_transform)
         if _is_int(self.layers_to_transform):
             self.layers_to_transform = [self.layers_to_transform]
         for name in ("target_modules", "layers_to_transform", "modules_to_save"):
@@ -103,7 +117,47 @@ class SDPTConfig(PeftConfig):
             # Sets have no order that survives a process: sorted, two saves are the same file.
             if isinstance(value, (set, tuple)):
                 setattr(self, name, sorted(value, key=str) if isinstance(value, set) else list(value))
+        if isinstance(self.layers_to_transform, list):
+            self.layers_to_transform = [_plain_int(index) for index in self.layers_to_transform]
         self._check()
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, subfolder: str | None = None, **kwargs: Any
+    ) -> SDPTConfig:
+        """Load a config, and look whether the weights beside it are whole and its own.
+
+        `PeftModel.from_pretrained` and `load_adapter` load an adapter's config by this method, before they touch the
+        host and before they load its weights. What they would stumble over later is therefore found while the host
+        is as it was. Not so where they are not asked for the config: with `config=`, with the host's own
+        `load_adapter`, and where there are no weights at all; a load that fails then leaves the host changed.
+
+        Args:
+            pretrained_model_name_or_path: folder, or repository of the Hub.
+            subfolder: within it.
+            kwargs: for `huggingface_hub.hf_hub_download`; others are ignored.
+
+        Raises:
+            ValueError: there is no config, one of its values breaks a rule, or there are weights beside it that
+                cannot be fetched or read, or are not those of the config.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if isinstance(config, SDPTConfig):
+            leading = (2,) if config.prompt_mode == "independent" else ()
+            shapes = {n: (*leading, config.num_virtual_tokens, w) for n, w in (config.fusion_layers or {}).items()}
+            download, _, _ = cls._split_kwargs(kwargs)
+            check_saved_weights(pretrained_model_name_or_path, subfolder, shapes, **download)
+        return config
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Write `adapter_config.json`, and complete the model card if PEFT has put one there."""
+        super().save_pretrained(save_directory, **kwargs)
+        complete_card(save_directory, self)
+
+    def _upload_modified_files(self, working_dir: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        # `push_to_hub` has put the card of the repository, or transformers' empty one, over ours.
+        complete_card(working_dir, self)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     def _check(self) -> None:
         if not _is_int(self.num_virtual_tokens):
@@ -153,6 +207,10 @@ class SDPTConfig(PeftConfig):
             and all(_is_int(width) and width > 0 for width in self.fusion_layers.values())
         ):
             self._refuse("fusion_layers", "None or a mapping of module names to widths", TypeError)
+        if not _is_bool(self.inference_mode):
+            self._refuse("inference_mode", "True or False", TypeError)
+        if not isinstance(self.peft_sdpt_version, str):
+            self._refuse("peft_sdpt_version", "a version", TypeError)
 
     def _check_names(self, name: str) -> None:
         value = getattr(self, name)
@@ -171,6 +229,14 @@ def _is_bool(value: Any) -> bool:
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not _is_bool(value)
+
+
+def _plain_int(value: Any) -> Any:
+    """The `int` that an integer of NumPy or the like stands for; anything else as it is."""
+    try:
+        return value if _is_bool(value) else operator.index(value)
+    except TypeError:
+        return value
 
 
 def _is_number(value: Any) -> bool:
