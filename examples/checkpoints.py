@@ -20,10 +20,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from huggingface_hub import ModelCard
 from peft import load_peft_weights, set_peft_model_state_dict
+from yaml import YAMLError
 
 from errors import InputError
 from files import UNFINISHED, flush, whole_files
+from peft_sdpt.model_card import CARD, with_section
 
 RUN_FILE = "run.json"
 
@@ -156,17 +159,38 @@ def remove_unfinished(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def save_adapter(folder: Path, model: Any, processor: Any, class_names: list[str]) -> None:
+def save_adapter(
+    folder: Path, model: Any, processor: Any, class_names: list[str], results: str | None = None
+) -> list[str]:
     """Save an adapter with all that is needed to detect with it, by one process.
+
+    Args:
+        results: what its card says of them; what was written by hand in a card that is there stays.
+
+    Returns:
+        Names of the files.
 
     Raises:
         InputError: if it cannot be written; what was there before is as it was.
     """
     with whole_files(folder) as unfinished:
+        try:
+            ModelCard.load(folder / CARD)
+            shutil.copyfile(folder / CARD, unfinished / CARD)
+        except (OSError, ValueError, YAMLError):  # there is none, or none that PEFT could go on with
+            pass
         model.save_pretrained(unfinished)
+        write_results(unfinished / CARD, results)
         processor.save_pretrained(unfinished)
         text = json.dumps(class_names, indent=2, ensure_ascii=False) + "\n"
         (unfinished / "class_names.json").write_text(text, encoding="utf-8")
+        names = sorted(path.name for path in unfinished.iterdir())
+    return names
+
+
+def write_results(card: Path, results: str | None) -> None:
+    """Put results into the card of an adapter, in place of those that it has; None takes them out."""
+    card.write_text(with_section(card.read_text(encoding="utf-8"), "results", results), encoding="utf-8")
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -30,6 +31,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import broadcast_object_list, set_seed
+from huggingface_hub import HfApi
 from peft import PeftModel, get_peft_model
 from PIL import Image
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -46,6 +48,7 @@ from checkpoints import (
     remove_unfinished,
     save_adapter,
     trained_parameters,
+    write_results,
 )
 from coco_data import DetectionSplit, check_pictures, few_shot, has_split, load_split, require_same_classes
 from coco_metrics import average_precision, detect, detect_split, result_of
@@ -55,8 +58,10 @@ from interruption import Interruption, leave_signals_to_the_main_process
 from peft_sdpt import SDPTConfig, SDPTLayer
 from peft_sdpt.grounding import split_classes
 from peft_sdpt.loss import GroundedDetectionLoss
+from peft_sdpt.model_card import CARD
 from pictograms.tasks import TASKS, write_task
 from pictures import side_by_side
+from pushing import prepare_push, push
 from training_data import TrainingSamples
 
 HERE = Path(__file__).resolve().parent
@@ -67,6 +72,7 @@ ADAPTER_FLAGS = ("num_virtual_tokens", "pinv_rtol", "prompt_dropout")
 FREE_FLAGS = (
     *("output_dir", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "validation_steps"),
     *("with_tracking", "report_to", "per_device_eval_batch_size", "dataloader_num_workers"),
+    *("push_to_hub", "hub_model_id"),
     *("skip_bad_images", "skip_bad_boxes"),
     *("dataset_name", "train_split", "validation_split", "eval_split", "bbox_format", "shots"),
     *("class_names_file", "class_names_column"),
@@ -181,6 +187,11 @@ def parse_args() -> argparse.Namespace:
     output.add_argument("--with_tracking", action="store_true", help="Log loss, learning rate, AP and prompt norms.")
     output.add_argument("--report_to", default="tensorboard", help="A tracker that Accelerate knows, or `all`.")
     output.add_argument(
+        "--push_to_hub", action="store_true", help="Upload the adapters, last and best, to the Hub at the end."
+    )
+    output.add_argument("--hub_model_id", help="The repository to push to, user/name. It is made if it is not there.")
+    output.add_argument("--hub_token", help="A token that may write there. If not given: that of `hf auth login`.")
+    output.add_argument(
         "--eval_only", action="store_true", help="Measure the host, and --adapter on it, without training."
     )
     return parser.parse_args()
@@ -212,7 +223,7 @@ def check_args(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not 0 < value < 1:
             raise InputError(f"--{name} {value}: must be above 0 and below 1.")
-    for name in ("dataset_name", "adapter", "model_name_or_path", "resume_from_checkpoint"):
+    for name in ("dataset_name", "adapter", "model_name_or_path", "resume_from_checkpoint", "hub_model_id"):
         if getattr(args, name) == "":
             raise InputError(f"--{name}: is empty.")
     for name in ADAPTER_FLAGS:
@@ -220,6 +231,14 @@ def check_args(args: argparse.Namespace) -> None:
             raise InputError(f"--{name}: belongs to the adapter, and --adapter {args.adapter} brings its own.")
     if args.eval_only and args.resume_from_checkpoint:
         raise InputError("--resume_from_checkpoint: goes on training; to evaluate a checkpoint pass it as --adapter.")
+    if args.push_to_hub and not args.hub_model_id:
+        raise InputError("--push_to_hub: needs --hub_model_id user/name.")
+    if args.hub_model_id and args.hub_model_id.count("/") != 1:
+        raise InputError(f"--hub_model_id {args.hub_model_id}: must be user/name.")
+    if args.push_to_hub and args.eval_only:
+        raise InputError("--push_to_hub: uploads what training makes, and --eval_only does not train.")
+    if args.hub_model_id and not args.push_to_hub:
+        raise InputError(f"--hub_model_id {args.hub_model_id}: nothing is uploaded without --push_to_hub.")
     if args.with_tracking and args.report_to not in (there := [*map(str, get_available_trackers()), "all"]):
         raise InputError(f"--report_to {args.report_to}: not installed or unknown to Accelerate; there is {there}.")
 
@@ -260,6 +279,20 @@ def make_output_dir(args: argparse.Namespace, accelerator: Accelerator) -> None:
             f"--output_dir {args.output_dir}: has {there.name} of an earlier run; go on from it with "
             "--resume_from_checkpoint latest, or choose another folder."
         )
+
+
+def may_push(args: argparse.Namespace, accelerator: Accelerator) -> HfApi | None:
+    """Find out now, not after hours, whether the results can be pushed; returns what the main process pushes with."""
+    # Not to be written down with the other arguments.
+    token, api, problem = vars(args).pop("hub_token"), None, None
+    if args.push_to_hub and accelerator.is_main_process:
+        try:
+            api = prepare_push(args.hub_model_id, token)
+        except InputError as error:
+            problem = str(error)
+    if problem := broadcast_object_list([problem])[0]:
+        raise InputError(problem)
+    return api
 
 
 def use_all_cores(accelerator: Accelerator) -> None:
@@ -345,6 +378,7 @@ def run(args: argparse.Namespace) -> None:
     use_all_cores(accelerator)
     set_seed(args.seed)
     make_output_dir(args, accelerator)
+    hub = may_push(args, accelerator)
     adapter = find_adapter(args.adapter) if args.adapter else None
 
     # Data
@@ -440,9 +474,10 @@ def run(args: argparse.Namespace) -> None:
         if not validation_split:
             accelerator.print(f"{args.dataset_name} has no split val: no best adapter is kept, only the last")
 
-        def save(folder: Path) -> None:
-            if accelerator.is_main_process:
-                save_adapter(folder, detector, processor, train.class_names)
+        def save(folder: Path, results: str | None = None) -> list[str]:
+            if not accelerator.is_main_process:
+                return []
+            return save_adapter(folder, detector, processor, train.class_names, results)
 
         def validate() -> None:
             with averaged(detector, average):
@@ -450,7 +485,7 @@ def run(args: argparse.Namespace) -> None:
                 progress.validated = progress.step
                 if metrics["AP"] > progress.best.get("AP", -1):
                     progress.best = metrics | {"step": progress.step}
-                    save(args.output_dir / "best")
+                    save(args.output_dir / "best", describe_best(args, validation_split, progress.best))
             accelerator.log({f"validation/{name}": value for name, value in metrics.items()}, step=progress.step)
 
         def secured(batches: Iterable) -> Iterator:
@@ -514,7 +549,7 @@ def run(args: argparse.Namespace) -> None:
                 start = time.perf_counter()
                 step_loss = 0.0
         with averaged(detector, average):
-            save(args.output_dir)
+            names = save(args.output_dir)
         if validation and progress.validated < progress.step:
             validate()
         with averaged(detector, average):
@@ -525,6 +560,9 @@ def run(args: argparse.Namespace) -> None:
     if accelerator.is_main_process:
         report(args, progress, after, held_out, eval_split, trainable, total)
     accelerator.end_training()
+    if hub:
+        names += ["metrics.json", "detections.png", *(f"best/{name}" for name in names if progress.best)]
+        print(f"pushed to {push(hub, args.hub_model_id, args.output_dir, names)}")
 
 
 def log_step(accelerator: Accelerator, detector: PeftModel, loss: torch.Tensor, rate: float, step: int) -> None:
@@ -534,6 +572,42 @@ def log_step(accelerator: Accelerator, detector: PeftModel, loss: torch.Tensor, 
         norms = torch.cat([tokens.detach().norm(dim=-1) for tokens in trained_parameters(layer)])
         values[f"prompt_norm/layer_{index}"] = norms.mean().item()
     accelerator.log(values, step=step)
+
+
+def describe_best(args: argparse.Namespace, split: str, metrics: dict) -> str:
+    """What the card of the best adapter says."""
+    return (
+        f"## Results\n\nOf all adapters of a training run on `{data_name(args)}`, this one, of step {metrics['step']}, "
+        f"has the highest AP on the split `{split}`, by which it was chosen.\n\n{table({'validation': metrics})}"
+    )
+
+
+def describe_last(
+    args: argparse.Namespace, split: str, held_out: DetectionSplit, progress: Progress, metrics: dict
+) -> str:
+    """What the card of the last adapter says."""
+    best = progress.best and f"`best/` has the adapter of highest AP in validation, {progress.best['AP']:.3f}."
+    paragraphs = [
+        "## Results",
+        f"COCO AP on `{data_name(args)}`, split `{split}`, {len(held_out)} images of {len(held_out.class_names)} "
+        f"classes, after {progress.step} training steps; `metrics.json` has the arguments.",
+        table({"before, the host alone": metrics["before"], "after": metrics["after"]}),
+        "![Detections before and after](detections.png)",
+        best,
+    ]
+    return "\n\n".join(filter(None, paragraphs))
+
+
+def data_name(args: argparse.Namespace) -> str:
+    """What to call the data in public: of a folder, its last part."""
+    return Path(args.dataset_name).resolve().name if Path(args.dataset_name).is_dir() else args.dataset_name
+
+
+def table(rows: dict[str, dict]) -> str:
+    """Metrics in Markdown, a row each."""
+    names = ("AP", "AP50", "AP75")
+    lines = [["", *names], ["---"] * 4, *([row, *(f"{m[name]:.3f}" for name in names)] for row, m in rows.items())]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def report(
@@ -563,6 +637,9 @@ def report(
     with whole_files(args.output_dir) as folder:
         (folder / f"{prefix}metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
         side_by_side(shown, columns, held_out.class_names).save(folder / f"{prefix}detections.png")
+        if not args.eval_only:
+            shutil.copyfile(args.output_dir / CARD, folder / CARD)
+            write_results(folder / CARD, describe_last(args, eval_split, held_out, progress, metrics))
     print(f"\n{args.dataset_name}, {eval_split} split of {len(held_out)} images, {len(held_out.class_names)} classes")
     print(f"{'':8}{'AP':>8}{'AP50':>8}{'AP75':>8}")
     for name, result in results.items():

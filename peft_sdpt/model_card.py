@@ -110,7 +110,7 @@ def with_section(text: str, name: str, body: str | None) -> str:
 def _name(config: SDPTConfig) -> str:
     """What to call the host: of a folder, its last part, since where it lay is nobody's business."""
     name = config.base_model_name_or_path
-    return name if _hub_id(name) else Path(name).name if name else "a host without a name"
+    return name if _hub_id(name) else Path(name or "").name or "the host"
 
 
 def _hub_id(name: str | None) -> str | None:

@@ -4,11 +4,12 @@
 
 import json
 
+import numpy as np
 import pytest
 from peft import PeftConfig
 from peft.utils import PeftType
 
-from peft_sdpt import SDPTConfig
+from peft_sdpt import SDPTConfig, __version__
 
 
 def test_defaults_are_the_published_method():
@@ -21,6 +22,7 @@ def test_defaults_are_the_published_method():
     assert config.pinv_rtol is None and config.prompt_dropout == 0.0
     assert config.modules_to_save is None and config.fusion_layers is None
     assert not config.is_prompt_learning
+    assert config.peft_sdpt_version == __version__
 
 
 @pytest.mark.parametrize(
@@ -70,6 +72,13 @@ def test_defaults_are_the_published_method():
         ("fusion_layers", {"attn": 0}, "a mapping of module names to widths", TypeError),
         ("fusion_layers", {"attn": "128"}, "a mapping of module names to widths", TypeError),
         ("fusion_layers", ["attn"], "a mapping of module names to widths", TypeError),
+        ("inference_mode", 1, "True or False", TypeError),
+        ("inference_mode", "yes", "True or False", TypeError),
+        ("inference_mode", None, "True or False", TypeError),
+        ("num_virtual_tokens", np.float64(2), "an integer", TypeError),
+        ("num_virtual_tokens", np.bool_(True), "an integer", TypeError),
+        ("layers_to_transform", [np.float64(1)], "an integer or a list", TypeError),
+        ("peft_sdpt_version", 1, "a version", TypeError),
     ],
 )
 def test_a_bad_value_names_field_value_and_rule(field, value, rule, error):
@@ -87,6 +96,16 @@ def test_collections_are_normalised():
     assert SDPTConfig(layers_to_transform=(2, 0)).layers_to_transform == [2, 0]
     assert SDPTConfig(target_modules={"b", "a"}).target_modules == ["a", "b"]
     assert SDPTConfig(modules_to_save=("head",)).modules_to_save == ["head"]
+
+
+def test_integers_of_numpy_are_integers(tmp_path):
+    config = SDPTConfig(num_virtual_tokens=np.int64(3), layers_to_transform=np.uint8(2))
+    assert type(config.num_virtual_tokens) is int and config.num_virtual_tokens == 3
+    assert config.layers_to_transform == [2]
+    config = SDPTConfig(layers_to_transform=[np.int32(0), 1])
+    assert [type(index) for index in config.layers_to_transform] == [int, int]
+    config.save_pretrained(tmp_path)
+    assert SDPTConfig.from_pretrained(tmp_path).layers_to_transform == [0, 1]
 
 
 @pytest.mark.parametrize("value", [True, False])

@@ -3,8 +3,6 @@
 """Detecting with saved adapters, run as a user runs it."""
 
 import contextlib
-import functools
-import http.server
 import json
 import os
 import shutil
@@ -14,7 +12,6 @@ import threading
 import time
 from pathlib import Path
 
-import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -27,6 +24,7 @@ import coco_metrics
 import detect
 import picture_files
 from adapters import find_adapter, find_adapters, load_processor
+from hub import serve, use
 from peft_sdpt import SDPTConfig
 from peft_sdpt.grounding import split_classes
 
@@ -273,80 +271,33 @@ def test_host_of_the_adapters(adapters, tmp_path, monkeypatch):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """A server in place of the Hub that has one repository, "user/adapter"; returns its folder and what was fetched."""
-    folder, fetched = tmp_path / "hub" / "adapter", []
-    commit = "0123456789" * 4
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            path = self.path.partition("?")[0]
-            name = path.rpartition("/resolve/")[2].partition("/")[2]
-            if path.startswith("/api/models/user/adapter/revision/"):
-                files = [{"rfilename": str(p.relative_to(folder))} for p in folder.rglob("*") if p.is_file()]
-                self.answer(json.dumps({"id": "user/adapter", "sha": commit, "siblings": files}).encode())
-            elif path.startswith("/api/models/user/adapter/tree/"):
-                files = [
-                    {"type": "file", "path": str(p.relative_to(folder)), "size": p.stat().st_size, "oid": commit}
-                    for p in folder.rglob("*")
-                    if p.is_file()
-                ]
-                self.answer(json.dumps(files).encode())
-            elif path.startswith("/user/adapter/resolve/") and (folder / name).is_file():
-                fetched.append(name)
-                self.answer((folder / name).read_bytes(), name)
-            else:
-                self.send_response(404)
-                self.send_header("X-Error-Code", "RepoNotFound")
-                self.send_header("Content-Length", "0")
-                self.end_headers()
-
-        do_HEAD = do_GET
-
-        def answer(self, body: bytes, name: str = "") -> None:
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            self.send_header("Content-Type", "application/json")
-            self.send_header("X-Repo-Commit", commit)
-            self.send_header("ETag", f'"{name}"')
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(body)
-
-        def log_message(self, *_):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    download = functools.partial(
-        huggingface_hub.snapshot_download,
-        endpoint=f"http://127.0.0.1:{server.server_port}",
-        cache_dir=tmp_path / "cache",
-    )
-    monkeypatch.setattr("adapters.snapshot_download", download)
-    yield folder, fetched
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    """A server in place of the Hub."""
+    with serve() as hub:
+        use(hub, monkeypatch, tmp_path / "home")
+        yield hub
 
 
 def test_an_adapter_of_the_hub(run, photos, adapters, hub, tmp_path):
-    folder, fetched = hub
+    folder = tmp_path / "pushed"
     shutil.copytree(adapters[0], folder)
     AutoProcessor.from_pretrained(HOST).save_pretrained(folder)
     (folder / "detections.png").write_bytes(b"large")
     (folder / "checkpoint").mkdir()
     (folder / "checkpoint" / "state.json").write_text("{}")
+    hub.add("user/adapter", folder)
     assert run(photos, "--adapter", "user/adapter", adapters[1]) == 0
     assert names_of(tmp_path / "out") == ["adapter", "two"]
-    assert {"adapter_config.json", "adapter_model.safetensors", "class_names.json", "tokenizer.json"} <= {*fetched}
-    assert not {"detections.png", "checkpoint/state.json"} & {*fetched}
+    fetched = {*hub.fetched()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "class_names.json", "tokenizer.json"} <= fetched
+    assert not {"detections.png", "checkpoint/state.json"} & fetched
     assert run(photos, "--adapter", adapters[0], output=tmp_path / "local") == 0
     assert read(tmp_path / "local") == read(tmp_path / "out" / "adapter")
 
 
-def test_an_adapter_that_the_hub_has_not(run, photos, hub, capsys):
-    hub[0].mkdir(parents=True)
+def test_an_adapter_that_the_hub_has_not(run, photos, hub, tmp_path, capsys):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "notes.txt").write_text("no adapter")
+    hub.add("user/adapter", tmp_path / "notes")
     assert run(photos, "--adapter", "user/nosuch") == 2
     assert "--adapter user/nosuch: no such folder, and the Hub has none" in capsys.readouterr().err
     assert run(photos, "--adapter", "user/adapter") == 2
