@@ -10,14 +10,20 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from errors import InputError
 
 UNFINISHED = ".unfinished"
+# What torch, safetensors and Pillow make of a disk that is full or a file that cannot be written.
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 
 
 @contextlib.contextmanager
 def whole_files(folder: Path) -> Iterator[Path]:
     """A folder to write files in, which are moved into `folder` at the end, each in one move.
+
+    It has a copy of the README.md that is there: PEFT completes a model card, and a user may have written one.
 
     Raises:
         InputError: if one cannot be written.
@@ -26,12 +32,14 @@ def whole_files(folder: Path) -> Iterator[Path]:
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
+        if (folder / "README.md").is_file():
+            shutil.copy2(folder / "README.md", unfinished)
         yield unfinished
         flush(unfinished)
         for file in sorted(unfinished.iterdir()):
             os.replace(file, folder / file.name)
         unfinished.rmdir()
-    except Exception as error:  # OSError, and what torch, safetensors and Pillow make of it
+    except WRITE_ERRORS as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise InputError(f"{folder}: cannot be written ({error}).") from None
 
