@@ -7,12 +7,11 @@ A folder or a file gets its name only once all of it is on the disk, so a run ca
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from peft import load_peft_weights, set_peft_model_state_dict
 from yaml import YAMLError
 
 from errors import InputError
-from files import UNFINISHED, flush, whole_files
+from files import UNFINISHED, WRITE_ERRORS, flush
 from peft_sdpt.model_card import CARD, with_section
 
 RUN_FILE = "run.json"
@@ -62,12 +61,21 @@ class Checkpoints:
     Args:
         accelerator: with the model prepared, and everything that a checkpoint holds prepared or registered.
         folder: where the folders `step_N` are.
+        write_adapter: writes the adapter, and what belongs to it, into a folder.
         run: what makes the run the run it is; one that differs in any of it cannot be resumed from these.
         total_limit: how many to keep, the newest; None keeps all.
     """
 
-    def __init__(self, accelerator: Accelerator, folder: Path, run: dict, total_limit: int | None = None):
-        self.accelerator, self.folder, self.run, self.total_limit = accelerator, folder, run, total_limit
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        folder: Path,
+        write_adapter: Callable[[Path], None],
+        run: dict,
+        total_limit: int | None = None,
+    ):
+        self.accelerator, self.folder, self.write_adapter = accelerator, folder, write_adapter
+        self.run, self.total_limit = run, total_limit
         accelerator.register_save_state_pre_hook(self._save_adapter)
         accelerator.register_load_state_pre_hook(self._load_adapter)
 
@@ -75,14 +83,14 @@ class Checkpoints:
         # Without the host's weights: they are frozen, and may be thousand times larger.
         weights.clear()
         if self.accelerator.is_main_process:
-            self.accelerator.unwrap_model(models[0]).save_pretrained(folder)
+            self.write_adapter(Path(folder))
 
     def _load_adapter(self, models: list, folder: str) -> None:
         model = self.accelerator.unwrap_model(models.pop())
         set_peft_model_state_dict(model, load_peft_weights(folder, device="cpu"))
 
     def save(self, step: int) -> None:
-        """Write `step_<step>`, unless it is there already.
+        """Write `step_<step>`, unless this run has done so already.
 
         Raises:
             InputError: in every process, if it cannot be written in one; the earlier checkpoints are as they were.
@@ -94,7 +102,7 @@ class Checkpoints:
         problem = []
         try:
             self.accelerator.save_state(str(unfinished))
-        except Exception as error:  # OSError, and what torch and safetensors make of it
+        except WRITE_ERRORS as error:
             problem = [str(error)]
         problem = gather_object(problem)
         if not problem and self.accelerator.is_main_process:
@@ -118,18 +126,27 @@ class Checkpoints:
         """Go on from a checkpoint.
 
         Raises:
-            InputError: if it is no complete checkpoint, one of another run, or cannot be read.
+            InputError: if it is no complete checkpoint, one of another run, or cannot be read; or where this run
+                would write are checkpoints that are not before it.
         """
         where = f"--resume_from_checkpoint {folder}"
         try:
             run = json.loads((folder / RUN_FILE).read_text())
         except (OSError, ValueError) as error:
             raise InputError(f"{where}: no complete checkpoint ({error}).") from None
+        newest = latest(self.folder)
+        if newest and newest.resolve() != folder.resolve():
+            raise InputError(
+                f"{where}: {self.folder} has {newest.name}, which what follows would mix with; remove the checkpoints "
+                "after it, or choose another --output_dir."
+            )
         for name, value in self.run.items():
             # As JSON, because that is how it was written: a tuple has become a list.
             if (then := run.get(name)) != json.loads(json.dumps(value)):
                 raise InputError(f"{where}: is of another run, with {name} {then!r} instead of {value!r}.")
         try:
+            # Accelerate passes over random numbers that it cannot read.
+            torch.load(folder / f"random_states_{self.accelerator.process_index}.pkl", weights_only=False)
             self.accelerator.load_state(str(folder))
         except Exception as error:  # a damaged file can bring up anything
             raise InputError(f"{where}: cannot be read ({error}).") from None
@@ -155,64 +172,27 @@ def _complete(folder: Path) -> list[tuple[int, Path]]:
 
 def remove_unfinished(folder: Path) -> None:
     """Clear away what a killed run was about to write."""
-    for path in (*folder.glob(f"step_*{UNFINISHED}"), folder / f"files{UNFINISHED}"):
+    for path in (*folder.glob(f"step_*{UNFINISHED}"), *folder.glob(f"**/files{UNFINISHED}")):
         shutil.rmtree(path, ignore_errors=True)
 
 
-def save_adapter(
-    folder: Path, model: Any, processor: Any, class_names: list[str], results: str | None = None
-) -> list[str]:
-    """Save an adapter with all that is needed to detect with it, by one process.
+def write_adapter(folder: Path, model: Any, processor: Any, class_names: list[str]) -> None:
+    """Write an adapter with all that is needed to detect with it."""
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    text = json.dumps(class_names, indent=2, ensure_ascii=False) + "\n"
+    (folder / "class_names.json").write_text(text, encoding="utf-8")
 
-    Args:
-        results: what its card says of them; what was written by hand in a card that is there stays.
 
-    Returns:
-        Names of the files.
-
-    Raises:
-        InputError: if it cannot be written; what was there before is as it was.
-    """
-    with whole_files(folder) as unfinished:
-        try:
-            ModelCard.load(folder / CARD)
-            shutil.copyfile(folder / CARD, unfinished / CARD)
-        except (OSError, ValueError, YAMLError):  # there is none, or none that PEFT could go on with
-            pass
-        model.save_pretrained(unfinished)
-        write_results(unfinished / CARD, results)
-        processor.save_pretrained(unfinished)
-        text = json.dumps(class_names, indent=2, ensure_ascii=False) + "\n"
-        (unfinished / "class_names.json").write_text(text, encoding="utf-8")
-        names = sorted(path.name for path in unfinished.iterdir())
-    return names
+def carry_card(folder: Path, unfinished: Path) -> None:
+    """Put the model card of a folder, if there is one, where the new files of it are written: PEFT completes it."""
+    try:
+        ModelCard.load(folder / CARD)
+        shutil.copyfile(folder / CARD, unfinished / CARD)
+    except (OSError, ValueError, YAMLError):  # there is none, or none that PEFT could go on with
+        pass
 
 
 def write_results(card: Path, results: str | None) -> None:
     """Put results into the card of an adapter, in place of those that it has; None takes them out."""
     card.write_text(with_section(card.read_text(encoding="utf-8"), "results", results), encoding="utf-8")
-
-
-@contextlib.contextmanager
-def averaged(model: torch.nn.Module, average: torch.optim.swa_utils.AveragedModel | None) -> Iterator[None]:
-    """A model whose trained parameters are those of their moving average, if there is one, for a while."""
-    if average is None:
-        yield
-        return
-    trained = trained_parameters(model)
-    kept = [parameter.detach().clone() for parameter in trained]
-    try:
-        _copy(average.module, trained)
-        yield
-    finally:
-        _copy(kept, trained)
-
-
-@torch.no_grad()
-def _copy(source: Any, target: list[torch.nn.Parameter]) -> None:
-    for parameter, value in zip(target, source, strict=True):
-        parameter.copy_(value)
-
-
-def trained_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]

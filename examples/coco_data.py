@@ -8,7 +8,6 @@ import functools
 import hashlib
 import json
 import math
-import os
 import random
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -57,6 +56,10 @@ class DetectionSplit:
 
     def __len__(self) -> int:
         return len(self.image_ids)
+
+    def has_objects(self) -> bool:
+        """Whether there is a box that is not a crowd's."""
+        return not all(crowd for crowds in self.crowds for crowd in crowds)
 
     def as_coco(self) -> dict:
         """The split as a COCO annotation file, ids being indices."""
@@ -139,8 +142,16 @@ def few_shot(data: DetectionSplit, shots: int, seed: int) -> list[int]:
     return sorted(taken)
 
 
-def check_pictures(data: DetectionSplit, disable_progress: bool = False) -> dict[int, str]:
-    """Open and decode every picture, on all cores.
+def check_pictures(
+    data: DetectionSplit, images: Sequence[int] | None = None, cores: int = 1, disable_progress: bool = False
+) -> dict[int, str]:
+    """Open and decode pictures.
+
+    Args:
+        data: their split.
+        images: indices of those to check; None for all.
+        cores: how many are decoded at a time.
+        disable_progress: show no bar.
 
     Returns:
         Index -> what is wrong, naming the file, of the pictures that `open_image` refuses.
@@ -153,15 +164,15 @@ def check_pictures(data: DetectionSplit, disable_progress: bool = False) -> dict
             return str(error)
         return None
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    images = range(len(data)) if images is None else images
     pool = ThreadPoolExecutor(cores)
     try:
-        problems = pool.map(problem, range(len(data)))
-        problems = list(tqdm(problems, desc="checking pictures", total=len(data), disable=disable_progress))
+        problems = pool.map(problem, images)
+        problems = list(tqdm(problems, desc="checking pictures", total=len(images), disable=disable_progress))
     finally:
         # Whoever interrupts this does not wait for the rest of the pictures.
         pool.shutdown(cancel_futures=True)
-    return {index: text for index, text in enumerate(problems) if text}
+    return {index: text for index, text in zip(images, problems, strict=True) if text}
 
 
 def require_same_classes(splits: dict[str, DetectionSplit], dataset_name: str) -> None:
@@ -209,11 +220,16 @@ def has_split(dataset_name: str, split: str) -> bool:
     if folder.exists():
         return find_layout(folder, split) is not None
     from datasets import get_dataset_split_names
+    from datasets.exceptions import DatasetNotFoundError
 
     try:
         return not set(split_names(split)).isdisjoint(get_dataset_split_names(dataset_name))
-    except Exception:  # Not there at all: `load_split` says so.
+    except DatasetNotFoundError:  # `load_split` says so.
         return False
+    except Exception as error:  # A Hub that does not answer must not change what is measured.
+        raise InputError(
+            f"--dataset_name {dataset_name!r}: no such folder, and its splits on the Hub cannot be read ({error})."
+        ) from None
 
 
 def load_split(
@@ -262,7 +278,7 @@ def load_split(
     if class_names_file is not None:
         data.class_names = rename_classes(data.class_names, Path(class_names_file))
     _check_phrases(data.class_names, f"{dataset_name}: split {split!r}")
-    if all(crowd for crowds in data.crowds for crowd in crowds):
+    if not data.has_objects():
         raise InputError(f"{dataset_name}: split {split!r} has no boxes but those of crowds.")
     return data
 

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import itertools
 
@@ -13,17 +14,18 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from faster_coco_eval import COCO, COCOeval_faster
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from coco_data import DetectionSplit
 from errors import InputError
+from interruption import leave_signals_to_the_main_process
 from peft_sdpt.grounding import class_prompt, class_scores, class_token_maps, split_classes
 
 # COCO counts the 100 best detections of an image.
 MAX_DETECTIONS = 100
 
 
-@torch.no_grad()
 def detect(model, processor, pictures: list, class_names: list[str], chunks: list[list[int]]) -> list[dict]:
     """Detect all classes in some pictures.
 
@@ -38,18 +40,25 @@ def detect(model, processor, pictures: list, class_names: list[str], chunks: lis
         B dicts of the `MAX_DETECTIONS` best of all pairs of query and class: `boxes` (n, 4) as x, y, width, height in
         pixels of the picture, `scores` (n,), `labels` (n,) indices into `class_names`.
     """
+    pixels = processor.image_processor(pictures, return_tensors="pt")
+    return _detect(model, processor.tokenizer, pixels, [p.size for p in pictures], class_names, chunks)
+
+
+@torch.no_grad()
+def _detect(model, tokenizer, pixels, sizes: list[tuple[int, int]], class_names: list[str], chunks) -> list[dict]:
+    """`detect` in B pictures of these sizes that an image processor has been through."""
     best = [{"scores": torch.empty(0), "labels": torch.empty(0, dtype=torch.long), "boxes": torch.empty(0, 4)}] * len(
-        pictures
+        sizes
     )
     device = next(model.parameters()).device
-    pixels = processor.image_processor(pictures, return_tensors="pt").to(device)
+    pixels = pixels.to(device)
     for chunk in chunks:
         prompt = class_prompt([class_names[i] for i in chunk])
-        text = processor.tokenizer([prompt] * len(pictures), padding=True, return_tensors="pt").to(device)
+        text = tokenizer([prompt] * len(sizes), padding=True, return_tensors="pt").to(device)
         outputs = model(**pixels, **text)
         scores = class_scores(outputs.logits.float(), class_token_maps(text["input_ids"], outputs.logits.shape[-1]))
         for image, score in enumerate(scores):
-            width, height = pictures[image].size
+            width, height = sizes[image]
             top = score.flatten().topk(min(MAX_DETECTIONS, score.numel()))
             query, label = top.indices // len(chunk), top.indices % len(chunk)
             centre_x, centre_y, w, h = outputs.pred_boxes[image, query].float().unbind(-1)
@@ -74,7 +83,13 @@ def evaluate(
 
 
 def detect_split(
-    model, processor, data: DetectionSplit, batch_size: int, accelerator: Accelerator, label: str = "evaluating"
+    model,
+    processor,
+    data: DetectionSplit,
+    batch_size: int,
+    accelerator: Accelerator,
+    label: str = "evaluating",
+    num_workers: int = 0,
 ) -> list[tuple]:
     """Detect all classes in all pictures of a split, each picture once, in one of the processes of a launch.
 
@@ -96,16 +111,30 @@ def detect_split(
     for _, images in itertools.groupby(mine, key=data.sizes.__getitem__):
         images = list(images)
         batches += [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
+    loader = DataLoader(
+        range(len(data)),
+        batch_sampler=batches,
+        collate_fn=functools.partial(_process, data, processor.image_processor),
+        num_workers=num_workers,
+        worker_init_fn=leave_signals_to_the_main_process,
+        # Its own: starting a loader draws from its generator.
+        generator=torch.Generator(),
+    )
     rows: list[tuple] = []
-    for images in tqdm(batches, desc=label, leave=False, disable=not accelerator.is_local_main_process):
+    for images, pixels in tqdm(loader, desc=label, leave=False, disable=not accelerator.is_local_main_process):
+        sizes = [data.sizes[image] for image in images]
         with accelerator.autocast():
-            found = detect(detector, processor, [data.open_image(i) for i in images], data.class_names, chunks)
+            found = _detect(detector, processor.tokenizer, pixels, sizes, data.class_names, chunks)
         for image, result in zip(images, found, strict=True):
             if not result["scores"].isfinite().all():
-                raise InputError(f"{label}: scores are not finite any more; lower --learning_rate.")
+                raise InputError(f"{label}: scores are not finite; of a trained adapter, lower --learning_rate.")
             rows += rows_of(image, result)
     model.train(was_training)
     return gather_object(rows)
+
+
+def _process(data: DetectionSplit, image_processor, images: list[int]) -> tuple:
+    return images, image_processor([data.open_image(image) for image in images], return_tensors="pt")
 
 
 def rows_of(image: int, result: dict) -> list[tuple]:

@@ -10,9 +10,13 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from errors import InputError
 
 UNFINISHED = ".unfinished"
+# What torch, safetensors and Pillow make of a disk that is full or a file that cannot be written.
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 
 
 @contextlib.contextmanager
@@ -31,7 +35,7 @@ def whole_files(folder: Path) -> Iterator[Path]:
         for file in sorted(unfinished.iterdir()):
             os.replace(file, folder / file.name)
         unfinished.rmdir()
-    except Exception as error:  # OSError, and what torch, safetensors and Pillow make of it
+    except WRITE_ERRORS as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise InputError(f"{folder}: cannot be written ({error}).") from None
 

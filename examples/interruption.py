@@ -43,6 +43,6 @@ class Interruption:
 
 
 def leave_signals_to_the_main_process(worker: int) -> None:
-    """For DataLoader workers: Ctrl-C reaches them as well, and a worker that ends takes the step at hand with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    """For DataLoader workers: signals to the whole group reach them as well, and the step at hand needs its images."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

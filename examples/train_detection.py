@@ -17,6 +17,7 @@ With your own photographs, boxes in COCO format:
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -30,7 +31,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from huggingface_hub import HfApi
 from peft import PeftModel, get_peft_model
 from PIL import Image
@@ -43,11 +44,10 @@ from adapters import Adapter, find_adapter, load_processor
 from checkpoints import (
     Checkpoints,
     Progress,
-    averaged,
+    carry_card,
     latest,
     remove_unfinished,
-    save_adapter,
-    trained_parameters,
+    write_adapter,
     write_results,
 )
 from coco_data import DetectionSplit, check_pictures, few_shot, has_split, load_split, require_same_classes
@@ -55,9 +55,10 @@ from coco_metrics import average_precision, detect, detect_split, result_of
 from errors import InputError, one_line_errors
 from files import whole_files
 from interruption import Interruption, leave_signals_to_the_main_process
+from moving_average import averaged, trained_parameters
 from peft_sdpt import SDPTConfig, SDPTLayer
 from peft_sdpt.grounding import split_classes
-from peft_sdpt.loss import GroundedDetectionLoss
+from peft_sdpt.loss import GroundedDetectionLoss, mean_boxes_a_process
 from peft_sdpt.model_card import CARD
 from pictograms.tasks import TASKS, write_task
 from pictures import side_by_side
@@ -76,7 +77,7 @@ FREE_FLAGS = (
     *("skip_bad_images", "skip_bad_boxes"),
     *("dataset_name", "train_split", "validation_split", "eval_split", "bbox_format", "shots"),
     *("class_names_file", "class_names_column"),
-    # As their products below.
+    # As what they come to below.
     *("num_train_epochs", "max_train_steps", "per_device_train_batch_size", "mixed_precision"),
 )
 # Those of transformers that need nothing but a number of steps.
@@ -246,14 +247,14 @@ def check_args(args: argparse.Namespace) -> None:
 def make_accelerator(args: argparse.Namespace) -> Accelerator:
     try:
         accelerator = Accelerator(
-            gradient_accumulation_steps=args.gradient_accumulation_steps,
             mixed_precision=args.mixed_precision,
             log_with=args.report_to if args.with_tracking else None,
             project_dir=args.output_dir,
         )
     except ValueError as error:
         raise InputError(f"--mixed_precision {args.mixed_precision}: {error}") from None
-    if {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ:
+    launched = {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ
+    if launched and accelerator.device.type == "cpu":
         # accelerate 1.15 has no launcher for several processes on the CPU of one machine.
         print(
             "`accelerate launch --cpu --num_processes N` starts one process. For N on the CPU: "
@@ -271,7 +272,8 @@ def make_output_dir(args: argparse.Namespace, accelerator: Accelerator) -> None:
                 pass
         except InputError as error:
             raise InputError(f"--output_dir {error}") from None
-        remove_unfinished(args.output_dir)
+        if not args.eval_only:  # a run may be at work there
+            remove_unfinished(args.output_dir)
     accelerator.wait_for_everyone()
     there = latest(args.output_dir)
     if there and not args.eval_only and not args.resume_from_checkpoint:
@@ -302,9 +304,12 @@ def use_all_cores(accelerator: Accelerator) -> None:
     looks the same and is not heard.
     """
     if os.environ.get("OMP_NUM_THREADS") == "1" and "ACCELERATE_MIXED_PRECISION" in os.environ:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
-        torch.set_num_threads(max(1, cores // local_processes))
+        torch.set_num_threads(cores_a_process(accelerator))
+
+
+def cores_a_process(accelerator: Accelerator) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes)))
 
 
 def load_host(args: argparse.Namespace, adapter: Adapter | None) -> tuple:
@@ -351,17 +356,18 @@ def read_data(args: argparse.Namespace, accelerator: Accelerator) -> tuple[dict[
     }
     require_same_classes(splits, dataset)
     for name, data in splits.items():
-        # Once a launch; every process must leave out the same.
-        bad = [check_pictures(data, disable_progress=False) if accelerator.is_main_process else None]
-        bad = broadcast_object_list(bad)[0]
+        # A share each; every process must leave out the same.
+        mine = range(accelerator.process_index, len(data), accelerator.num_processes)
+        problems = check_pictures(data, mine, cores_a_process(accelerator), not accelerator.is_local_main_process)
+        bad = dict(sorted(gather_object(list(problems.items()))))
         if bad and not args.skip_bad_images:
             first = next(iter(bad.values()))
             raise InputError(f"{first} {len(bad)} such in split {name!r}; --skip_bad_images leaves them out.")
         for problem in (*data.left_out, *bad.values()):
             accelerator.print(f"left out: {problem}")
         splits[name] = data.subset([image for image in range(len(data)) if image not in bad])
-        if not any(splits[name].boxes):
-            raise InputError(f"{dataset}: split {name!r} has no box left.")
+        if not splits[name].has_objects():
+            raise InputError(f"{dataset}: split {name!r} has no objects left.")
     if args.shots and not args.eval_only:
         train = splits[args.train_split]
         splits[args.train_split] = train.subset(few_shot(train, args.shots, args.seed))
@@ -402,7 +408,15 @@ def run(args: argparse.Namespace) -> None:
     progress = Progress()
 
     def detections(data: DetectionSplit, label: str) -> list[tuple]:
-        return detect_split(model, processor, data, args.per_device_eval_batch_size, accelerator, label)
+        return detect_split(
+            model,
+            processor,
+            data,
+            args.per_device_eval_batch_size,
+            accelerator,
+            label,
+            num_workers=args.dataloader_num_workers,
+        )
 
     def measure(label: str) -> dict:
         rows = detections(held_out, label)
@@ -410,7 +424,7 @@ def run(args: argparse.Namespace) -> None:
         return {"metrics": average_precision(held_out, rows), "shown": shown}
 
     if not args.eval_only:
-        train = splits[args.train_split]
+        train, validation = splits[args.train_split], splits.get(validation_split)
         global_batch_size = args.per_device_train_batch_size * accelerator.num_processes
         samples_per_step = global_batch_size * args.gradient_accumulation_steps
         steps_per_epoch = math.ceil(len(train) / samples_per_step)
@@ -442,19 +456,25 @@ def run(args: argparse.Namespace) -> None:
         this_run = {f"--{name}": str(value) for name, value in vars(args).items() if name not in FREE_FLAGS} | {
             "training steps": max_train_steps,
             "images a step": samples_per_step,
+            "processes": accelerator.num_processes,
             "mixed precision": accelerator.mixed_precision,
             "training images": train.fingerprint(),
-            f"images of the split {eval_split}": held_out.fingerprint(),
+            "validation images": validation.fingerprint() if validation else None,
+            "evaluation images": held_out.fingerprint(),
         }
-        checkpoints = Checkpoints(accelerator, args.output_dir, this_run, args.checkpoints_total_limit)
+
+        def write(folder: Path) -> None:
+            write_adapter(folder, detector, processor, train.class_names)
+
+        checkpoints = Checkpoints(accelerator, args.output_dir, write, this_run, args.checkpoints_total_limit)
         if args.resume_from_checkpoint == "latest":
             resumed = latest(args.output_dir)
         else:
             resumed = args.resume_from_checkpoint and Path(args.resume_from_checkpoint)
         if resumed:
             checkpoints.load(resumed)
-            # Whole steps only, also from a checkpoint that was saved in the middle of one.
-            accelerator.step = progress.step * args.gradient_accumulation_steps
+            if not (args.output_dir / "best").is_dir():  # it stayed where that checkpoint is
+                progress.best = {}
             accelerator.print(f"going on from {resumed}")
         elif args.resume_from_checkpoint:
             accelerator.print(f"{args.output_dir} has no checkpoint yet: starting")
@@ -470,35 +490,44 @@ def run(args: argparse.Namespace) -> None:
         checkpointing_steps = steps_per_epoch if args.checkpointing_steps == "epoch" else args.checkpointing_steps
         if args.with_tracking:
             accelerator.init_trackers("train_detection", {name: str(value) for name, value in vars(args).items()})
-            accelerator.log({f"before/{name}": value for name, value in progress.before["metrics"].items()}, step=0)
+            if not progress.step:
+                accelerator.log({f"before/{name}": value for name, value in progress.before["metrics"].items()}, step=0)
         if not validation_split:
             accelerator.print(f"{args.dataset_name} has no split val: no best adapter is kept, only the last")
 
         def save(folder: Path, results: str | None = None) -> list[str]:
+            """Save the adapter, with what its card says of results; gives the names of the files."""
             if not accelerator.is_main_process:
                 return []
-            return save_adapter(folder, detector, processor, train.class_names, results)
+            with averaged(detector, average), whole_files(folder) as unfinished:
+                carry_card(folder, unfinished)
+                write(unfinished)
+                write_results(unfinished / CARD, results)
+                return sorted(path.name for path in unfinished.iterdir())
 
         def validate() -> None:
             with averaged(detector, average):
                 metrics = average_precision(validation, detections(validation, "validating"))
-                progress.validated = progress.step
-                if metrics["AP"] > progress.best.get("AP", -1):
-                    progress.best = metrics | {"step": progress.step}
-                    save(args.output_dir / "best", describe_best(args, validation_split, progress.best))
+            progress.validated = progress.step
+            if metrics["AP"] > progress.best.get("AP", -1):
+                progress.best = metrics | {"step": progress.step}
+                save(args.output_dir / "best", describe_best(args, validation_split, progress.best))
             accelerator.log({f"validation/{name}": value for name, value in metrics.items()}, step=progress.step)
 
-        def secured(batches: Iterable) -> Iterator:
-            """The batches; if a picture vanishes in mid-run, what is trained by then is saved first."""
+        def whole_steps(batches: Iterable) -> Iterator[list[tuple]]:
+            """The batches of each step; if a picture vanishes in mid-run, what is trained by then is saved first."""
+            batches = iter(batches)
             try:
-                yield from batches
+                while step := list(itertools.islice(batches, args.gradient_accumulation_steps)):
+                    yield step
             except InputError:
                 # Other processes are in the middle of a step that never ends.
                 if accelerator.num_processes == 1 and progress.step:
                     checkpoints.save(progress.step)
                 raise
 
-        validation = splits.get(validation_split)
+        if resumed and validation and progress.step % validation_steps == 0 and progress.validated < progress.step:
+            validate()
         bar = tqdm(
             total=max_train_steps,
             initial=progress.step,
@@ -509,35 +538,39 @@ def run(args: argparse.Namespace) -> None:
         batches = accelerator.skip_first_batches(loader, progress.step * args.gradient_accumulation_steps)
         with Interruption(accelerator) as interruption, bar:
             start = time.perf_counter()
-            step_loss = 0.0
-            for inputs, labels in secured(batches):
-                with accelerator.accumulate(model):
-                    outputs = model(**inputs)
-                    if not outputs.pred_boxes.isfinite().all():
-                        raise InputError(
-                            f"boxes are not finite any more at step {progress.step + 1}: lower --learning_rate."
-                        )
-                    loss = loss_function(outputs, labels)
-                    accelerator.backward(loss)
-                    if accelerator.sync_gradients:
-                        accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-                    optimizer.step()
-                    if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
-                        scheduler.step()
-                    optimizer.zero_grad()
-                step_loss += loss.detach() / args.gradient_accumulation_steps
-                if not accelerator.sync_gradients:
-                    continue
-                if average:
-                    average.update_parameters(trained)
+            for step in whole_steps(batches):
+                # Of all batches of the step: their losses add up to that of one large batch.
+                num_boxes = mean_boxes_a_process([label for _, labels in step for label in labels])
+                step_loss = 0.0
+                for number, (inputs, labels) in enumerate(step, 1):
+                    # Gradients of several processes meet once a step.
+                    with nullcontext() if number == len(step) else accelerator.no_sync(model):
+                        outputs = model(**inputs)
+                        if not outputs.pred_boxes.isfinite().all():
+                            raise InputError(
+                                f"boxes are not finite any more at step {progress.step + 1}: lower --learning_rate."
+                            )
+                        loss = loss_function(outputs, labels, num_boxes)
+                        accelerator.backward(loss)
+                    step_loss += loss.detach()
+                norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                # In fp16 that is what the gradient scaler is for. Before the step: no checkpoint must get to hold it.
+                if accelerator.scaler is None and not norm.isfinite():
+                    raise InputError(
+                        f"gradients are not finite any more at step {progress.step + 1}: lower --learning_rate."
+                    )
+                optimizer.step()
+                optimizer.zero_grad()
+                if not accelerator.optimizer_step_was_skipped:
+                    scheduler.step()
+                    if average:
+                        average.update_parameters(trained)
                 progress.step += 1
                 progress.seconds += time.perf_counter() - start
                 bar.update()
                 bar.set_postfix(loss=f"{step_loss.item():.3f}")
                 if args.with_tracking:
                     log_step(accelerator, detector, step_loss, scheduler.get_last_lr()[0], progress.step)
-                if validation and progress.step % validation_steps == 0:
-                    validate()
                 stopped = interruption.asked_for()
                 if stopped or (checkpointing_steps and progress.step % checkpointing_steps == 0):
                     checkpoints.save(progress.step)
@@ -546,10 +579,10 @@ def run(args: argparse.Namespace) -> None:
                         f"stopped after step {progress.step} of {max_train_steps}; "
                         "go on with --resume_from_checkpoint latest"
                     )
+                if validation and progress.step % validation_steps == 0:
+                    validate()
                 start = time.perf_counter()
-                step_loss = 0.0
-        with averaged(detector, average):
-            names = save(args.output_dir)
+        names = save(args.output_dir)
         if validation and progress.validated < progress.step:
             validate()
         with averaged(detector, average):

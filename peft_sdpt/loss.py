@@ -76,7 +76,9 @@ class GroundedDetectionLoss:
                 two-stage host, `enc_outputs_class` (B, S, T) and `enc_outputs_coord_logits` (B, S, 4).
             labels: B dicts of `class_labels` (n,), indices of the phrases of the image's own prompt, and `boxes`
                 (n, 4), centre, width and height as shares of the image. n may be 0.
-            num_items_in_batch: accepted for the `Trainer`; the loss is normalised by its boxes as transformers' own.
+            num_items_in_batch: what the loss is divided by; None for `mean_boxes_a_process(labels)`. Where gradients
+                accumulate, that of the labels of all accumulated batches makes the sum of their losses the loss of
+                one large batch. (The `Trainer` of transformers 5.24 finds no items in labels like these: None.)
 
         Returns:
             The weighted sum, a scalar.
@@ -89,7 +91,7 @@ class GroundedDetectionLoss:
             boxes = box_logits.gather(1, best[..., None].expand(-1, -1, 4)).sigmoid()
             stages.append((token_logits, boxes, self.encoder_coefficient))
         token_maps = class_token_maps(outputs.input_ids, outputs.logits.shape[-1])
-        num_boxes = _mean_boxes_a_process(labels)
+        num_boxes = mean_boxes_a_process(labels) if num_items_in_batch is None else num_items_in_batch
         total = outputs.logits.new_zeros(())
         for token_logits, boxes, weight in stages:
             stage = {
@@ -106,7 +108,12 @@ class GroundedDetectionLoss:
         return total
 
 
-def _mean_boxes_a_process(labels: list[dict[str, Tensor]]) -> float:
+def mean_boxes_a_process(labels: list[dict[str, Tensor]]) -> float:
+    """Boxes of some images, or their mean over the processes of a launch, which all must call this.
+
+    Args:
+        labels: as `GroundedDetectionLoss` takes them.
+    """
     num_boxes, num_processes = sum(len(label["class_labels"]) for label in labels), 1
     # Outside of Accelerate there is one process, and asking PartialState would start a distributed run.
     if PartialState._shared_state:

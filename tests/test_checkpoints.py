@@ -5,6 +5,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,10 +13,11 @@ from accelerate import Accelerator
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import checkpoints
-from checkpoints import Checkpoints, Progress, averaged, latest, remove_unfinished, trained_parameters
+from checkpoints import Checkpoints, Progress, latest, remove_unfinished
 from errors import InputError
 from files import whole_files
 from hosts import attach, make_host
+from moving_average import averaged, trained_parameters
 
 RUN = {"--learning_rate": "0.2", "betas": (0.9, 0.99)}
 
@@ -32,7 +34,7 @@ def make_run(folder, run=RUN, total_limit=None):
     model, optimizer = accelerator.prepare(model, optimizer)
     progress = Progress()
     accelerator.register_for_checkpointing(progress)
-    return model, optimizer, progress, Checkpoints(accelerator, folder, run, total_limit)
+    return model, optimizer, progress, Checkpoints(accelerator, folder, model.save_pretrained, run, total_limit)
 
 
 def take_step(model, optimizer, progress):
@@ -104,11 +106,14 @@ def test_killed_at_any_file_operation_the_last_whole_checkpoint_still_resumes(tm
             nonlocal calls
             calls += 1
             if calls == fatal:
+                if function is rmtree:  # in the middle of it
+                    next(Path(args[0]).iterdir()).unlink()
                 raise Killed
             return function(*args, **kwargs)
 
         return call
 
+    rmtree = shutil.rmtree
     for owner, name in ((torch, "save"), (os, "replace"), (os, "fsync"), (shutil, "rmtree"), (os, "makedirs")):
         monkeypatch.setattr(owner, name, dying(getattr(owner, name)))
     monkeypatch.setattr(checkpoints.Path, "write_text", dying(checkpoints.Path.write_text))
@@ -152,7 +157,9 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
         other.load(tmp_path / "step_1")
 
 
-@pytest.mark.parametrize("damage", ["missing", "no run.json", "run.json cut", "prompts cut", "optimizer cut"])
+@pytest.mark.parametrize(
+    "damage", ["missing", "no run.json", "run.json cut", "prompts cut", "optimizer cut", "random cut"]
+)
 def test_what_is_no_whole_checkpoint_is_refused(tmp_path, damage):
     make_run(tmp_path)[-1].save(1)
     folder = tmp_path / "step_1"
@@ -162,6 +169,7 @@ def test_what_is_no_whole_checkpoint_is_refused(tmp_path, damage):
         (folder / "run.json").unlink()
     else:
         name = {"run.json": "run.json", "prompts": "adapter_model.safetensors", "optimizer": "optimizer.bin"}
+        name["random"] = "random_states_0.pkl"
         file = folder / name[damage.split()[0]]
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(InputError, match=f"--resume_from_checkpoint .*{folder.name}: (no complete|cannot be read)"):

@@ -904,10 +904,19 @@ def test_splits_of_the_hub(parquet):
 
 def test_has_split_of_nothing(monkeypatch):
     def refuse(name):
-        raise FileNotFoundError
+        raise datasets.exceptions.DatasetNotFoundError
 
     monkeypatch.setattr(datasets, "get_dataset_split_names", refuse)
     assert not has_split("no/such", "train")
+
+
+def test_a_hub_that_does_not_answer_changes_no_choice_of_splits(monkeypatch):
+    def refuse(name):
+        raise ConnectionError("timed out")
+
+    monkeypatch.setattr(datasets, "get_dataset_split_names", refuse)
+    with pytest.raises(InputError, match=r"--dataset_name 'some/data': no such folder, .*\(timed out\)"):
+        has_split("some/data", "test")
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])

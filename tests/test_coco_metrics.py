@@ -16,7 +16,7 @@ from transformers.models.grounding_dino.image_processing_pil_grounding_dino impo
 
 import coco_metrics
 from coco_data import DetectionSplit
-from coco_metrics import MAX_DETECTIONS, average_precision, detect, evaluate, rows_of
+from coco_metrics import MAX_DETECTIONS, average_precision, detect, detect_split, evaluate, result_of, rows_of
 from hosts import HOST_NAMES, make_host
 from words import make_tokenizer
 
@@ -278,6 +278,17 @@ def test_keeps_the_hundred_best(processor, chunks):
     assert result["scores"].tolist() == pytest.approx(sorted(everything, reverse=True)[:100])
 
 
+def test_rows_and_back():
+    result = {
+        "boxes": torch.tensor([[1.0, 2, 3, 4], [5, 6, 7, 8]]),
+        "scores": torch.tensor([0.5, 0.25]),
+        "labels": torch.tensor([3, 0]),
+    }
+    rows = [*rows_of(6, {key: value[:1] for key, value in result.items()}), *rows_of(7, result)]
+    assert all(torch.equal(result_of(7, rows)[key], result[key]) for key in result)
+    assert len(result_of(8, rows)["scores"]) == 0
+
+
 def test_rows_of():
     result = {
         "boxes": torch.tensor([[1.0, 2, 3, 4], [5, 6, 7, 8]]),
@@ -307,26 +318,33 @@ def counted_split():
     return data, opened
 
 
-def perfect_detector(data, seen):
-    def detect(model, processor, pictures, class_names, chunks):
+def be_perfect(monkeypatch, data, seen):
+    """Put the truth in place of the detector, which gets the pictures' own indices for pixels."""
+
+    def process(data, image_processor, images):
+        return images, [data.open_image(image).info["index"] for image in images]
+
+    def detect(model, tokenizer, pixels, sizes, class_names, chunks):
         assert not model.training and class_names == data.class_names and chunks == [[0, 1]]
-        seen.append(len(pictures))
+        assert sizes == [data.sizes[index] for index in pixels]
+        seen.append(len(pixels))
         return [
             {
-                "boxes": torch.tensor(data.boxes[picture.info["index"]]),
+                "boxes": torch.tensor(data.boxes[index]),
                 "scores": torch.tensor([0.9]),
-                "labels": torch.tensor(data.labels[picture.info["index"]]),
+                "labels": torch.tensor(data.labels[index]),
             }
-            for picture in pictures
+            for index in pixels
         ]
 
-    return detect
+    monkeypatch.setattr(coco_metrics, "_process", process)
+    monkeypatch.setattr(coco_metrics, "_detect", detect)
 
 
 def test_evaluate_counts_each_image_once(counted_split, processor, monkeypatch):
     data, opened = counted_split
     batches = []
-    monkeypatch.setattr(coco_metrics, "detect", perfect_detector(data, batches))
+    be_perfect(monkeypatch, data, batches)
     model = WordDetector(random_boxes(2)).train()
     metrics = evaluate(model, processor, data, 2, Accelerator(cpu=True))
     assert metrics == {"AP": 1.0, "AP50": 1.0, "AP75": 1.0}
@@ -337,7 +355,7 @@ def test_evaluate_counts_each_image_once(counted_split, processor, monkeypatch):
 @pytest.mark.parametrize("num_processes", [2, 3, 8])
 def test_evaluate_shares_images_among_processes(counted_split, processor, monkeypatch, num_processes):
     data, opened = counted_split
-    monkeypatch.setattr(coco_metrics, "detect", perfect_detector(data, []))
+    be_perfect(monkeypatch, data, [])
     gathered = []
 
     def run():
@@ -357,6 +375,19 @@ def test_evaluate_shares_images_among_processes(counted_split, processor, monkey
     assert run() == {"AP": 1.0, "AP50": 1.0, "AP75": 1.0}
     assert sorted(opened) == [0, 1, 2, 3, 4]
     assert sorted(row[0] for row in gathered) == [0, 1, 2, 3, 4]
+
+
+def test_a_batch_has_pictures_of_one_size(processor):
+    """Padding changes scores: other batch sizes would change what is found."""
+    data = make_split([[BOX]] * 6, [[0]] * 6, classes=2)
+    data.sizes = [(100, 100), (64, 100)] * 3
+    pictures = [Image.effect_noise(size, 50 + i).convert("RGB") for i, size in enumerate(data.sizes)]
+    data.open_image = pictures.__getitem__
+    host = make_host("mm_grounding_dino")
+    one, many = (sorted(detect_split(host, processor, data, size, Accelerator(cpu=True))) for size in (1, 4))
+    torch.testing.assert_close(torch.tensor(one), torch.tensor(many), rtol=1e-4, atol=1e-3)
+    workers = sorted(detect_split(host, processor, data, 4, Accelerator(cpu=True), num_workers=2))
+    assert workers == many
 
 
 def test_evaluate_over_more_classes_than_a_prompt_holds(processor):

@@ -9,7 +9,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from coco_data import DetectionSplit
-from training_data import GREY, SCALES, TrainingSamples, augment
+from training_data import GREY, SCALES, TrainingSamples, _generator, augment
 from words import make_tokenizer
 
 SIZE = (60, 40)
@@ -143,6 +143,7 @@ def test_seeds_differ_and_the_order_of_epochs_is_not_that_of_samples(processor):
     assert shown(samples(processor, seed=0)) != shown(samples(processor, seed=1))
     widths = {samples(processor, seed=seed, augmentation=True)[0]["picture"].size for seed in range(8)}
     assert len(widths) > 4
+    assert _generator(0, 5).initial_seed() != _generator(0, 5, of_epochs=True).initial_seed()
 
 
 def test_workers_change_nothing(processor):
