@@ -217,13 +217,16 @@ def test_flags_in_the_text_exist(monkeypatch):
 
 def strings(*files: Path) -> list[str]:
     """Strings of Python files as they are written, with a NUL for what is filled in."""
+    return [string for file in files for string in strings_of(ast.parse(file.read_text(encoding="utf-8")))]
+
+
+def strings_of(tree: ast.AST) -> list[str]:
     found = []
-    for file in files:
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.JoinedStr):
-                found.append("".join(v.value if isinstance(v, ast.Constant) else "\0" for v in node.values))
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found.append(node.value)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            found.append("".join(v.value if isinstance(v, ast.Constant) else "\0" for v in node.values))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.append(node.value)
     return found
 
 
@@ -234,18 +237,36 @@ OF_PYTHON = {
 }
 
 
-def test_messages_are_those_that_are_raised():
+def messages() -> list[str]:
+    """What the page on messages explains, in headings and in lists."""
     page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
-    messages = [match[1] for match in re.findall(r"^### (`+)(.+?)\1$", page, re.MULTILINE)]
-    assert len(messages) >= 40
+    found = re.findall(r"^### (`+)(.+?)\1$|^- `(.+?)`:", page, re.MULTILINE)
+    return [heading or item for _, heading, item in found]
+
+
+def parts(message: str) -> list[str]:
+    """What a message says whatever is filled in."""
+    return list(filter(None, map(str.strip, re.split("[…\0]", message))))
+
+
+def test_messages_are_those_that_are_raised():
+    assert len(messages()) >= 50
     peft_files = [Path(peft.__file__).parent / name for name in ("utils/hotswap.py", "mixed_model.py", "peft_model.py")]
     peft_files.append(Path(peft.__file__).parent / "tuners/tuners_utils.py")
     ours = [*(ROOT / "peft_sdpt").rglob("*.py"), *(ROOT / "examples").rglob("*.py")]
     raised = strings(*ours, *peft_files, Path(transformers.__file__).parent / "modeling_utils.py")
-    for message in messages:
+    for message in messages():
         if message not in OF_PYTHON:
-            for part in filter(None, map(str.strip, message.split("…"))):
+            for part in parts(message):
                 assert any(part in string for string in raised), f"{message}: nothing says {part!r}"
+
+
+def test_every_message_of_the_package_is_explained():
+    explained = [part for message in messages() for part in parts(message) if len(part) > 4]
+    for file in (ROOT / "peft_sdpt").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            said = [p for s in strings_of(node) for p in parts(s) if len(p) > 4] if isinstance(node, ast.Raise) else []
+            assert not said or any(part in s or s in part for part in explained for s in said), f"{file}: {said}"
 
 
 def test_a_list_of_names_is_for_the_tuner():
