@@ -105,6 +105,8 @@ class SDPTConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # Whether `fusion_layers` was found on a host in this process, not read with an adapter. No field: never saved.
+        self.attached = False
         self.peft_type = PeftType.SDPT
         if isinstance(self.init_weights, bool):
             self.init_weights = "uniform"

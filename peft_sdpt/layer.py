@@ -155,19 +155,22 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
         """
         asked = self.active_adapters if adapter_names is None else dict.fromkeys(adapter_names)
         names = [name for name in asked if name in self.sdpt_prompts]
-        if self.disable_adapters or not names:
+        if self.disable_adapters or (not names and adapter_names is None):
             return self.base_layer(*args, **kwargs)
         image, text, image_mask, text_mask = self.fusion_host.bind(args, kwargs)
+        if adapter_names is not None and len(adapter_names) != len(image):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(image)} respectively."
+            )
+        if not names:
+            return self.base_layer(*args, **kwargs)
         image_prompts, text_prompts = self._prompts(names)
         # They stay in float32 on a half-precision host, whose projections take what its own tokens are.
         image_prompts = image_prompts.to(image.dtype)
         text_prompts = text_prompts.to(text.dtype) if text_prompts is not None else None
         image_hidden = text_hidden = None
         if adapter_names is not None:
-            if len(adapter_names) != len(image):
-                raise ValueError(
-                    f"adapter_names has {len(adapter_names)} names for a batch of {len(image)}; give one a sample."
-                )
             shown = [name for name in names if self.sdpt_config[name].image_attends_prompts]
             image_hidden, text_hidden = (self._hidden(adapter_names, owners, image.device) for owners in (names, shown))
         base = self.base_layer

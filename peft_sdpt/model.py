@@ -42,16 +42,19 @@ class SDPTModel(BaseTuner):
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        # A copy, because the layers found are written into it: the caller's own config stays free to
-        # be used on another host. Gone again if the host is refused, which then bears no trace.
-        config = copy.deepcopy(self.peft_config.pop(adapter_name))
+        # Gone again if the host is refused, which then bears no trace.
+        config = self.peft_config.pop(adapter_name)
         selected = _select_fusion_layers(model, config)
-        if config.fusion_layers is not None:
+        if config.attached and config.fusion_layers != selected:
+            # Used on another host before, whose adapter keeps what was found there.
+            config = copy.deepcopy(config)
+        elif not config.attached and config.fusion_layers is not None:
             _check_prompt_shapes(
                 found={n: prompt_shape(config, w) for n, w in config.fusion_layers.items()},
                 expected={n: prompt_shape(config, w) for n, w in selected.items()},
             )
         config.fusion_layers = selected
+        config.attached = True
         self.peft_config[adapter_name] = config
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
@@ -104,11 +107,14 @@ class SDPTModel(BaseTuner):
         if adapter_names is None:
             yield
             return
+        # In PEFT's words, which callers may look for.
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         unknown = sorted(set(adapter_names) - set(self.peft_config) - {BASE})
         if unknown:
             raise ValueError(
-                f"adapter_names has {unknown}; this model has the adapters {sorted(self.peft_config)}, and "
-                f"{BASE!r} is the host without one."
+                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. This model has the adapters "
+                f"{sorted(self.peft_config)}, and {BASE!r} is the host without one."
             )
 
         def pass_on(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

@@ -273,10 +273,11 @@ def test_a_subclass_of_a_fusion_attention_is_a_host():
 
 def test_a_config_can_be_used_on_several_hosts():
     config = SDPTConfig()
-    get_peft_model(make_host(), config)
-    model = get_peft_model(make_host(d_model=64, layers=1), config)
-    assert config.fusion_layers is None
-    assert model.peft_config["default"].fusion_layers == {LAYERS[0]: 256}
+    first = get_peft_model(make_host(), config)
+    assert first.peft_config["default"] is config
+    second = get_peft_model(make_host(d_model=64, layers=1), config)
+    assert first.peft_config["default"].fusion_layers == dict.fromkeys(LAYERS, WIDTH)
+    assert second.peft_config["default"].fusion_layers == {LAYERS[0]: 256}
 
 
 def test_plain_modules_are_hosts():
@@ -393,8 +394,12 @@ def test_a_mixed_batch_sees_each_prompt_where_it_belongs(host):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["default", "nosuch"], r"adapter_names has \['nosuch'\]; this model has the adapters \['default', 'second'"),
-        (["default"], "adapter_names has 1 names for a batch of 2"),
+        (
+            ["default", "nosuch"],
+            r"non-existing adapter\(s\): nosuch\. This model has the adapters \['default', 'second'",
+        ),
+        (["default"], "Length of `adapter_names` should be the same as the number of inputs, but got 1 and 2"),
+        (["__base__"] * 3, "Length of `adapter_names` should be the same as the number of inputs, but got 3 and 2"),
     ],
 )
 def test_wrong_adapter_names_are_refused(names, message):
@@ -403,6 +408,12 @@ def test_wrong_adapter_names_are_refused(names, message):
     with pytest.raises(ValueError, match=message):
         run(model, adapter_names=names)
     assert torch.equal(run(model), before)
+
+
+def test_a_mixed_batch_is_for_inference():
+    model = three_adapters().train()
+    with pytest.raises(ValueError, match="Cannot pass `adapter_names` when the model is in training mode"):
+        run(model, adapter_names=["default", "second"])
 
 
 def test_a_mixed_batch_takes_modules_to_save_of_each_adapter():
