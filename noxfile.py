@@ -4,7 +4,7 @@
 
 import nox
 
-OLDEST = {"peft": "0.21.0", "transformers": "5.10.1"}
+OLDEST = {"peft": "0.21.0", "transformers": "5.23.0"}
 
 
 @nox.session

@@ -56,6 +56,6 @@ def push(api: HfApi, repo_id: str, folder: Path, names: list[str]) -> str:
     except Exception as error:  # as above
         raise InputError(
             f"--push_to_hub: the upload to {repo_id} failed ({error}). Nothing is lost, all is in {folder}; to try "
-            f'again: hf upload {repo_id} {folder} . --exclude "step_*/*" "data/*"'
+            f'again: hf upload {repo_id} {folder} . --exclude "step_*/*" --exclude "data/*"'
         ) from None
     return f"{api.endpoint}/{repo_id}"

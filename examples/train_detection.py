@@ -104,7 +104,7 @@ def parse_args() -> argparse.Namespace:
         help="A folder with boxes in COCO format (of its own, a Roboflow export, ODinW or COCO itself), a Hub id with "
         f"the columns image and objects, or a built-in task: {', '.join(TASKS)}.",
     )
-    data.add_argument("--train_split", default="train")
+    data.add_argument("--train_split", default="train", help="Split to train on.")
     data.add_argument(
         "--validation_split", help="Split that tells which adapter is the best. If not given: val, if there is one."
     )
@@ -128,7 +128,7 @@ def parse_args() -> argparse.Namespace:
         "--no_augmentation", action="store_true", help="No flips, scale jitter and crops of the training images."
     )
     data.add_argument("--image_size", type=int, help="Shorter side in pixels. If not given: the processor's own.")
-    data.add_argument("--dataloader_num_workers", type=int, default=0)
+    data.add_argument("--dataloader_num_workers", type=int, default=0, help="Processes that read images.")
 
     host = parser.add_argument_group("host and adapter")
     host.add_argument(
@@ -150,18 +150,18 @@ def parse_args() -> argparse.Namespace:
     host.add_argument("--prompt_dropout", type=float, help="Dropout probability on the prototype tokens.")
 
     train = parser.add_argument_group("training")
-    train.add_argument("--num_train_epochs", type=int, default=3)
+    train.add_argument("--num_train_epochs", type=int, default=3, help="Times through the training images.")
     train.add_argument("--max_train_steps", type=int, help="Optimizer steps in all; overrides --num_train_epochs.")
-    train.add_argument("--per_device_train_batch_size", type=int, default=12)
-    train.add_argument("--per_device_eval_batch_size", type=int, default=16)
-    train.add_argument("--gradient_accumulation_steps", type=int, default=1)
+    train.add_argument("--per_device_train_batch_size", type=int, default=12, help="Images a process and batch.")
+    train.add_argument("--per_device_eval_batch_size", type=int, default=16, help="Images a process and batch.")
+    train.add_argument("--gradient_accumulation_steps", type=int, default=1, help="Batches a step.")
     train.add_argument(
         "--learning_rate", type=float, default=0.2, help="Prompts want rates two orders above those of weights."
     )
-    train.add_argument("--weight_decay", type=float, default=0.0)
-    train.add_argument("--max_grad_norm", type=float, default=1.0)
-    train.add_argument("--lr_scheduler_type", default="cosine", choices=SCHEDULERS)
-    train.add_argument("--num_warmup_steps", type=int, default=10)
+    train.add_argument("--weight_decay", type=float, default=0.0, help="Of AdamW.")
+    train.add_argument("--max_grad_norm", type=float, default=1.0, help="Gradients are clipped to this norm.")
+    train.add_argument("--lr_scheduler_type", default="cosine", choices=SCHEDULERS, help="One of transformers.")
+    train.add_argument("--num_warmup_steps", type=int, default=10, help="Steps in which the learning rate rises.")
     train.add_argument(
         "--ema_decay",
         type=float,
@@ -170,10 +170,10 @@ def parse_args() -> argparse.Namespace:
     train.add_argument(
         "--mixed_precision", choices=("no", "fp16", "bf16"), help="If not given: what `accelerate config` says."
     )
-    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--seed", type=int, default=0, help="Of everything that is random.")
 
     output = parser.add_argument_group("output")
-    output.add_argument("--output_dir", type=Path, default=Path("sdpt-detection"))
+    output.add_argument("--output_dir", type=Path, default=Path("sdpt-detection"), help="Where all of it goes.")
     output.add_argument(
         "--validation_steps", type=int, help="Validate every so many optimizer steps. If not given: each epoch."
     )
@@ -241,7 +241,10 @@ def check_args(args: argparse.Namespace) -> None:
     if args.hub_model_id and not args.push_to_hub:
         raise InputError(f"--hub_model_id {args.hub_model_id}: nothing is uploaded without --push_to_hub.")
     if args.with_tracking and args.report_to not in (there := [*map(str, get_available_trackers()), "all"]):
-        raise InputError(f"--report_to {args.report_to}: not installed or unknown to Accelerate; there is {there}.")
+        raise InputError(
+            f"--report_to {args.report_to}: not installed (`pip install {args.report_to}`) or unknown to Accelerate; "
+            f"there is {there}."
+        )
 
 
 def make_accelerator(args: argparse.Namespace) -> Accelerator:
@@ -253,6 +256,11 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
         )
     except ValueError as error:
         raise InputError(f"--mixed_precision {args.mixed_precision}: {error}") from None
+    if int(os.environ.get("WORLD_SIZE", 1)) > accelerator.num_processes:
+        raise InputError(
+            f"the launcher started {os.environ['WORLD_SIZE']} processes, and Accelerate sees "
+            f"{accelerator.num_processes}: on the CPU, set ACCELERATE_USE_CPU=true."
+        )
     launched = {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ
     if launched and accelerator.device.type == "cpu":
         # accelerate 1.15 has no launcher for several processes on the CPU of one machine.
@@ -371,6 +379,10 @@ def read_data(args: argparse.Namespace, accelerator: Accelerator) -> tuple[dict[
     if args.shots and not args.eval_only:
         train = splits[args.train_split]
         splits[args.train_split] = train.subset(few_shot(train, args.shots, args.seed))
+        for label, name in enumerate(train.class_names):
+            there = sum(label in labels for labels in train.labels)
+            if there < args.shots:
+                accelerator.print(f"--shots {args.shots}: class {name!r} is on {there} images, all of them taken")
         if accelerator.is_main_process:
             sample = {"shots": args.shots, "seed": args.seed, "image_ids": splits[args.train_split].image_ids}
             with whole_files(args.output_dir) as folder:

@@ -17,6 +17,7 @@ import train_detection
 from hosts import ROOT, adapted_layers, attach, make_host, run
 from hub import OWNER, READER, serve, use
 from peft_sdpt import SDPTConfig, __version__
+from peft_sdpt.model_card import with_section
 from test_saving import snapshot
 from test_train_detection import main_job, small_task  # noqa: F401
 
@@ -340,6 +341,15 @@ def test_what_the_author_wrote_stays(tmp_path):
     model.save_pretrained(tmp_path)
     again = (tmp_path / "README.md").read_text()
     assert again == written.content + "\n## Limits\n\nOnly my cells.\n"
+
+
+def test_a_section_whose_end_was_lost_takes_no_text_with_it():
+    text = with_section("# Mine\n", "results", "AP 0.5")
+    assert with_section(text, "results", "AP 0.6") == text.replace("0.5", "0.6")
+    assert with_section(text, "results", None) == "# Mine\n"
+    broken = text.replace("<!-- results: end -->", "Mine too.")
+    assert "Mine too." in with_section(broken, "results", "AP 0.6")
+    assert with_section(text.replace("Written by a program", "Written by us"), "results", "AP 0.5") == text
 
 
 def test_files_that_are_no_card_of_an_adapter_are_left_alone(tmp_path):

@@ -448,6 +448,19 @@ def test_tracking_logs_loss_rate_precision_and_prompt_norms(main_job, small_task
     assert events.Scalars("prompt_norm/layer_0")[-1].value == pytest.approx(norm)
 
 
+def test_processes_that_accelerate_does_not_see_are_refused(main_job, small_task, capsys, monkeypatch):
+    """They would all write into one folder."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
+    assert main_job("--dataset_name", small_task) == 2
+    assert "set ACCELERATE_USE_CPU=true" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_shots_of_which_there_are_not_enough_are_told(main_job, small_task, capsys):
+    assert main_job("--dataset_name", small_task, "--shots", 11, "--max_train_steps", 1) == 0
+    assert "--shots 11: class 'monkey' is on" in capsys.readouterr().out
+
+
 def test_shots_train_on_few_images_and_write_down_which(main_job, small_task, tmp_path):
     drawn = []
     for out, seed in (("a", 0), ("b", 0), ("c", 1)):
