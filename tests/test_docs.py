@@ -23,14 +23,14 @@ import torch
 import transformers
 from accelerate.commands.launch import launch_command_parser
 from accelerate.state import AcceleratorState
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch.distributed.run import get_args_parser
 from transformers import AutoModelForZeroShotObjectDetection
 
 import detect
 import pretrain_host
 import train_detection
-from hosts import ROOT, attach, make_host
+from hosts import ROOT, attach, make_host, run
 from hub import OWNER, serve, use
 from peft_sdpt import SDPTConfig, SDPTLayer
 
@@ -279,6 +279,26 @@ def test_every_message_of_the_package_is_explained():
             # Of a word or two there is nothing to find it by.
             if sum(map(len, parts(raised))) > 12:
                 assert any(explains(message, raised) for message in messages()), f"{file}: {raised}"
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`", "ignore:You are trying to modify a model with PEFT")
+def test_what_to_know_of_lora_beside_sdpt():
+    """The three things that the page on combining says."""
+    host = make_host()
+    bare = run(host)
+    host.config.tie_word_embeddings = False
+    inject_adapter_in_model(LoraConfig(target_modules=["fc1"], init_lora_weights=False), host, "lora")
+    with_lora = run(host)
+    model = attach(host).eval()
+    both = run(model)
+    with model.disable_adapter():
+        assert torch.equal(run(model), bare)
+    model.set_adapter("lora")
+    assert torch.equal(run(model), with_lora)
+    model.set_adapter("default")
+    assert torch.equal(run(model), both)
+    assert torch.equal(run(model, adapter_names=["__base__"] * 2), with_lora)
+    assert torch.equal(run(model.unload()), bare)
 
 
 def test_a_list_of_names_is_for_the_tuner():
