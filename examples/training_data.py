@@ -30,8 +30,8 @@ GREY = (124, 116, 104)
 def augment(picture: Image.Image, boxes: Tensor, generator: torch.Generator) -> tuple[Image.Image, Tensor, Tensor]:
     """Flip a picture left to right, every other time, and look at it through a window of random size and place.
 
-    A window smaller than the picture is a crop, in which objects look larger; a larger one has a grey border. The
-    detector's own resizing then brings all to one size.
+    A window smaller than the picture is a crop, in which objects look larger; a larger one has a grey border. What is
+    seen has the size of the picture: a batch would be padded to its largest, and padding is seen by the detector.
 
     Args:
         picture: RGB.
@@ -56,7 +56,9 @@ def augment(picture: Image.Image, boxes: Tensor, generator: torch.Generator) -> 
     high = low + boxes[:, 2:]
     low, high = (torch.minimum(edge.clamp(min=0), torch.tensor(size)) for edge in (low, high))
     cut = torch.cat([low, high - low], dim=1)
-    return window, cut, cut[:, 2:].prod(1) >= MIN_VISIBLE * boxes[:, 2:].prod(1)
+    kept = cut[:, 2:].prod(1) >= MIN_VISIBLE * boxes[:, 2:].prod(1)
+    zoom = torch.tensor([width / size[0], height / size[1]])
+    return window.resize((width, height), Image.Resampling.BILINEAR), cut * zoom.repeat(2), kept
 
 
 class TrainingSamples(Dataset):
