@@ -87,8 +87,9 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
 
     Attributes:
         sdpt_prompts: adapter name to `(N, E)`, or `(2, N, E)` in independent mode.
-        sdpt_image_inverse, sdpt_text_inverse: adapter name to `(d, E)`. Not saved, and never below
-            float32, whatever the dtype of the host.
+        sdpt_image_inverse: adapter name to `(d, E)`, from the aligned space to image tokens. Not saved, and never
+            below float32, whatever the dtype of the host.
+        sdpt_text_inverse: the same for text tokens.
     """
 
     adapter_layer_names = ("sdpt_prompts",)

@@ -110,11 +110,13 @@ class SDPTModel(BaseTuner):
         # In PEFT's words, which callers may look for.
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        unknown = sorted(set(adapter_names) - set(self.peft_config) - {BASE})
+        # Those of another tuner in the same host, whose configs PEFT keeps beside ours, act on all samples.
+        ours = sorted(name for name, config in self.peft_config.items() if isinstance(config, SDPTConfig))
+        unknown = sorted(set(adapter_names) - {*ours, BASE})
         if unknown:
             raise ValueError(
                 f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. This model has the adapters "
-                f"{sorted(self.peft_config)}, and {BASE!r} is the host without one."
+                f"{ours}, and {BASE!r} is the host without one."
             )
 
         def pass_on(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

@@ -95,14 +95,11 @@ def with_section(text: str, name: str, body: str | None) -> str:
         <!-- results: end -->
         <BLANKLINE>
     """
-    begin, end = (
-        f"<!-- {name}: begin. Written by a program; what you write above or below stays. -->",
-        f"<!-- {name}: end -->",
-    )
-    before, there, rest = text.partition(begin)
-    _, closed, after = rest.partition(end)
-    if there and not closed:
-        after = ""
+    begin = f"<!-- {name}: begin. Written by a program; what you write above or below stays. -->"
+    end = f"<!-- {name}: end -->"
+    # The wording of another version, or one that was edited, marks the same place.
+    found = re.search(rf"<!-- {name}: begin.*?-->(?:.*?{end})?", text, re.DOTALL)
+    before, after = (text[: found.start()], text[found.end() :]) if found else (text, "")
     parts = [before, *([f"{begin}\n\n{body.strip()}\n\n{end}"] if body is not None else []), after]
     return "\n\n".join(part.strip("\n") for part in parts if part.strip()) + "\n"
 

@@ -554,6 +554,18 @@ def test_beside_lora_in_the_same_host():
     assert not torch.equal(run(model), with_lora)
 
 
+def test_a_mixed_batch_picks_among_adapters_of_this_tuner():
+    host = make_host()
+    host.config.tie_word_embeddings = False
+    inject_adapter_in_model(LoraConfig(target_modules=["fc1"]), host, "lora")
+    with pytest.warns(UserWarning, match="Already found a `peft_config`"):
+        model = attach(host).eval()
+    with pytest.raises(
+        ValueError, match=r"non-existing adapter\(s\): lora\. This model has the adapters \['default'\]"
+    ):
+        run(model, adapter_names=["default", "lora"])
+
+
 def lora_on_the_queries(host) -> list:
     """LoRA on every projection that SDPT inverts; returns its layers."""
     host.config.tie_word_embeddings = False
