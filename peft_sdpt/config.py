@@ -153,6 +153,9 @@ class SDPTConfig(PeftConfig):
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Write `adapter_config.json`, and complete the model card if PEFT has put one there."""
+        # PEFT's model tells the class of its host here, for its automatic classes. Kept, so that the config saved or
+        # pushed alone after that does not lose it.
+        self.auto_mapping = kwargs.get("auto_mapping_dict") or self.auto_mapping
         super().save_pretrained(save_directory, **kwargs)
         complete_card(save_directory, self)
 

@@ -373,6 +373,8 @@ def test_the_card_of_a_pushed_model(hub):
     model.push_to_hub(REPO, token=OWNER)
     assert MADE_BY_US not in card_of(hub)
     model.peft_config["default"].push_to_hub(REPO, token=OWNER)
+    mapping = json.loads(hub.repositories[REPO].files()["adapter_config.json"])["auto_mapping"]
+    assert mapping["base_model_class"] == "GroundingDinoForObjectDetection"
     assert MADE_BY_US in card_of(hub) and "More Information Needed" not in card_of(hub)
     model.push_to_hub(REPO, token=OWNER)
     assert MADE_BY_US in card_of(hub)
