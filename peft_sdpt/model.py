@@ -17,6 +17,7 @@ from torch import nn
 from .config import SDPTConfig
 from .hosts import find_host, supported_hosts
 from .layer import CANNOT_MERGE, SDPTLayer, prompt_shape
+from .saved import differing_shapes
 from .weights import refuse_adapted, refuse_out_of_reach
 
 # PEFT's name for the host without an adapter, in `adapter_names`.
@@ -235,15 +236,10 @@ def _check_prompt_shapes(found: dict[str, tuple[int, ...]], expected: dict[str, 
     Raises:
         ValueError: naming every layer that differs, with both shapes.
     """
-    problems = [
-        f"layer '{name}': expected {expected.get(name, 'no such fusion layer')}, found {found.get(name, 'no prompts')}"
-        for name in sorted(expected.keys() | found.keys())
-        if expected.get(name) != found.get(name)
-    ]
-    if problems:
+    if differences := differing_shapes(found, expected):
         raise ValueError(
             "This SDPT adapter was made for another host (expected: prompts that this host takes with "
-            "the adapter's config, found: prompts of the adapter). " + "; ".join(problems) + ". "
+            f"the adapter's config, found: prompts of the adapter). {differences}. "
             "A config loaded with an adapter belongs to its host; make a new SDPTConfig to start on "
             "another one."
         )

@@ -51,13 +51,17 @@ def check_saved_weights(
     found = {
         key.removeprefix(prefix).removesuffix(suffix): tuple(v.shape) for key, v in weights.items() if suffix in key
     }
-    problems = [
-        f"layer '{name}': expected {shapes.get(name, 'no such fusion layer')}, found {found.get(name, 'no prompts')}"
-        for name in sorted(shapes.keys() | found.keys())
-        if shapes.get(name) != found.get(name)
-    ]
-    if problems:
+    if differences := differing_shapes(found, shapes):
         raise ValueError(
             f"The weights of the SDPT adapter {path!r} are not those of its config, and nothing was put on the host "
-            f"(expected: prompts that the config tells of, found: prompts of the weights). {'; '.join(problems)}."
+            f"(expected: prompts that the config tells of, found: prompts of the weights). {differences}."
         )
+
+
+def differing_shapes(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> str:
+    """Every fusion layer whose prompts are not as expected, with both shapes, for a message; empty if all are."""
+    return "; ".join(
+        f"layer '{name}': expected {expected.get(name, 'no such fusion layer')}, found {found.get(name, 'no prompts')}"
+        for name in sorted(expected.keys() | found.keys())
+        if expected.get(name) != found.get(name)
+    )
