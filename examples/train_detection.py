@@ -27,6 +27,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -645,7 +646,11 @@ def describe_last(
 
 def data_name(args: argparse.Namespace) -> str:
     """What to call the data in public: of a folder, its last part."""
-    return Path(args.dataset_name).resolve().name if Path(args.dataset_name).is_dir() else args.dataset_name
+    return Path(args.dataset_name).resolve().name if is_path(args.dataset_name) else args.dataset_name
+
+
+def is_path(value: Any) -> bool:
+    return isinstance(value, Path) or (isinstance(value, str) and Path(value).exists())
 
 
 def table(rows: dict[str, dict]) -> str:
@@ -673,7 +678,8 @@ def report(
         "trainable_parameters": trainable,
         "total_parameters": total,
         "train_seconds": round(progress.seconds, 1),
-        "args": {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()},
+        # Of paths the last part: this may be published, and where things lay is nobody's business.
+        "args": {name: Path(v).resolve().name if is_path(v) else v for name, v in vars(args).items()},
     }
     # An evaluation leaves the record of the training run beside it alone.
     prefix = "eval_" if args.eval_only else ""

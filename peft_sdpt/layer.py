@@ -58,7 +58,7 @@ def prompt_shape(config: SDPTConfig, width: int) -> tuple[int, ...]:
 
 def _refresh_after_load(layer: SDPTLayer, incompatible_keys: Any) -> None:
     """`load_state_dict` hook: compiled code does not compare weights, so do it here."""
-    layer.refresh_inverses()
+    layer.refresh_inverses(force=not all(WeightState.is_certain(query) for query in layer._queries()))
 
 
 class SDPTLayer(nn.Module, BaseTunerLayer):
@@ -74,7 +74,7 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
     The inverse projections are computed when an adapter is attached and again, before the next
     forward, when a projection weight has changed: by `load_state_dict`, an operation in place, a new
     parameter or new `.data`, a cast, a merge of another tuner's adapter. Other writes that PyTorch does
-    not count, in place through `weight.data` or through numpy, go unseen: call
+    not count, in place through `weight.data`, through numpy or into a quantised weight, go unseen: call
     `refresh_inverses(force=True)` after such a write. An adapter of another tuner that acts on a query
     projection without being merged into it is refused. No gradient
     flows to the weights through their inverse.

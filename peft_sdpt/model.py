@@ -121,10 +121,18 @@ class SDPTModel(BaseTuner):
             )
 
         def pass_on(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            return args, {**kwargs, "adapter_names": adapter_names}
+            names = adapter_names
+            if isinstance(module, AuxiliaryTrainingWrapper):  # has copies of some adapters
+                names = [name if name in module._adapters else BASE for name in names]
+            return args, {**kwargs, "adapter_names": names}
 
-        # Layers of ours, and what `modules_to_save` has copies of.
-        takers = [m for m in self.model.modules() if isinstance(m, (SDPTLayer, AuxiliaryTrainingWrapper))]
+        # Layers of ours, and what `modules_to_save` of our adapters has copies of.
+        takers = [
+            module
+            for module in self.model.modules()
+            if isinstance(module, SDPTLayer)
+            or (isinstance(module, AuxiliaryTrainingWrapper) and not module._adapters.isdisjoint(ours))
+        ]
         handles = [module.register_forward_pre_hook(pass_on, with_kwargs=True) for module in takers]
         try:
             yield
@@ -175,6 +183,8 @@ class SDPTModel(BaseTuner):
     ) -> None:
         if combination_type not in ("cat", "linear"):
             raise ValueError(f"combination_type must be 'cat' or 'linear', got {combination_type!r}")
+        if not adapter_name or "." in adapter_name or adapter_name == BASE:
+            raise ValueError(f"adapter_name must be a name without full stops, and not {BASE!r}; got {adapter_name!r}")
         if adapter_name in self.peft_config:
             raise ValueError(f"adapter_name {adapter_name!r} is taken; this model has {sorted(self.peft_config)}")
         if not adapters or len(adapters) != len(weights):

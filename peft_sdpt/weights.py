@@ -19,7 +19,7 @@ def inverse_of(query: nn.Module, rtol: float | None) -> torch.Tensor:
 
     Weights that DeepSpeed ZeRO-3 or FSDP2 have sharded are gathered for it, by all processes together; quantised ones
     are inverted as what they stand for, since that is the map that the host applies. Known are the dynamic int8 of
-    PyTorch, torchao, bitsandbytes and HQQ.
+    PyTorch, torchao and bitsandbytes.
 
     Raises:
         TypeError: the weight is of no floating point dtype and of no known quantisation.
@@ -70,6 +70,11 @@ class WeightState(NamedTuple):
         held = _held(query)
         plain = _is_plain(held)
         return cls(held.detach() if plain else held, _version(held) if plain else None, _merged(query))
+
+    @staticmethod
+    def is_certain(query: nn.Module) -> bool:
+        """Whether a change in place is seen; not of quantised and sharded weights."""
+        return _is_plain(_held(query))
 
     def still_holds(self, query: nn.Module) -> bool:
         alias, held = self.alias, _held(query)
@@ -132,7 +137,8 @@ def refuse_out_of_reach(query: nn.Module) -> None:
             "SDPT cannot be attached to a host that fully_shard has sharded already: its layers would bypass the hooks "
             "that gather the weights. Attach SDPT first, and shard the tuned model."
         )
-    if getattr(getattr(query, "_hf_hook", None), "offload", False):
+    hook = getattr(query, "_hf_hook", None)
+    if any(getattr(part, "offload", False) for part in getattr(hook, "hooks", (hook,))):
         raise ValueError(
             "SDPT cannot be attached to offloaded fusion layers: it needs their weights in every forward. Give "
             "`device_map` a device for them, and offload the backbones."

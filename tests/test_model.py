@@ -430,6 +430,22 @@ def test_a_mixed_batch_takes_modules_to_save_of_each_adapter():
             torch.testing.assert_close(mixed.logits[index], alone.logits[0], rtol=1e-4, atol=1e-5)
 
 
+def test_a_mixed_batch_takes_the_hosts_own_module_where_an_adapter_has_no_copy():
+    model = attach(make_host(), modules_to_save=["enc_output"])
+    model.add_adapter("second", SDPTConfig(num_virtual_tokens=2))
+    with torch.no_grad():
+        model.base_model.model.model.enc_output.modules_to_save["default"].weight += 1.0
+        mixed = model.eval()(**model_inputs(), adapter_names=["second", "default"])
+        alone = attach(make_host())
+        alone.add_adapter("second", SDPTConfig(num_virtual_tokens=2))
+        alone.load_state_dict(
+            {k: v for k, v in model.state_dict().items() if "enc_output" not in k and ".second" in k}, strict=False
+        )
+        alone.set_adapter("second")
+        expected = alone(**{key: value[:1] for key, value in model_inputs().items()})
+    torch.testing.assert_close(mixed.logits[0], expected.logits[0], rtol=1e-4, atol=1e-5)
+
+
 def combined(model, adapters, weights, **options):
     model.base_model.add_weighted_adapter(adapters, weights, "both", **options)
     return model
@@ -493,10 +509,20 @@ def test_what_cannot_be_combined_is_refused_and_leaves_no_trace(arguments, optio
     assert list(model.peft_config) == ["default", "second", "third", "small", "whole"]
 
 
-def test_a_combination_of_a_taken_name_is_refused():
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("second", "adapter_name 'second' is taken"),
+        ("a.b", "must be a name without full stops, and not '__base__'; got 'a.b'"),
+        ("__base__", "got '__base__'"),
+        ("", "got ''"),
+    ],
+)
+def test_a_combination_of_an_unfit_name_is_refused(name, message):
     model = three_adapters()
-    with pytest.raises(ValueError, match="adapter_name 'second' is taken"):
-        model.base_model.add_weighted_adapter(["default"], [1.0], "second")
+    with pytest.raises(ValueError, match=message):
+        model.add_weighted_adapter(["default"], [1.0], name)
+    assert list(model.peft_config) == ["default", "second", "third"]
 
 
 @pytest.mark.parametrize("operation", ["merge_and_unload", "merge_adapter", "unmerge_adapter"])

@@ -105,6 +105,12 @@ def test_an_adapter_loads_onto_a_quantised_host(low_cpu_mem_usage, tmp_path):
     assert torch.equal(run(loaded), run(model))
 
 
+def test_another_quantised_weight_loaded_in_place_is_seen():
+    model, other = attach(torchao_int8(make_host())), attach(torchao_int8(make_host(seed=3)))
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(run(model), run(other))
+
+
 def test_quantised_after_the_adapter_was_loaded_the_inverse_follows():
     """The way for dynamic int8, whose layers PyTorch lets nobody load a part of a state dict into."""
     quantised = attach(dynamic_int8(make_host()))
