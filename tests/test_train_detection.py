@@ -647,7 +647,8 @@ def launched(command, **options):
 
 @pytest.mark.slow
 def test_soak_killed_at_random_instants_it_ends_in_the_same_prompts(small_task, tmp_path):
-    steps = 3 * KILLS
+    # Enough that none ends before it is killed.
+    steps = 60 + 3 * KILLS
     run = (
         *(SCRIPT, "--dataset_name", small_task, *EVERYTHING, "--max_train_steps", steps, "--checkpointing_steps", 1),
         *("--checkpoints_total_limit", 2, "--resume_from_checkpoint", "latest", "--output_dir"),
