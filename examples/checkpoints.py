@@ -172,7 +172,8 @@ def _complete(folder: Path) -> list[tuple[int, Path]]:
 
 def remove_unfinished(folder: Path) -> None:
     """Clear away what a killed run was about to write."""
-    for path in (*folder.glob(f"step_*{UNFINISHED}"), *folder.glob(f"**/files{UNFINISHED}")):
+    places = (folder, folder / "best")
+    for path in (*folder.glob(f"step_*{UNFINISHED}"), *(place / f"files{UNFINISHED}" for place in places)):
         shutil.rmtree(path, ignore_errors=True)
 
 
