@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import signal
 import sys
 from types import FrameType
@@ -46,3 +48,15 @@ def leave_signals_to_the_main_process(worker: int) -> None:
     """For DataLoader workers: signals to the whole group reach them as well, and the step at hand needs its images."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Of a run that failed, workers may be left at the end. `multiprocessing` ends them by SIGTERM, which they leave
+    to the main process, and waits for them: for ever."""
+    workers = [child for child in multiprocessing.active_children() if child.daemon]
+    if workers:
+        # By this torch tells of workers that died when they should not have.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for worker in workers:
+        worker.kill()

@@ -605,6 +605,9 @@ def run(args: argparse.Namespace) -> None:
         after = measure("after")
     if accelerator.is_main_process:
         report(args, progress, after, held_out, eval_split, trainable, total)
+    # The wrapper of several processes goes before their group: torch 2.13 holds Python's lock while the wrapper gives the
+    # group back, and gloo's thread, which needs the lock to end its last work, is waited for. Seen to hang for ever.
+    (model,) = accelerator.free_memory(model)
     accelerator.end_training()
     if hub:
         names += ["metrics.json", "detections.png", *(f"best/{name}" for name in names if progress.best)]

@@ -30,7 +30,7 @@ from transformers import (
 
 import checkpoints
 import train_detection
-from hosts import attach, make_host
+from hosts import ROOT, attach, make_host, run_python
 from peft_sdpt import SDPTConfig, SDPTLayer
 from pictograms import tasks
 
@@ -713,6 +713,23 @@ def test_two_processes_are_stopped_and_resumed_together(small_task, tmp_path):
     assert not (tmp_path / "stopped" / "metrics.json").exists()
     assert launched([*run, tmp_path / "stopped"]).wait(timeout=240) == 0
     assert same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
+LEFT_WORKER = """
+import multiprocessing, sys
+sys.path.insert(0, sys.argv[1])
+from torch.utils.data import DataLoader
+from interruption import leave_signals_to_the_main_process
+
+batches = iter(DataLoader(range(4), num_workers=1, worker_init_fn=leave_signals_to_the_main_process))
+next(batches)
+multiprocessing.kept = batches  # as the traceback of an error may keep it, to the very end
+"""
+
+
+def test_a_worker_that_is_left_at_the_end_does_not_hold_it_up():
+    result = run_python(LEFT_WORKER, str(ROOT / "examples"))
+    assert result.returncode == 0 and not result.stderr
 
 
 @pytest.mark.slow
