@@ -605,8 +605,8 @@ def run(args: argparse.Namespace) -> None:
         after = measure("after")
     if accelerator.is_main_process:
         report(args, progress, after, held_out, eval_split, trainable, total)
-    # The wrapper of several processes goes before their group: torch 2.13 holds Python's lock while the wrapper gives the
-    # group back, and gloo's thread, which needs the lock to end its last work, is waited for. Seen to hang for ever.
+    # The wrapper of several processes goes before their group. If it is the last to hold the group, torch 2.13 keeps
+    # Python's lock while it waits for gloo's thread, which may need that lock to end its last work: seen to hang.
     (model,) = accelerator.free_memory(model)
     accelerator.end_training()
     if hub:

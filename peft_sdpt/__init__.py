@@ -10,11 +10,12 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType, register_peft_method
 
 from .config import SDPTConfig
+from .hosts import register_host
 from .layer import SDPTLayer
 from .model import SDPTModel
 from .version import __version__
 
-__all__ = ["SDPTConfig", "SDPTLayer", "SDPTModel"]
+__all__ = ["SDPTConfig", "SDPTLayer", "SDPTModel", "register_host"]
 
 
 def _register() -> None:

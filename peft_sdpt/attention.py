@@ -1,9 +1,10 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""Bi-directional attention of a fusion layer, with prompts as extra keys and values.
+"""Attention of a fusion layer, with prompts as extra keys and values.
 
-Same result as appending the prompts to both inputs and dropping their rows from both outputs
-(arXiv 2407.11414, section 3), because a softmax is taken per row: prompt rows are never computed.
+`bi_attention` is the method's own (arXiv 2407.11414, section 3): same result as appending the prompts to both inputs
+and dropping their rows from both outputs, because a softmax is taken per row; prompt rows are never computed. Hosts
+with other attentions run as they are, on a longer context: `append_prompts`, `append_zeros` and `extend_mask`.
 """
 
 from __future__ import annotations
@@ -27,13 +28,26 @@ class Side(NamedTuple):
     out: nn.Module
 
 
+class Prompts(NamedTuple):
+    """Prompts of one side of a fusion layer.
+
+    Attributes:
+        tokens: `(N, d)`, in the side's input space; None where the side has none.
+        hidden: `(B, N)`, bool, True where a sample does not see a prompt; None where all see all.
+    """
+
+    tokens: torch.Tensor | None
+    hidden: torch.Tensor | None = None
+
+
 class SideInput(NamedTuple):
     """What one modality brings to the attention.
 
     Attributes:
         tokens: `(B, L, d)`.
         mask: `(B, L)` in the host's convention, or None.
-        prompts: `(N, d)`, extra tokens that the *other* modality attends to, or None.
+        prompts: `(N, d)`, extra tokens that the *other* modality attends to, or None. In any floating point dtype:
+            projections take them in that of `tokens`.
         hidden_prompts: `(B, N)`, bool, True where a sample does not see a prompt; None where all see all.
     """
 
@@ -57,6 +71,62 @@ def hide_padding(logits: torch.Tensor, mask: torch.Tensor, num_prompts: int) -> 
     """
     padding = F.pad(mask, (0, num_prompts), value=False)
     return logits.masked_fill(padding[:, None, None, :], float("-inf"))
+
+
+def hide_invalid(logits: torch.Tensor, mask: torch.Tensor, num_prompts: int) -> torch.Tensor:
+    """Mask convention of transformers' processors: 1 or True marks a token, 0 or False padding; see `hide_padding`."""
+    return hide_padding(logits, mask == 0, num_prompts)
+
+
+def add_validity(logits: torch.Tensor, mask: torch.Tensor, num_prompts: int) -> torch.Tensor:
+    """Mask convention of GLIP: it is added to the logits, 0 after becoming -9e15. Prompts get what a valid token gets.
+
+    A boolean mask hides nothing, as in the host: -9e15 becomes True in it. So it is with mmdetection's Grounding DINO.
+
+    Args:
+        logits: `(B, heads, queries, L + num_prompts)`.
+        mask: `(B, L)`, 1 marks a token, 0 padding; any dtype.
+        num_prompts: how many of the last columns are prompts.
+    """
+    mask = F.pad(mask, (0, num_prompts), value=1)
+    return logits + mask.masked_fill(mask == 0, -9e15)[:, None, None, :]
+
+
+def append_prompts(tokens: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
+    """`(B, L, d)` and `(N, d)` to `(B, L + N, d)`, in the dtype of `tokens`."""
+    return torch.cat([tokens, prompts.to(tokens.dtype).expand(len(tokens), -1, -1)], dim=1)
+
+
+def append_zeros(positions: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
+    """`(B, L, d)` to `(B, L + N, d)`, for what is added to a sequence that prompts `(N, d)` were appended to."""
+    return F.pad(positions, (0, 0, 0, len(prompts)))
+
+
+def extend_mask(mask: torch.Tensor | None, tokens: torch.Tensor, prompts: Prompts) -> torch.Tensor | None:
+    """A mask with a column more for each prompt, in the conventions of transformers.
+
+    Args:
+        mask: `(..., L)`. Floating point is added to the logits; of other dtypes True or 1 marks what is seen. None
+            where all tokens are seen.
+        tokens: `(B, L, d)`, what it is the mask of.
+        prompts: what is appended to them.
+
+    Returns:
+        `(..., L + N)`; None where all tokens and all prompts are seen.
+    """
+    if prompts.hidden is None:
+        # Nothing is added to the logits of prompts; they are seen.
+        return None if mask is None else F.pad(mask, (0, len(prompts.tokens)), value=not mask.is_floating_point())
+    if mask is None:
+        mask = tokens.new_zeros(1, 1, 1, tokens.shape[1])
+    columns = prompts.hidden
+    if mask.is_floating_point():
+        columns = mask.new_zeros(columns.shape).masked_fill(columns, torch.finfo(mask.dtype).min)
+    else:
+        columns = (~columns).to(mask.dtype)
+    columns = columns.view(len(columns), *[1] * (mask.dim() - 2), -1)
+    mask = mask.expand(len(tokens), *mask.shape[1:])
+    return torch.cat([mask, columns.expand(*mask.shape[:-1], -1)], dim=-1)
 
 
 def _split_heads(states: torch.Tensor, num_heads: int) -> torch.Tensor:
@@ -123,13 +193,15 @@ def bi_attention(
     text_logits = image_logits.transpose(-1, -2)
     batch = image.tokens.shape[0]
     if text.prompts is not None:
-        keys = _split_heads(text_side.query(text.prompts[None]), num_heads)
-        values = _split_heads(text_side.value(text.prompts[None]), num_heads)
+        prompts = text.prompts.to(text.tokens.dtype)[None]
+        keys = _split_heads(text_side.query(prompts), num_heads)
+        values = _split_heads(text_side.value(prompts), num_heads)
         image_logits = torch.cat([image_logits, image_states @ keys.transpose(-1, -2)], dim=-1)
         text_values = torch.cat([text_values, values.expand(batch, -1, -1, -1)], dim=-2)
     if image.prompts is not None:
-        keys = _split_heads(image_side.query(image.prompts[None]) * scale, num_heads)
-        values = _split_heads(image_side.value(image.prompts[None]), num_heads)
+        prompts = image.prompts.to(image.tokens.dtype)[None]
+        keys = _split_heads(image_side.query(prompts) * scale, num_heads)
+        values = _split_heads(image_side.value(prompts), num_heads)
         text_logits = torch.cat([text_logits, text_states @ keys.transpose(-1, -2)], dim=-1)
         image_values = torch.cat([image_values, values.expand(batch, -1, -1, -1)], dim=-2)
 

@@ -39,7 +39,7 @@ class SDPTConfig(PeftConfig):
     Args:
         num_virtual_tokens: prototype tokens N of each fusion layer. At least 1. The paper's headline
             of 0.04 % of GLIP-L is about 10.
-        target_modules: None for every fusion attention of the host, or which of them: a list of
+        target_modules: None for every fusion layer of the host, or which of them: a list of
             module names (or ends of names), or a regular expression for the whole name.
         layers_to_transform: None for all, or the index or indices of fusion layers, counted from 0
             over all fusion layers of the host in their order (`cpt_layers` of the released code).

@@ -1,10 +1,10 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""The tuner layer: a fusion attention with unified prototype tokens."""
+"""The tuner layer: a fusion layer with unified prototype tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .attention import SideInput, bi_attention
+from .attention import Prompts
 from .config import SDPTConfig
 from .hosts import FusionHost
 from .projection import to_input_space
@@ -58,62 +58,72 @@ def prompt_shape(config: SDPTConfig, width: int) -> tuple[int, ...]:
 
 def _refresh_after_load(layer: SDPTLayer, incompatible_keys: Any) -> None:
     """`load_state_dict` hook: compiled code does not compare weights, so do it here."""
-    layer.refresh_inverses(force=not all(WeightState.is_certain(query) for query in layer._queries()))
+    layer.refresh_inverses(force=not all(WeightState.is_certain(projection) for projection in layer._projections()))
 
 
 class SDPTLayer(nn.Module, BaseTunerLayer):
-    """A fusion attention whose tokens also attend to prompts (arXiv 2407.11414, section 3).
+    """A fusion layer whose tokens also attend to prompts (arXiv 2407.11414, section 3).
 
-    Takes and returns what the wrapped attention does. With no prompts to see (adapters disabled, none
+    Takes and returns what the wrapped module does. With no prompts to see (adapters disabled, none
     active on this layer) the call goes to the wrapped module itself, so outputs are the host's bit for
-    bit. Otherwise the attention weights have, after the host's columns, one for each prompt that the
-    direction sees: `(B * heads, Nv, Nl + N)` for image tokens (`Nl` where prompts are hidden from the
-    image) and `(B * heads, Nl, Nv + N)` for text tokens. Prompts of several active adapters follow
-    one another in the order of activation.
+    bit. Otherwise attention weights have, after the host's columns, one for each prompt that the
+    direction sees: those of a bi-directional attention are `(B * heads, Nv, Nl + N)` for image tokens (`Nl` where
+    prompts are hidden from the image) and `(B * heads, Nl, Nv + N)` for text tokens. Prompts of several active
+    adapters follow one another in the order of activation.
 
     The inverse projections are computed when an adapter is attached and again, before the next
     forward, when a projection weight has changed: by `load_state_dict`, an operation in place, a new
     parameter or new `.data`, a cast, a merge of another tuner's adapter. Other writes that PyTorch does
     not count, in place through `weight.data`, through numpy or into a quantised weight, go unseen: call
-    `refresh_inverses(force=True)` after such a write. An adapter of another tuner that acts on a query
+    `refresh_inverses(force=True)` after such a write. An adapter of another tuner that acts on an inverted
     projection without being merged into it is refused. No gradient
     flows to the weights through their inverse.
 
     Args:
-        base_layer: the host's fusion attention.
+        base_layer: the host's fusion layer.
         fusion_host: the declaration it fits.
         adapter_name: name of the first adapter.
         config: its configuration.
+        side: which side of the fusion layer `base_layer` is; None where it has all of them.
 
     Attributes:
-        sdpt_prompts: adapter name to `(N, E)`, or `(2, N, E)` in independent mode.
-        sdpt_image_inverse: adapter name to `(d, E)`, from the aligned space to image tokens. Not saved, and never
-            below float32, whatever the dtype of the host.
-        sdpt_text_inverse: the same for text tokens.
+        sdpt_prompts: adapter name to `(N, E)`, or `(2, N, E)` in independent mode, one set a side.
+        sdpt_inverses: for each side of the module, adapter name to `(d, E)`, from the space of prompts to the side's
+            tokens. Not saved, and never below float32, whatever the dtype of the host.
     """
 
     adapter_layer_names = ("sdpt_prompts",)
     other_param_names = ("sdpt_config",)
 
-    def __init__(self, base_layer: nn.Module, fusion_host: FusionHost, adapter_name: str, config: SDPTConfig) -> None:
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        fusion_host: FusionHost,
+        adapter_name: str,
+        config: SDPTConfig,
+        side: int | None = None,
+    ) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.fusion_host = fusion_host
-        self.sdpt_prompts = nn.ParameterDict()
+        self.side = side
+        self._hold_prompts()
         self.sdpt_config: dict[str, SDPTConfig] = {}
-        self.sdpt_image_inverse = BufferDict(persistent=False)
-        self.sdpt_text_inverse = BufferDict(persistent=False)
-        self._inverted: tuple[WeightState, WeightState] | None = None
+        self.sdpt_inverses = nn.ModuleList(BufferDict(persistent=False) for _ in self._projections())
+        self._inverted: tuple[WeightState, ...] | None = None
         # A new module starts in training mode, and prompt dropout would act in an evaluated host.
         self.training = base_layer.training
         self.register_load_state_dict_post_hook(_refresh_after_load)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
 
+    def _hold_prompts(self) -> None:
+        self.sdpt_prompts = nn.ParameterDict()
+
     @property
     def width(self) -> int:
-        """Width E of the aligned space."""
-        return self._queries()[0].out_features
+        """Width E of the space that prompts live in."""
+        return self._projections()[0].out_features
 
     def update_layer(self, adapter_name: str, config: SDPTConfig) -> None:
         """Add the prompts of an adapter, with the start that `config` asks for."""
@@ -125,30 +135,30 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter from this layer, if it is there."""
         super().delete_adapter(adapter_name)
-        for inverses in (self.sdpt_image_inverse, self.sdpt_text_inverse):
+        for inverses in self.sdpt_inverses:
             if adapter_name in inverses:
                 del inverses[adapter_name]
 
     def refresh_inverses(self, force: bool = False) -> None:
         """Recompute the inverse projections if a weight has changed since; with `force`, anyway."""
-        queries = self._queries()
-        for query in queries:
-            refuse_adapted(query)
+        projections = self._projections()
+        for projection in projections:
+            refuse_adapted(projection)
         if force or not self._inverses_hold():
-            for inverses in (self.sdpt_image_inverse, self.sdpt_text_inverse):
+            for inverses in self.sdpt_inverses:
                 inverses.clear()
-        for inverses, query in zip((self.sdpt_image_inverse, self.sdpt_text_inverse), queries, strict=True):
+        for inverses, projection in zip(self.sdpt_inverses, projections, strict=True):
             # Adapters with the same tolerance share one tensor.
             known = {self.sdpt_config[name].pinv_rtol: value for name, value in inverses.items()}
             for name, config in self.sdpt_config.items():
                 if name not in inverses:
                     if config.pinv_rtol not in known:
-                        known[config.pinv_rtol] = inverse_of(query, config.pinv_rtol)
+                        known[config.pinv_rtol] = inverse_of(projection, config.pinv_rtol)
                     inverses[name] = known[config.pinv_rtol]
-        self._inverted = tuple(WeightState.of(query) for query in queries)
+        self._inverted = tuple(WeightState.of(projection) for projection in projections)
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """Same arguments and results as the wrapped attention; see the class for the weights.
+        """Same arguments and results as the wrapped module; see the class for the weights.
 
         Args:
             adapter_names: of each sample the adapter whose prompts it sees, `"__base__"` for none; as
@@ -158,92 +168,87 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
         names = [name for name in asked if name in self.sdpt_prompts]
         if self.disable_adapters or (not names and adapter_names is None):
             return self.base_layer(*args, **kwargs)
-        image, text, image_mask, text_mask = self.fusion_host.bind(args, kwargs)
-        if adapter_names is not None and len(adapter_names) != len(image):
-            raise ValueError(
-                "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(adapter_names)} and {len(image)} respectively."
-            )
-        if not names:
-            return self.base_layer(*args, **kwargs)
-        image_prompts, text_prompts = self._prompts(names)
-        # They stay in float32 on a half-precision host, whose projections take what its own tokens are.
-        image_prompts = image_prompts.to(image.dtype)
-        text_prompts = text_prompts.to(text.dtype) if text_prompts is not None else None
-        image_hidden = text_hidden = None
         if adapter_names is not None:
-            shown = [name for name in names if self.sdpt_config[name].image_attends_prompts]
-            image_hidden, text_hidden = (self._hidden(adapter_names, owners, image.device) for owners in (names, shown))
-        base = self.base_layer
-        return bi_attention(
-            SideInput(image, image_mask, image_prompts, image_hidden),
-            SideInput(text, text_mask, text_prompts, text_hidden),
-            self.fusion_host.image_side(base),
-            self.fusion_host.text_side(base),
-            num_heads=base.num_heads,
-            scale=base.scale,
-            dropout=base.dropout if base.training else 0.0,
-            image_mask_function=self.fusion_host.image_mask,
-            text_mask_function=self.fusion_host.text_mask,
-        )
+            samples = len(self.fusion_host.bind(args, kwargs)[self.fusion_host.arguments[0]])
+            if len(adapter_names) != samples:
+                raise ValueError(
+                    "Length of `adapter_names` should be the same as the number of inputs, but got "
+                    f"{len(adapter_names)} and {samples} respectively."
+                )
+        prompts = self._prompts(names, adapter_names)
+        if all(side.tokens is None for side in prompts):
+            return self.base_layer(*args, **kwargs)
+        return self.fusion_host.attend(self.base_layer, args, kwargs, prompts)
 
-    def _prompts(self, names: list[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Prompts of these adapters as input tokens of the host: image `(N, dv)`, text `(N, dl)`.
-
-        Text prompts are those that the image attends to: None when no adapter shows it any.
-        """
+    def _prompts(self, names: list[str], adapter_names: Sequence[str] | None) -> list[Prompts]:
+        """Prompts of these adapters as input tokens of the host, for each side of the module."""
         # Comparing versions would break the graph of torch.compile; there the load hook serves.
         if not torch.compiler.is_compiling() and not self._inverses_hold():
             self.refresh_inverses()
-        image_query, text_query = self._queries()
-        for query in (image_query, text_query):
-            refuse_adapted(query)
-        image_prompts, text_prompts = [], []
-        for name in names:
-            config = self.sdpt_config[name]
-            tokens = F.dropout(self.sdpt_prompts[name], config.prompt_dropout, self.training)
-            image_tokens, text_tokens = tokens.unbind(0) if tokens.dim() == 3 else (tokens, tokens)
-            image_prompts.append(to_input_space(image_tokens, self.sdpt_image_inverse[name], bias_of(image_query)))
-            if config.image_attends_prompts:
-                text_prompts.append(to_input_space(text_tokens, self.sdpt_text_inverse[name], bias_of(text_query)))
-        return torch.cat(image_prompts), torch.cat(text_prompts) if text_prompts else None
+        projections = self._projections()
+        for projection in projections:
+            refuse_adapted(projection)
+        tokens = {
+            name: F.dropout(self.sdpt_prompts[name], self.sdpt_config[name].prompt_dropout, self.training)
+            for name in names
+        }
+        prompts = []
+        for place, projection in enumerate(projections):
+            side = place if self.side is None else self.side
+            shown = [
+                name
+                for name in names
+                if self.sdpt_config[name].image_attends_prompts or side != self.fusion_host.image_reads
+            ]
+            if not shown:
+                prompts.append(Prompts(None))
+                continue
+            parts = [
+                to_input_space(
+                    # In independent mode each side has a set.
+                    tokens[name][side] if tokens[name].dim() == 3 else tokens[name],
+                    self.sdpt_inverses[place][name],
+                    bias_of(projection),
+                )
+                for name in shown
+            ]
+            hidden = None if adapter_names is None else self._hidden(adapter_names, shown, parts[0].device)
+            prompts.append(Prompts(torch.cat(parts), hidden))
+        return prompts
 
-    def _hidden(self, adapter_names: Sequence[str], owners: list[str], device: torch.device) -> torch.Tensor | None:
+    def _hidden(self, adapter_names: Sequence[str], owners: list[str], device: torch.device) -> torch.Tensor:
         """`(B, N)`, True where a prompt of `owners`, one after the other, is not of the sample's adapter."""
-        if not owners:
-            return None
         sizes = torch.tensor([self.sdpt_config[name].num_virtual_tokens for name in owners])
         owner = torch.arange(len(owners)).repeat_interleave(sizes)
         number = {name: index for index, name in enumerate(owners)}
         wanted = torch.tensor([number.get(name, -1) for name in adapter_names])
         return (wanted[:, None] != owner).to(device)
 
-    def _queries(self) -> tuple[nn.Module, nn.Module]:
-        base = self.get_base_layer()
-        return self.fusion_host.image_side(base).query, self.fusion_host.text_side(base).query
+    def _projections(self) -> tuple[nn.Module, ...]:
+        return self.fusion_host.projections(self.get_base_layer())
 
     def _inverses_hold(self) -> bool:
         """Whether the inverses are those of the weights as they are now."""
         return self._inverted is not None and all(
-            state.still_holds(query) for state, query in zip(self._inverted, self._queries(), strict=True)
+            state.still_holds(projection) for state, projection in zip(self._inverted, self._projections(), strict=True)
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> SDPTLayer:
-        held, before = self._inverses_hold(), [device_and_dtype(query) for query in self._queries()]
+        held, before = self._inverses_hold(), [device_and_dtype(each) for each in self._projections()]
         super()._apply(fn, recurse)
         if any(device.type == "meta" for device, _ in before):
             # No weights yet, perhaps uninitialised memory: at load time or at the next forward.
             self._inverted = None
-        elif held and [dtype for _, dtype in before] == [device_and_dtype(query)[1] for query in self._queries()]:
+        elif held and [dtype for _, dtype in before] == [device_and_dtype(each)[1] for each in self._projections()]:
             # Only moved, and the inverses with them.
-            self._inverted = tuple(WeightState.of(query) for query in self._queries())
+            self._inverted = tuple(WeightState.of(projection) for projection in self._projections())
         else:
             # A cast rounds the weights, and has cast the inverses too, below float32 perhaps.
             self.refresh_inverses(force=True)
         return self
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
-        return device_and_dtype(self.fusion_host.image_side(base_layer).query)
+        return device_and_dtype(self.fusion_host.projections(base_layer)[0])
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise NotImplementedError(CANNOT_MERGE)
@@ -253,3 +258,27 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
 
     def extra_repr(self) -> str:
         return f"width={self.width}, fusion_host={self.fusion_host.name!r}"
+
+
+class SharedSDPTLayer(SDPTLayer):
+    """The second module of a fusion layer whose directions are modules in different places.
+
+    It sees the prompts of the first one, and holds none of its own: they are trained, saved and counted once.
+    """
+
+    def _hold_prompts(self) -> None:
+        # In a tuple, so that the first module does not become a part of this one.
+        self._first: tuple[SDPTLayer, ...] = ()
+
+    def share(self, first: SDPTLayer) -> None:
+        """See the prompts of `first` from now on."""
+        self._first = (first,)
+
+    @property
+    def sdpt_prompts(self) -> Mapping[str, nn.Parameter]:
+        return self._first[0].sdpt_prompts if self._first else {}
+
+    def update_layer(self, adapter_name: str, config: SDPTConfig) -> None:
+        """Take on an adapter, whose prompts the first module gets."""
+        self.sdpt_config[adapter_name] = config
+        self.refresh_inverses()

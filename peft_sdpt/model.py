@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
@@ -15,8 +15,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper, match_target_against_key
 from torch import nn
 
 from .config import SDPTConfig
-from .hosts import find_host, supported_hosts
-from .layer import CANNOT_MERGE, SDPTLayer, prompt_shape
+from .hosts import FusionHost, find_hosts, supported_hosts
+from .layer import CANNOT_MERGE, SDPTLayer, SharedSDPTLayer, prompt_shape
 from .saved import differing_shapes
 from .weights import refuse_adapted, refuse_out_of_reach
 
@@ -32,7 +32,7 @@ class SDPTModel(BaseTuner):
     (`modules_to_save` is PEFT's own to check, after that).
 
     Raises:
-        ValueError: the host has no known fusion attention; `target_modules` matches nothing, or a
+        ValueError: the host has no known fusion layer; `target_modules` matches nothing, or a
             module that is none; a layer of `layers_to_transform` is not there; the config belongs to
             a saved adapter whose layers are not those of the host; another tuner's adapter acts on a
             projection that SDPT inverts; its weight is sharded or offloaded already.
@@ -45,7 +45,8 @@ class SDPTModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         # Gone again if the host is refused, which then bears no trace.
         config = self.peft_config.pop(adapter_name)
-        selected = _select_fusion_layers(model, config)
+        layers = _select_fusion_layers(model, config)
+        selected = {name: layer.width for name, layer in layers.items()}
         if config.attached and config.fusion_layers != selected:
             # Used on another host before, whose adapter keeps what was found there.
             config = copy.deepcopy(config)
@@ -57,14 +58,18 @@ class SDPTModel(BaseTuner):
         config.fusion_layers = selected
         config.attached = True
         self.peft_config[adapter_name] = config
+        # Of each module to be wrapped the declaration, and the name of the fusion layer that it is a part of.
+        self._targets = {part: (layer.host, name) for name, layer in layers.items() for part in layer.parts}
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        for part, (_, name) in self._targets.items():
+            if part != name:
+                model.get_submodule(part).share(model.get_submodule(name))
 
     def _prepare_adapter_config(self, peft_config: SDPTConfig, model_config: dict) -> SDPTConfig:
         return peft_config
 
-    @staticmethod
-    def _check_target_module_exists(peft_config: SDPTConfig, key: str) -> bool:
-        return key in (peft_config.fusion_layers or {})
+    def _check_target_module_exists(self, peft_config: SDPTConfig, key: str) -> bool:
+        return key in self._targets
 
     def _create_and_replace(
         self,
@@ -79,7 +84,9 @@ class SDPTModel(BaseTuner):
         if isinstance(target, SDPTLayer):
             target.update_layer(adapter_name, peft_config)
             return
-        layer = SDPTLayer(target, find_host(target), adapter_name, peft_config)
+        host, name = self._targets[current_key]
+        layer_class = SDPTLayer if current_key == name else SharedSDPTLayer
+        layer = layer_class(target, host, adapter_name, peft_config, side=host.side_of(current_key))
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -170,7 +177,7 @@ class SDPTModel(BaseTuner):
         self.inject_adapter(self.model, adapter_name)
         with torch.no_grad():
             for layer in self.model.modules():
-                if not isinstance(layer, SDPTLayer) or adapter_name not in layer.sdpt_prompts:
+                if not _holds_prompts(layer) or adapter_name not in layer.sdpt_prompts:
                     continue
                 parts = [layer.sdpt_prompts[name] * weight for name, weight in zip(adapters, weights, strict=True)]
                 # Tokens are the last dimension but one, also where each modality has a set.
@@ -221,7 +228,7 @@ class SDPTModel(BaseTuner):
         prompts = {
             f"{name}.sdpt_prompts.{adapter_name}": tuple(module.sdpt_prompts[adapter_name].shape)
             for name, module in model.named_modules()
-            if isinstance(module, SDPTLayer) and adapter_name in module.sdpt_prompts
+            if _holds_prompts(module) and adapter_name in module.sdpt_prompts
         }
         found = {k: tuple(v.shape) for k, v in remapped.items() if ".sdpt_prompts" in k}
         _check_prompt_shapes(
@@ -255,15 +262,31 @@ def _check_prompt_shapes(found: dict[str, tuple[int, ...]], expected: dict[str, 
         )
 
 
-def _select_fusion_layers(model: nn.Module, config: SDPTConfig) -> dict[str, int]:
-    """Module name and width of the fusion layers that `config` asks for, in the host's order."""
+class _FusionLayer(NamedTuple):
+    """A fusion layer of a host: the modules it is made of, the one that holds the tokens first."""
+
+    host: FusionHost
+    parts: list[str]
+    projections: list[nn.Module]
+
+    @property
+    def width(self) -> int:
+        return self.projections[0].out_features
+
+
+def _holds_prompts(module: nn.Module) -> bool:
+    return isinstance(module, SDPTLayer) and not isinstance(module, SharedSDPTLayer)
+
+
+def _select_fusion_layers(model: nn.Module, config: SDPTConfig) -> dict[str, _FusionLayer]:
+    """The fusion layers that `config` asks for, in the host's order, each under the name of its first module."""
     modules = _adaptable_modules(model, config)
-    layers = {name: module for name, module in modules.items() if _is_fusion_layer(module)}
+    layers = _fusion_layers(model, modules)
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has no fusion layer that SDPT knows"
             + (f" outside of modules_to_save={config.modules_to_save}" if config.modules_to_save else "")
-            + f". Models that have one: {supported_hosts()}."
+            + f". Models that have one: {supported_hosts()}. Others: peft_sdpt.register_host."
         )
 
     names = list(layers)
@@ -277,18 +300,46 @@ def _select_fusion_layers(model: nn.Module, config: SDPTConfig) -> dict[str, int
         names = [name for i, name in enumerate(names) if i in config.layers_to_transform]
 
     if config.target_modules is not None:
-        targeted = _targeted_names(modules, config)
-        names = [name for name in names if name in targeted]
+        targeted = _targeted_names(modules, layers, config)
+        names = [name for name in names if not targeted.isdisjoint(layers[name].parts)]
         if not names:
             raise ValueError(
                 f"SDPTConfig.target_modules={config.target_modules!r} matches none of the fusion "
                 f"layers asked for by layers_to_transform={config.layers_to_transform}."
             )
     for name in names:
-        for query in _queries(layers[name]):
-            refuse_adapted(query)
-            refuse_out_of_reach(query)
-    return {name: _queries(layers[name])[0].out_features for name in names}
+        _check_mode(name, layers[name].host, config)
+        for projection in layers[name].projections:
+            refuse_adapted(projection)
+            refuse_out_of_reach(projection)
+    return {name: layers[name] for name in names}
+
+
+def _fusion_layers(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, _FusionLayer]:
+    """All fusion layers among `modules`; those with one of two parts alone are none."""
+    hosts = find_hosts(model)
+    layers: dict[str, _FusionLayer] = {}
+    for name, module in modules.items():
+        host = module.fusion_host if isinstance(module, SDPTLayer) else hosts.get(name)
+        if host is None:
+            continue
+        layer = layers.setdefault(host.leader(name), _FusionLayer(host, [], []))
+        layer.parts.append(name)
+        layer.projections.extend(host.projections(module.get_base_layer() if isinstance(module, SDPTLayer) else module))
+    return {name: layer for name, layer in layers.items() if len(layer.projections) == layer.host.num_sides}
+
+
+def _check_mode(name: str, host: FusionHost, config: SDPTConfig) -> None:
+    if config.prompt_mode == "independent" and host.num_sides != 2:
+        raise ValueError(
+            f"SDPTConfig.prompt_mode='independent' gives each of two sides its own tokens, and '{name}' ({host.name}) "
+            "has one. Use 'unified'."
+        )
+    if not config.image_attends_prompts and host.image_reads is None:
+        raise ValueError(
+            f"SDPTConfig.image_attends_prompts=False hides prompts from image tokens, and what '{name}' ({host.name}) "
+            "does cannot be told apart by who attends. Use True."
+        )
 
 
 def _adaptable_modules(model: nn.Module, config: SDPTConfig) -> dict[str, nn.Module]:
@@ -309,41 +360,29 @@ def _adaptable_modules(model: nn.Module, config: SDPTConfig) -> dict[str, nn.Mod
     return modules
 
 
-def _targeted_names(modules: dict[str, nn.Module], config: SDPTConfig) -> set[str]:
-    """Names that `target_modules` matches, by PEFT's rules; all of them fusion layers."""
+def _targeted_names(modules: dict[str, nn.Module], layers: dict[str, _FusionLayer], config: SDPTConfig) -> set[str]:
+    """Names that `target_modules` matches, by PEFT's rules; all of them of fusion layers."""
     targets = config.target_modules
+    known = [part for layer in layers.values() for part in layer.parts]
     if isinstance(targets, str):
         matched = {name for name in modules if match_target_against_key(targets, name)}
         unused = [] if matched else [targets]
     else:
         matched = {name for name in modules if any(_ends_with(name, t) for t in targets)}
         unused = [t for t in targets if not any(_ends_with(name, t) for name in matched)]
-    strangers = sorted(name for name in matched if not _is_fusion_layer(modules[name]))
+    strangers = sorted(matched.difference(known))
     if strangers:
         raise ValueError(
             f"SDPTConfig.target_modules={targets!r} matches '{strangers[0]}' "
-            f"({type(modules[strangers[0]]).__name__}), which is no fusion attention. Supported: "
+            f"({type(modules[strangers[0]]).__name__}), which is no fusion layer. Supported: "
             f"{supported_hosts()}."
         )
     if unused:
-        fusion_layers = [name for name, module in modules.items() if _is_fusion_layer(module)]
         raise ValueError(
-            f"SDPTConfig.target_modules: {unused} matches no module. Fusion layers of this host: "
-            f"{', '.join(fusion_layers)}."
+            f"SDPTConfig.target_modules: {unused} matches no module. Fusion layers of this host: {', '.join(known)}."
         )
     return matched
 
 
 def _ends_with(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
-
-
-def _is_fusion_layer(module: nn.Module) -> bool:
-    return isinstance(module, SDPTLayer) or find_host(module) is not None
-
-
-def _queries(module: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """Query projections of a fusion attention, image and text."""
-    module = module.base_layer if isinstance(module, SDPTLayer) else module
-    host = find_host(module)
-    return host.image_side(module).query, host.text_side(module).query

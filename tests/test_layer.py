@@ -313,11 +313,11 @@ def test_adapters_share_an_inverse_of_the_same_tolerance():
     layer = make_layer()
     layer.update_layer("same", SDPTConfig())
     layer.update_layer("other", SDPTConfig(pinv_rtol=0.6))
-    for inverses in (layer.sdpt_image_inverse, layer.sdpt_text_inverse):
+    for inverses in (layer.sdpt_inverses[0], layer.sdpt_inverses[1]):
         assert inverses["same"] is inverses["default"]
         assert not torch.allclose(inverses["other"], inverses["default"])
     layer.delete_adapter("same")
-    assert list(layer.sdpt_image_inverse) == ["default", "other"] == list(layer.sdpt_prompts)
+    assert list(layer.sdpt_inverses[0]) == ["default", "other"] == list(layer.sdpt_prompts)
 
 
 # ---- start of the tokens
@@ -496,7 +496,7 @@ def test_loading_refreshes_at_once_for_compiled_code(counted):
     layer.load_state_dict({"base_layer.vision_proj.weight": weight}, strict=False)
     assert counted[0] == 4
     expected = torch.linalg.pinv(weight)
-    torch.testing.assert_close(layer.sdpt_image_inverse["default"], expected)
+    torch.testing.assert_close(layer.sdpt_inverses[0]["default"], expected)
 
 
 def test_weights_made_under_inference_mode(counted):
@@ -526,7 +526,7 @@ def test_inverses_are_not_saved_and_are_buffers():
     layer = make_layer()
     assert [key for key in layer.state_dict() if "inverse" in key] == []
     names = [name for name, _ in layer.named_buffers()]
-    assert names == ["sdpt_image_inverse.default", "sdpt_text_inverse.default"]
+    assert names == ["sdpt_inverses.0.default", "sdpt_inverses.1.default"]
     assert [n for n, p in layer.named_parameters() if p.requires_grad] == ["sdpt_prompts.default"]
 
 
@@ -535,8 +535,8 @@ def test_casting_the_layer_keeps_the_inverse_in_float32_or_better(dtype):
     layer = make_layer(dtype=torch.float32)
     layer.to(dtype)
     for inverses, projection in (
-        (layer.sdpt_image_inverse, layer.base_layer.vision_proj),
-        (layer.sdpt_text_inverse, layer.base_layer.text_proj),
+        (layer.sdpt_inverses[0], layer.base_layer.vision_proj),
+        (layer.sdpt_inverses[1], layer.base_layer.text_proj),
     ):
         inverse = inverses["default"]
         assert inverse.dtype == torch.promote_types(dtype, torch.float32)

@@ -229,11 +229,11 @@ def test_target_modules_and_layers_to_transform_both_hold():
         (
             {"target_modules": ["vision_proj"]},
             r"matches 'model\.encoder\.layers\.0\.fusion_layer\.attn\.vision_proj' \(Linear\), which "
-            r"is no fusion attention\. Supported: Grounding DINO, .* \(GroundingDinoBiMultiHeadAttention, MMGrounding",
+            r"is no fusion layer\. Supported: Grounding DINO, .* \(GroundingDinoBiMultiHeadAttention, MMGrounding",
         ),
         (
             {"target_modules": r".*fusion_layer.*"},
-            r"layers\.0\.fusion_layer' \(GroundingDinoFusionLayer\), which is no fusion attention",
+            r"layers\.0\.fusion_layer' \(GroundingDinoFusionLayer\), which is no fusion layer",
         ),
         (
             {"target_modules": [LAYERS[0]], "layers_to_transform": [1]},

@@ -200,7 +200,7 @@ def test_low_cpu_mem_usage_starts_without_weights_but_with_inverses():
     assert layer.sdpt_prompts["default"].is_meta
     assert not layer.base_layer.vision_proj.weight.is_meta
     exact = torch.linalg.pinv(layer.base_layer.vision_proj.weight.double()).float()
-    torch.testing.assert_close(layer.sdpt_image_inverse["default"], exact)
+    torch.testing.assert_close(layer.sdpt_inverses[0]["default"], exact)
     model = attach(make_host())
     set_peft_model_state_dict(host, get_peft_model_state_dict(model), low_cpu_mem_usage=True)
     assert torch.equal(run(host), run(model))
@@ -295,4 +295,4 @@ def test_reloading_weights_into_an_adapter(tmp_path):
     assert not torch.equal(run(model), tuned)
     model.load_adapter(tmp_path, "default")
     assert torch.equal(run(model), tuned)
-    assert "sdpt_image_inverse" not in " ".join(model.state_dict())
+    assert "sdpt_inverses" not in " ".join(model.state_dict())

@@ -34,7 +34,6 @@ from hosts import ROOT, attach, make_host, run_python
 from peft_sdpt import SDPTConfig, SDPTLayer
 from pictograms import tasks
 
-ROOT = Path(__file__).resolve().parent.parent
 HOST = ROOT / "examples" / "host"
 
 

@@ -81,7 +81,7 @@ def test_the_inverse_is_of_the_map_that_the_host_applies(quantised):
     maps = {name: dense(quantised.get_submodule(f"{name}.vision_proj")) for name in LAYERS}
     model = attach(quantised)
     for name, weight in maps.items():
-        inverse = model.base_model.model.get_submodule(name).sdpt_image_inverse["default"]
+        inverse = model.base_model.model.get_submodule(name).sdpt_inverses[0]["default"]
         assert inverse.dtype == torch.float32
         # Inputs are rounded too by some kernels, to one part in 127.
         torch.testing.assert_close(inverse @ weight, torch.eye(32), rtol=0, atol=0.06)

@@ -1,78 +1,145 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""What SDPT has to know of a fusion attention: names and conventions, no code of its own."""
+"""What SDPT has to know of any fusion layer; the three kinds of fusion are in the files beside this one."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from ..attention import MaskFunction, Side, hide_padding
+from ..attention import Prompts
 
 
-@dataclass(frozen=True)
-class FusionHost:
-    """Declaration of a family of bi-directional fusion attentions.
+@dataclass(frozen=True, kw_only=True)
+class FusionHost(ABC):
+    """Declaration of a family of fusion layers: names and conventions.
 
-    A module belongs to the family when its class, or one it derives from, has one of `class_names`
-    and all projections are there. Nothing is imported for that, so a host needs no dependency. The
-    module also carries `num_heads`, `scale` and `dropout`, and returns
-    `((image, weights), (text, weights))`.
+    A *side* of a fusion layer is a sequence that prompts are appended to, with the projection that is inverted for it.
+    A module belongs to the family when its class, or one it derives from, has one of `class_names`, its forward starts
+    with `arguments`, and all that the declaration names is there. Nothing is imported for that, so a host needs no
+    dependency.
 
     Attributes:
-        name: what a user calls the host.
-        class_names: class names of the fusion attention.
-        image_projections, text_projections: attribute names of the query, value and output
-            projections of a modality. The query projection is the one whose inverse SDPT takes.
-        arguments: names of the forward's arguments for image tokens, text tokens, image mask and
-            text mask, in the order in which they are declared.
-        image_mask, text_mask: how a mask acts on the logits.
+        name: what a user calls the host. Registering another of the same name replaces it.
+        class_names: class names of the module that is adapted.
+        arguments: the first parameters of its forward, in their order. The first one is a tensor `(B, L, d)`.
+        within: class names, one of which has to hold the module; empty where any model may.
+        split: for hosts whose two directions are modules in different places: the parts of their full names in which
+            they differ. The module of the first reads the image, that of the second the text; both see one set of
+            tokens, which lives in the first.
+        image_reads: which side image tokens attend to, and `image_attends_prompts=False` therefore hides; None where
+            that cannot be told apart.
     """
 
     name: str
     class_names: tuple[str, ...]
-    image_projections: tuple[str, str, str]
-    text_projections: tuple[str, str, str]
-    arguments: tuple[str, str, str, str]
-    image_mask: MaskFunction = hide_padding
-    text_mask: MaskFunction = hide_padding
+    arguments: tuple[str, ...]
+    within: tuple[str, ...] = ()
+    split: tuple[str, str] | None = None
+    image_reads: int | None = None
 
-    def matches(self, module: nn.Module) -> bool:
-        """Whether `module` is a fusion attention of this family."""
-        class_names = {cls.__name__ for cls in type(module).__mro__}
-        projections = self.image_projections + self.text_projections
-        return not class_names.isdisjoint(self.class_names) and all(
-            isinstance(getattr(module, name, None), nn.Module) for name in projections
+    @property
+    @abstractmethod
+    def inverted(self) -> tuple[str, ...]:
+        """Dotted attribute names of the projections whose inverse is taken, one a side of the module."""
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """Dotted names of all attributes that a module of the family has."""
+        return self.inverted
+
+    @property
+    def num_sides(self) -> int:
+        """Sides of a fusion layer, 1 or 2; with two, `prompt_mode="independent"` can give each its own tokens."""
+        return 2 if self.split else len(self.inverted)
+
+    @abstractmethod
+    def attend(
+        self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], prompts: Sequence[Prompts]
+    ) -> Any:
+        """What `module(*args, **kwargs)` returns when its tokens also attend to prompts.
+
+        Args:
+            module: a module of the family.
+            args, kwargs: of the call.
+            prompts: for each side of the module; at least one has tokens.
+        """
+
+    def matches(self, module: nn.Module, ancestors: Iterable[nn.Module] = ()) -> bool:
+        """Whether `module` is a fusion layer of this family.
+
+        Args:
+            module: any module.
+            ancestors: the modules that hold it.
+        """
+        return (
+            _is_a(module, self.class_names)
+            and all(_attribute(module, name) is not None for name in self.needed)
+            and _parameters(type(module))[: len(self.arguments)] == self.arguments
+            and (not self.within or any(_is_a(ancestor, self.within) for ancestor in ancestors))
         )
 
-    def image_side(self, module: nn.Module) -> Side:
-        """The image projections of a fusion attention."""
-        return Side(*(getattr(module, name) for name in self.image_projections))
+    def projections(self, module: nn.Module) -> tuple[nn.Module, ...]:
+        """The projections that are inverted, one a side of the module."""
+        return tuple(_attribute(module, name) for name in self.inverted)
 
-    def text_side(self, module: nn.Module) -> Side:
-        """The text projections of a fusion attention."""
-        return Side(*(getattr(module, name) for name in self.text_projections))
-
-    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any, Any, Any]:
-        """Image tokens, text tokens, image mask and text mask from the arguments of a call.
+    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Values by name, of a call's positional arguments and all its named ones.
 
         Raises:
-            TypeError: an argument is unknown, missing or given twice, as the host itself raises it.
+            TypeError: an argument is given twice, or the first is missing, as the host itself raises it.
         """
-        names = self.arguments
-        if len(args) > len(names):
-            raise TypeError(f"{self.class_names[0]} takes {names}, got {len(args)} arguments")
-        bound = dict(zip(names, args, strict=False))
-        for name, value in kwargs.items():
-            if name not in names or name in bound:
-                raise TypeError(
-                    f"{self.class_names[0]} takes {names}, got {name!r} " + ("twice" if name in bound else "as well")
-                )
-            bound[name] = value
-        missing = [name for name in names[:2] if name not in bound]
-        if missing:
-            raise TypeError(f"{self.class_names[0]} needs {missing}")
-        return tuple(bound.get(name) for name in names)
+        bound = dict(zip(self.arguments, args, strict=False))
+        twice = sorted(bound.keys() & kwargs.keys())
+        if twice:
+            raise TypeError(f"{self.class_names[0]} got {twice[0]!r} twice")
+        bound.update(kwargs)
+        if self.arguments[0] not in bound:
+            raise TypeError(f"{self.class_names[0]} needs {self.arguments[0]!r}")
+        return bound
+
+    def replace(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], changes: Mapping[str, Any]
+    ) -> tuple[list[Any], dict[str, Any]]:
+        """The call's arguments with other values, each at its place."""
+        args, kwargs = list(args), dict(kwargs)
+        for name, value in changes.items():
+            place = self.arguments.index(name)
+            if place < len(args):
+                args[place] = value
+            else:
+                kwargs[name] = value
+        return args, kwargs
+
+    def leader(self, name: str) -> str:
+        """Full name of the module that holds the tokens, of that of a module of the same fusion layer."""
+        return _exchange(name, self.split[1], self.split[0]) if self.split else name
+
+    def side_of(self, name: str) -> int | None:
+        """Which side the module of this full name is; None where a module has all sides of its fusion layer."""
+        return int(self.split[1] in name.split(".")) if self.split else None
+
+
+def _exchange(name: str, part: str, other: str) -> str:
+    return ".".join(other if item == part else item for item in name.split("."))
+
+
+def _is_a(module: nn.Module, class_names: Iterable[str]) -> bool:
+    return not {cls.__name__ for cls in type(module).__mro__}.isdisjoint(class_names)
+
+
+def _attribute(module: nn.Module, name: str) -> Any:
+    for part in name.split("."):
+        module = getattr(module, part, None)
+    return module
+
+
+@functools.cache
+def _parameters(cls: type[nn.Module]) -> tuple[str, ...]:
+    return tuple(inspect.signature(cls.forward).parameters)[1:]

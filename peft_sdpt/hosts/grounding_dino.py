@@ -5,17 +5,16 @@
 Read in transformers 5.24; the two attention classes are the same but for their names.
 """
 
-from .declaration import FusionHost
+from .bi_attention import BiAttentionHost
 
-GROUNDING_DINO = FusionHost(
+GROUNDING_DINO = BiAttentionHost(
     name="Grounding DINO, MM Grounding DINO and LLMDet of transformers",
     class_names=("GroundingDinoBiMultiHeadAttention", "MMGroundingDinoBiMultiHeadAttention"),
+    arguments=("vision_features", "text_features", "vision_attention_mask", "text_attention_mask"),
     image_projections=("vision_proj", "values_vision_proj", "out_vision_proj"),
     text_projections=("text_proj", "values_text_proj", "out_text_proj"),
-    arguments=(
-        "vision_features",
-        "text_features",
-        "vision_attention_mask",
-        "text_attention_mask",
-    ),
+    image_tokens="vision_features",
+    text_tokens="text_features",
+    image_mask="vision_attention_mask",
+    text_mask="text_attention_mask",
 )

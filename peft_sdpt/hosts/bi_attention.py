@@ -1,0 +1,74 @@
+# Copyright 2026 The peft_sdpt authors
+# SPDX-License-Identifier: Apache-2.0
+"""Fusion in both directions by one module: image and text tokens attend to each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..attention import MaskFunction, Prompts, Side, SideInput, bi_attention, hide_padding
+from .declaration import FusionHost
+
+
+@dataclass(frozen=True, kw_only=True)
+class BiAttentionHost(FusionHost):
+    """Declaration of a bi-directional attention: what the method was made for.
+
+    The query projection of one modality makes the keys of the other, so it is the one that is inverted. The module
+    also carries `num_heads`, `scale` (of the logits, on the image's queries) and `dropout` (a probability).
+
+    Attributes:
+        image_projections, text_projections: attribute names of the query, value and output projections of a modality.
+        image_tokens, text_tokens, image_mask, text_mask: which of `arguments` these are; None for a mask that the
+            host does not have.
+        image_mask_function, text_mask_function: how a mask acts on the logits.
+        returns_weights: whether the module returns `((image, weights), (text, weights))`, or `(image, text)`.
+    """
+
+    image_projections: tuple[str, str, str]
+    text_projections: tuple[str, str, str]
+    image_tokens: str
+    text_tokens: str
+    image_mask: str | None
+    text_mask: str | None
+    image_mask_function: MaskFunction = hide_padding
+    text_mask_function: MaskFunction = hide_padding
+    returns_weights: bool = True
+    image_reads: int | None = 1
+
+    @property
+    def inverted(self) -> tuple[str, ...]:
+        return (self.image_projections[0], self.text_projections[0])
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        return (*self.image_projections, *self.text_projections, "num_heads", "scale", "dropout")
+
+    def attend(
+        self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], prompts: Sequence[Prompts]
+    ) -> Any:
+        if len(args) > len(self.arguments):
+            raise TypeError(f"{self.class_names[0]} takes {self.arguments}, got {len(args)} arguments")
+        bound = self.bind(args, kwargs)
+        unknown = [name for name in bound if name not in self.arguments]
+        if unknown:
+            raise TypeError(f"{self.class_names[0]} takes {self.arguments}, got {unknown[0]!r} as well")
+        if self.text_tokens not in bound:
+            raise TypeError(f"{self.class_names[0]} needs {self.text_tokens!r}")
+        image_prompts, text_prompts = prompts
+        (image, image_weights), (text, text_weights) = bi_attention(
+            SideInput(bound[self.image_tokens], bound.get(self.image_mask), *image_prompts),
+            SideInput(bound[self.text_tokens], bound.get(self.text_mask), *text_prompts),
+            Side(*(getattr(module, name) for name in self.image_projections)),
+            Side(*(getattr(module, name) for name in self.text_projections)),
+            num_heads=module.num_heads,
+            scale=module.scale,
+            dropout=module.dropout if module.training else 0.0,
+            image_mask_function=self.image_mask_function,
+            text_mask_function=self.text_mask_function,
+        )
+        return ((image, image_weights), (text, text_weights)) if self.returns_weights else (image, text)

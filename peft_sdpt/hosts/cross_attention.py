@@ -1,0 +1,69 @@
+# Copyright 2026 The peft_sdpt authors
+# SPDX-License-Identifier: Apache-2.0
+"""Fusion in one direction: tokens attend to a context, with query, key and value projections of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..attention import Prompts, append_prompts, append_zeros, extend_mask
+from .declaration import FusionHost
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """What queries attend to. Prompts are appended to it, and act as keys and values.
+
+    Attributes:
+        key: dotted attribute name of the key projection, which is the one that is inverted.
+        tokens: the arguments that it comes in, prompts appended to each: one, or one for the keys and one for the
+            values.
+        zeros: arguments that are added to it, position encodings for instance, to which zeros are appended.
+        mask: argument of its mask, in transformers' conventions (see `peft_sdpt.attention.extend_mask`); None where
+            there is none.
+    """
+
+    key: str
+    tokens: tuple[str, ...]
+    zeros: tuple[str, ...] = ()
+    mask: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrossAttentionHost(FusionHost):
+    """Declaration of a module with cross-attention: the host runs as it is, with a longer context.
+
+    Attributes:
+        contexts: one, or two of the same width that take part in one fusion layer.
+    """
+
+    contexts: tuple[Context, ...]
+
+    @property
+    def inverted(self) -> tuple[str, ...]:
+        return tuple(context.key for context in self.contexts)
+
+    def attend(
+        self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], prompts: Sequence[Prompts]
+    ) -> Any:
+        bound = self.bind(args, kwargs)
+        changes = {}
+        for context, added in zip(self.contexts, prompts, strict=True):
+            tokens = bound.get(context.tokens[0])
+            if added.tokens is None or tokens is None:
+                continue
+            changes.update({name: append_prompts(bound[name], added.tokens) for name in context.tokens})
+            changes.update(
+                {name: append_zeros(bound[name], added.tokens) for name in context.zeros if bound.get(name) is not None}
+            )
+            mask = extend_mask(bound.get(context.mask), tokens, added)
+            if mask is not None:
+                if context.mask is None:
+                    raise ValueError(f"{self.class_names[0]} has no mask that could hide prompts from some samples")
+                changes[context.mask] = mask
+        args, kwargs = self.replace(args, kwargs, changes)
+        return module(*args, **kwargs)

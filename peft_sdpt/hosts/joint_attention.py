@@ -1,0 +1,56 @@
+# Copyright 2026 The peft_sdpt authors
+# SPDX-License-Identifier: Apache-2.0
+"""Fusion by self-attention over image and text tokens in one sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import nn
+
+from ..attention import Prompts, append_prompts, extend_mask
+from .declaration import FusionHost
+
+
+@dataclass(frozen=True, kw_only=True)
+class JointAttentionHost(FusionHost):
+    """Declaration of a joint self-attention: prompts are appended to the sequence and their rows dropped.
+
+    The module returns a tensor, or a tuple of one and attention weights `(B, heads, L, L)`.
+
+    Attributes:
+        key: dotted attribute name of the key projection, which is the one that is inverted.
+        tokens: argument of the sequence.
+        mask: argument of its mask, in transformers' conventions (see `peft_sdpt.attention.extend_mask`).
+    """
+
+    key: str
+    tokens: str
+    mask: str
+
+    @property
+    def inverted(self) -> tuple[str, ...]:
+        return (self.key,)
+
+    def attend(
+        self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], prompts: Sequence[Prompts]
+    ) -> Any:
+        bound = self.bind(args, kwargs)
+        (added,) = prompts
+        tokens = bound[self.tokens]
+        length = tokens.shape[1]
+        mask = extend_mask(bound.get(self.mask), tokens, added)
+        if mask is not None and mask.dim() > 2 and mask.shape[-2] == length > 1:
+            # The rows of prompts are dropped: what they see is of no matter.
+            mask = F.pad(mask, (0, 0, 0, len(added.tokens)))
+        changes = {self.tokens: append_prompts(tokens, added.tokens)}
+        if mask is not None:
+            changes[self.mask] = mask
+        args, kwargs = self.replace(args, kwargs, changes)
+        outputs = module(*args, **kwargs)
+        if not isinstance(outputs, tuple):
+            return outputs[:, :length]
+        return (outputs[0][:, :length], *(weights[..., :length, :] for weights in outputs[1:]))
