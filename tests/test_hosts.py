@@ -205,6 +205,8 @@ def test_modes_that_the_host_has_no_sides_for_are_refused(case, bare):
 
 @every_host
 def test_the_full_size_model_takes_prompts(case):
+    if case.full_size is None:
+        pytest.skip("cannot be built with today's libraries")
     host = case.full_size()
     total = sum(p.numel() for p in host.parameters())
     with torch.device("meta"):

@@ -27,7 +27,7 @@ class Case:
         outputs: what the model gives for these, `(2, F)`, a row a sample, with nothing of padded positions in it.
         layers: full names of the modules that hold prompts, in order, each with the width of its prompts.
         shared: full names of the modules that see prompts of others, each with the name of that other.
-        full_size: the host as published, made on the meta device.
+        full_size: the host as published, made on the meta device; None where it does not build.
         full_size_layers: how many fusion layers that has.
         sides: how many sides each fusion layer has, where it is not one.
         image_reads: whether prompts can be hidden from the image.
@@ -39,7 +39,7 @@ class Case:
     inputs: Callable[[int], dict[str, Any]]
     outputs: Callable[[nn.Module, dict[str, Any]], torch.Tensor]
     layers: Mapping[str, int]
-    full_size: Callable[[], nn.Module]
+    full_size: Callable[[], nn.Module] | None
     full_size_layers: int
     shared: Mapping[str, str] = field(default_factory=dict)
     sides: Mapping[str, int] = field(default_factory=dict)
