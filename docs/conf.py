@@ -28,7 +28,7 @@ html_math_renderer = "mathml"
 # Names of ours must lead somewhere; those of PyTorch and PEFT would need a network to.
 nitpicky = True
 nitpick_ignore_regex = [
-    ("py:class", r"(torch|nn|peft|collections|os)\.\S+|PeftType|TaskType"),
+    ("py:class", r"(torch|nn|peft|collections|os|abc)\.\S+|PeftType|TaskType"),
     # `Attributes` of two names, of which the builder takes the first for a type.
     ("py:class", r"[a-z_]+"),
 ]

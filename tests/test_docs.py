@@ -33,6 +33,7 @@ import train_detection
 from hosts import ROOT, attach, make_host, run
 from hub import OWNER, serve, use
 from peft_sdpt import SDPTConfig, SDPTLayer
+from peft_sdpt.hosts import HOSTS
 
 DOCS = ROOT / "docs"
 PAGES = [*sorted(DOCS.glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "examples/host/README.md"]
@@ -146,10 +147,14 @@ def test_python_runs(page, hub, tmp_path, monkeypatch):
     AcceleratorState._reset_state(reset_partial_state=True)
     torch.manual_seed(0)
     namespace: dict = {}
-    for block in blocks(page):
-        if block.language == "python":
-            # Lines before it, so that a traceback has those of the page.
-            exec(compile("\n" * block.line + block.text, str(page), "exec"), namespace)
+    known = list(HOSTS)
+    try:
+        for block in blocks(page):
+            if block.language == "python":
+                # Lines before it, so that a traceback has those of the page.
+                exec(compile("\n" * block.line + block.text, str(page), "exec"), namespace)
+    finally:
+        HOSTS[:] = known
 
 
 # ---- commands

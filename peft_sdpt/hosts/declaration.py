@@ -98,7 +98,7 @@ class FusionHost(ABC):
         bound = dict(zip(self.arguments, args, strict=False))
         twice = sorted(bound.keys() & kwargs.keys())
         if twice:
-            raise TypeError(f"{self.class_names[0]} got {twice[0]!r} twice")
+            raise TypeError(f"{self.class_names[0]} takes {self.arguments}, got {twice[0]!r} twice")
         bound.update(kwargs)
         if self.arguments[0] not in bound:
             raise TypeError(f"{self.class_names[0]} needs {self.arguments[0]!r}")
