@@ -121,7 +121,7 @@ def refuse_adapted(query: nn.Module) -> None:
         if acting:
             raise ValueError(
                 f"SDPT inverts a projection that the adapter {acting[0]!r} of another tuner ({type(query).__module__}) "
-                "changes in every forward. Merge or disable it, or leave the query projections of the fusion layers "
+                "changes in every forward. Merge or disable it, or leave the inverted projections of the fusion layers "
                 "out of its target_modules."
             )
 
