@@ -8,11 +8,14 @@ from torch import nn
 
 from ..attention import add_validity, hide_invalid, hide_padding
 from .bi_attention import BiAttentionHost
+from .bridgetower import BRIDGETOWER
 from .cross_attention import Context, CrossAttentionHost
 from .declaration import FusionHost
 from .glip import GLIP, MMDETECTION, MMDETECTION_3_0, ORIGINAL_GROUNDING_DINO
 from .grounding_dino import GROUNDING_DINO
 from .joint_attention import JointAttentionHost
+from .lxmert import LXMERT
+from .sam3 import SAM3_DECODER, SAM3_ENCODER, SAM3_MASK_DECODER
 
 HOSTS: list[FusionHost] = [
     GROUNDING_DINO,
@@ -20,15 +23,25 @@ HOSTS: list[FusionHost] = [
     GLIP,
     MMDETECTION,
     MMDETECTION_3_0,
+    LXMERT,
+    BRIDGETOWER,
+    SAM3_ENCODER,
+    SAM3_DECODER,
+    SAM3_MASK_DECODER,
 ]
 
 __all__ = [
+    "BRIDGETOWER",
     "GLIP",
     "GROUNDING_DINO",
     "HOSTS",
+    "LXMERT",
     "MMDETECTION",
     "MMDETECTION_3_0",
     "ORIGINAL_GROUNDING_DINO",
+    "SAM3_DECODER",
+    "SAM3_ENCODER",
+    "SAM3_MASK_DECODER",
     "BiAttentionHost",
     "Context",
     "CrossAttentionHost",

@@ -1,0 +1,68 @@
+# Copyright 2026 The peft_sdpt authors
+# SPDX-License-Identifier: Apache-2.0
+"""SAM 3 of transformers (also SAM 3 Lite Text, and the detector within SAM 3 Video): fusion one way at a time.
+
+Read in transformers 5.24. The concept prompt is a phrase, with example boxes after it if there are any. It meets the
+image at three places, all with attentions that have query, key and value projections of one width:
+
+* in each layer of the DETR encoder image tokens attend to the concept prompt;
+* in each layer of the DETR decoder object queries attend to the concept prompt, and after it to the image;
+* in the mask decoder the encoder's image tokens attend to the concept prompt once more.
+
+What holds of the method: prompts are keys and values of frozen attentions, reached through the inverse of a frozen
+projection, the one that makes keys. Keys are as wide as the tokens, so the inverse is a true one (as far as the weight
+has full rank) and the whole of a prototype token acts.
+
+What cannot hold: nothing is dual. Concept tokens attend to no image token in any of these layers, so no layer has two
+modalities in one aligned space, and nothing is synchronous between them. In the encoder and the mask decoder a prompt
+is one more concept token, at that layer only. In the decoder one set of tokens is read as a key of the concept prompt
+and as a key of the image, by the same object queries through two unrelated key projections: to share them is a choice,
+and `prompt_mode="independent"` gives each its own, on an adapter of decoder layers alone. Who attends is the same in
+all of a module, so `image_attends_prompts=False` is refused.
+
+The image's keys get a position encoding and, by where they lie to a query's box, a bias on the logits. A prompt lies
+nowhere: it gets neither, which is what the presence token sees of all image tokens. Scores compare queries with the
+mean of the concept tokens, in which there are no prompts.
+
+The layers that encode example boxes attend to the image as well; they run with boxes only and are left alone. The
+trackers of SAM 3 share none of these classes.
+"""
+
+from .cross_attention import Context, CrossAttentionHost
+
+SAM3_ENCODER = CrossAttentionHost(
+    name="SAM 3 of transformers, DETR encoder",
+    class_names=("Sam3DetrEncoderLayer", "Sam3LiteTextDetrEncoderLayer"),
+    arguments=("vision_feats", "prompt_feats", "vision_pos_encoding", "prompt_cross_attn_mask"),
+    contexts=(Context(key="cross_attn.k_proj", tokens=("prompt_feats",), mask="prompt_cross_attn_mask"),),
+)
+
+SAM3_DECODER = CrossAttentionHost(
+    name="SAM 3 of transformers, DETR decoder",
+    class_names=("Sam3DetrDecoderLayer", "Sam3LiteTextDetrDecoderLayer"),
+    arguments=(
+        "hidden_states",
+        "query_pos",
+        "text_features",
+        "vision_features",
+        "vision_pos_encoding",
+        "text_cross_attn_mask",
+        "vision_cross_attn_mask",
+    ),
+    contexts=(
+        Context(key="text_cross_attn.k_proj", tokens=("text_features",), mask="text_cross_attn_mask"),
+        Context(
+            key="vision_cross_attn.k_proj",
+            tokens=("vision_features",),
+            zeros=("vision_pos_encoding",),
+            mask="vision_cross_attn_mask",
+        ),
+    ),
+)
+
+SAM3_MASK_DECODER = CrossAttentionHost(
+    name="SAM 3 of transformers, mask decoder",
+    class_names=("Sam3MaskDecoder", "Sam3LiteTextMaskDecoder"),
+    arguments=("decoder_queries", "backbone_features", "encoder_hidden_states", "prompt_features", "prompt_mask"),
+    contexts=(Context(key="prompt_cross_attn.k_proj", tokens=("prompt_features",), mask="prompt_mask"),),
+)
