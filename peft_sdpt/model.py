@@ -263,7 +263,7 @@ def _check_prompt_shapes(found: dict[str, tuple[int, ...]], expected: dict[str, 
 
 
 class _FusionLayer(NamedTuple):
-    """A fusion layer of a host: the modules it is made of, the one that holds the tokens first."""
+    """A fusion layer of a host: the modules it is made of, in the host's order."""
 
     host: FusionHost
     parts: list[str]
