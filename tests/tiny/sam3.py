@@ -94,7 +94,7 @@ def outputs(model, inputs):
 
 
 def full_size(name):
-    """`facebook/sam3` and `yonigozlan/sam3-litetext-s0`, whose numbers are the defaults."""
+    """The defaults: `facebook/sam3`, and what transformers ascribes to `yonigozlan/sam3-litetext-s0`."""
     config_class, model_class = CLASSES[name]
     with torch.device("meta"):
         return model_class(config_class())
