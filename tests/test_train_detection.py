@@ -48,6 +48,14 @@ def small_task(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c_is_heard():
+    """Shells start what they run in the background deaf to it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def main_job(monkeypatch, tmp_path):
     """Run the main job in this process; returns its exit code, 0 when it just returns."""
@@ -299,7 +307,7 @@ def test_data_that_changed_since_the_checkpoint_are_refused(main_job, own_task, 
 def test_gradients_that_are_not_finite_get_into_no_checkpoint(main_job, at_step, small_task, tmp_path, capsys):
     def poison():
         parameters = [p for m in gc.get_objects() if isinstance(m, SDPTLayer) for p in m.sdpt_prompts.values()]
-        for parameter in parameters:
+        for parameter in filter(lambda parameter: parameter.requires_grad, parameters):
             parameter.register_hook(lambda gradient: gradient * float("nan"))
 
     at_step(2, poison)
