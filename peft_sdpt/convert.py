@@ -39,14 +39,13 @@ _HOST_KEYS = {
     for projection in (*GLIP.image_projections, *GLIP.text_projections)
     for part in ("weight", "bias")
 }
-# `complete_card` puts its section, with code for hosts of transformers, behind this.
+# `complete_card` puts its section behind this.
 _CARD = """---
 library_name: peft
 ---
 
-Converted by `python -m peft_sdpt.convert` from a checkpoint of the released SDPT code. The host is GLIP, which is not
-part of transformers: build it with its own code, and not as the lines below do, give it the other weights of that
-checkpoint, and put the adapter onto it.
+Converted by `python -m peft_sdpt.convert` from a checkpoint of the released SDPT code. The host is GLIP, as its own code
+builds it, with the other weights of that checkpoint.
 """
 
 

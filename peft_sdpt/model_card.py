@@ -19,13 +19,16 @@ import peft
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
+from transformers.models.auto.modeling_auto import MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING_NAMES
 
 if TYPE_CHECKING:
     from .config import SDPTConfig
 
 CARD = "README.md"
 PIPELINE_TAG = "zero-shot-object-detection"
-TAGS = ("open-vocabulary-detection", "prompt-tuning", "sdpt")
+TAGS = ("prompt-tuning", "sdpt")
+DETECTION_TAG = "open-vocabulary-detection"
+_DETECTOR = "AutoModelForZeroShotObjectDetection"
 _PAPER = "https://arxiv.org/abs/2407.11414"
 _TAG_OF_HOST = "base_model:adapter:"
 _VERSIONS = "### Framework versions"
@@ -60,8 +63,10 @@ def complete_card(folder: str | os.PathLike, config: SDPTConfig) -> None:
     host = _hub_id(config.base_model_name_or_path)
     data = card.data
     data.library_name = "peft"
-    data.pipeline_tag = data.pipeline_tag or PIPELINE_TAG
     tags = {tag for tag in data.tags or () if not tag.startswith(_TAG_OF_HOST)} | set(TAGS)
+    if _class_of_host(config) == _DETECTOR:
+        data.pipeline_tag = data.pipeline_tag or PIPELINE_TAG
+        tags.add(DETECTION_TAG)
     data.tags = sorted(tags | ({_TAG_OF_HOST + host} if host else set()))
     if host:
         data.base_model = host
@@ -146,6 +151,7 @@ def _describe(config: SDPTConfig, host: str | None) -> str:
     if config.modules_to_save:
         lines.append(f"| trained whole | {', '.join(f'`{name}`' for name in config.modules_to_save)} |")
     revision = f', revision="{config.revision}"' if config.revision else ""
+    name = _class_of_host(config)
     lines += [
         "",
         "## How to load it",
@@ -153,9 +159,11 @@ def _describe(config: SDPTConfig, host: str | None) -> str:
         "```python",
         "import peft_sdpt  # first: without it, PEFT ends in KeyError: 'SDPT'",
         "from peft import PeftModel",
-        "from transformers import AutoModelForZeroShotObjectDetection",
+        *([f"from transformers import {name}"] if name else []),
         "",
-        f'host = AutoModelForZeroShotObjectDetection.from_pretrained("{host or _name(config)}"{revision})',
+        f'host = {name}.from_pretrained("{host or _name(config)}"{revision})'
+        if name
+        else "host = ...  # the model that these tokens belong to, built by the code it comes from",
         'model = PeftModel.from_pretrained(host, "user/repository")  # this one, or a folder',
         "```",
         "",
@@ -165,6 +173,15 @@ def _describe(config: SDPTConfig, host: str | None) -> str:
         f"- peft_sdpt {config.peft_sdpt_version}",
     ]
     return "\n".join(lines)
+
+
+def _class_of_host(config: SDPTConfig) -> str | None:
+    """What loads the host in transformers; None where it is of another library, or nobody told."""
+    known = config.auto_mapping or {}
+    if not str(known.get("parent_library", "")).startswith("transformers."):
+        return None
+    name = known["base_model_class"]
+    return _DETECTOR if name in MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING_NAMES.values() else name
 
 
 def _is_unfilled(text: str) -> bool:

@@ -49,6 +49,8 @@ OTHER_COMMANDS = (
     "python -m pytest",
     "ruff check",
     "ruff format",
+    "python -m peft_sdpt.convert",
+    "python tests/parity.py",
     "hf upload",
     "hf auth login",
     "sphinx-build",

@@ -14,12 +14,14 @@ from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
 import train_detection
+from bi_multi_head import FusionTower
 from hosts import ROOT, adapted_layers, attach, make_host, run
 from hub import OWNER, READER, serve, use
 from peft_sdpt import SDPTConfig, __version__
 from peft_sdpt.model_card import with_section
 from test_saving import snapshot
 from test_train_detection import main_job, small_task  # noqa: F401
+from tiny import cases
 
 REPO = "user/adapter"
 WEIGHTS = "adapter_model.safetensors"
@@ -324,6 +326,20 @@ def test_the_card_of_a_host_from_a_folder_does_not_tell_where_that_was(tmp_path)
     assert data.base_model is None and not [tag for tag in data.tags if tag.startswith("base_model")]
     attach(make_host()).save_pretrained(tmp_path / "nameless")
     assert "SDPT adapter for the host" in (tmp_path / "nameless" / "README.md").read_text()
+
+
+def test_the_card_of_a_host_of_another_kind_says_how_that_is_loaded(tmp_path):
+    lxmert = next(case for case in cases() if case.name == "lxmert")
+    attach(lxmert.make()).save_pretrained(tmp_path / "lxmert")
+    attach(FusionTower("glip")).save_pretrained(tmp_path / "glip")
+    of_lxmert, of_glip = (ModelCard.load(tmp_path / name / "README.md") for name in ("lxmert", "glip"))
+    name = type(lxmert.make()).__name__
+    assert (
+        f"from transformers import {name}\n" in of_lxmert.text and f"host = {name}.from_pretrained(" in of_lxmert.text
+    )
+    assert "host = ...  # the model that these tokens belong to" in of_glip.text
+    for card in (of_lxmert, of_glip):
+        assert card.data.pipeline_tag is None and "open-vocabulary-detection" not in card.data.tags
 
 
 def test_what_the_author_wrote_stays(tmp_path):
