@@ -44,8 +44,8 @@ _CARD = """---
 library_name: peft
 ---
 
-Converted by `python -m peft_sdpt.convert` from a checkpoint of the released SDPT code. The host is GLIP, as its own code
-builds it, with the other weights of that checkpoint.
+Converted by `python -m peft_sdpt.convert` from a checkpoint of the released SDPT code. The host is GLIP, as its own
+code builds it, with the other weights of that checkpoint.
 """
 
 
