@@ -28,13 +28,13 @@ def attach(host, seed: int = 1, **config):
 
 @pytest.fixture(scope="module")
 def bare():
-    """Outputs of each host without prompts."""
+    """Outputs of each host without prompts, frozen as PEFT leaves it: for others torch may take other kernels."""
     known = {}
 
     def outputs(case):
         if case.name not in known:
             with torch.no_grad():
-                known[case.name] = case.outputs(case.make(), case.inputs(0))
+                known[case.name] = case.outputs(case.make().requires_grad_(False), case.inputs(0))
         return known[case.name]
 
     return outputs
@@ -157,6 +157,10 @@ def test_a_mixed_batch_equals_each_adapter_alone(case, bare):
     torch.manual_seed(2)
     model.add_adapter("other", SDPTConfig(num_virtual_tokens=2))
     model.eval()
+    if not case.mixed_batches:
+        with pytest.raises(ValueError, match="has no mask that could hide prompts from some samples"):
+            case.outputs(model, {**case.inputs(0), "adapter_names": ["default", "other"]})
+        return
     alone = {"default": run(case, model), "__base__": bare(case)}
     model.set_adapter("other")
     alone["other"] = run(case, model)
@@ -200,7 +204,7 @@ def test_modes_that_the_host_has_no_sides_for_are_refused(case, bare):
         assert not torch.equal(run(case, model), bare(case))
         assert not torch.equal(run(case, model), run(case, attach(case.make())))
     assert not any(isinstance(module, SDPTLayer) for module in host.modules())
-    assert torch.equal(run(case, host), bare(case))
+    assert torch.equal(run(case, host.requires_grad_(False)), bare(case))
 
 
 @every_host

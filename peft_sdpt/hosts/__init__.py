@@ -8,13 +8,16 @@ from torch import nn
 
 from ..attention import add_validity, hide_invalid, hide_padding
 from .bi_attention import BiAttentionHost
+from .blip import BLIP, QFORMER
 from .bridgetower import BRIDGETOWER
 from .cross_attention import Context, CrossAttentionHost
 from .declaration import FusionHost
 from .glip import GLIP, MMDETECTION, MMDETECTION_3_0, ORIGINAL_GROUNDING_DINO
 from .grounding_dino import GROUNDING_DINO
 from .joint_attention import JointAttentionHost
+from .joint_encoders import FLAVA, VILT
 from .lxmert import LXMERT
+from .omdet_turbo import OMDET_TURBO
 from .sam3 import SAM3_DECODER, SAM3_ENCODER, SAM3_MASK_DECODER
 
 HOSTS: list[FusionHost] = [
@@ -28,20 +31,30 @@ HOSTS: list[FusionHost] = [
     SAM3_ENCODER,
     SAM3_DECODER,
     SAM3_MASK_DECODER,
+    BLIP,
+    QFORMER,
+    OMDET_TURBO,
+    FLAVA,
+    VILT,
 ]
 
 __all__ = [
+    "BLIP",
     "BRIDGETOWER",
+    "FLAVA",
     "GLIP",
     "GROUNDING_DINO",
     "HOSTS",
     "LXMERT",
     "MMDETECTION",
     "MMDETECTION_3_0",
+    "OMDET_TURBO",
     "ORIGINAL_GROUNDING_DINO",
+    "QFORMER",
     "SAM3_DECODER",
     "SAM3_ENCODER",
     "SAM3_MASK_DECODER",
+    "VILT",
     "BiAttentionHost",
     "Context",
     "CrossAttentionHost",

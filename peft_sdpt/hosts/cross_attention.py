@@ -25,12 +25,14 @@ class Context:
         zeros: arguments that are added to it, position encodings for instance, to which zeros are appended.
         mask: argument of its mask, in transformers' conventions (see `peft_sdpt.attention.extend_mask`); None where
             there is none.
+        mask_is_obeyed: whether the host does as its mask says; only then can prompts be hidden from some samples.
     """
 
     key: str
     tokens: tuple[str, ...]
     zeros: tuple[str, ...] = ()
     mask: str | None = None
+    mask_is_obeyed: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +62,10 @@ class CrossAttentionHost(FusionHost):
             changes.update(
                 {name: append_zeros(bound[name], added.tokens) for name in context.zeros if bound.get(name) is not None}
             )
+            if added.hidden is not None and not (context.mask and context.mask_is_obeyed):
+                raise ValueError(f"{self.class_names[0]} has no mask that could hide prompts from some samples")
             mask = extend_mask(bound.get(context.mask), tokens, added)
             if mask is not None:
-                if context.mask is None:
-                    raise ValueError(f"{self.class_names[0]} has no mask that could hide prompts from some samples")
                 changes[context.mask] = mask
         args, kwargs = self.replace(args, kwargs, changes)
         return module(*args, **kwargs)

@@ -31,6 +31,7 @@ class Case:
         full_size_layers: how many fusion layers that has.
         sides: how many sides each fusion layer has, where it is not one.
         image_reads: whether prompts can be hidden from the image.
+        mixed_batches: whether samples of one batch can see different adapters.
         tolerance: how much padding, or the other sample of a batch, may change outputs.
     """
 
@@ -44,6 +45,7 @@ class Case:
     shared: Mapping[str, str] = field(default_factory=dict)
     sides: Mapping[str, int] = field(default_factory=dict)
     image_reads: bool = False
+    mixed_batches: bool = True
     tolerance: float = 1e-5
 
 
@@ -57,12 +59,12 @@ def cases() -> list[Case]:
 
 
 def randomise(model: nn.Module, seed: int = 0, scale: float = 0.3) -> nn.Module:
-    """Give every parameter of one dimension some size, and the others a spread that tells tokens apart."""
+    """Give every parameter of less than two dimensions some size, and the others a spread that tells tokens apart."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator).to(parameter)
-            if parameter.dim() == 1:
+            if parameter.dim() < 2:
                 parameter.add_(scale * noise)
             else:
                 parameter.copy_(noise / parameter[0].numel() ** 0.5)
