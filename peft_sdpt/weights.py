@@ -53,6 +53,18 @@ def device_and_dtype(query: nn.Module) -> tuple[torch.device, torch.dtype]:
     return query.weight.device, dtype if dtype.is_floating_point else torch.float32
 
 
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a projection is its weight and bias and nothing else, so that others may calculate with them: no adapter,
+    no quantisation, no weights that are gathered or fetched by a call, no hooks that watch one."""
+    return (
+        type(module) is nn.Linear
+        and _is_plain(module.weight)
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and "forward" not in module.__dict__
+    )
+
+
 class WeightState(NamedTuple):
     """What the weight of a projection was when its inverse was taken.
 

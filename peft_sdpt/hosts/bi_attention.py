@@ -10,7 +10,17 @@ from typing import Any
 
 from torch import nn
 
-from ..attention import MaskFunction, Prompts, Side, SideInput, bi_attention, hide_padding
+from ..attention import (
+    MaskFunction,
+    Prompts,
+    Side,
+    SideInput,
+    absorbing_pays,
+    bi_attention,
+    fused_bi_attention,
+    hide_padding,
+)
+from ..weights import is_plain_linear
 from .declaration import FusionHost
 
 
@@ -49,7 +59,12 @@ class BiAttentionHost(FusionHost):
         return (*self.image_projections, *self.text_projections, "num_heads", "scale", "dropout")
 
     def attend(
-        self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], prompts: Sequence[Prompts]
+        self,
+        module: nn.Module,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        prompts: Sequence[Prompts],
+        eager: bool = False,
     ) -> Any:
         if len(args) > len(self.arguments):
             raise TypeError(f"{self.class_names[0]} takes {self.arguments}, got {len(args)} arguments")
@@ -60,15 +75,26 @@ class BiAttentionHost(FusionHost):
         if self.text_tokens not in bound:
             raise TypeError(f"{self.class_names[0]} needs {self.text_tokens!r}")
         image_prompts, text_prompts = prompts
-        (image, image_weights), (text, text_weights) = bi_attention(
-            SideInput(bound[self.image_tokens], bound.get(self.image_mask), *image_prompts),
-            SideInput(bound[self.text_tokens], bound.get(self.text_mask), *text_prompts),
-            Side(*(getattr(module, name) for name in self.image_projections)),
-            Side(*(getattr(module, name) for name in self.text_projections)),
-            num_heads=module.num_heads,
-            scale=module.scale,
-            dropout=module.dropout if module.training else 0.0,
-            image_mask_function=self.image_mask_function,
-            text_mask_function=self.text_mask_function,
-        )
-        return ((image, image_weights), (text, text_weights)) if self.returns_weights else (image, text)
+        image = SideInput(bound[self.image_tokens], bound.get(self.image_mask), *image_prompts)
+        text = SideInput(bound[self.text_tokens], bound.get(self.text_mask), *text_prompts)
+        image_side = Side(*(getattr(module, name) for name in self.image_projections))
+        text_side = Side(*(getattr(module, name) for name in self.text_projections))
+        options = {
+            "num_heads": module.num_heads,
+            "scale": module.scale,
+            "dropout": module.dropout if module.training else 0.0,
+            "image_mask_function": self.image_mask_function,
+            "text_mask_function": self.text_mask_function,
+        }
+        if (
+            not eager
+            and all(map(is_plain_linear, image_side))
+            and absorbing_pays(image.length, text.length, image_side.query.weight, module.num_heads)
+        ):
+            image_out, text_out = fused_bi_attention(image, text, image_side, text_side, **options)
+            image_weights = text_weights = None
+        else:
+            (image_out, image_weights), (text_out, text_weights) = bi_attention(
+                image, text, image_side, text_side, **options
+            )
+        return ((image_out, image_weights), (text_out, text_weights)) if self.returns_weights else (image_out, text_out)

@@ -50,7 +50,12 @@ class CrossAttentionHost(FusionHost):
         return tuple(context.key for context in self.contexts)
 
     def attend(
-        self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], prompts: Sequence[Prompts]
+        self,
+        module: nn.Module,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        prompts: Sequence[Prompts],
+        eager: bool = False,
     ) -> Any:
         bound = self.bind(args, kwargs)
         changes = {}

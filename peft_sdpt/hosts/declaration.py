@@ -61,7 +61,12 @@ class FusionHost(ABC):
 
     @abstractmethod
     def attend(
-        self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], prompts: Sequence[Prompts]
+        self,
+        module: nn.Module,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        prompts: Sequence[Prompts],
+        eager: bool = False,
     ) -> Any:
         """What `module(*args, **kwargs)` returns when its tokens also attend to prompts.
 
@@ -69,6 +74,7 @@ class FusionHost(ABC):
             module: a module of the family.
             args, kwargs: of the call.
             prompts: for each side of the module; at least one has tokens.
+            eager: whether the module's own way is asked for, weights and all, where there is a faster one.
         """
 
     def matches(self, module: nn.Module, ancestors: Iterable[nn.Module] = ()) -> bool:

@@ -36,7 +36,12 @@ class JointAttentionHost(FusionHost):
         return (self.key,)
 
     def attend(
-        self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], prompts: Sequence[Prompts]
+        self,
+        module: nn.Module,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        prompts: Sequence[Prompts],
+        eager: bool = False,
     ) -> Any:
         bound = self.bind(args, kwargs)
         (added,) = prompts
