@@ -271,8 +271,7 @@ def fused_bi_attention(
     """
     image_tokens = image.tokens if image.prompts is None else append_prompts(image.tokens, image.prompts)
     text_tokens = text.tokens if text.prompts is None else append_prompts(text.tokens, text.prompts)
-    batch, image_length, _ = image.tokens.shape
-    text_length = text.tokens.shape[1]
+    image_length, text_length = image.tokens.shape[1], text.tokens.shape[1]
 
     keys = _split_heads(text_side.query(text_tokens) * scale, num_heads)
     values = _split_heads(text_side.value(text_tokens), num_heads)
@@ -344,7 +343,7 @@ def _added(side: SideInput, mask_function: MaskFunction) -> torch.Tensor | None:
     return added.to(side.tokens.dtype)
 
 
-# On CPUs, measured (see docs/performance.md): kernels that never hold all weights pay for long texts, without gradients.
+# Measured on CPUs (docs/performance.md): without gradients, kernels that never hold all weights pay for long texts.
 _LONG_TEXT = 128
 
 

@@ -17,7 +17,7 @@ from .attention import Prompts
 from .config import SDPTConfig
 from .hosts import FusionHost
 from .projection import to_input_space
-from .weights import WeightState, bias_of, device_and_dtype, inverse_of, refuse_adapted
+from .weights import TensorState, WeightState, bias_of, device_and_dtype, inverse_of, refuse_adapted
 
 CANNOT_MERGE = (
     "SDPT prompts are extra keys and values of the attention and cannot be merged into weights: keep "
@@ -68,8 +68,9 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
     active on this layer) the call goes to the wrapped module itself, so outputs are the host's bit for
     bit. Otherwise attention weights have, after the host's columns, one for each prompt that the
     direction sees: those of a bi-directional attention are `(B * heads, Nv, Nl + N)` for image tokens (`Nl` where
-    prompts are hidden from the image) and `(B * heads, Nl, Nv + N)` for text tokens. Prompts of several active
-    adapters follow one another in the order of activation.
+    prompts are hidden from the image) and `(B * heads, Nl, Nv + N)` for text tokens. They are None where
+    `attn_implementation` is `"fused"` and the model was not called with `output_attentions=True`. Prompts of several
+    active adapters follow one another in the order of activation.
 
     The inverse projections are computed when an adapter is attached and again, before the next
     forward, when a projection weight has changed: by `load_state_dict`, an operation in place, a new
@@ -90,6 +91,8 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
         sdpt_prompts: adapter name to `(N, E)`, or `(2, N, E)` in independent mode, one set a side.
         sdpt_inverses: for each side of the module, adapter name to `(d, E)`, from the space of prompts to the side's
             tokens. Not saved, and never below float32, whatever the dtype of the host.
+        output_attentions: whether the module's attention weights are asked for. The nearest module around it that
+            takes `output_attentions` sets it in each call.
     """
 
     adapter_layer_names = ("sdpt_prompts",)
@@ -111,6 +114,9 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
         self.sdpt_config: dict[str, SDPTConfig] = {}
         self.sdpt_inverses = nn.ModuleList(BufferDict(persistent=False) for _ in self._projections())
         self._inverted: tuple[WeightState, ...] | None = None
+        self._known_prompts: tuple[list[TensorState], list[Prompts]] | None = None
+        # What the call in progress was asked for; the model sets it.
+        self.output_attentions = False
         # A new module starts in training mode, and prompt dropout would act in an evaluated host.
         self.training = base_layer.training
         self.register_load_state_dict_post_hook(_refresh_after_load)
@@ -144,6 +150,7 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
         projections = self._projections()
         for projection in projections:
             refuse_adapted(projection)
+        self._known_prompts = None
         if force or not self._inverses_hold():
             for inverses in self.sdpt_inverses:
                 inverses.clear()
@@ -178,16 +185,40 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
         prompts = self._prompts(names, adapter_names)
         if all(side.tokens is None for side in prompts):
             return self.base_layer(*args, **kwargs)
-        return self.fusion_host.attend(self.base_layer, args, kwargs, prompts)
+        eager = self.output_attentions or any(self.sdpt_config[n].attn_implementation == "eager" for n in names)
+        return self.fusion_host.attend(self.base_layer, args, kwargs, prompts, eager)
 
     def _prompts(self, names: list[str], adapter_names: Sequence[str] | None) -> list[Prompts]:
-        """Prompts of these adapters as input tokens of the host, for each side of the module."""
-        # Comparing versions would break the graph of torch.compile; there the load hook serves.
-        if not torch.compiler.is_compiling() and not self._inverses_hold():
-            self.refresh_inverses()
+        """Prompts of these adapters as input tokens of the host, for each side of the module.
+
+        In evaluation without gradients they are computed once, and again when something that they depend on has
+        changed: the adapters, their tokens, a weight or a bias.
+        """
         projections = self._projections()
         for projection in projections:
             refuse_adapted(projection)
+        # Comparing versions would break the graph of torch.compile; there the load hook serves.
+        if torch.compiler.is_compiling():
+            return self._map_prompts(names, adapter_names, projections)
+        if not self._inverses_hold():
+            self.refresh_inverses()
+        if self.training or torch.is_grad_enabled() or adapter_names is not None:
+            return self._map_prompts(names, adapter_names, projections)
+        biases = [bias for bias in map(bias_of, projections) if bias is not None]
+        sources = [*(self.sdpt_prompts[name] for name in names), *biases]
+        if self._known_prompts is not None:
+            states, prompts = self._known_prompts
+            if len(states) == len(sources) and all(
+                state.still_holds(source) for state, source in zip(states, sources, strict=True)
+            ):
+                return prompts
+        prompts = self._map_prompts(names, None, projections)
+        self._known_prompts = [TensorState.of(source) for source in sources], prompts
+        return prompts
+
+    def _map_prompts(
+        self, names: list[str], adapter_names: Sequence[str] | None, projections: Sequence[nn.Module]
+    ) -> list[Prompts]:
         tokens = {
             name: F.dropout(self.sdpt_prompts[name], self.sdpt_config[name].prompt_dropout, self.training)
             for name in names
@@ -234,6 +265,7 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> SDPTLayer:
+        self._known_prompts = None
         held, before = self._inverses_hold(), [device_and_dtype(each) for each in self._projections()]
         super()._apply(fn, recurse)
         if any(device.type == "meta" for device, _ in before):
@@ -246,6 +278,10 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
             # A cast rounds the weights, and has cast the inverses too, below float32 perhaps.
             self.refresh_inverses(force=True)
         return self
+
+    def train(self, mode: bool = True) -> SDPTLayer:
+        self._known_prompts = None
+        return super().train(mode)
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
         return device_and_dtype(self.fusion_host.projections(base_layer)[0])

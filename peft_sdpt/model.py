@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
@@ -64,6 +65,7 @@ class SDPTModel(BaseTuner):
         for part, (_, name) in self._targets.items():
             if part != name:
                 model.get_submodule(part).share(model.get_submodule(name))
+            _watch_output_attentions(model, part)
 
     def _prepare_adapter_config(self, peft_config: SDPTConfig, model_config: dict) -> SDPTConfig:
         return peft_config
@@ -99,6 +101,14 @@ class SDPTModel(BaseTuner):
             return super()._get_module_names_tied_with_embedding()
         except NotImplementedError:
             return []
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        host = super()._unload_and_optionally_merge(*args, **kwargs)
+        for module in host.modules():
+            for number, hook in list(module._forward_pre_hooks.items()):
+                if hook is _tell_output_attentions:
+                    del module._forward_pre_hooks[number], module._forward_pre_hooks_with_kwargs[number]
+        return host
 
     def _check_merge_allowed(self) -> None:
         # Here and not only in the layer: another tuner's layers may come before the first of ours.
@@ -260,6 +270,30 @@ def _check_prompt_shapes(found: dict[str, tuple[int, ...]], expected: dict[str, 
             "A config loaded with an adapter belongs to its host; make a new SDPTConfig to start on "
             "another one."
         )
+
+
+def _watch_output_attentions(model: nn.Module, name: str) -> None:
+    """Have the fusion layer of this name told in each call whether attention weights are asked for.
+
+    It is not given that itself: the nearest module around it that takes `output_attentions` decides what is kept.
+    """
+    parts = name.split(".")
+    for depth in range(len(parts) - 1, -1, -1):
+        module = model.get_submodule(".".join(parts[:depth]))
+        if "output_attentions" in inspect.signature(type(module).forward).parameters:
+            if _tell_output_attentions not in module._forward_pre_hooks.values():
+                module.register_forward_pre_hook(_tell_output_attentions, with_kwargs=True)
+            return
+
+
+def _tell_output_attentions(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    asked = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
+    wanted = asked.get("output_attentions")
+    if wanted is None:
+        wanted = getattr(getattr(module, "config", None), "output_attentions", False)
+    for layer in module.modules():
+        if isinstance(layer, SDPTLayer):
+            layer.output_attentions = bool(wanted)
 
 
 class _FusionLayer(NamedTuple):

@@ -65,23 +65,41 @@ def is_plain_linear(module: nn.Module) -> bool:
     )
 
 
+class TensorState(NamedTuple):
+    """What a tensor was. The alias keeps the storage alive: no later tensor can come to lie at its address unseen."""
+
+    alias: torch.Tensor
+    version: int | None
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> TensorState:
+        # Inference tensors have no version; a change of one in place is seen by the load hook only.
+        return cls(tensor.detach(), None if tensor.is_inference() else tensor._version)
+
+    def still_holds(self, tensor: torch.Tensor) -> bool:
+        if self.alias.is_meta or tensor.is_meta:
+            return self.alias.is_meta and tensor.is_meta and self.alias.shape == tensor.shape
+        return (
+            self.alias.device == tensor.device
+            and self.alias.is_set_to(tensor)
+            and self.version == (None if tensor.is_inference() else tensor._version)
+        )
+
+
 class WeightState(NamedTuple):
     """What the weight of a projection was when its inverse was taken.
 
-    The alias keeps the storage alive: no later weight can come to lie at the same address unseen.
     PEFT merges another tuner's adapter through `.data`, which PyTorch does not count; what is merged
     into the projection is therefore part of its state.
     """
 
-    alias: Any
-    version: int | None
+    held: Any
     merged: tuple[str, ...]
 
     @classmethod
     def of(cls, query: nn.Module) -> WeightState:
         held = _held(query)
-        plain = _is_plain(held)
-        return cls(held.detach() if plain else held, _version(held) if plain else None, _merged(query))
+        return cls(TensorState.of(held) if _is_plain(held) else held, _merged(query))
 
     @staticmethod
     def is_certain(query: nn.Module) -> bool:
@@ -89,16 +107,12 @@ class WeightState(NamedTuple):
         return _is_plain(_held(query))
 
     def still_holds(self, query: nn.Module) -> bool:
-        alias, held = self.alias, _held(query)
+        held = _held(query)
         if self.merged != _merged(query):
             return False
-        if not _is_plain(held):
-            return alias is held
-        if not _is_plain(alias):
-            return False
-        if alias.is_meta or held.is_meta:
-            return alias.is_meta and held.is_meta and alias.shape == held.shape
-        return alias.device == held.device and alias.is_set_to(held) and self.version == _version(held)
+        if _is_plain(held):
+            return isinstance(self.held, TensorState) and self.held.still_holds(held)
+        return self.held is held
 
 
 def _held(query: nn.Module) -> Any:
@@ -113,11 +127,6 @@ def _is_plain(held: Any) -> bool:
 
 def _merged(query: nn.Module) -> tuple[str, ...]:
     return tuple(getattr(query, "merged_adapters", ()))
-
-
-def _version(tensor: torch.Tensor) -> int | None:
-    # Inference tensors have no version; a change of one in place is seen by the load hook only.
-    return None if tensor.is_inference() else tensor._version
 
 
 def refuse_adapted(query: nn.Module) -> None:

@@ -39,7 +39,8 @@ def make_layer(
     """A layer with one adapter, and frozen projections as PEFT leaves them."""
     attention = make_attention(name, **(host or {})).to(dtype).requires_grad_(False)
     torch.manual_seed(1)
-    config = SDPTConfig(**{"num_virtual_tokens": N, **cfg})
+    # With attention weights, unless a test asks for none.
+    config = SDPTConfig(**{"num_virtual_tokens": N, "attn_implementation": "eager", **cfg})
     layer = SDPTLayer(attention, GROUNDING_DINO, "default", config)
     assert layer.sdpt_prompts["default"].dtype == dtype
     return layer
@@ -605,7 +606,8 @@ def test_meta_layer_gets_its_inverses_with_its_weights(counted):
     real, inputs = make_layer(), make_inputs()
     with torch.device("meta"):
         attention = ATTENTION_CLASSES["grounding_dino"](host_config("grounding_dino")).double()
-    layer = SDPTLayer(attention.eval(), GROUNDING_DINO, "default", SDPTConfig(num_virtual_tokens=N))
+    config = SDPTConfig(num_virtual_tokens=N, attn_implementation="eager")
+    layer = SDPTLayer(attention.eval(), GROUNDING_DINO, "default", config)
     assert all(buffer.is_meta for buffer in layer.buffers())
     image, text = (t.to("meta") for t in inputs[:2])
     assert layer(image, text)[0][1].shape == (3 * real.base_layer.num_heads, NV, NL + N)
