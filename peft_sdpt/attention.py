@@ -343,8 +343,8 @@ def _added(side: SideInput, mask_function: MaskFunction) -> torch.Tensor | None:
     return added.to(side.tokens.dtype)
 
 
-# Measured on CPUs (docs/performance.md): without gradients, kernels that never hold all weights pay for long texts.
-_LONG_TEXT = 128
+# Measured on CPUs (docs/performance.md): without gradients, kernels that never hold all weights pay from these lengths.
+_LONG_TEXT, _LARGE_IMAGE = 128, 2048
 
 
 def _kernels_pay(image_tokens: torch.Tensor, keys: torch.Tensor) -> bool:
@@ -352,4 +352,5 @@ def _kernels_pay(image_tokens: torch.Tensor, keys: torch.Tensor) -> bool:
     three do, and holds none of them in memory. In half precision it also sums in single precision."""
     if image_tokens.device.type != "cpu" or image_tokens.dtype in (torch.float16, torch.bfloat16):
         return True
-    return not torch.is_grad_enabled() and keys.shape[-2] >= _LONG_TEXT
+    long = keys.shape[-2] >= _LONG_TEXT and image_tokens.shape[1] >= _LARGE_IMAGE
+    return long and not torch.is_grad_enabled()
