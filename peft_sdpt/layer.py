@@ -112,7 +112,9 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
         self.side = side
         self._hold_prompts()
         self.sdpt_config: dict[str, SDPTConfig] = {}
-        self.sdpt_inverses = nn.ModuleList(BufferDict(persistent=False) for _ in self._projections())
+        for place in range(len(self._projections())):
+            # Modules of the layer itself: where PEFT looks for what belongs to an adapter.
+            self.add_module(f"sdpt_inverse_{place}", BufferDict(persistent=False))
         self._inverted: tuple[WeightState, ...] | None = None
         self._known_prompts: tuple[list[TensorState], list[Prompts]] | None = None
         # What the call in progress was asked for; the model sets it.
@@ -130,6 +132,10 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
     def width(self) -> int:
         """Width E of the space that prompts live in."""
         return self._projections()[0].out_features
+
+    @property
+    def sdpt_inverses(self) -> tuple[BufferDict, ...]:
+        return tuple(getattr(self, f"sdpt_inverse_{place}") for place in range(len(self._projections())))
 
     def update_layer(self, adapter_name: str, config: SDPTConfig) -> None:
         """Add the prompts of an adapter, with the start that `config` asks for."""

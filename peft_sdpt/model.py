@@ -23,6 +23,8 @@ from .weights import refuse_adapted, refuse_out_of_reach
 
 # PEFT's name for the host without an adapter, in `adapter_names`.
 BASE = "__base__"
+# Before all names of a compiled model.
+_COMPILED = "_orig_mod."
 
 
 class SDPTModel(BaseTuner):
@@ -43,7 +45,14 @@ class SDPTModel(BaseTuner):
     tuner_layer_cls = SDPTLayer
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        *args: Any,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
         # Gone again if the host is refused, which then bears no trace.
         config = self.peft_config.pop(adapter_name)
         layers = _select_fusion_layers(model, config)
@@ -60,11 +69,20 @@ class SDPTModel(BaseTuner):
         config.attached = True
         self.peft_config[adapter_name] = config
         # Of each module to be wrapped the declaration, and the name of the fusion layer that it is a part of.
-        self._targets = {part: (layer.host, name) for name, layer in layers.items() for part in layer.parts}
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        for part, (_, name) in self._targets.items():
-            if part != name:
-                model.get_submodule(part).share(model.get_submodule(name))
+        targets = {part: (layer.host, name) for name, layer in layers.items() for part in layer.parts}
+        # By the names that PEFT knows them by, of a compiled model too.
+        self._targets = targets | {
+            part.removeprefix(_COMPILED): (host, name.removeprefix(_COMPILED)) for part, (host, name) in targets.items()
+        }
+        if state_dict is not None:
+            # PEFT wraps what it has weights of; the second module of a fusion layer has none of its own.
+            held = {key.rpartition(".sdpt_prompts")[0].removeprefix(_COMPILED) for key in state_dict}
+            parts = [part for part, (_, name) in self._targets.items() if name in held and part not in held]
+            state_dict = state_dict | {f"{part}.sdpt_prompts": None for part in parts}
+        super().inject_adapter(model, adapter_name, *args, state_dict=state_dict, **kwargs)
+        for part, (_, name) in targets.items():
+            if part != name and isinstance(module := model.get_submodule(part), SharedSDPTLayer):
+                module.share(model.get_submodule(name))
             _watch_output_attentions(model, part)
 
     def _prepare_adapter_config(self, peft_config: SDPTConfig, model_config: dict) -> SDPTConfig:

@@ -167,6 +167,15 @@ def _describe(config: SDPTConfig, host: str | None) -> str:
         'model = PeftModel.from_pretrained(host, "user/repository")  # this one, or a folder',
         "```",
         "",
+        *(
+            []
+            if name
+            else [
+                "A host whose fusion layers `peft_sdpt` does not know by itself is declared first, in each process "
+                "that loads this adapter: `peft_sdpt.register_host`.",
+                "",
+            ]
+        ),
         _VERSIONS,
         "",
         f"- PEFT {peft.__version__}",

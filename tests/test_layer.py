@@ -527,7 +527,7 @@ def test_inverses_are_not_saved_and_are_buffers():
     layer = make_layer()
     assert [key for key in layer.state_dict() if "inverse" in key] == []
     names = [name for name, _ in layer.named_buffers()]
-    assert names == ["sdpt_inverses.0.default", "sdpt_inverses.1.default"]
+    assert names == ["sdpt_inverse_0.default", "sdpt_inverse_1.default"]
     assert [n for n, p in layer.named_parameters() if p.requires_grad] == ["sdpt_prompts.default"]
 
 

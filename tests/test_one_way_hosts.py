@@ -10,7 +10,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
 from safetensors.torch import load_file
 from torch import nn
 from transformers import Sam3TrackerConfig, Sam3TrackerModel, Sam3VideoConfig, Sam3VideoModel
@@ -452,3 +458,24 @@ class TestSam3:
             tracker = Sam3TrackerModel(Sam3TrackerConfig())
         assert families(video) == expected and families(tracker) == []
         assert all(name.startswith("detector_model.") for name in find_hosts(video))
+
+
+@pytest.mark.parametrize("partly", [False, True])
+def test_injecting_from_a_state_dict_wraps_both_modules_of_a_layer(partly):
+    """Only the first has weights to be found by."""
+    case = bridgetower.CASE
+    model = attach(case.make())
+    state = get_peft_model_state_dict(model)
+    layers = list(case.layers)
+    if partly:
+        state = {key: value for key, value in state.items() if layers[0] in key}
+    state = {key.removeprefix("base_model.model."): value for key, value in state.items()}
+    host = case.make()
+    inject_adapter_in_model(SDPTConfig(num_virtual_tokens=N), host, state_dict=state)
+    wrapped = [name for name, module in host.named_modules() if isinstance(module, SDPTLayer)]
+    expected = layers[:1] if partly else layers
+    assert set(wrapped) == {*expected, *(part for part, name in case.shared.items() if name in expected)}
+    if not partly:
+        set_peft_model_state_dict(host, state)
+        with torch.no_grad():
+            assert torch.equal(case.outputs(host, case.inputs(0)), case.outputs(model, case.inputs(0)))

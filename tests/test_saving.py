@@ -295,4 +295,4 @@ def test_reloading_weights_into_an_adapter(tmp_path):
     assert not torch.equal(run(model), tuned)
     model.load_adapter(tmp_path, "default")
     assert torch.equal(run(model), tuned)
-    assert "sdpt_inverses" not in " ".join(model.state_dict())
+    assert "sdpt_inverse" not in " ".join(model.state_dict())
