@@ -1,0 +1,214 @@
+# Copyright 2026 The peft_sdpt authors
+# SPDX-License-Identifier: Apache-2.0
+"""Time and memory of a cell: all its methods in turns, in one process."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from cells import Cell
+from full_hosts import fusion_inputs, labels, make_host, model_inputs, sharing_copy
+from methods import METHODS, saved_bytes, suitable, trained_parameters
+from peft_sdpt.loss import GroundedDetectionLoss
+
+# Cells that are quick get more rounds than were asked for, until they took so long or are so many.
+SECONDS, MOST_ROUNDS = 20.0, 40
+
+# What a method does in a cell: called, it prepares and returns what is to be timed.
+Subject = Callable[[], Callable[[], Any]]
+
+
+def measure(
+    cell: Cell, repeats: int, device: str, dtype: torch.dtype, tick: Callable[[str], None] = lambda _: None
+) -> dict[str, dict[str, Any]]:
+    """Seconds of each round, bytes and numbers of each method of a cell.
+
+    Args:
+        cell: what to measure.
+        repeats: rounds at least, after a warm-up and a measurement of memory.
+        tick: called with a method's name before each of its calls.
+
+    Returns:
+        For each method `seconds`, a list; `trained`, a number of parameters; `saved_bytes`; `held_bytes`, those of
+        weights, buffers and optimizer; `peak_bytes`, with what is allocated on top of these in a call.
+    """
+    host = make_host(cell.host, device, dtype)
+    subjects, results = {}, {}
+    for name in cell.methods or suitable(cell.task, cell.is_fusion):
+        if name not in suitable(cell.task, cell.is_fusion):
+            continue
+        if cell.task == "attach":
+            subjects[name] = partial(_attaching, host, name)
+            results[name] = {}
+            continue
+        model = METHODS[name].attach(sharing_copy(host)).train(cell.task == "training")
+        run, state = _runs(cell, model, device, dtype)
+        subjects[name] = partial(_as_it_is, run)
+        tick(name)
+        run()  # warm-up; it also makes the optimizer's state, which is there in every other step
+        held = sum(_sizes([*model.parameters(), *model.buffers(), *state()]).values())
+        tick(name)
+        results[name] = {
+            "trained": sum(parameter.numel() for parameter in trained_parameters(model).values()),
+            "saved_bytes": saved_bytes(model),
+            "held_bytes": held,
+            "peak_bytes": held + allocated(run, device),
+        }
+        gc.collect()
+    for name, seconds in in_turns(subjects, repeats, device, tick).items():
+        results[name]["seconds"] = seconds
+    return results
+
+
+def _as_it_is(run: Callable[[], Any]) -> Callable[[], Any]:
+    return run
+
+
+def _attaching(host: nn.Module, name: str) -> Callable[[], Any]:
+    return partial(METHODS[name].attach, sharing_copy(host))
+
+
+def _runs(
+    cell: Cell, model: nn.Module, device: str, dtype: torch.dtype
+) -> tuple[Callable[[], Any], Callable[[], list[torch.Tensor]]]:
+    """What is timed, and the tensors of its optimizer."""
+    if cell.is_fusion:
+        inputs = fusion_inputs(cell.host, cell.size, cell.tokens, device, dtype)
+    else:
+        inputs = model_inputs(cell.size, cell.tokens, device, dtype)
+    if cell.task == "inference":
+
+        def infer() -> None:
+            with torch.no_grad():
+                model(**inputs)
+
+        return infer, list
+
+    trained = list(trained_parameters(model).values())
+    if cell.is_fusion:
+        # Layers before this one and the text encoder's projection are trained, or have prompts: both inputs do.
+        leaves = [inputs[name].requires_grad_() for name in ("image", "text")]
+
+        def forward_and_backward() -> None:
+            outputs = model(**inputs)
+            torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
+            for leaf in (*leaves, *trained):
+                leaf.grad = None
+
+        return forward_and_backward, list
+
+    loss_function, targets = GroundedDetectionLoss(model.config), labels(inputs)
+    # So small a rate that weights stay what they were: random ones do not learn from a made-up target.
+    optimizer = torch.optim.AdamW(trained, lr=1e-7)
+
+    def step() -> None:
+        loss_function(model(**inputs), targets).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def state() -> list[torch.Tensor]:
+        return [value for values in optimizer.state.values() for value in values.values() if torch.is_tensor(value)]
+
+    return step, state
+
+
+def _sizes(tensors: list[torch.Tensor]) -> dict[int, int]:
+    """Bytes of each piece of memory, once where tensors share it."""
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}
+
+
+def in_turns(
+    subjects: dict[str, Subject], repeats: int, device: str, tick: Callable[[str], None] = lambda _: None
+) -> dict[str, list[float]]:
+    """Seconds of each, in rounds: what slows the machine down for a while meets them all.
+
+    A round starts with another subject than the one before, so that none always follows the same one.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in subjects}
+    names, begin, rounds = list(subjects), time.perf_counter(), 0
+    while rounds < repeats or (rounds < MOST_ROUNDS and time.perf_counter() - begin < SECONDS):
+        first = rounds % len(names)
+        for name in names[first:] + names[:first]:
+            run = subjects[name]()
+            tick(name)
+            _wait(device)
+            start = time.perf_counter()
+            kept = run()
+            _wait(device)
+            seconds[name].append(time.perf_counter() - start)
+            del run, kept
+        rounds += 1
+    return seconds
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def allocated(run: Callable[[], Any], device: str) -> int:
+    """Most bytes of tensors that a call has at once beside those that were there before.
+
+    On a GPU as torch counts them. On a CPU from the allocations that torch's profiler records: the same quantity, equal
+    from run to run. The process's own high-water mark also has what the C library keeps of earlier calls, and would
+    take a process for each method.
+    """
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with _silent_profiler(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        run()
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    total = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        total += event.nbytes()
+        most = max(most, total)
+    return most
+
+
+@contextlib.contextmanager
+def _silent_profiler() -> Iterator[None]:
+    """Some builds of the profiler write lines of their own to stderr, past Python, into the progress bar."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    """Lower quartile, median and upper quartile.
+
+    Example:
+        >>> quartiles([4.0, 1.0, 2.0, 3.0, 5.0])
+        (2.0, 3.0, 4.0)
+    """
+    ordered = sorted(values)
+
+    def at(share: float) -> float:
+        place = share * (len(ordered) - 1)
+        below, part = math.floor(place), place % 1
+        return ordered[below] + (part * (ordered[below + 1] - ordered[below]) if part else 0.0)
+
+    return at(0.25), at(0.5), at(0.75)

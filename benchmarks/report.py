@@ -1,0 +1,212 @@
+# Copyright 2026 The peft_sdpt authors
+# SPDX-License-Identifier: Apache-2.0
+"""Results as Markdown: the aims with what was measured, and tables of time, memory and size."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from cells import everything
+from measuring import quartiles
+from methods import METHODS, suitable
+
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+# What each table is of: heading, whether of fusion layers, task, and what its ratios are to.
+TABLES = (
+    ("Fusion layer, inference", True, "inference", "host"),
+    ("Fusion layer, forward and backward", True, "training", "host"),
+    ("Whole model, inference", False, "inference", "host"),
+    ("Whole model, training step", False, "training", "lora"),
+)
+NOT_YET = "TO BE MEASURED"
+
+Results = dict[str, Any]
+
+
+def ratios(methods: dict[str, Any], name: str, reference: str) -> tuple[float, float, float]:
+    """Quartiles of time over that of `reference` in the same round."""
+    pairs = zip(methods[name]["seconds"], methods[reference]["seconds"], strict=True)
+    return quartiles([seconds / its for seconds, its in pairs])
+
+
+def memory_ratio(methods: dict[str, Any], name: str, reference: str) -> float:
+    return methods[name]["peak_bytes"] / methods[reference]["peak_bytes"]
+
+
+def select(results: Results, is_fusion: bool, task: str) -> list[dict[str, Any]]:
+    """Cells of a table, in the order of the grid."""
+    order = {cell.key: place for place, cell in enumerate(everything())}
+    found = [(key, cell) for key, cell in results["cells"].items()
+             if cell["is_fusion"] == is_fusion and cell["task"] == task]  # fmt: skip
+    return [cell for _, cell in sorted(found, key=lambda item: order.get(item[0], len(order)))]
+
+
+# ---- the aims
+
+
+def _each(cells: Iterable[dict], value: Callable[[dict], float], bound: float, needed: tuple[str, ...]) -> tuple:
+    """Text and verdict of an aim that is a bound on a number of each cell."""
+    values = [(cell["label"], value(cell["methods"])) for cell in cells if set(needed) <= cell["methods"].keys()]
+    if not values:
+        return NOT_YET, NOT_YET
+    met = sum(number <= bound for _, number in values)
+    text = "<br>".join(f"{label}: **{number:.2f}**" for label, number in values)
+    return text, "yes" if met == len(values) else f"in {met} of {len(values)}" if met else "no"
+
+
+def _added_time(cells: list[dict]) -> tuple[str, str]:
+    """Time on top of the host's, where the released algorithm's is to be five times that of SDPT."""
+    cells = [cell for cell in cells if cell["host"] == "glip-l-fusion"]
+    if not cells:
+        return NOT_YET, NOT_YET
+    lines, met = [], True
+    for cell in cells:
+        added = {}
+        for name in ("released", "sdpt", "sdpt-eager"):
+            rounds = zip(cell["methods"][name]["seconds"], cell["methods"]["host"]["seconds"], strict=True)
+            added[name] = quartiles([seconds - its for seconds, its in rounds])[1]
+        task = "inference" if cell["task"] == "inference" else "forward and backward"
+        lines.append(
+            f"{task}: the released algorithm adds **{_seconds(added['released'])}**, SDPT **{_seconds(added['sdpt'])}**"
+            f" (eager {_seconds(added['sdpt-eager'])})"
+        )
+        met &= added["released"] > 0 and 5 * added["sdpt"] <= added["released"]
+    return "<br>".join(lines), "yes" if met else "no"
+
+
+def aims(results: Results) -> str:
+    """A table with each aim beside what was measured."""
+    layers = {task: select(results, True, task) for task in ("inference", "training")}
+    models = {task: select(results, False, task) for task in ("inference", "training")}
+    attach = results["cells"].get("grounding-dino-tiny-attach")
+    attached = quartiles(attach["methods"]["sdpt"]["seconds"])[1] if attach else None
+
+    def to(reference: str) -> Callable[[dict], float]:
+        return lambda methods: ratios(methods, "sdpt", reference)[1]
+
+    grounding_dino = {task: [c for c in cells if c["host"] != "glip-l-fusion"] for task, cells in layers.items()}
+    rows = [
+        ("fusion layer, inference: at most 0.9 of the host's time",
+         *_each(grounding_dino["inference"], to("host"), 0.9, ("sdpt", "host"))),
+        ("fusion layer, forward and backward: at most 0.85 of the host's time",
+         *_each(grounding_dino["training"], to("host"), 0.85, ("sdpt", "host"))),
+        ("whole model, inference: at most 1.0 of the host's time",
+         *_each(models["inference"], to("host"), 1.0, ("sdpt", "host"))),
+        ("training step: at most 0.75 of LoRA's time",
+         *_each(models["training"], to("lora"), 0.75, ("sdpt", "lora"))),
+        ("training step: at most 0.7 of LoRA's peak memory",
+         *_each(models["training"], lambda methods: memory_ratio(methods, "sdpt", "lora"), 0.7, ("sdpt", "lora"))),
+        ("GLIP-L's fusion layer: a fifth of the time that the released algorithm adds to the host's, or less",
+         *_added_time([*layers["inference"], *layers["training"]])),
+        ("attaching to Grounding DINO Tiny: under 1 s",
+         *((NOT_YET, NOT_YET) if attached is None else (f"**{attached:.2f} s**", "yes" if attached < 1 else "no"))),
+    ]  # fmt: skip
+    return _table(["aim", "measured, medians", "met"], rows)
+
+
+# ---- tables
+
+
+def _table(head: list[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2f} s" if abs(value) >= 1 else f"{value * 1e3:.{0 if abs(value) >= 0.1 else 1}f} ms"
+
+
+def _bytes(value: float) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if value >= size:
+            return f"{value / size:.{2 if unit == 'GB' else 0}f} {unit}"
+    return f"{value:.0f} B"
+
+
+def _cell_tables(results: Results, is_fusion: bool, task: str, reference: str) -> str:
+    cells = select(results, is_fusion, task)
+    if not cells:
+        return f"{NOT_YET}\n"
+    names = [name for name in suitable(task, is_fusion) if any(name in cell["methods"] for cell in cells)]
+    names = [reference] + [name for name in names if name != reference]
+    times, memory = [], []
+    for cell in cells:
+        methods = cell["methods"]
+        median = quartiles(methods[reference]["seconds"])[1]
+        times.append([cell["label"], _seconds(median)])
+        memory.append([cell["label"], _bytes(methods[reference]["peak_bytes"])])
+        for name in names[1:]:
+            if name not in methods:
+                times[-1].append("")
+                memory[-1].append("")
+                continue
+            low, middle, high = ratios(methods, name, reference)
+            times[-1].append(f"{middle:.2f} ({low:.2f}–{high:.2f})")
+            memory[-1].append(f"{memory_ratio(methods, name, reference):.2f}")
+    labels = [METHODS[name].label for name in names]
+    head = ["time", f"{labels[0]}: median", *labels[1:]]
+    peaks = ["peak memory", labels[0], *labels[1:]]
+    return f"{_table(head, times)}\n{_table(peaks, memory)}"
+
+
+def _size_table(results: Results) -> str:
+    cell = next((cell for cell in results["cells"].values()
+                 if cell["host"] == "grounding-dino-tiny" and cell["task"] == "training"), None)  # fmt: skip
+    attach = results["cells"].get("grounding-dino-tiny-attach", {"methods": {}})["methods"]
+    rows = []
+    for name, method in METHODS.items():
+        if not method.trained:
+            continue
+        made = cell["methods"].get(name) if cell else None
+        trained = f"{made['trained']:,}".replace(",", " ") if made else NOT_YET
+        attached = _seconds(quartiles(attach[name]["seconds"])[1]) if name in attach else ""
+        rows.append([method.label, method.trains, trained, _bytes(made["saved_bytes"]) if made else NOT_YET, attached])
+    return _table(["method", "what is trained", "parameters", "on disk", "attached in"], rows)
+
+
+def left_out(results: Results) -> str:
+    """What of the whole grid the results do not have."""
+    missing = []
+    for cell in everything():
+        key = cell.key
+        names = suitable(cell.task, cell.is_fusion)
+        there = results["cells"].get(key, {"methods": {}})["methods"]
+        lacking = [METHODS[name].label for name in names if name not in there]
+        if lacking:
+            what = "all methods" if len(lacking) == len(names) else ", ".join(lacking)
+            missing.append(f"- {cell.label}, {cell.task}: {what}.")
+    return "\n".join(missing) + "\n" if missing else "Nothing.\n"
+
+
+def machine(results: Results) -> str:
+    about = results["machine"]
+    threads = "" if about["device"] == "cuda" else f" with {about['threads']} threads"
+    return (
+        f"{about['name']}{threads}, {about['dtype']}, torch {about['torch']}, transformers {about['transformers']}, "
+        f"peft {about['peft']}, peft_sdpt {about['peft_sdpt']}; at least {about['repeats']} rounds."
+    )
+
+
+def report(results: Results, plot: str) -> str:
+    """All of it, in Markdown, with `plot` as the address of the picture."""
+    parts = [f"On {machine(results)}\n", aims(results), f"![Time and peak memory as ratios]({plot})\n"]
+    for title, is_fusion, task, reference in TABLES:
+        parts += [f"### {title}\n", _cell_tables(results, is_fusion, task, reference)]
+    parts += ["### Size\n", _size_table(results), "### Not measured here\n", left_out(results)]
+    return "\n".join(parts)
+
+
+def put_into(page: Path, text: str) -> None:
+    """Replace what is between the two marks of a page.
+
+    Raises:
+        ValueError: the page does not have them, once each and in this order.
+    """
+    before = page.read_text(encoding="utf-8")
+    pattern = re.compile(f"(?s){re.escape(BEGIN)}.*{re.escape(END)}")
+    if len(pattern.findall(before)) != 1:
+        raise ValueError(f"{page}: has no {BEGIN} ... {END}.")
+    page.write_text(pattern.sub(lambda _: f"{BEGIN}\n\n{text}\n{END}", before), encoding="utf-8")

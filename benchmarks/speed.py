@@ -1,0 +1,203 @@
+# Copyright 2026 The peft_sdpt authors
+# SPDX-License-Identifier: Apache-2.0
+"""Measure time, memory and size of SDPT and its peers, as ratios in one run.
+
+    python benchmarks/speed.py
+
+Hosts have their full size and random weights. Each cell (a host, an image size, a length of prompt and a task) is
+measured in turns: every method once a round, so that what disturbs one disturbs all, and ratios are taken within a
+round. With no flags it takes what a CPU of two cores can do in about an hour, and says what it left out; on a GPU, all.
+Results go to results.json after each cell; the same command goes on where it was stopped. Tables are in report.md,
+the picture in report.svg. It needs the extra `examples`, for the matching in the loss.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import gc
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from tqdm.auto import tqdm
+
+import peft_sdpt.version
+from cells import Cell, affordable, everything
+from measuring import measure
+from methods import METHODS, suitable
+from plot import draw
+from report import left_out, put_into, report
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+LEAST_REPEATS = 5
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the defaults, and the text above as it stands."""
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, allow_abbrev=False)
+    parser.add_argument("--output_dir", type=Path, default=Path("benchmark-results"), help="Where results go.")
+    parser.add_argument("--only", help="Measure the cells whose names match, for instance '*-fusion-*-inference'.")
+    parser.add_argument("--all", action="store_true", help="The whole grid on a CPU too: many hours.")
+    parser.add_argument("--repeats", type=int, default=LEAST_REPEATS, help="Rounds of a cell; quick cells take more.")
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="A GPU when one is at hand.",
+    )
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="Of the hosts.")
+    parser.add_argument(
+        "--render", type=Path, nargs="+", metavar="FILE",
+        help="Measure nothing: put the tables and pictures of these results.json into docs/performance.md.",
+    )  # fmt: skip
+    args = parser.parse_args()
+    if args.repeats < LEAST_REPEATS:
+        parser.error(f"argument --repeats: {args.repeats} is below {LEAST_REPEATS}, too few for a median with a spread")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("argument --device: torch sees no GPU here")
+    for file in args.render or ():
+        if not file.is_file():
+            parser.error(f"argument --render: {file} is not there")
+    if args.only is not None and not chosen(args):
+        parser.error(
+            f"argument --only: no cell matches {args.only!r}; there are {', '.join(c.key for c in grid(args))}"
+        )
+    return args
+
+
+def grid(args: argparse.Namespace) -> list[Cell]:
+    return everything() if args.all or args.device == "cuda" else affordable()
+
+
+def chosen(args: argparse.Namespace) -> list[Cell]:
+    return [cell for cell in grid(args) if args.only is None or fnmatch.fnmatch(cell.key, args.only)]
+
+
+def machine(args: argparse.Namespace) -> dict[str, Any]:
+    """What results depend on, which must not differ within a file."""
+    return {
+        "device": args.device,
+        "name": torch.cuda.get_device_name() if args.device == "cuda" else cpu_name(),
+        "threads": torch.get_num_threads(),
+        "dtype": args.dtype,
+        "repeats": args.repeats,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+        "peft_sdpt": peft_sdpt.version.__version__,
+    }
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def earlier(args: argparse.Namespace) -> dict[str, Any]:
+    """Results to go on with; none are there at first.
+
+    Raises:
+        ValueError: they are of something else.
+    """
+    file, about = args.output_dir / "results.json", machine(args)
+    if not file.exists():
+        return {"machine": about, "cells": {}}
+    try:
+        results = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: is not JSON ({error})") from None
+    changed = [
+        f"{name} {results['machine'].get(name)}" for name in about if results["machine"].get(name) != about[name]
+    ]
+    if changed:
+        raise ValueError(f"{file}: was measured with {', '.join(changed)}; choose another --output_dir")
+    return results
+
+
+def is_done(cell: Cell, results: dict[str, Any]) -> bool:
+    wanted = set(cell.methods or suitable(cell.task, cell.is_fusion)) & set(suitable(cell.task, cell.is_fusion))
+    return wanted <= results["cells"].get(cell.key, {"methods": {}})["methods"].keys()
+
+
+def write(file: Path, text: str) -> None:
+    """Whole or not at all: a run may be killed at any time."""
+    unfinished = file.with_name(f"{file.name}.unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, file)
+
+
+def run(args: argparse.Namespace) -> None:
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    results = earlier(args)
+    cells = [cell for cell in chosen(args) if not is_done(cell, results)]
+    done = len(chosen(args)) - len(cells)
+    with tqdm(total=done + len(cells), initial=done, unit="cell", disable=None) as progress:
+        for cell in cells:
+            calls = 0
+
+            def tick(method: str, cell: Cell = cell) -> None:
+                nonlocal calls
+                calls += 1
+                progress.set_postfix_str(f"{cell.key}, call {calls}: {METHODS[method].label}")
+
+            measured = measure(cell, args.repeats, args.device, DTYPES[args.dtype], tick)
+            results["cells"][cell.key] = {
+                "host": cell.host,
+                "label": cell.label,
+                "task": cell.task,
+                "is_fusion": cell.is_fusion,
+                "methods": measured,
+            }
+            write(args.output_dir / "results.json", json.dumps(results, indent=1) + "\n")
+            progress.update()
+            # A host of the next cell comes before that of this one is gone, otherwise.
+            del measured
+            gc.collect()
+    write(args.output_dir / "report.md", report(results, "report.svg"))
+    write(args.output_dir / "report.svg", draw(results))
+    print(f"Results: {args.output_dir}/results.json, tables: report.md, picture: report.svg. Not measured:")
+    print(left_out(results), end="")
+
+
+def render(files: list[Path]) -> None:
+    """Tables and pictures of some results into the page on performance."""
+    texts = []
+    for file in files:
+        results = json.loads(file.read_text(encoding="utf-8"))
+        picture = f"performance-{results['machine']['device']}.svg"
+        (DOCS / picture).write_text(draw(results), encoding="utf-8")
+        texts.append(report(results, picture))
+    put_into(DOCS / "performance.md", "\n".join(texts))
+
+
+def main() -> None:
+    args = parse_args()
+    try:
+        if args.render:
+            render(args.render)
+        else:
+            run(args)
+    except ValueError as error:
+        print(f"speed.py: {error}.", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("speed.py: interrupted; the same command goes on.", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
