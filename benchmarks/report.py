@@ -169,7 +169,7 @@ def _size_table(results: Results) -> str:
 
 def left_out(results: Results) -> str:
     """What of the whole grid the results do not have."""
-    missing = []
+    missing: dict[str, list[str]] = {}
     for cell in everything():
         key = cell.key
         names = suitable(cell.task, cell.is_fusion)
@@ -177,8 +177,9 @@ def left_out(results: Results) -> str:
         lacking = [METHODS[name].label for name in names if name not in there]
         if lacking:
             what = "all methods" if len(lacking) == len(names) else ", ".join(lacking)
-            missing.append(f"- {cell.label}, {cell.task}: {what}.")
-    return "\n".join(missing) + "\n" if missing else "Nothing.\n"
+            missing.setdefault(f"{cell.label}: {what}", []).append(cell.task)
+    lines = [f"- {what} ({' and '.join(tasks)})." for what, tasks in missing.items()]
+    return "\n".join(lines) + "\n" if lines else "Nothing.\n"
 
 
 def machine(results: Results) -> str:

@@ -20,6 +20,7 @@ import json
 import os
 import platform
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,8 @@ def render(files: list[Path]) -> None:
 
 def main() -> None:
     args = parse_args()
+    # Of transformers, at what PEFT asks of a host; nothing to do with what is measured.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     try:
         if args.render:
             render(args.render)

@@ -314,7 +314,7 @@ def test_a_killed_run_goes_on_with_the_cells_that_it_lacks(tmp_path, monkeypatch
     assert after["cells"]["grounding-dino-tiny-64x64-8-training"]["methods"].keys() == {"sdpt", "lora"}
     text = (tmp_path / "report.md").read_text()
     assert "full fine-tuning" in text.partition("### Not measured here")[2]
-    assert "- GLIP-L, 64x64, 8 tokens, training: all methods." in capsys.readouterr().out
+    assert "- GLIP-L, 64x64, 8 tokens: all methods (inference and training)." in capsys.readouterr().out
 
     # `--all` measures that cell again, with all methods.
     assert command(monkeypatch, *arguments, "--all", "--only", "*tiny*training") == 0
