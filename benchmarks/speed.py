@@ -62,19 +62,24 @@ def parse_args() -> argparse.Namespace:
         "--render", type=Path, nargs="+", metavar="FILE",
         help="Measure nothing: put the tables and pictures of these results.json into docs/performance.md.",
     )  # fmt: skip
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """
+    Raises:
+        ValueError: a flag asks for what cannot be.
+    """
     if args.repeats < LEAST_REPEATS:
-        parser.error(f"argument --repeats: {args.repeats} is below {LEAST_REPEATS}, too few for a median with a spread")
+        raise ValueError(f"--repeats {args.repeats}: is below {LEAST_REPEATS}, too few for a median with a spread")
     if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("argument --device: torch sees no GPU here")
+        raise ValueError("--device cuda: torch sees no GPU here")
     for file in args.render or ():
         if not file.is_file():
-            parser.error(f"argument --render: {file} is not there")
+            raise ValueError(f"--render {file}: is not there")
     if args.only is not None and not chosen(args):
-        parser.error(
-            f"argument --only: no cell matches {args.only!r}; there are {', '.join(c.key for c in grid(args))}"
-        )
-    return args
+        there = ", ".join(cell.key for cell in grid(args))
+        raise ValueError(f"--only {args.only}: matches no cell; there are {there}")
 
 
 def grid(args: argparse.Namespace) -> list[Cell]:
@@ -190,6 +195,7 @@ def main() -> None:
     # Of transformers, at what PEFT asks of a host; nothing to do with what is measured.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     try:
+        check_args(args)
         if args.render:
             render(args.render)
         else:

@@ -335,12 +335,12 @@ def test_results_of_another_kind_are_not_mixed(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--repeats", "4"], "--repeats: 4 is below 5"),
-        (["--only", "glop*"], "no cell matches 'glop*'"),
-        (["--render", "nowhere.json"], "nowhere.json is not there"),
+        (["--repeats", "4"], "--repeats 4: is below 5"),
+        (["--only", "glop*"], "--only glop*: matches no cell; there are grounding"),
+        (["--render", "nowhere.json"], "--render nowhere.json: is not there"),
         pytest.param(
             ["--device", "cuda"],
-            "torch sees no GPU here",
+            "--device cuda: torch sees no GPU here",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
         ),
     ],
@@ -358,7 +358,10 @@ def test_ratios_are_of_the_same_round():
 
 def test_an_aim_that_is_missed_says_so():
     def cell(host, ours):
-        methods = {name: {"seconds": [ours if name == "sdpt" else 1.0] * 5, "peak_bytes": 1} for name in METHODS}
+        methods = {
+            name: {"seconds": [ours if name == "sdpt" else 1.0] * 5, "peak_bytes": 2, "held_bytes": 1}
+            for name in METHODS
+        }
         return {"host": host, "label": host, "task": "inference", "is_fusion": "fusion" in host, "methods": methods}
 
     def verdicts(*found):

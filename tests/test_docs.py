@@ -29,6 +29,7 @@ from transformers import AutoModelForZeroShotObjectDetection
 
 import detect
 import pretrain_host
+import speed
 import train_detection
 from hosts import ROOT, attach, make_host, run
 from hub import OWNER, serve, use
@@ -40,7 +41,12 @@ PAGES = [*sorted(DOCS.glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md
 HOST = ROOT / "examples/host"
 # Checked by the builder of the site.
 DIRECTIVES = ("{toctree}", "{eval-rst}")
-SCRIPTS = {"train_detection.py": train_detection, "detect.py": detect, "pretrain_host.py": pretrain_host}
+SCRIPTS = {
+    "train_detection.py": train_detection,
+    "detect.py": detect,
+    "pretrain_host.py": pretrain_host,
+    "speed.py": speed,
+}
 # Starts of commands that are not ours; what they are given is not checked, but for the extras of `pip install`.
 OTHER_COMMANDS = (
     "python -m venv",
@@ -187,7 +193,7 @@ def test_commands_parse(page, monkeypatch, capsys):
                 if launcher:
                     launched = launcher().parse_args(words[1 + (words[0] == "accelerate") :])
                     words = ["python", launched.training_script, *launched.training_script_args]
-                if words[0] == "python" and words[1].startswith("examples/"):
+                if words[0] == "python" and words[1].startswith(("examples/", "benchmarks/")):
                     assert (ROOT / words[1]).is_file(), where
                     module = SCRIPTS[Path(words[1]).name]
                     arguments = parse(module, words[2:], monkeypatch)
