@@ -15,6 +15,7 @@ from transformers.models.swin.modeling_swin import SwinLayer
 
 import cells
 import full_hosts
+import kept
 import measuring
 import methods
 import report
@@ -254,6 +255,21 @@ def test_a_training_cell_measures_all_that_the_tables_need(host, dtype):
     if host in MODELS:
         # Both moments of AdamW, in the dtype of what is trained, and a copy that is trained.
         assert results["full"]["held_bytes"] > 2.9 * results["vpt"]["held_bytes"] - 1e5
+
+
+def test_what_a_step_keeps_is_told_by_part(monkeypatch, capsys):
+    monkeypatch.setattr(
+        sys, "argv", ["kept.py", "--size", "64", "64", "--tokens", "8", "--methods", "sdpt", "lora", "full"]
+    )
+    kept.main()
+    head, _, *rows = capsys.readouterr().out.splitlines()
+    assert head == "| MB | SDPT | LoRA | full fine-tuning |"
+    assert [row.split(" | ")[0].strip("| ") for row in rows] == [*kept.PARTS.values(), kept.REST, "in all"]
+    columns = [kept.kept(attached(name).train(), inputs_of(MODELS[0])) for name in ("sdpt", "lora", "full")]
+    # Every part is found; only one that trains the backbones keeps anything in them.
+    assert set(columns[2]) == {*kept.PARTS.values(), kept.REST}
+    assert not any("backbone" in part for column in columns[:2] for part in column)
+    assert columns[0].total() < columns[1].total() < columns[2].total()
 
 
 # ---- the command

@@ -28,6 +28,7 @@ from torch.distributed.run import get_args_parser
 from transformers import AutoModelForZeroShotObjectDetection
 
 import detect
+import kept
 import pretrain_host
 import speed
 import train_detection
@@ -46,6 +47,7 @@ SCRIPTS = {
     "detect.py": detect,
     "pretrain_host.py": pretrain_host,
     "speed.py": speed,
+    "kept.py": kept,
 }
 # Starts of commands that are not ours; what they are given is not checked, but for the extras of `pip install`.
 OTHER_COMMANDS = (
