@@ -151,7 +151,7 @@ def run(args: argparse.Namespace) -> None:
     results = earlier(args)
     cells = [cell for cell in chosen(args) if not is_done(cell, results)]
     done = len(chosen(args)) - len(cells)
-    with tqdm(total=done + len(cells), initial=done, unit="cell", disable=None) as progress:
+    with tqdm(total=done + len(cells), initial=done, unit="cell") as progress:
         for cell in cells:
             calls = 0
 

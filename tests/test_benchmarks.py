@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import sys
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -296,7 +297,15 @@ def test_a_run_ends_in_results_tables_and_a_picture(tmp_path, monkeypatch, capsy
     for label in (METHODS[name].label for name in METHODS):
         assert label in text
     assert "Nothing." in text and "Nothing." in capsys.readouterr().out
-    assert (tmp_path / "report.svg").read_text().count("<circle") > 40
+    picture = ElementTree.parse(tmp_path / "report.svg").getroot()
+    assert sum(element.tag.endswith("circle") for element in picture.iter()) > 40
+    width = float(picture.get("width"))
+    assert all(
+        0 <= float(value) <= width
+        for e in picture.iter()
+        for key in ("x", "cx", "x2")
+        if (value := (e.get(key) or "0").rstrip("%"))
+    )
 
     page = tmp_path / "performance.md"
     page.write_text(f"a\n{report.BEGIN}\nold\n{report.END}\nb\n")
