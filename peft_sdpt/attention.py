@@ -58,9 +58,14 @@ class SideInput(NamedTuple):
     hidden_prompts: torch.Tensor | None = None
 
     @property
+    def num_prompts(self) -> int:
+        """N, 0 where there are none."""
+        return 0 if self.prompts is None else len(self.prompts)
+
+    @property
     def length(self) -> int:
         """Tokens and prompts, L + N."""
-        return self.tokens.shape[1] + (0 if self.prompts is None else len(self.prompts))
+        return self.tokens.shape[1] + self.num_prompts
 
 
 # (logits (B, heads, queries, L + N), mask (B, L), N) -> masked logits. Prompts are the last columns.
@@ -140,6 +145,16 @@ def _split_heads(states: torch.Tensor, num_heads: int) -> torch.Tensor:
     return states.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
+def _mask(logits: torch.Tensor, keys: SideInput, mask_function: MaskFunction) -> torch.Tensor:
+    """Logits `(B, heads, queries, L + N)` without what the mask of a side hides, and its hidden prompts."""
+    if keys.mask is not None:
+        logits = mask_function(logits, keys.mask, keys.num_prompts)
+    if keys.hidden_prompts is not None:
+        hidden = F.pad(keys.hidden_prompts, (keys.tokens.shape[1], 0), value=False)
+        logits = logits.masked_fill(hidden[:, None, None, :], float("-inf"))
+    return logits
+
+
 def _attend(
     logits: torch.Tensor,
     values: torch.Tensor,
@@ -148,12 +163,7 @@ def _attend(
     dropout: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights `(B, heads, queries, keys)` and attended values `(B, queries, E)`."""
-    if keys.mask is not None:
-        logits = mask_function(logits, keys.mask, 0 if keys.prompts is None else len(keys.prompts))
-    if keys.hidden_prompts is not None:
-        hidden = F.pad(keys.hidden_prompts, (keys.tokens.shape[1], 0), value=False)
-        logits = logits.masked_fill(hidden[:, None, None, :], float("-inf"))
-    weights = logits.softmax(dim=-1)
+    weights = _mask(logits, keys, mask_function).softmax(dim=-1)
     attended = F.dropout(weights, p=dropout) @ values
     return weights, attended.transpose(1, 2).flatten(2)
 
@@ -293,8 +303,6 @@ def fused_bi_attention(
             attn_mask=text_bias,
             scale=1.0,
         ).sum(1)
-        if image_side.out.bias is not None:
-            image_out = image_out + image_side.out.bias
         read = F.scaled_dot_product_attention(
             keys_of_image[:, :, :text_length].flatten(1, 2)[:, None],
             image_tokens[:, None],
@@ -314,11 +322,11 @@ def fused_bi_attention(
         image_weights = F.dropout(image_logits.softmax(-1), p=dropout)
         text_weights = F.dropout(text_logits.softmax(-1), p=dropout)
         image_out = image_weights.flatten(2) @ values_of_image.flatten(1, 2)
-        if image_side.out.bias is not None:
-            image_out = image_out + image_side.out.bias
         read = text_weights.flatten(1, 2) @ image_tokens
         # Of weights that were dropped the rest does not add up to 1, which the bias of values has to be told.
         total = text_weights.sum(-1, keepdim=True) if dropout else None
+    if image_side.out.bias is not None:
+        image_out = image_out + image_side.out.bias
 
     value_weight = image_side.value.weight.unflatten(0, (num_heads, -1))
     text_out = read.unflatten(1, (num_heads, text_length)) @ value_weight.mT  # (B, heads, Nl, head_dim)
@@ -332,15 +340,8 @@ def _added(side: SideInput, mask_function: MaskFunction) -> torch.Tensor | None:
     """What the mask of a side and its hidden prompts add to the logits, `(B, 1, 1, L + N)`; None where nothing."""
     if side.mask is None and side.hidden_prompts is None:
         return None
-    count = 0 if side.prompts is None else len(side.prompts)
-    batch, length, _ = side.tokens.shape
-    added = side.tokens.new_zeros(batch, 1, 1, length + count)
-    if side.mask is not None:
-        added = mask_function(added, side.mask, count)
-    if side.hidden_prompts is not None:
-        hidden = F.pad(side.hidden_prompts, (length, 0), value=False)
-        added = added.masked_fill(hidden[:, None, None, :], float("-inf"))
-    return added.to(side.tokens.dtype)
+    nothing = side.tokens.new_zeros(len(side.tokens), 1, 1, side.length)
+    return _mask(nothing, side, mask_function).to(side.tokens.dtype)
 
 
 # Measured on CPUs (docs/performance.md): without gradients, kernels that never hold all weights pay from these lengths.

@@ -112,7 +112,7 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
         self.side = side
         self._hold_prompts()
         self.sdpt_config: dict[str, SDPTConfig] = {}
-        for place in range(len(self._projections())):
+        for place in range(len(fusion_host.inverted)):
             # Modules of the layer itself: where PEFT looks for what belongs to an adapter.
             self.add_module(f"sdpt_inverse_{place}", BufferDict(persistent=False))
         self._inverted: tuple[WeightState, ...] | None = None
@@ -135,7 +135,7 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
 
     @property
     def sdpt_inverses(self) -> tuple[BufferDict, ...]:
-        return tuple(getattr(self, f"sdpt_inverse_{place}") for place in range(len(self._projections())))
+        return tuple(getattr(self, f"sdpt_inverse_{place}") for place in range(len(self.fusion_host.inverted)))
 
     def update_layer(self, adapter_name: str, config: SDPTConfig) -> None:
         """Add the prompts of an adapter, with the start that `config` asks for."""
@@ -230,7 +230,7 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
             for name in names
         }
         prompts = []
-        for place, projection in enumerate(projections):
+        for place, (projection, inverses) in enumerate(zip(projections, self.sdpt_inverses, strict=True)):
             side = place if self.side is None else self.side
             shown = [
                 name
@@ -244,7 +244,7 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
                 to_input_space(
                     # In independent mode each side has a set.
                     tokens[name][side] if tokens[name].dim() == 3 else tokens[name],
-                    self.sdpt_inverses[place][name],
+                    inverses[name],
                     bias_of(projection),
                 )
                 for name in shown

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
@@ -17,6 +16,7 @@ from torch import nn
 
 from .config import SDPTConfig
 from .hosts import FusionHost, find_hosts, supported_hosts
+from .hosts.declaration import parameters_of
 from .layer import CANNOT_MERGE, SDPTLayer, SharedSDPTLayer, prompt_shape
 from .saved import differing_shapes
 from .weights import refuse_adapted, refuse_out_of_reach
@@ -298,15 +298,14 @@ def _watch_output_attentions(model: nn.Module, name: str) -> None:
     parts = name.split(".")
     for depth in range(len(parts) - 1, -1, -1):
         module = model.get_submodule(".".join(parts[:depth]))
-        if "output_attentions" in inspect.signature(type(module).forward).parameters:
+        if "output_attentions" in parameters_of(type(module)):
             if _tell_output_attentions not in module._forward_pre_hooks.values():
                 module.register_forward_pre_hook(_tell_output_attentions, with_kwargs=True)
             return
 
 
 def _tell_output_attentions(module: nn.Module, args: tuple, kwargs: dict) -> None:
-    asked = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
-    wanted = asked.get("output_attentions")
+    wanted = {**dict(zip(parameters_of(type(module)), args, strict=False)), **kwargs}.get("output_attentions")
     if wanted is None:
         wanted = getattr(getattr(module, "config", None), "output_attentions", False)
     for layer in module.modules():

@@ -73,17 +73,12 @@ class TensorState(NamedTuple):
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> TensorState:
-        # Inference tensors have no version; a change of one in place is seen by the load hook only.
-        return cls(tensor.detach(), None if tensor.is_inference() else tensor._version)
+        return cls(tensor.detach(), _version(tensor))
 
     def still_holds(self, tensor: torch.Tensor) -> bool:
         if self.alias.is_meta or tensor.is_meta:
             return self.alias.is_meta and tensor.is_meta and self.alias.shape == tensor.shape
-        return (
-            self.alias.device == tensor.device
-            and self.alias.is_set_to(tensor)
-            and self.version == (None if tensor.is_inference() else tensor._version)
-        )
+        return self.alias.device == tensor.device and self.alias.is_set_to(tensor) and self.version == _version(tensor)
 
 
 class WeightState(NamedTuple):
@@ -127,6 +122,11 @@ def _is_plain(held: Any) -> bool:
 
 def _merged(query: nn.Module) -> tuple[str, ...]:
     return tuple(getattr(query, "merged_adapters", ()))
+
+
+def _version(tensor: torch.Tensor) -> int | None:
+    # Inference tensors have no version; a change of one in place is seen by the load hook only.
+    return None if tensor.is_inference() else tensor._version
 
 
 def refuse_adapted(query: nn.Module) -> None:

@@ -5,25 +5,23 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 
+import hosts
 from peft_sdpt import SDPTConfig, SDPTLayer
 from peft_sdpt.layer import SharedSDPTLayer
 from tiny import cases
 
 CASES = cases()
 N = 3
+attach = partial(hosts.attach, num_virtual_tokens=N)
 
 every_host = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-
-
-def attach(host, seed: int = 1, **config):
-    torch.manual_seed(seed)
-    return get_peft_model(host, SDPTConfig(**{"num_virtual_tokens": N, **config}))
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from peft import (
     PeftModel,
-    get_peft_model,
     get_peft_model_state_dict,
     inject_adapter_in_model,
     set_peft_model_state_dict,
@@ -23,17 +23,14 @@ from transformers import Sam3TrackerConfig, Sam3TrackerModel, Sam3VideoConfig, S
 from transformers.models.sam3 import modeling_sam3
 from transformers.models.sam3_lite_text import modeling_sam3_lite_text
 
+import hosts
 from peft_sdpt import SDPTConfig, SDPTLayer
 from peft_sdpt.hosts import BRIDGETOWER, SAM3_DECODER, SAM3_ENCODER, SAM3_MASK_DECODER, find_hosts
 from tiny import bridgetower, lxmert, sam3
 
 N = 3
+attach = partial(hosts.attach, num_virtual_tokens=N)
 TEXT, IMAGE = ("cross_modal_text_layers", "cross_modal_image_layers")
-
-
-def attach(host, seed: int = 1, **config):
-    torch.manual_seed(seed)
-    return get_peft_model(host, SDPTConfig(**{"num_virtual_tokens": N, **config}))
 
 
 def layer_of(model, name: str) -> SDPTLayer:

@@ -87,7 +87,7 @@ class FusionHost(ABC):
         return (
             _is_a(module, self.class_names)
             and all(_attribute(module, name) is not None for name in self.needed)
-            and _parameters(type(module))[: len(self.arguments)] == self.arguments
+            and parameters_of(type(module))[: len(self.arguments)] == self.arguments
             and (not self.within or any(_is_a(ancestor, self.within) for ancestor in ancestors))
         )
 
@@ -147,5 +147,6 @@ def _attribute(module: nn.Module, name: str) -> Any:
 
 
 @functools.cache
-def _parameters(cls: type[nn.Module]) -> tuple[str, ...]:
+def parameters_of(cls: type[nn.Module]) -> tuple[str, ...]:
+    """What the forward of a class takes, by name and in order."""
     return tuple(inspect.signature(cls.forward).parameters)[1:]

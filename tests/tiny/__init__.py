@@ -58,6 +58,12 @@ def cases() -> list[Case]:
     return found
 
 
+def on_meta(model_class: type[nn.Module], config: Any) -> nn.Module:
+    """A model without weights, to be counted."""
+    with torch.device("meta"):
+        return model_class(config)
+
+
 def randomise(model: nn.Module, seed: int = 0, scale: float = 0.3) -> nn.Module:
     """Give every parameter of less than two dimensions some size, and the others a spread that tells tokens apart."""
     generator = torch.Generator().manual_seed(seed)

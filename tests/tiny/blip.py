@@ -26,7 +26,7 @@ from transformers import (
     LlamaConfig,
 )
 
-from . import Case, randomise
+from . import Case, on_meta, randomise
 
 WIDTH, IMAGE_WIDTH, LENGTH = 32, 40, 5
 VISION = {
@@ -114,11 +114,6 @@ def make_qformer(config_class, model_class):
 
 def qformer_outputs(model, inputs):
     return model(**inputs).last_hidden_state[:, :4].flatten(1)
-
-
-def on_meta(model_class, config):
-    with torch.device("meta"):
-        return model_class(config)
 
 
 CASES = [

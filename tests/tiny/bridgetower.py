@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from transformers import BridgeTowerConfig, BridgeTowerModel
 
-from . import Case, randomise
+from . import Case, on_meta, randomise
 
 WIDTH = 32
 # Held by the layers of text tokens, shared with those of image tokens.
@@ -55,8 +55,7 @@ def outputs(model, inputs):
 
 def full_size():
     """`BridgeTower/bridgetower-base`, whose numbers are the defaults."""
-    with torch.device("meta"):
-        return BridgeTowerModel(BridgeTowerConfig())
+    return on_meta(BridgeTowerModel, BridgeTowerConfig())
 
 
 CASE = Case(

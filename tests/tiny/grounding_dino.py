@@ -15,7 +15,7 @@ from transformers import (
 
 from hosts import LAYERS, WIDTH, make_host, model_inputs
 
-from . import Case
+from . import Case, on_meta
 
 CLASSES = {
     "grounding_dino": (GroundingDinoConfig, GroundingDinoForObjectDetection),
@@ -32,8 +32,7 @@ def outputs(model, inputs):
 def full_size(name):
     config_class, model_class = CLASSES[name]
     swin = SwinConfig(image_size=384, window_size=7, out_features=["stage2", "stage3", "stage4"])
-    with torch.device("meta"):
-        return model_class(config_class(backbone_config=swin))
+    return on_meta(model_class, config_class(backbone_config=swin))
 
 
 CASES = [

@@ -13,7 +13,7 @@ from transformers import (
     ViltModel,
 )
 
-from . import Case, randomise
+from . import Case, on_meta, randomise
 from .blip import with_pixels
 
 WIDTH = 32
@@ -57,11 +57,6 @@ def make_flava():
 def flava_outputs(model, inputs):
     # A token of the sequence, one of the image and four patches come before the text.
     return model(**inputs).multimodal_embeddings[:, : 6 + 3].flatten(1)
-
-
-def on_meta(model_class, config):
-    with torch.device("meta"):
-        return model_class(config)
 
 
 CASES = [

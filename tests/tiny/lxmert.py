@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from transformers import LxmertConfig, LxmertForPreTraining, LxmertModel
 
-from . import Case, randomise
+from . import Case, on_meta, randomise
 
 WIDTH = 32
 LAYERS = [f"encoder.x_layers.{index}.visual_attention" for index in range(2)]
@@ -51,8 +51,7 @@ def outputs(model, inputs):
 
 def full_size():
     """`unc-nlp/lxmert-base-uncased`, whose numbers are the defaults."""
-    with torch.device("meta"):
-        return LxmertForPreTraining(LxmertConfig())
+    return on_meta(LxmertForPreTraining, LxmertConfig())
 
 
 CASE = Case(

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from transformers import CLIPTextConfig, OmDetTurboConfig, OmDetTurboForObjectDetection, SwinConfig
 
-from . import Case, randomise
+from . import Case, on_meta, randomise
 
 WIDTH, TASK_LENGTH = 32, 5
 
@@ -80,10 +80,8 @@ def outputs(model, inputs):
 def full_size():
     """`omlab/omdet-turbo-swin-tiny-hf`, whose numbers are the defaults but for the library of the backbone."""
     swin = SwinConfig(image_size=640, out_indices=[2, 3, 4])
-    with torch.device("meta"):
-        return OmDetTurboForObjectDetection(
-            OmDetTurboConfig(backbone_config=swin, apply_layernorm_after_vision_backbone=False)
-        )
+    config = OmDetTurboConfig(backbone_config=swin, apply_layernorm_after_vision_backbone=False)
+    return on_meta(OmDetTurboForObjectDetection, config)
 
 
 CASE = Case(

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from transformers import Sam3Config, Sam3LiteTextConfig, Sam3LiteTextModel, Sam3Model
 
-from . import Case, randomise
+from . import Case, on_meta, randomise
 
 WIDTH = 32
 ENCODER = [f"detr_encoder.layers.{index}" for index in range(2)]
@@ -96,8 +96,7 @@ def outputs(model, inputs):
 def full_size(name):
     """The defaults: `facebook/sam3`, and what transformers ascribes to `yonigozlan/sam3-litetext-s0`."""
     config_class, model_class = CLASSES[name]
-    with torch.device("meta"):
-        return model_class(config_class())
+    return on_meta(model_class, config_class())
 
 
 CASES = [
