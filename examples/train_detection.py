@@ -54,6 +54,7 @@ from checkpoints import (
 from coco_data import DetectionSplit, check_pictures, few_shot, has_split, load_split, require_same_classes
 from coco_metrics import average_precision, detect, detect_split, result_of
 from errors import InputError, one_line_errors
+from feature_cache import FeatureCache
 from files import whole_files
 from interruption import Interruption, leave_signals_to_the_main_process
 from moving_average import averaged, trained_parameters
@@ -74,6 +75,7 @@ ADAPTER_FLAGS = ("num_virtual_tokens", "pinv_rtol", "prompt_dropout")
 FREE_FLAGS = (
     *("output_dir", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "validation_steps"),
     *("with_tracking", "report_to", "per_device_eval_batch_size", "dataloader_num_workers"),
+    "cache_features",
     *("push_to_hub", "hub_model_id"),
     *("skip_bad_images", "skip_bad_boxes"),
     *("dataset_name", "train_split", "validation_split", "eval_split", "bbox_format", "shots"),
@@ -171,6 +173,12 @@ def parse_args() -> argparse.Namespace:
     train.add_argument(
         "--mixed_precision", choices=("no", "fp16", "bf16"), help="If not given: what `accelerate config` says."
     )
+    train.add_argument(
+        "--cache_features",
+        metavar="FOLDER",
+        help="Keep there what the frozen backbones make of each picture and prompt, and compute it once. Needs "
+        "--no_augmentation.",
+    )
     train.add_argument("--seed", type=int, default=0, help="Of everything that is random.")
 
     output = parser.add_argument_group("output")
@@ -225,7 +233,8 @@ def check_args(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not 0 < value < 1:
             raise InputError(f"--{name} {value}: must be above 0 and below 1.")
-    for name in ("dataset_name", "adapter", "model_name_or_path", "resume_from_checkpoint", "hub_model_id"):
+    for name in ("dataset_name", "adapter", "model_name_or_path", "resume_from_checkpoint", "hub_model_id",
+                 "cache_features"):  # fmt: skip
         if getattr(args, name) == "":
             raise InputError(f"--{name}: is empty.")
     for name in ADAPTER_FLAGS:
@@ -233,6 +242,13 @@ def check_args(args: argparse.Namespace) -> None:
             raise InputError(f"--{name}: belongs to the adapter, and --adapter {args.adapter} brings its own.")
     if args.eval_only and args.resume_from_checkpoint:
         raise InputError("--resume_from_checkpoint: goes on training; to evaluate a checkpoint pass it as --adapter.")
+    if args.cache_features and args.eval_only:
+        raise InputError("--cache_features: is for pictures that are seen again, and --eval_only sees each once.")
+    if args.cache_features and not args.no_augmentation:
+        raise InputError(
+            "--cache_features: augmentation makes other pictures in each epoch, which are never seen again; give "
+            "--no_augmentation, or leave it out."
+        )
     if args.push_to_hub and not args.hub_model_id:
         raise InputError("--push_to_hub: needs --hub_model_id user/name.")
     if args.hub_model_id and args.hub_model_id.count("/") != 1:
@@ -407,6 +423,9 @@ def run(args: argparse.Namespace) -> None:
     # Host and adapter
     processor, detector = load_host(args, adapter)
     model = detector.to(accelerator.device)
+    cache = FeatureCache(Path(args.cache_features), detector) if args.cache_features else None
+    if cache and cache.leaves_out_dropout:
+        accelerator.print("--cache_features: the host's backbones have dropout, which stored features are without")
     if args.image_size:
         try:
             detect(model.eval(), processor, [Image.new("RGB", (args.image_size,) * 2)], ["object"], [[0]])
@@ -471,6 +490,8 @@ def run(args: argparse.Namespace) -> None:
             "images a step": samples_per_step,
             "processes": accelerator.num_processes,
             "mixed precision": accelerator.mixed_precision,
+            # None for a host without: then stored features change nothing.
+            "dropout in backbones": "left out, by --cache_features" if cache and cache.leaves_out_dropout else None,
             "training images": train.fingerprint(),
             "validation images": validation.fingerprint() if validation else None,
             "evaluation images": held_out.fingerprint(),
@@ -549,7 +570,8 @@ def run(args: argparse.Namespace) -> None:
         )
         model.train()
         batches = accelerator.skip_first_batches(loader, progress.step * args.gradient_accumulation_steps)
-        with Interruption(accelerator) as interruption, bar:
+        # Validation between steps takes its features from there as well.
+        with Interruption(accelerator) as interruption, bar, cache.used() if cache else nullcontext():
             start = time.perf_counter()
             for step in whole_steps(batches):
                 # Of all batches of the step: their losses add up to that of one large batch.
