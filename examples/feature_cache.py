@@ -194,31 +194,30 @@ def _bytes(tensor: Tensor) -> memoryview:
     return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
 
 
-def _checksum(features: list[Tensor]) -> str:
-    value = 0
+def _about(key: str, features: list[Tensor]) -> dict[str, str]:
+    """What an entry says of itself."""
+    checksum = 0
     for feature in features:
-        value = zlib.crc32(_bytes(feature), zlib.crc32(_kind(feature).encode(), value))
-    return str(value)
+        checksum = zlib.crc32(_bytes(feature), zlib.crc32(_kind(feature).encode(), checksum))
+    # One value, because several come in any order, and the same features should make the same file.
+    return {"entry": f"{key} {checksum}"}
 
 
 def _read(file: Path, key: str) -> list[Tensor] | None:
     """Features of an entry, mapped into memory; None where there is none, or one that is not whole."""
     try:
         with safe_open(file, framework="pt") as entry:
-            about = entry.metadata() or {}
+            about = entry.metadata()
             features = [entry.get_tensor(str(level)) for level in range(len(entry.keys()))]
     except (OSError, ValueError, RuntimeError, SafetensorError):
         return None
     # A length alone would not tell a file whose blocks never reached the disk.
-    return features if about == {"key": key, "checksum": _checksum(features)} else None
+    return features if about == _about(key, features) else None
 
 
 def _write(file: Path, key: str, features: list[Tensor]) -> None:
     """Write an entry in one move; of two processes that do so at once the later wins, with the same bytes."""
-    data = save(
-        {str(level): feature for level, feature in enumerate(features)},
-        metadata={"key": key, "checksum": _checksum(features)},
-    )
+    data = save({str(level): feature for level, feature in enumerate(features)}, metadata=_about(key, features))
     unfinished = file.with_name(f"{file.stem}.{secrets.token_hex(8)}{UNFINISHED}")
     try:
         # Each time, because a folder of features may be cleared at any time.

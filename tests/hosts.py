@@ -68,6 +68,8 @@ def host_config(name: str, *, d_model: int = D_MODEL, layers: int = 2, **changes
         num_attention_heads=2,
         intermediate_size=32,
         max_position_embeddings=64,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
     )
     values = {
         "d_model": d_model,
