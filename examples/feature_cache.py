@@ -23,6 +23,7 @@ import secrets
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -70,22 +71,23 @@ class FeatureCache:
                         "follow it; leave it out."
                     )
         _make(folder)
-        self._stored = [
-            _Stored(pictures, folder, "pictures", lambda maps: BackboneOutput(feature_maps=tuple(maps))),
-            _Stored(text, folder, "prompts", lambda states: BaseModelOutput(last_hidden_state=states[0])),
-        ]
+        self._stored = {
+            "pictures": _Stored(pictures, folder, "pictures", lambda maps: BackboneOutput(feature_maps=tuple(maps))),
+            "prompts": _Stored(text, folder, "prompts", lambda states: BaseModelOutput(last_hidden_state=states[0])),
+        }
         # Features are of evaluation mode, and a host may be set to drop some of them at random in training.
-        self.leaves_out_dropout = any(_drops(stored.module) for stored in self._stored)
+        self.leaves_out_dropout = any(_drops(stored.module) for stored in self._stored.values())
 
     @contextlib.contextmanager
-    def used(self) -> Iterator[None]:
+    def used(self, prompts: bool = True) -> Iterator[None]:
         """Within, the detector takes features from the folder, and puts there what is missing.
 
         A forward raises `InputError` where that cannot be written.
+
+        Args:
+            prompts: whether to keep those of prompts; prompts that are drawn at random are never met again.
         """
-        with contextlib.ExitStack() as stack:
-            for stored in self._stored:
-                stack.enter_context(stored.in_place())
+        with self._stored["pictures"].in_place(), self._stored["prompts"].in_place() if prompts else nullcontext():
             yield
 
 

@@ -469,6 +469,11 @@ def run(args: argparse.Namespace) -> None:
             args.seed,
             augmentation=not args.no_augmentation,
         )
+        if cache and args.per_device_train_batch_size > 1 and len(set(train.sizes)) > 1:
+            accelerator.print(
+                "--cache_features: pictures of several sizes are padded to the largest of their batch, and kept at "
+                "each size; --per_device_train_batch_size 1, with --gradient_accumulation_steps, keeps each once"
+            )
         loader = DataLoader(
             samples,
             batch_size=args.per_device_train_batch_size,
@@ -571,7 +576,7 @@ def run(args: argparse.Namespace) -> None:
         model.train()
         batches = accelerator.skip_first_batches(loader, progress.step * args.gradient_accumulation_steps)
         # Validation between steps takes its features from there as well.
-        with Interruption(accelerator) as interruption, bar, cache.used() if cache else nullcontext():
+        with Interruption(accelerator) as interruption, bar, cache.used(samples.asks_all) if cache else nullcontext():
             start = time.perf_counter()
             for step in whole_steps(batches):
                 # Of all batches of the step: their losses add up to that of one large batch.

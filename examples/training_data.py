@@ -74,6 +74,9 @@ class TrainingSamples(Dataset):
         max_text_len: the detector's `config.max_text_len`.
         seed: 0 <= seed < 2**32.
         augmentation: whether to `augment` the pictures.
+
+    Attributes:
+        asks_all: whether all classes fit one prompt, so that each sample is asked for the same.
     """
 
     def __init__(
@@ -89,6 +92,7 @@ class TrainingSamples(Dataset):
         # [CLS] and [SEP] have their place too.
         self.room = max_text_len - 2
         self.lengths = phrase_lengths(data.class_names, processor.tokenizer)
+        self.asks_all = sum(self.lengths) <= self.room
         self.seed, self.augmentation = seed, augmentation
         self._shuffled: tuple[int, list[int]] = (-1, [])
 
@@ -132,7 +136,7 @@ class TrainingSamples(Dataset):
         return self._shuffled[1]
 
     def _ask(self, present: list[int], generator: torch.Generator) -> list[int]:
-        if sum(self.lengths) <= self.room:
+        if self.asks_all:
             return list(range(len(self.lengths)))
         shuffled = torch.randperm(len(self.lengths), generator=generator).tolist()
         present = set(present)

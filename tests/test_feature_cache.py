@@ -113,6 +113,14 @@ def test_outputs_and_gradients_are_those_without_it_bit_for_bit(detector, tmp_pa
     assert len(entries(tmp_path)) == 4 and not list(tmp_path.rglob("*.unfinished"))
 
 
+def test_prompts_that_are_never_met_again_are_not_kept(tiny, tmp_path):
+    cache = FeatureCache(tmp_path, tiny)
+    with torch.no_grad(), counted() as count, cache.used(prompts=False):
+        for _ in range(2):
+            tiny(**mixed())
+    assert count == {"picture": 2, "prompt": 4} and len(entries(tmp_path)) == 2
+
+
 def test_of_samples_that_are_alike_one_is_computed(tiny, tmp_path):
     inputs = {name: value[:1].repeat(3, *[1] * (value.ndim - 1)) for name, value in mixed().items()}
     cache = FeatureCache(tmp_path, tiny)
@@ -478,7 +486,7 @@ def test_another_picture_under_the_same_name_is_seen(main_job, own_task, tmp_pat
     assert not all(torch.equal(before[key], after[key]) for key in before)
 
 
-def test_mixed_sizes_and_workers_change_nothing(main_job, own_task, tmp_path):  # noqa: F811
+def test_mixed_sizes_and_workers_change_nothing(main_job, own_task, tmp_path, capsys):  # noqa: F811
     """Pictures of mixed sizes are padded as in the batch that they are in, which is a size of its own."""
     for split in ("train", "val"):
         coco = json.loads((own_task / f"{split}.json").read_text())
@@ -495,6 +503,15 @@ def test_mixed_sizes_and_workers_change_nothing(main_job, own_task, tmp_path):  
     assert main_job(*run, tmp_path / "plain") == 0
     assert main_job(*run, tmp_path / "stored", *cache, "--dataloader_num_workers", 1) == 0
     assert same_run(tmp_path / "plain", tmp_path / "stored")
+    assert "padded to the largest of their batch" in capsys.readouterr().out
+    # Alone, each is met again as it was.
+    alone = ("--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 4, "--cache_features")
+    with counted() as count:
+        assert main_job(*run, tmp_path / "alone", *alone, tmp_path / "alone-cache") == 0
+    assert "padded to the largest" not in capsys.readouterr().out
+    assert len(list((tmp_path / "alone-cache").glob("pictures-*/*"))) == 16
+    # Eight are measured before and after, and four validated after the last step.
+    assert count["picture"] == 16 + 2 * 8 + 4
 
 
 def test_dropout_in_the_backbones_makes_it_another_run(main_job, small_task, tmp_path, capsys):  # noqa: F811
