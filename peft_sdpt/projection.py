@@ -7,7 +7,7 @@ Source: SDPT, arXiv 2407.11414, section 3 (unified prototype tokens and inverse 
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -58,6 +58,12 @@ def inverse_projection(weight: torch.Tensor, rtol: float | None = None) -> torch
         return inverse.to(device=weight.device, dtype=dtype)
 
 
+def without_autocast(device_type: str) -> AbstractContextManager[None]:
+    """A context in which products keep the dtype of their factors."""
+    has_autocast = torch.amp.is_autocast_available(device_type)  # the meta device has none
+    return torch.autocast(device_type, enabled=False) if has_autocast else nullcontext()
+
+
 def to_input_space(tokens: torch.Tensor, inverse: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Map tokens of the aligned space to the input of a projection: `(Z - b) pinv(W)^T`.
 
@@ -74,9 +80,7 @@ def to_input_space(tokens: torch.Tensor, inverse: torch.Tensor, bias: torch.Tens
     """
     dtype = torch.promote_types(tokens.dtype, inverse.dtype)
     # Autocast would do this product in 16 bit, where the large entries of the inverse drown.
-    device_type = tokens.device.type
-    has_autocast = torch.amp.is_autocast_available(device_type)  # the meta device has none
-    with torch.autocast(device_type, enabled=False) if has_autocast else nullcontext():
+    with without_autocast(tokens.device.type):
         centred = tokens.to(dtype)
         if bias is not None:
             centred = centred - bias.to(dtype)

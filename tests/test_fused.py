@@ -11,11 +11,11 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
-import peft_sdpt.attention
+import peft_sdpt.fused_attention
 import peft_sdpt.layer
 from hosts import D_MODEL, HOST_NAMES, LAYERS, attach, make_host, model_inputs, run
 from peft_sdpt import SDPTConfig, SDPTLayer
-from peft_sdpt.attention import absorbing_pays
+from peft_sdpt.fused_attention import absorbing_pays
 from test_layer import NL, NV, TOLERANCE, VARIANTS, N, make_inputs, make_layer
 
 
@@ -29,10 +29,12 @@ def fused_and_eager(name="grounding_dino", dtype=torch.float64, **changes):
     return fused, make_layer(name, dtype, **{**changes, "attn_implementation": "eager"})
 
 
-@pytest.fixture(params=["kernels", "products"])
+@pytest.fixture(params=["kernels", "one chunk", "many chunks"])
 def way(request, monkeypatch):
-    """Each of the two ways to run the fused attention, whatever the sizes."""
-    monkeypatch.setattr(peft_sdpt.attention, "_kernels_pay", lambda *_: request.param == "kernels")
+    """Each way to run the fused attention, whatever the sizes and the device."""
+    monkeypatch.setattr(peft_sdpt.fused_attention, "_kernels_pay", lambda *_: request.param == "kernels")
+    if request.param == "many chunks":
+        monkeypatch.setattr(peft_sdpt.fused_attention, "_LOGITS_AT_A_TIME", 500)
     return request.param
 
 
@@ -93,6 +95,20 @@ def test_padded_rows(way):
             torch.testing.assert_close(one[other.isfinite()], other[other.isfinite()], rtol=0, atol=1e-10)
 
 
+def test_padding_may_come_first(way):
+    """Whole chunks of padding, before any token and after."""
+    fused, eager = fused_and_eager()
+    image, text, image_mask, text_mask = make_inputs()
+    image_mask[:, :10], text_mask[:, :2] = True, True
+    found = []
+    for layer in (fused, eager):
+        outs = outputs(layer, image, text, image_mask, text_mask)
+        loss = sum(out.square().sum() for out in outs)
+        found.append([*outs, *torch.autograd.grad(loss, layer.sdpt_prompts["default"])])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-9)
+
+
 def test_mixed_adapters(way):
     fused, eager = fused_and_eager()
     for layer in (fused, eager):
@@ -121,6 +137,64 @@ def test_dropout_keeps_the_mean():
         assert spread.median() > 0.05
         error = (samples.mean(0) - expected[place]).abs() / (spread / len(drawn) ** 0.5 + 1e-9)
         assert error.quantile(0.99) < 4
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("size", [10**6, 100])
+def test_gradients_with_dropped_weights(size, dropout, monkeypatch):
+    """Of everything that has one, against differences; one seed drops the same weights in each call."""
+    monkeypatch.setattr(peft_sdpt.fused_attention, "_LOGITS_AT_A_TIME", size)
+    draw = torch.Generator().manual_seed(0)
+
+    def tensor(*shape):
+        return torch.randn(*shape, dtype=torch.float64, generator=draw).requires_grad_()
+
+    image_bias = torch.zeros(2, 1, 1, 15, dtype=torch.float64)
+    image_bias[1, ..., 9:12] = -torch.inf
+
+    def call(*differentiated):
+        torch.manual_seed(1)
+        outs = peft_sdpt.fused_attention._BothDirections.apply(*differentiated, image_bias, 5, dropout)
+        return tuple(out for out in outs if out is not None)
+
+    inputs = tensor(2, 12, 4), tensor(2, 3, 4), tensor(2, 2, 7, 4), tensor(2, 2, 7, 4), tensor(2, 2, 1, 7)
+    assert torch.autograd.gradcheck(call, inputs)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_dropped_weights_in_half_precision(autocast):
+    """The same weights are dropped as in single precision: one seed draws the same in all dtypes."""
+    fused, _ = fused_and_eager(dtype=torch.float32, host={"fusion_dropout": 0.4})
+    inputs = make_inputs(torch.float32)
+    found = {}
+    for half in (False, True):
+        if half and not autocast:
+            fused.base_layer.bfloat16()
+            inputs = [tensor.bfloat16() if tensor.is_floating_point() else tensor for tensor in inputs]
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half and autocast):
+            outs = outputs(fused.train(), *inputs)
+            assert all(out.dtype == (torch.bfloat16 if half else torch.float32) for out in outs)
+            # A backward within autocast, too.
+            grad = torch.autograd.grad(sum(out.float().square().sum() for out in outs), fused.sdpt_prompts["default"])
+        found[half] = [*outs, *grad]
+    for one, other in zip(found[True], found[False], strict=True):
+        assert (one.float() - other).norm() < 0.05 * other.norm()
+
+
+def test_a_second_derivative_is_refused():
+    fused, eager = fused_and_eager()
+    for layer in (eager, fused):
+        prompts = layer.sdpt_prompts["default"]
+        (grad,) = torch.autograd.grad(
+            sum(out.square().sum() for out in outputs(layer, *make_inputs())), prompts, create_graph=True
+        )
+        if layer is eager:
+            grad.sum().backward()
+            assert prompts.grad.abs().sum() > 0
+        else:
+            with pytest.raises(RuntimeError, match="once_differentiable"):
+                grad.sum().backward()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

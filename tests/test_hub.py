@@ -431,7 +431,7 @@ def train(main_job, small_task, capsys):  # noqa: F811
 PUSH = ("--push_to_hub", "--hub_model_id", REPO, "--hub_token", OWNER)
 
 
-def test_the_main_job_writes_results_into_its_cards(train, tmp_path):
+def test_the_main_job_writes_results_into_its_cards(train, small_task, tmp_path):  # noqa: F811
     out = tmp_path / "out"
     out.mkdir()
     (out / "README.md").write_text("---\nlicense: mit\n---\n# My own words\n")
@@ -440,7 +440,7 @@ def test_the_main_job_writes_results_into_its_cards(train, tmp_path):
     last, best = ((out / name / "README.md").read_text() for name in ("", "best"))
     for name, row in (("before", "before, the host alone"), ("after", "after")):
         assert f"| {row} | {' | '.join(f'{metrics[name][key]:.3f}' for key in ('AP', 'AP50', 'AP75'))} |" in last
-    assert "`task0`" in last and "split `test`, 8 images of 40 classes" in last and MADE_BY_US in last
+    assert f"`{small_task.name}`" in last and "split `test`, 8 images of 40 classes" in last and MADE_BY_US in last
     assert "(detections.png)" in last and "# My own words" in last and "license: mit" in last
     assert f"| validation | {metrics['best']['AP']:.3f} |" in best and "detections.png" not in best
     assert str(tmp_path) not in last + best

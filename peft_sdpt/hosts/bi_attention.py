@@ -10,16 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from ..attention import (
-    MaskFunction,
-    Prompts,
-    Side,
-    SideInput,
-    absorbing_pays,
-    bi_attention,
-    fused_bi_attention,
-    hide_padding,
-)
+from ..attention import MaskFunction, Prompts, Side, SideInput, bi_attention, hide_padding
+from ..fused_attention import absorbing_pays, fused_bi_attention
 from ..weights import is_plain_linear
 from .declaration import FusionHost
 

@@ -1,0 +1,303 @@
+# Copyright 2026 The peft_sdpt authors
+# SPDX-License-Identifier: Apache-2.0
+"""The attention of `attention.bi_attention` for less time and memory: its outputs, without its weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from .attention import MaskFunction, Side, SideInput, append_prompts, hide_padding, mask_logits, split_heads
+from .projection import without_autocast
+
+
+def absorbing_pays(image_length: int, text_length: int, weight: torch.Tensor, num_heads: int) -> bool:
+    """Whether `fused_bi_attention` multiplies less than `bi_attention`; not so with a long text and a small image.
+
+    Args:
+        image_length, text_length: tokens and prompts of each modality.
+        weight: `(E, dv)` of a projection of image tokens.
+        num_heads: heads of the attention.
+    """
+    width, dim = weight.shape
+    absorbed = 3 * image_length * text_length * dim * num_heads + 5 * text_length * width * dim
+    projected = 3 * image_length * text_length * width + 3 * (image_length + text_length) * width * dim
+    return absorbed < projected
+
+
+def fused_bi_attention(
+    image: SideInput,
+    text: SideInput,
+    image_side: Side,
+    text_side: Side,
+    *,
+    num_heads: int,
+    scale: float,
+    dropout: float = 0.0,
+    image_mask_function: MaskFunction = hide_padding,
+    text_mask_function: MaskFunction = hide_padding,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Outputs of `bi_attention`, without its weights and without ever projecting an image token.
+
+    Attention is linear in what it projects, so the projections of the many image tokens are absorbed by the few text
+    tokens, head by head: `(v W_q^T) k^T = v (k W_q)^T` for the logits, `P (t W_o^T)` for what image tokens read and
+    `(P v) W_v^T` for what text tokens read. The products that are left are those of the attention itself, with image
+    tokens as queries, keys and values of all heads. A bias of the image's queries shifts all logits of a key, and those
+    of a text token by the same number, which a softmax does not see.
+
+    Nothing of the size of the logits is held. On a GPU, in half precision and in compiled code the directions are two
+    calls of `torch.nn.functional.scaled_dot_product_attention`; else, and where weights are dropped, they share their
+    logits in `_BothDirections`.
+
+    Args:
+        image, text, num_heads, scale, dropout, image_mask_function, text_mask_function: as of `bi_attention`. A mask
+            function may only add to the logits.
+        image_side: its projections are plain linear layers, whose weights are taken without calling them.
+        text_side: as of `bi_attention`.
+
+    Returns:
+        `(image_out, text_out)`, each `(B, L, d)`. They can be differentiated once; the eager way, as often as wanted.
+    """
+    text_tokens = text.tokens if text.prompts is None else append_prompts(text.tokens, text.prompts)
+    text_length = text.tokens.shape[1]
+
+    keys = split_heads(text_side.query(text_tokens) * scale, num_heads)
+    values = split_heads(text_side.value(text_tokens), num_heads)
+    query_weight = image_side.query.weight.unflatten(0, (num_heads, -1))  # (heads, head_dim, dv)
+    out_weight = image_side.out.weight.unflatten(1, (num_heads, -1)).permute(1, 2, 0)  # (heads, head_dim, dv)
+    keys_of_image = keys @ query_weight  # (B, heads, K, dv)
+    values_of_image = values @ out_weight  # (B, heads, K, dv)
+    text_bias = _added(text, text_mask_function)  # of each key of the image: (B, heads or 1, 1, K)
+    if image_side.query.bias is not None:
+        shift = keys @ image_side.query.bias.view(num_heads, -1, 1)
+        text_bias = shift.mT if text_bias is None else shift.mT + text_bias
+    image_bias = _added(image, image_mask_function)  # of each key of the text: (B, 1, 1, M)
+
+    if dropout == 0.0 and _kernels_pay(keys):
+        image_tokens = image.tokens if image.prompts is None else append_prompts(image.tokens, image.prompts)
+        image_out = F.scaled_dot_product_attention(
+            image.tokens[:, None].expand(-1, num_heads, -1, -1),
+            keys_of_image,
+            values_of_image,
+            attn_mask=text_bias,
+            scale=1.0,
+        ).sum(1)
+        read = F.scaled_dot_product_attention(
+            keys_of_image[:, :, :text_length].flatten(1, 2)[:, None],
+            image_tokens[:, None],
+            image_tokens[:, None],
+            attn_mask=image_bias,
+            scale=1.0,
+        )[:, 0]
+        total = None
+    else:
+        prompts = image.tokens.new_empty(0, image.tokens.shape[-1]) if image.prompts is None else image.prompts
+        image_out, read, total = _BothDirections.apply(
+            image.tokens,
+            prompts.to(image.tokens.dtype).expand(len(image.tokens), -1, -1),
+            keys_of_image,
+            values_of_image,
+            text_bias,
+            image_bias,
+            text_length,
+            dropout,
+        )
+    if image_side.out.bias is not None:
+        image_out = image_out + image_side.out.bias.to(image_out.dtype)
+
+    value_weight = image_side.value.weight.unflatten(0, (num_heads, -1))
+    text_out = read.unflatten(1, (num_heads, text_length)) @ value_weight.mT  # (B, heads, Nl, head_dim)
+    if image_side.value.bias is not None:
+        bias = image_side.value.bias.view(num_heads, 1, -1)
+        text_out = text_out + (bias if total is None else total * bias)
+    return image_out, text_side.out(text_out.transpose(1, 2).flatten(2))
+
+
+def _added(side: SideInput, mask_function: MaskFunction) -> torch.Tensor | None:
+    """What the mask of a side and its hidden prompts add to the logits, `(B, 1, 1, L + N)`; None where nothing."""
+    if side.mask is None and side.hidden_prompts is None:
+        return None
+    nothing = side.tokens.new_zeros(len(side.tokens), 1, 1, side.length)
+    return mask_logits(nothing, side, mask_function).to(side.tokens.dtype)
+
+
+def _kernels_pay(keys: torch.Tensor) -> bool:
+    """Whether `scaled_dot_product_attention` is to be called: it takes four products of the size of the logits where
+    three do, but on a GPU and in half precision its kernels are the faster ones, and it compiles without a loop."""
+    half = keys.dtype in (torch.float16, torch.bfloat16)
+    return half or keys.device.type != "cpu" or torch.compiler.is_compiling()
+
+
+# Logits at a time, of all samples and heads: 2 MiB in single precision, which stays in a core's cache. Measured on
+# CPUs, from a quarter to four times as much takes the same time (docs/performance.md).
+_LOGITS_AT_A_TIME = 2**19
+
+
+class _Shared:
+    """What the chunks of `_BothDirections` have in common, at least in single precision.
+
+    Attributes:
+        keys, values: `(B, heads * K, d)`.
+        chunks: `(begin, end, tokens (B, n, d))` of each, the prompts last.
+    """
+
+    def __init__(
+        self,
+        image: torch.Tensor,
+        prompts: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        text_bias: torch.Tensor | None,
+        image_bias: torch.Tensor | None,
+        text_length: int,
+    ) -> None:
+        dtype = torch.promote_types(image.dtype, torch.float32)
+        self.keys, self.values = keys.to(dtype).flatten(1, 2), values.to(dtype).flatten(1, 2)
+        self.num_heads, self.text_length = keys.shape[1], text_length
+        self.text_bias = None if text_bias is None else text_bias.to(dtype).transpose(1, 2)
+        self.image_bias = None if image_bias is None else image_bias.to(dtype).permute(0, 3, 1, 2)
+        size = max(1, _LOGITS_AT_A_TIME // self.keys[..., 0].numel())
+        length = image.shape[1]
+        pieces = [(begin, image[:, begin : begin + size]) for begin in range(0, length, size)]
+        if prompts.shape[1]:
+            pieces.append((length, prompts))
+        self.chunks = [(begin, begin + tokens.shape[1], tokens.to(dtype)) for begin, tokens in pieces]
+
+    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        """`(B, n, heads, K)`, without what the masks and the bias of the image's queries add."""
+        return (tokens @ self.keys.mT).unflatten(-1, (self.num_heads, -1))
+
+    def image_logits(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits if self.text_bias is None else logits + self.text_bias
+
+    def text_logits(self, logits: torch.Tensor, begin: int, end: int) -> torch.Tensor:
+        """`(B, n, heads, T)`."""
+        logits = logits[..., : self.text_length]
+        return logits if self.image_bias is None else logits + self.image_bias[:, begin:end]
+
+
+def _keep(weights: torch.Tensor, dropout: float) -> torch.Tensor | None:
+    """Which weights are not dropped, bool; None where none is."""
+    return torch.empty_like(weights, dtype=torch.bool).bernoulli_(1 - dropout) if dropout else None
+
+
+def _drop(weights: torch.Tensor, keep: torch.Tensor | None, dropout: float) -> torch.Tensor:
+    return weights if keep is None else weights * keep * (1 / (1 - dropout))
+
+
+class _BothDirections(torch.autograd.Function):
+    """Both directions of the attention in chunks of image tokens, with logits made once for both.
+
+    The softmax of a text token over all image tokens is that of online softmax (arXiv 1805.02867): a running maximum
+    and a running sum. The backward makes the logits again (arXiv 2205.14135), so what is kept for it is what came in,
+    what text tokens read, and, where weights are dropped, which.
+
+    Shapes: `image (B, M, d)`, `prompts (B, N, d)` that only text tokens see, `keys` and `values (B, heads, K, d)` of
+    which the first `T = text_length` are text tokens, `text_bias (B, heads or 1, 1, K)`, `image_bias (B, 1, 1, M + N)`.
+    Returns `(B, M, d)`, `(B, heads * T, d)` and, with dropout, the sums of the text's weights `(B, heads, T, 1)`,
+    which then are not 1; else None.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        image: torch.Tensor,
+        prompts: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        text_bias: torch.Tensor | None,
+        image_bias: torch.Tensor | None,
+        text_length: int,
+        dropout: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        with without_autocast(image.device.type):
+            shared = _Shared(image, prompts, keys, values, text_bias, image_bias, text_length)
+            kept = []
+            image_out = torch.empty_like(image, dtype=keys.dtype)
+            # Of the text's softmax over all image tokens and prompts so far: the maximum, the sum, and what was read.
+            top = shared.keys.new_full((*keys.shape[:2], text_length), -torch.inf)
+            total, dropped_total = torch.zeros_like(top), torch.zeros_like(top)
+            read = shared.keys.new_zeros(len(keys), keys.shape[1] * text_length, keys.shape[-1])
+            for begin, end, tokens in shared.chunks:
+                logits = shared.logits(tokens)
+                if begin < image.shape[1]:
+                    weights = shared.image_logits(logits).softmax(-1)
+                    kept.append(_keep(weights, dropout))
+                    image_out[:, begin:end] = _drop(weights, kept[-1], dropout).flatten(2) @ shared.values
+                text_logits = shared.text_logits(logits, begin, end)
+                top, top_before = torch.maximum(top, text_logits.amax(1)), top
+                # Nothing but padding so far: -inf - -inf would be NaN.
+                taken_off = top.masked_fill(top == -torch.inf, 0)
+                shrunk = (top_before - taken_off).exp_()
+                weights = (text_logits - taken_off[:, None]).exp_()
+                total.mul_(shrunk).add_(weights.sum(1))
+                kept.append(_keep(weights, dropout))
+                if dropout:
+                    weights = _drop(weights, kept[-1], dropout)
+                    dropped_total.mul_(shrunk).add_(weights.sum(1))
+                read.mul_(shrunk.flatten(1)[..., None]).baddbmm_(weights.flatten(2).mT, tokens)
+            # Where all is padding the sum is zero, and so is what is read.
+            total.clamp_(min=torch.finfo(total.dtype).tiny)
+            read /= total.flatten(1)[..., None]
+            dropped_total /= total
+        if any(ctx.needs_input_grad):
+            log_total = taken_off + total.log()
+            ctx.save_for_backward(
+                image, prompts, keys, values, text_bias, image_bias, read, dropped_total, log_total, *kept
+            )
+            ctx.text_length, ctx.dropout = text_length, dropout
+        return image_out, read.to(keys.dtype), dropped_total[..., None].to(keys.dtype) if dropout else None
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(
+        ctx: Any, grad_image_out: torch.Tensor, grad_read: torch.Tensor, grad_total: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
+        image, prompts, keys, values, text_bias, image_bias, read, dropped_total, log_total, *kept = ctx.saved_tensors
+        dropout = ctx.dropout
+        kept = iter(kept)
+        with without_autocast(image.device.type):
+            shared = _Shared(image, prompts, keys, values, text_bias, image_bias, ctx.text_length)
+            grad_read = grad_read.to(read.dtype)
+            # What the softmax takes off the gradients of a text token's logits.
+            mean = (grad_read * read).sum(-1).view_as(log_total)
+            if dropout:
+                grad_total = grad_total[..., 0].to(read.dtype)
+                mean += grad_total * dropped_total
+            grad_image = torch.empty_like(image) if ctx.needs_input_grad[0] else None
+            grad_prompts = torch.empty_like(prompts)
+            grad_keys, grad_values = torch.zeros_like(shared.keys), torch.zeros_like(shared.values)
+            grad_bias = None if text_bias is None else torch.zeros_like(text_bias, dtype=read.dtype)
+            for begin, end, tokens in shared.chunks:
+                logits = shared.logits(tokens)
+                of_image = begin < image.shape[1]
+                if of_image:
+                    weights, keep = shared.image_logits(logits).softmax(-1), next(kept)
+                    grad_out = grad_image_out[:, begin:end].to(read.dtype)
+                    grad_values.baddbmm_(_drop(weights, keep, dropout).flatten(2).mT, grad_out)
+                    grad_weights = _drop((grad_out @ shared.values.mT).view_as(weights), keep, dropout)
+                    grad_logits = grad_weights.sub_((grad_weights * weights).sum(-1, keepdim=True)).mul_(weights)
+                    if grad_bias is not None:
+                        grad_bias += grad_logits.sum(1)[:, :, None].sum_to_size(grad_bias.shape)
+                else:
+                    grad_logits = torch.zeros_like(logits)
+                weights, keep = (shared.text_logits(logits, begin, end) - log_total[:, None]).exp_(), next(kept)
+                grad_weights = (tokens @ grad_read.mT).view_as(weights)
+                if dropout:
+                    grad_weights = _drop(grad_weights + grad_total[:, None], keep, dropout)
+                grad_logits[..., : ctx.text_length] += grad_weights.sub_(mean[:, None]).mul_(weights)
+                grad_logits = grad_logits.flatten(2)
+                grad_keys.baddbmm_(grad_logits.mT, tokens)
+                # The image before the first adapted layer needs none.
+                if ctx.needs_input_grad[0 if of_image else 1]:
+                    grad_tokens = _drop(weights, keep, dropout).flatten(2) @ grad_read
+                    grad_tokens.baddbmm_(grad_logits, shared.keys)
+                    if of_image:
+                        grad_image[:, begin:end] = grad_tokens
+                    else:
+                        grad_prompts.copy_(grad_tokens)
+        grads = [grad_image, grad_prompts, grad_keys.view_as(keys).to(keys.dtype)]
+        grads += [grad_values.view_as(values).to(values.dtype), None if grad_bias is None else grad_bias.to(text_bias)]
+        return (*grads, None, None, None)
