@@ -18,7 +18,10 @@ LABELS = {
     "mm-grounding-dino-tiny": "MM Grounding DINO Tiny",
     "grounding-dino-fusion": "Grounding DINO",
     "glip-l-fusion": "GLIP-L",
+    "small-host": "the small host of the main job, 96x96, 40 names",
 }
+# Tasks of a cell that has no image size and no length of prompt of its own.
+SHAPELESS = ("attach", "epoch")
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Cell:
     Attributes:
         host: a key of `full_hosts.MODELS` or `full_hosts.FUSIONS`.
         task: "inference"; "training", which is a step with its optimizer of a model, and forward and backward of a
-            fusion layer; "attach", the making of an adapter.
+            fusion layer; "attach", the making of an adapter; "epoch", an epoch of training on the data of `epochs`.
         size: of the image, in pixels.
         tokens: of the text.
         methods: keys of `methods.METHODS`; None for all that suit.
@@ -42,13 +45,13 @@ class Cell:
 
     @property
     def key(self) -> str:
-        shape = "" if self.task == "attach" else f"-{self.size[0]}x{self.size[1]}-{self.tokens}"
+        shape = "" if self.task in SHAPELESS else f"-{self.size[0]}x{self.size[1]}-{self.tokens}"
         return f"{self.host}{shape}-{self.task}"
 
     @property
     def label(self) -> str:
         name = LABELS.get(self.host, self.host)
-        return name if self.task == "attach" else f"{name}, {self.size[0]}x{self.size[1]}, {self.tokens} tokens"
+        return name if self.task in SHAPELESS else f"{name}, {self.size[0]}x{self.size[1]}, {self.tokens} tokens"
 
     @property
     def is_fusion(self) -> bool:
@@ -59,7 +62,7 @@ def everything() -> list[Cell]:
     """The whole grid, quick cells first."""
     shapes = [(size, tokens) for size in (SMALL, LARGE) for tokens in (SHORT, LONG)]
     tasks = ("inference", "training")
-    cells = [Cell("grounding-dino-tiny", "attach")]
+    cells = [Cell("grounding-dino-tiny", "attach"), Cell("small-host", "epoch")]
     cells += [Cell("grounding-dino-fusion", task, *shape) for task in tasks for shape in shapes]
     cells += [Cell("glip-l-fusion", task, LARGE, LONG) for task in tasks]
     models = ("grounding-dino-tiny", "mm-grounding-dino-tiny", "grounding-dino-base")
@@ -78,7 +81,7 @@ def affordable() -> list[Cell]:
     cells = []
     for cell in everything():
         place = (cell.host, cell.task, cell.size, cell.tokens)
-        if cell.is_fusion or cell.task == "attach" or place in whole:
+        if cell.is_fusion or cell.task in SHAPELESS or place in whole:
             cells.append(cell)
         elif place in few:
             cells.append(Cell(*place, methods=FEW))

@@ -84,6 +84,7 @@ METHODS = {
         '10 tokens a fusion layer, `attn_implementation="eager"`',
         lambda host: get_peft_model(host, SDPTConfig(attn_implementation="eager")),
     ),
+    "cached": Method("SDPT, cached features", "", lambda host: host, infers=False, trained=False, fuses=False),
     "released": Method("released algorithm", "10 tokens a fusion layer", attach_released),
     "lora": Method(
         "LoRA",
@@ -109,6 +110,8 @@ def suitable(task: str, is_fusion: bool) -> tuple[str, ...]:
     """Methods that say something there, in the order of the tables."""
     if task == "attach":
         return ("sdpt", "lora", "ia3")
+    if task == "epoch":
+        return ("sdpt", "cached")
     return tuple(
         name
         for name, method in METHODS.items()

@@ -76,9 +76,9 @@ def draw(results: dict[str, Any]) -> str:
             x = _place(tick, left)
             frame.append(_line(x, TOP - 6, x, y, "#888" if tick == 1 else "#eee"))
             frame.append(_text(x, TOP - 10, f"{tick:g}", "middle", colour="#666"))
-    shown = [name for name in METHODS if any(name in cell["methods"] for cell in results["cells"].values())]
+    shown = {name for cell in results["cells"].values() for name in cell["methods"]}
     x = 8.0
-    for name in (name for name in shown if name != "host"):
+    for name in (name for name in METHODS if name in shown & COLOURS.keys() - {"host"}):
         frame.append(f'<circle cx="{x + 5:.1f}" cy="20" r="4.5" fill="{COLOURS[name]}"/>')
         frame.append(_text(x + 14, 24, METHODS[name].label))
         x += 32 + 6.6 * len(METHODS[name].label)

@@ -31,6 +31,7 @@ from tqdm.auto import tqdm
 
 import peft_sdpt.version
 from cells import Cell, affordable, everything
+from epochs import measure_epochs
 from measuring import measure
 from methods import METHODS, suitable
 from plot import draw
@@ -160,7 +161,10 @@ def run(args: argparse.Namespace) -> None:
                 calls += 1
                 progress.set_postfix_str(f"{cell.key}, call {calls}: {METHODS[method].label}")
 
-            measured = measure(cell, args.repeats, args.device, DTYPES[args.dtype], tick)
+            if cell.task == "epoch":
+                measured = measure_epochs(args.repeats, args.device, tick)
+            else:
+                measured = measure(cell, args.repeats, args.device, DTYPES[args.dtype], tick)
             results["cells"][cell.key] = {
                 "host": cell.host,
                 "label": cell.label,

@@ -15,6 +15,8 @@ from torch import nn
 from transformers.models.swin.modeling_swin import SwinLayer
 
 import cells
+import epochs
+import feature_cache
 import full_hosts
 import kept
 import measuring
@@ -44,8 +46,11 @@ def small_hosts(monkeypatch):
     monkeypatch.setitem(full_hosts.FUSIONS, "glip-l-fusion", lambda: Fusion(GlipFusionLayer(16, 24, 96, 4)))
     monkeypatch.setitem(full_hosts.FUSION_SHAPES, "glip-l-fusion", (16, 24, (8, 16)))
     monkeypatch.setattr(measuring, "SECONDS", 0.0)
+    monkeypatch.setattr(epochs, "PICTURES", 2)
+    monkeypatch.setattr(epochs, "BATCH", 1)
     grid = [
         Cell(MODELS[0], "attach"),
+        Cell("small-host", "epoch"),
         *(
             Cell(host, task, SIZE, TOKENS)
             for host in (MODELS[0], "glip-l-fusion")
@@ -54,7 +59,7 @@ def small_hosts(monkeypatch):
     ]
     for module in (cells, speed, report):
         monkeypatch.setattr(module, "everything", lambda: grid)
-    monkeypatch.setattr(speed, "affordable", lambda: [*grid[:2], Cell(MODELS[0], "training", SIZE, TOKENS, cells.FEW)])
+    monkeypatch.setattr(speed, "affordable", lambda: [*grid[:3], Cell(MODELS[0], "training", SIZE, TOKENS, cells.FEW)])
 
 
 def attached(method: str, host: str = MODELS[0]):
@@ -216,7 +221,7 @@ def test_a_prompt_has_as_many_tokens_as_are_asked_for_and_boxes_of_its_classes()
 def test_the_grid_has_what_the_tables_are_to_show(monkeypatch):
     monkeypatch.undo()
     keys = {cell.key for cell in cells.everything()}
-    assert len(keys) == len(cells.everything()) == 1 + 8 + 2 + 24
+    assert len(keys) == len(cells.everything()) == 2 + 8 + 2 + 24
     assert {cell.key for cell in cells.affordable()} < keys
     for cell in cells.affordable():
         assert set(cell.methods or ()) <= METHODS.keys()
@@ -258,6 +263,16 @@ def test_a_training_cell_measures_all_that_the_tables_need(host, dtype):
         assert results["full"]["held_bytes"] > 2.9 * results["vpt"]["held_bytes"] - 1e5
 
 
+def test_stored_features_are_there_before_epochs_are_timed(monkeypatch):
+    computed, at_each_epoch = [], []
+    features_of = feature_cache._Stored._features_of
+    monkeypatch.setattr(feature_cache._Stored, "_features_of", lambda *args: computed.append(1) or features_of(*args))
+    results = epochs.measure_epochs(2, "cpu", lambda _: at_each_epoch.append(len(computed)))
+    # The pictures and the one prompt, in the epoch before the first that counts.
+    assert at_each_epoch == [0, 3, 3, 3, 3] and len(computed) == 3
+    assert {name: len(result["seconds"]) for name, result in results.items()} == {"sdpt": 2, "cached": 2}
+
+
 def test_what_a_step_keeps_is_told_by_part(monkeypatch, capsys):
     monkeypatch.setattr(
         sys, "argv", ["kept.py", "--size", "64", "64", "--tokens", "8", "--methods", "sdpt", "lora", "full"]
@@ -288,13 +303,13 @@ def command(monkeypatch, *arguments) -> int:
 def test_a_run_ends_in_results_tables_and_a_picture(tmp_path, monkeypatch, capsys):
     assert command(monkeypatch, "--output_dir", tmp_path, "--all", "--device", "cpu") == 0
     results = json.loads((tmp_path / "results.json").read_text())
-    assert len(results["cells"]) == 5
+    assert len(results["cells"]) == 6
     for cell in results["cells"].values():
         for name, result in cell["methods"].items():
             assert len(result["seconds"]) == 5, name
     text = (tmp_path / "report.md").read_text()
     assert report.NOT_YET not in text.partition("### ")[2]
-    for label in (METHODS[name].label for name in METHODS):
+    for label in (METHODS[name].label for name in METHODS.keys() - {"cached"}):
         assert label in text
     assert "Nothing." in text and "Nothing." in capsys.readouterr().out
     picture = ElementTree.parse(tmp_path / "report.svg").getroot()
@@ -330,11 +345,11 @@ def test_a_killed_run_goes_on_with_the_cells_that_it_lacks(tmp_path, monkeypatch
     arguments = ("--output_dir", tmp_path, "--device", "cpu")
     assert command(monkeypatch, *arguments) == 130
     before = json.loads((tmp_path / "results.json").read_text())
-    assert list(before["cells"]) == measured and len(measured) == 2
+    assert list(before["cells"]) == [measured[0], "small-host-epoch", measured[1]]
     monkeypatch.setattr(speed, "measure", real)
     assert command(monkeypatch, *arguments) == 0
     after = json.loads((tmp_path / "results.json").read_text())
-    assert len(after["cells"]) == 3 and before["cells"].items() <= after["cells"].items()
+    assert len(after["cells"]) == 4 and before["cells"].items() <= after["cells"].items()
     # The few methods of the default, and what the grid has beside.
     assert after["cells"]["grounding-dino-tiny-64x64-8-training"]["methods"].keys() == {"sdpt", "lora"}
     text = (tmp_path / "report.md").read_text()

@@ -1,0 +1,68 @@
+# Copyright 2026 The peft_sdpt authors
+# SPDX-License-Identifier: Apache-2.0
+"""An epoch of the main job on the small host, with features of its frozen backbones computed and read from the disk."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from peft import get_peft_model
+from torch.utils.data import DataLoader
+from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+from feature_cache import FeatureCache  # noqa: E402
+from measuring import in_turns  # noqa: E402
+from methods import trained_parameters  # noqa: E402
+from peft_sdpt import SDPTConfig  # noqa: E402
+from peft_sdpt.loss import GroundedDetectionLoss  # noqa: E402
+from pictograms import read_categories, scene_split  # noqa: E402
+from pictograms.tasks import TASKS  # noqa: E402
+from training_data import TrainingSamples  # noqa: E402
+
+PICTURES, BATCH = 120, 12
+
+
+def measure_epochs(repeats: int, device: str, tick: Callable[[str], None] = lambda _: None) -> dict[str, dict]:
+    """Seconds of each round of `sdpt` and of `cached`, whose features were all put on the disk before.
+
+    Pictures are read, processed and batched within an epoch, as in training; they are generated before.
+    """
+    host = AutoModelForZeroShotObjectDetection.from_pretrained(EXAMPLES / "host", dtype=torch.float32)
+    model = get_peft_model(host, SDPTConfig()).to(device).train()
+    classes = [i for i, category in enumerate(read_categories()) if category.seen][:: TASKS["twemoji"].every]
+    data = scene_split([(1, number) for number in range(PICTURES)], classes, look=TASKS["twemoji"].look)
+    processor = AutoProcessor.from_pretrained(EXAMPLES / "host")
+    samples = TrainingSamples(data, PICTURES, processor, model.config.max_text_len, seed=0, augmentation=False)
+    loader = DataLoader(samples, BATCH, collate_fn=samples.collate)
+    loss_function = GroundedDetectionLoss(model.config)
+    trained = list(trained_parameters(model).values())
+    optimizer = torch.optim.AdamW(trained, lr=1e-7)
+
+    def on_device(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+    def epoch() -> None:
+        for inputs, labels in loader:
+            loss_function(model(**on_device(inputs)), [on_device(label) for label in labels]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    with tempfile.TemporaryDirectory() as folder:
+        features = FeatureCache(Path(folder), model)
+
+        def cached_epoch() -> None:
+            with features.used():
+                epoch()
+
+        tick("cached")
+        cached_epoch()
+        runs = {"sdpt": epoch, "cached": cached_epoch}
+        subjects = {name: lambda run=run: run for name, run in runs.items()}
+        return {name: {"seconds": each} for name, each in in_turns(subjects, repeats, device, tick).items()}
