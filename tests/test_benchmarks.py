@@ -14,25 +14,20 @@ from peft import PeftModel
 from torch import nn
 from transformers.models.swin.modeling_swin import SwinLayer
 
-import cells
-import epochs
 import feature_cache
-import full_hosts
-import kept
-import measuring
-import methods
-import report
-import speed
-from cells import Cell
-from full_hosts import Fusion, fusion_inputs, labels, make_host, model_inputs, sharing_copy
-from glip_fusion import GlipFusionLayer
+from benchmarks.peers import trained_parameters
+from benchmarks.speed import __main__ as speed
+from benchmarks.speed import cells, epochs, full_hosts, kept, measuring, methods, report
+from benchmarks.speed.cells import Cell
+from benchmarks.speed.full_hosts import Fusion, fusion_inputs, labels, make_host, model_inputs, sharing_copy
+from benchmarks.speed.glip_fusion import GlipFusionLayer
+from benchmarks.speed.measuring import allocated, in_turns, measure
+from benchmarks.speed.methods import METHODS, suitable
+from benchmarks.speed.released import ReleasedFusion
+from benchmarks.window_prompts import PromptedWindows
 from hosts import HOST_NAMES, make_attention
 from hosts import make_host as tiny_host
-from measuring import allocated, in_turns, measure
-from methods import METHODS, suitable, trained_parameters
 from peft_sdpt import SDPTLayer
-from released import ReleasedFusion
-from window_prompts import PromptedWindows
 
 SIZE, TOKENS = (64, 64), 8
 MODELS = ("grounding-dino-tiny", "mm-grounding-dino-tiny")

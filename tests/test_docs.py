@@ -28,10 +28,10 @@ from torch.distributed.run import get_args_parser
 from transformers import AutoModelForZeroShotObjectDetection
 
 import detect
-import kept
 import pretrain_host
-import speed
 import train_detection
+from benchmarks.speed import __main__ as speed
+from benchmarks.speed import kept
 from hosts import ROOT, attach, make_host, run
 from hub import OWNER, serve, use
 from peft_sdpt import SDPTConfig, SDPTLayer
@@ -42,12 +42,13 @@ PAGES = [*sorted(DOCS.glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md
 HOST = ROOT / "examples/host"
 # Checked by the builder of the site.
 DIRECTIVES = ("{toctree}", "{eval-rst}")
+# Of ours, by what follows `python`.
 SCRIPTS = {
-    "train_detection.py": train_detection,
-    "detect.py": detect,
-    "pretrain_host.py": pretrain_host,
-    "speed.py": speed,
-    "kept.py": kept,
+    "examples/train_detection.py": train_detection,
+    "examples/detect.py": detect,
+    "examples/pretrain_host.py": pretrain_host,
+    "-m benchmarks.speed": speed,
+    "-m benchmarks.speed.kept": kept,
 }
 # Starts of commands that are not ours; what they are given is not checked, but for the extras of `pip install`.
 OTHER_COMMANDS = (
@@ -195,10 +196,10 @@ def test_commands_parse(page, monkeypatch, capsys):
                 if launcher:
                     launched = launcher().parse_args(words[1 + (words[0] == "accelerate") :])
                     words = ["python", launched.training_script, *launched.training_script_args]
-                if words[0] == "python" and words[1].startswith(("examples/", "benchmarks/")):
-                    assert (ROOT / words[1]).is_file(), where
-                    module = SCRIPTS[Path(words[1]).name]
-                    arguments = parse(module, words[2:], monkeypatch)
+                name = " ".join(words[1 : 3 if words[1:2] == ["-m"] else 2])
+                if words[0] == "python" and name.startswith(("examples/", "-m benchmarks")):
+                    module = SCRIPTS[name]
+                    arguments = parse(module, words[1 + len(name.split()) :], monkeypatch)
                     if module is train_detection:
                         train_detection.check_args(arguments)
                     continue

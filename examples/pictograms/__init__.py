@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageChops, ImageFilter
 
 from coco_data import DetectionSplit
 
@@ -46,8 +46,10 @@ def read_categories() -> tuple[Category, ...]:
 
 
 @lru_cache
-def tiles(style: str) -> tuple[Image.Image, ...]:
+def tiles(style: str, line_art: bool = False) -> tuple[Image.Image, ...]:
     """The pictograms of one style, cropped to what is drawn, in the order of `read_categories()`."""
+    if line_art:
+        return tuple(map(_line_art, tiles(style)))
     sheet = Image.open(FOLDER / f"{STYLES[style]}.webp").convert("RGBA")
     cut = []
     for index in range(len(read_categories())):
@@ -59,13 +61,29 @@ def tiles(style: str) -> tuple[Image.Image, ...]:
 
 @dataclass(frozen=True)
 class SceneStyle:
-    """How scenes look: the drawing style, and sizes as shares of the picture's width."""
+    """How scenes look: the drawing style, and sizes as shares of the picture's width.
+
+    `grey` takes the colours off the whole picture; `line_art` draws the outlines of pictograms alone, dark on white.
+    """
 
     style: str = "noto"
     smallest: float = 0.18
     largest: float = 0.5
     most: int = 6
     grey: bool = False
+    line_art: bool = False
+
+
+def _line_art(tile: Image.Image) -> Image.Image:
+    """A pictogram as a drawing: its edges, dark on white within its outline."""
+    paper = Image.new("RGB", (tile.width + 4, tile.height + 4), "white")
+    paper.paste(tile, (2, 2), tile)
+    edges = [band.filter(ImageFilter.FIND_EDGES) for band in paper.split()]
+    drawn = ImageChops.invert(ImageChops.lighter(ImageChops.lighter(*edges[:2]), edges[2]))
+    drawn = drawn.point(lambda value: max(0, 3 * value - 510)).crop((1, 1, tile.width + 3, tile.height + 3))
+    outline = Image.new("L", drawn.size)
+    outline.paste(tile.getchannel("A"), (1, 1))
+    return Image.merge("RGBA", (drawn, drawn, drawn, outline.filter(ImageFilter.MaxFilter(3))))
 
 
 def _background(rng: np.random.Generator, size: int) -> Image.Image:
@@ -108,7 +126,7 @@ def make_scene(
     """
     rng = np.random.default_rng(seed)
     picture = _background(rng, size)
-    pictograms = tiles(look.style)
+    pictograms = tiles(look.style, look.line_art)
     labels: list[int] = []
     corners: list[tuple[int, int, int, int]] = []
     for _ in range(int(rng.integers(1, look.most + 1))):

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""The built-in downstream tasks: generated scenes in another vendor's drawing style, as COCO folders.
+"""The built-in downstream tasks: generated scenes that are not those of pre-training, as COCO folders.
 
 python examples/pictograms/tasks.py twemoji path/to/folder
 """
@@ -23,10 +23,11 @@ from pictograms import SceneStyle, read_categories, scene_split
 
 @dataclass(frozen=True)
 class Task:
-    """Scenes of every `every`-th category of the host's pre-training, drawn in `look`."""
+    """Scenes of every `every`-th category, of those of the host's pre-training or of those kept out of it."""
 
     look: SceneStyle
     every: int
+    seen: bool = True
     train: int = 600
     val: int = 200
     test: int = 300
@@ -37,6 +38,11 @@ TASKS = {
     "twemoji": Task(SceneStyle("twemoji"), every=9),
     # The same style without its colours, smaller and more of them.
     "twemoji-small-grey": Task(SceneStyle("twemoji", smallest=0.1, largest=0.3, most=10, grey=True), every=9),
+    # Small and crowded alone, and drawings without colours.
+    "twemoji-crowded": Task(SceneStyle("twemoji", smallest=0.1, largest=0.3, most=12), every=9),
+    "twemoji-line-art": Task(SceneStyle("twemoji", grey=True, line_art=True), every=9),
+    # Names that the host has never been taught, in the style that it knows.
+    "noto-new": Task(SceneStyle("noto"), every=1, seen=False),
 }
 
 
@@ -50,7 +56,7 @@ def write_task(name: str, folder: Path, size: int = 96, disable_progress: bool =
         return
     task = TASKS[name]
     categories = read_categories()
-    classes = [i for i, category in enumerate(categories) if category.seen][:: task.every]
+    classes = [i for i, category in enumerate(categories) if category.seen == task.seen][:: task.every]
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for split in splits:
         seeds = [(zlib.crc32(name.encode()), splits.index(split), index) for index in range(getattr(task, split))]

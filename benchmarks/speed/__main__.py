@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure time, memory and size of SDPT and its peers, as ratios in one run.
 
-    python benchmarks/speed.py
+    python -m benchmarks.speed
 
 Hosts have their full size and random weights. Each cell (a host, an image size, a length of prompt and a task) is
 measured in turns: every method once a round, so that what disturbs one disturbs all, and ratios are taken within a
@@ -30,14 +30,16 @@ import transformers
 from tqdm.auto import tqdm
 
 import peft_sdpt.version
-from cells import Cell, affordable, everything
-from epochs import measure_epochs
-from measuring import measure
-from methods import METHODS, suitable
-from plot import draw
-from report import left_out, put_into, report
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+from .. import EXAMPLES
+from .cells import Cell, affordable, everything
+from .epochs import measure_epochs
+from .measuring import measure
+from .methods import METHODS, suitable
+from .plot import draw
+from .report import left_out, put_into, report
+
+DOCS = EXAMPLES.parent / "docs"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LEAST_REPEATS = 5
 
@@ -47,7 +49,9 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.speed", description=__doc__, formatter_class=Help, allow_abbrev=False
+    )
     parser.add_argument("--output_dir", type=Path, default=Path("benchmark-results"), help="Where results go.")
     parser.add_argument("--only", help="Measure the cells whose names match, for instance '*-fusion-*-inference'.")
     parser.add_argument("--all", action="store_true", help="The whole grid on a CPU too: many hours.")
@@ -205,10 +209,10 @@ def main() -> None:
         else:
             run(args)
     except ValueError as error:
-        print(f"speed.py: {error}.", file=sys.stderr)
+        print(f"benchmarks.speed: {error}.", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("speed.py: interrupted; the same command goes on.", file=sys.stderr)
+        print("benchmarks.speed: interrupted; the same command goes on.", file=sys.stderr)
         sys.exit(130)
 
 

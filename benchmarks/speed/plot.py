@@ -8,8 +8,8 @@ import math
 from html import escape
 from typing import Any
 
-from methods import METHODS, suitable
-from report import TABLES, memory_ratio, ratios, select
+from .methods import METHODS, suitable
+from .report import TABLES, memory_ratio, ratios, select
 
 COLOURS = {
     "host": "#000000",

@@ -18,10 +18,12 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from cells import Cell
-from full_hosts import fusion_inputs, labels, make_host, model_inputs, sharing_copy
-from methods import METHODS, saved_bytes, suitable, trained_parameters
 from peft_sdpt.loss import GroundedDetectionLoss
+
+from ..peers import trained_parameters
+from .cells import Cell
+from .full_hosts import fusion_inputs, labels, make_host, model_inputs, sharing_copy
+from .methods import METHODS, saved_bytes, suitable
 
 # Cells that are quick get more rounds than were asked for, until they took so long or are so many.
 SECONDS, MOST_ROUNDS = 20.0, 40

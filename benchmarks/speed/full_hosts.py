@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.models.grounding_dino.modeling_grounding_dino import GroundingDinoFusionLayer
 
-from glip_fusion import GlipFusionLayer
+from .glip_fusion import GlipFusionLayer
 
 CLS, SEP, PERIOD = 101, 102, 1012
 BOXES = 10

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,17 +13,16 @@ from peft import get_peft_model
 from torch.utils.data import DataLoader
 from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-sys.path.insert(0, str(EXAMPLES))
+from feature_cache import FeatureCache
+from peft_sdpt import SDPTConfig
+from peft_sdpt.loss import GroundedDetectionLoss
+from pictograms import read_categories, scene_split
+from pictograms.tasks import TASKS
+from training_data import TrainingSamples
 
-from feature_cache import FeatureCache  # noqa: E402
-from measuring import in_turns  # noqa: E402
-from methods import trained_parameters  # noqa: E402
-from peft_sdpt import SDPTConfig  # noqa: E402
-from peft_sdpt.loss import GroundedDetectionLoss  # noqa: E402
-from pictograms import read_categories, scene_split  # noqa: E402
-from pictograms.tasks import TASKS  # noqa: E402
-from training_data import TrainingSamples  # noqa: E402
+from .. import EXAMPLES
+from ..peers import trained_parameters
+from .measuring import in_turns
 
 PICTURES, BATCH = 120, 12
 

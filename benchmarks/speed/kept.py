@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a training step keeps between forward and backward, by part of the detector: what holds its peak memory.
 
-    python benchmarks/kept.py
+    python -m benchmarks.speed.kept
 
 Prints a table in MB, of tensors that autograd saves, each counted once and at its first part; weights are left out. No
 times: it says the same on every machine.
@@ -18,9 +18,10 @@ from collections import Counter
 import torch
 from torch import nn
 
-from full_hosts import MODELS, labels, make_host, model_inputs, sharing_copy
-from methods import METHODS, suitable
 from peft_sdpt.loss import GroundedDetectionLoss
+
+from .full_hosts import MODELS, labels, make_host, model_inputs, sharing_copy
+from .methods import METHODS, suitable
 
 # Names of modules, and the part that they and all within them are.
 PARTS = {

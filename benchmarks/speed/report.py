@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from cells import everything
-from measuring import quartiles
-from methods import METHODS, suitable
+from .cells import everything
+from .measuring import quartiles
+from .methods import METHODS, suitable
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 # What each table is of: heading, whether of fusion layers, task, and what its ratios are to.
