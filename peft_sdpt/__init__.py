@@ -13,9 +13,10 @@ from .config import SDPTConfig
 from .hosts import register_host
 from .layer import SDPTLayer
 from .model import SDPTModel
+from .prototypes import initialize_sdpt_prototypes
 from .version import __version__
 
-__all__ = ["SDPTConfig", "SDPTLayer", "SDPTModel", "register_host"]
+__all__ = ["SDPTConfig", "SDPTLayer", "SDPTModel", "initialize_sdpt_prototypes", "register_host"]
 
 
 def _register() -> None:

@@ -25,6 +25,7 @@ INIT_WEIGHTS = (
     "kaiming_uniform",
     "kaiming_normal",
     "zeros",
+    "prototypes",
 )
 PROMPT_MODES = ("unified", "independent")
 ATTN_IMPLEMENTATIONS = ("fused", "eager")
@@ -49,9 +50,10 @@ class SDPTConfig(PeftConfig):
             `torch.manual_seed` gives the same start on every device. `"uniform"` is U(-1, 1) (the
             released default), `"normal"` is N(0, 1), `"xavier_*"` and `"kaiming_*"` are torch's with
             their default arguments on each `(N, E)` set (fan_in E, fan_out N), `"zeros"` is the
-            origin of the aligned space. No start leaves the host's outputs as they were: a prompt
-            takes its share of every softmax, one at the origin too. True and False are accepted
-            because PEFT's tools set them; both mean `"uniform"`.
+            origin of the aligned space, `"prototypes"` is for `initialize_sdpt_prototypes`, to be called next, and
+            until then `"uniform"`. No start leaves the host's outputs as they were: a prompt takes its share of every
+            softmax, one at the origin too. True and False are accepted because PEFT's tools set them; both mean
+            `"uniform"`.
         prompt_mode: `"unified"` is the method: one set of tokens, mapped into both input spaces.
             `"independent"` is the paper's ablation: two sets in the aligned space, one a modality,
             each mapped by its own inverse, and twice the parameters. The released code uses these

@@ -33,6 +33,8 @@ _INITIALISERS = {
     "kaiming_normal": nn.init.kaiming_normal_,
     "zeros": nn.init.zeros_,
 }
+# Until `initialize_sdpt_prototypes` has been called.
+_INITIALISERS["prototypes"] = _INITIALISERS["uniform"]
 
 
 def init_prompts(config: SDPTConfig, width: int) -> torch.Tensor:

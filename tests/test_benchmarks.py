@@ -15,6 +15,7 @@ from torch import nn
 from transformers.models.swin.modeling_swin import SwinLayer
 
 import feature_cache
+from benchmarks import results as results_page
 from benchmarks.peers import trained_parameters
 from benchmarks.speed import __main__ as speed
 from benchmarks.speed import cells, epochs, full_hosts, kept, measuring, methods, report
@@ -23,6 +24,7 @@ from benchmarks.speed.full_hosts import Fusion, fusion_inputs, labels, make_host
 from benchmarks.speed.glip_fusion import GlipFusionLayer
 from benchmarks.speed.measuring import allocated, in_turns, measure
 from benchmarks.speed.methods import METHODS, suitable
+from benchmarks.speed.plot import draw
 from benchmarks.speed.released import ReleasedFusion
 from benchmarks.window_prompts import PromptedWindows
 from hosts import HOST_NAMES, make_attention
@@ -30,6 +32,7 @@ from hosts import make_host as tiny_host
 from peft_sdpt import SDPTLayer
 
 SIZE, TOKENS = (64, 64), 8
+TABLE_TASKS = ("inference", "training")
 MODELS = ("grounding-dino-tiny", "mm-grounding-dino-tiny")
 
 
@@ -308,22 +311,22 @@ def test_a_run_ends_in_results_tables_and_a_picture(tmp_path, monkeypatch, capsy
         assert label in text
     assert "Nothing." in text and "Nothing." in capsys.readouterr().out
     picture = ElementTree.parse(tmp_path / "report.svg").getroot()
-    assert sum(element.tag.endswith("circle") for element in picture.iter()) > 40
-    width = float(picture.get("width"))
-    assert all(
-        0 <= float(value) <= width
-        for e in picture.iter()
-        for key in ("x", "cx", "x2")
-        if (value := (e.get(key) or "0").rstrip("%"))
-    )
+    words = {element.text for element in picture.iter() if element.tag.endswith("text")}
+    assert {"time", "peak memory", METHODS["sdpt"].label, METHODS["full"].label} <= words
+    assert {cell["label"] for cell in results["cells"].values() if cell["task"] in TABLE_TASKS} <= words
+    # A mark of each ratio of time, and one of memory: not of what a row is measured by.
+    ratios = sum(len(cell["methods"]) - 1 for cell in results["cells"].values() if cell["task"] in TABLE_TASKS)
+    marks = [element for element in picture.iter() if element.tag.endswith("use")]
+    assert len(marks) >= 2 * ratios
+    assert draw(results) == draw(results)
 
     page = tmp_path / "performance.md"
-    page.write_text(f"a\n{report.BEGIN}\nold\n{report.END}\nb\n")
+    page.write_text(f"a\n{results_page.BEGIN}\nold\n{results_page.END}\nb\n")
     monkeypatch.setattr(speed, "DOCS", tmp_path)
     for _ in range(2):
         assert command(monkeypatch, "--render", tmp_path / "results.json") == 0
         text = page.read_text()
-        assert text.startswith("a\n") and text.endswith(f"{report.END}\nb\n") and "old" not in text
+        assert text.startswith("a\n") and text.endswith(f"{results_page.END}\nb\n") and "old" not in text
     assert (tmp_path / "performance-cpu.svg").exists()
 
 

@@ -8,7 +8,7 @@ Hosts have their full size and random weights. Each cell (a host, an image size,
 measured in turns: every method once a round, so that what disturbs one disturbs all, and ratios are taken within a
 round. With no flags it takes what a CPU of two cores can do in about an hour, and says what it left out; on a GPU, all.
 Results go to results.json after each cell; the same command goes on where it was stopped. Tables are in report.md,
-the picture in report.svg. It needs the extra `examples`, for the matching in the loss.
+the picture in report.svg. It needs the extra `benchmarks`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ import argparse
 import fnmatch
 import gc
 import json
-import os
-import platform
 import sys
 import warnings
 from pathlib import Path
@@ -31,21 +29,16 @@ from tqdm.auto import tqdm
 
 import peft_sdpt.version
 
-from .. import EXAMPLES
+from ..results import DOCS, RESULTS, Help, cpu_name, earlier, put_into, write
 from .cells import Cell, affordable, everything
 from .epochs import measure_epochs
 from .measuring import measure
 from .methods import METHODS, suitable
 from .plot import draw
-from .report import left_out, put_into, report
+from .report import left_out, report
 
-DOCS = EXAMPLES.parent / "docs"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LEAST_REPEATS = 5
-
-
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the defaults, and the text above as it stands."""
 
 
 def parse_args() -> argparse.Namespace:
@@ -110,50 +103,14 @@ def machine(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def earlier(args: argparse.Namespace) -> dict[str, Any]:
-    """Results to go on with; none are there at first.
-
-    Raises:
-        ValueError: they are of something else.
-    """
-    file, about = args.output_dir / "results.json", machine(args)
-    if not file.exists():
-        return {"machine": about, "cells": {}}
-    try:
-        results = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file}: is not JSON ({error})") from None
-    changed = [
-        f"{name} {results['machine'].get(name)}" for name in about if results["machine"].get(name) != about[name]
-    ]
-    if changed:
-        raise ValueError(f"{file}: was measured with {', '.join(changed)}; choose another --output_dir")
-    return results
-
-
 def is_done(cell: Cell, results: dict[str, Any]) -> bool:
     wanted = set(cell.methods or suitable(cell.task, cell.is_fusion)) & set(suitable(cell.task, cell.is_fusion))
     return wanted <= results["cells"].get(cell.key, {"methods": {}})["methods"].keys()
 
 
-def write(file: Path, text: str) -> None:
-    """Whole or not at all: a run may be killed at any time."""
-    unfinished = file.with_name(f"{file.name}.unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, file)
-
-
 def run(args: argparse.Namespace) -> None:
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    results = earlier(args)
+    results = earlier(args.output_dir / RESULTS, machine(args))
     cells = [cell for cell in chosen(args) if not is_done(cell, results)]
     done = len(chosen(args)) - len(cells)
     with tqdm(total=done + len(cells), initial=done, unit="cell") as progress:
@@ -176,7 +133,7 @@ def run(args: argparse.Namespace) -> None:
                 "is_fusion": cell.is_fusion,
                 "methods": measured,
             }
-            write(args.output_dir / "results.json", json.dumps(results, indent=1) + "\n")
+            write(args.output_dir / RESULTS, json.dumps(results, indent=1) + "\n")
             progress.update()
             # A host of the next cell comes before that of this one is gone, otherwise.
             del measured

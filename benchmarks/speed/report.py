@@ -4,16 +4,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
+from ..results import table
 from .cells import everything
 from .measuring import quartiles
 from .methods import METHODS, suitable
 
-BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 # What each table is of: heading, whether of fusion layers, task, and what its ratios are to.
 TABLES = (
     ("Fusion layer, inference", True, "inference", "host"),
@@ -116,15 +114,10 @@ def aims(results: Results) -> str:
          *((NOT_YET, NOT_YET) if faster is None
            else (f"{epochs['label']}: **{faster:.2f}**", "yes" if faster >= 1.8 else "no"))),
     ]  # fmt: skip
-    return _table(["aim", "measured, medians", "met"], rows)
+    return table(["aim", "measured, medians", "met"], rows)
 
 
 # ---- tables
-
-
-def _table(head: list[str], rows: Iterable[Iterable[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def _seconds(value: float) -> str:
@@ -161,10 +154,10 @@ def _cell_tables(results: Results, is_fusion: bool, task: str, reference: str) -
     labels = [METHODS[name].label for name in names]
     head = ["time", f"{labels[0]}: median", *labels[1:]]
     peaks = ["peak memory", labels[0], *labels[1:]]
-    return f"{_table(head, times)}\n{_table(peaks, memory)}"
+    return f"{table(head, times)}\n{table(peaks, memory)}"
 
 
-def _size_table(results: Results) -> str:
+def _sizetable(results: Results) -> str:
     cell = next((cell for cell in results["cells"].values()
                  if cell["host"] == "grounding-dino-tiny" and cell["task"] == "training"), None)  # fmt: skip
     attach = results["cells"].get("grounding-dino-tiny-attach", {"methods": {}})["methods"]
@@ -176,7 +169,7 @@ def _size_table(results: Results) -> str:
         trained = f"{made['trained']:,}".replace(",", " ") if made else NOT_YET
         attached = _seconds(quartiles(attach[name]["seconds"])[1]) if name in attach else ""
         rows.append([method.label, method.trains, trained, _bytes(made["saved_bytes"]) if made else NOT_YET, attached])
-    return _table(["method", "what is trained", "parameters", "on disk", "attached in"], rows)
+    return table(["method", "what is trained", "parameters", "on disk", "attached in"], rows)
 
 
 def left_out(results: Results) -> str:
@@ -208,18 +201,5 @@ def report(results: Results, plot: str) -> str:
     parts = [f"On {machine(results)}\n", aims(results), f"![Time and peak memory as ratios]({plot})\n"]
     for title, is_fusion, task, reference in TABLES:
         parts += [f"### {title}\n", _cell_tables(results, is_fusion, task, reference)]
-    parts += ["### Size\n", _size_table(results), "### Not measured here\n", left_out(results)]
+    parts += ["### Size\n", _sizetable(results), "### Not measured here\n", left_out(results)]
     return "\n".join(parts)
-
-
-def put_into(page: Path, text: str) -> None:
-    """Replace what is between the two marks of a page.
-
-    Raises:
-        ValueError: the page does not have them, once each and in this order.
-    """
-    before = page.read_text(encoding="utf-8")
-    pattern = re.compile(f"(?s){re.escape(BEGIN)}.*{re.escape(END)}")
-    if len(pattern.findall(before)) != 1:
-        raise ValueError(f"{page}: has no {BEGIN} ... {END}.")
-    page.write_text(pattern.sub(lambda _: f"{BEGIN}\n\n{text}\n{END}", before), encoding="utf-8")

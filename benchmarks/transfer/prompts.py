@@ -32,13 +32,11 @@ class InputPrompts(nn.Module):
 
     def __init__(self, widths: tuple[int, int], sides: tuple[bool, bool], num_tokens: int) -> None:
         super().__init__()
-        self.sides = nn.ParameterList(
-            nn.Parameter(torch.randn(num_tokens if used else 0, width) * 0.02)
-            for width, used in zip(widths, sides, strict=True)
-        )
+        for name, width, used in zip(("image", "text"), widths, sides, strict=True):
+            setattr(self, name, nn.Parameter(torch.randn(num_tokens, width) * 0.02) if used else None)
 
     def forward(self) -> list[torch.Tensor | None]:
-        return [tokens if len(tokens) else None for tokens in self.sides]
+        return [self.image, self.text]
 
 
 class LearnedProjections(nn.Module):

@@ -17,12 +17,20 @@ from coco_data import DetectionSplit
 from peft_sdpt.loss import GroundedDetectionLoss
 from training_data import TrainingSamples
 
+from ..peers import trained_parameters
+
 # As in the main job.
 BATCH, WARM_UP, MAX_GRAD_NORM = 12, 10, 1.0
 
 
 class Diverged(Exception):
     """A loss or a gradient is not finite any more."""
+
+
+def batches(processor: Any, model: nn.Module, data: DetectionSplit, pictures: int, seed: int) -> DataLoader:
+    """So many training pictures, augmented as in the main job, in batches."""
+    samples = TrainingSamples(data, pictures, processor, model.config.max_text_len, seed)
+    return DataLoader(samples, BATCH, collate_fn=samples.collate)
 
 
 def tune(
@@ -33,6 +41,7 @@ def tune(
     steps: int,
     learning_rate: float,
     seed: int,
+    prompt_factor: float = 1.0,
     device: str = "cpu",
 ) -> dict[str, Any]:
     """Train what of `model` requires gradients, with AdamW without weight decay and a cosine schedule.
@@ -44,6 +53,7 @@ def tune(
         steps: optimizer steps, of `BATCH` pictures each.
         learning_rate: its highest.
         seed: of the order and augmentation of pictures.
+        prompt_factor: what the learning rate of SDPT's tokens is times that of the rest.
 
     Returns:
         `losses`, one a step, and `seconds`.
@@ -51,15 +61,17 @@ def tune(
     Raises:
         Diverged: in which step, as its argument.
     """
-    samples = TrainingSamples(data, steps * BATCH, processor, model.config.max_text_len, seed)
-    loader = DataLoader(samples, BATCH, collate_fn=samples.collate)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
+    named = trained_parameters(model)
+    trained = list(named.values())
+    tokens = [parameter for name, parameter in named.items() if "sdpt_prompts" in name]
+    rest = [parameter for name, parameter in named.items() if "sdpt_prompts" not in name]
+    groups = [{"params": tokens, "lr": prompt_factor * learning_rate}, {"params": rest}]
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=learning_rate, weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, WARM_UP, steps)
     loss_function = GroundedDetectionLoss(model.config)
     model.train()
     losses, begin = [], time.perf_counter()
-    for inputs, labels in loader:
+    for inputs, labels in batches(processor, model, data, steps * BATCH, seed):
         inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
         labels = [{name: tensor.to(device) for name, tensor in label.items()} for label in labels]
         outputs = model(**inputs)

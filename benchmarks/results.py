@@ -1,0 +1,79 @@
+# Copyright 2026 The peft_sdpt authors
+# SPDX-License-Identifier: Apache-2.0
+"""What the commands have in common: files of results that a run goes on with, and pages that show them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from . import EXAMPLES
+
+DOCS = EXAMPLES.parent / "docs"
+RESULTS = "results.json"
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the defaults, and the text above as it stands."""
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def earlier(file: Path, machine: dict[str, Any]) -> dict[str, Any]:
+    """Results to go on with; none are there at first.
+
+    Args:
+        machine: what results depend on, which must not differ within a file.
+
+    Raises:
+        ValueError: they are of something else.
+    """
+    if not file.exists():
+        return {"machine": machine, "cells": {}}
+    try:
+        results = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: is not JSON ({error})") from None
+    before = results["machine"]
+    changed = [f"{name} {before.get(name)}" for name in machine if before.get(name) != machine[name]]
+    if changed:
+        raise ValueError(f"{file}: was measured with {', '.join(changed)}; choose another --output_dir")
+    return results
+
+
+def write(file: Path, text: str) -> None:
+    """Whole or not at all: a run may be killed at any time."""
+    unfinished = file.with_name(f"{file.name}.unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, file)
+
+
+def table(head: list[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def put_into(page: Path, text: str) -> None:
+    """Replace what is between the two marks of a page.
+
+    Raises:
+        ValueError: the page does not have them, once each and in this order.
+    """
+    before = page.read_text(encoding="utf-8")
+    pattern = re.compile(f"(?s){re.escape(BEGIN)}.*{re.escape(END)}")
+    if len(pattern.findall(before)) != 1:
+        raise ValueError(f"{page}: has no {BEGIN} ... {END}.")
+    page.write_text(pattern.sub(lambda _: f"{BEGIN}\n\n{text}\n{END}", before), encoding="utf-8")

@@ -1,0 +1,209 @@
+# Copyright 2026 The peft_sdpt authors
+# SPDX-License-Identifier: Apache-2.0
+"""Tune a detector to downstream tasks by SDPT and by other methods, and compare.
+
+    python -m benchmarks.transfer
+
+With no flags it takes the small host in `examples/host` and the built-in tasks: pictograms in another drawing style, as
+line art, small and crowded, and of new names. Photographs in COCO format come with --folders. Each method gets the best
+of four learning rates, chosen on the validation split of the first task with ten pictures a class. Then every method is
+tuned to every task, with three seeds; four of them with other numbers of pictures too; and SDPT with one of its
+settings changed at a time. Results go to results.json after each run; the same command goes on where it was stopped.
+Tables are in report.md, pictures beside it.
+
+On a GPU, with the Hub:
+
+    python -m benchmarks.transfer --model_name_or_path IDEA-Research/grounding-dino-tiny \\
+        --folders path/to/odinw/* --no_built_in
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import warnings
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from tqdm.auto import tqdm
+
+import peft_sdpt.version
+from errors import InputError
+
+from .. import EXAMPLES
+from ..results import DOCS, RESULTS, Help, cpu_name, earlier, put_into, write
+from .grid import Cell, plan
+from .methods import METHODS
+from .plots import pictures
+from .report import report
+from .tasks import Task, built_in
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.transfer", description=__doc__, formatter_class=Help, allow_abbrev=False
+    )
+    parser.add_argument("--output_dir", type=Path, default=Path("transfer-results"), help="Where results go.")
+    parser.add_argument("--model_name_or_path", default=str(EXAMPLES / "host"), help="Folder or Hub id of the host.")
+    parser.add_argument(
+        "--folders", type=Path, nargs="+", default=[], help="More tasks, in COCO format, with val.json."
+    )
+    parser.add_argument("--image_size", type=int, help="Shorter side of their pictures, in pixels.")
+    parser.add_argument("--no_built_in", action="store_true", help="Those folders alone.")
+    parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS), help="Some of them.")
+    parser.add_argument("--seeds", type=int, default=3, help="How many.")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
+        help="A GPU when one is at hand.",
+    )  # fmt: skip
+    parser.add_argument(
+        "--num_processes", type=int, default=len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1,
+        help="Runs at a time on a CPU, with a core each.",
+    )  # fmt: skip
+    parser.add_argument("--minutes", type=float, help="Begin no run after so many; the same command goes on.")
+    parser.add_argument(
+        "--render", type=Path, metavar="FILE",
+        help="Tune nothing: put the tables and pictures of this results.json into docs/transfer.md.",
+    )  # fmt: skip
+    return parser.parse_args()
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """
+    Raises:
+        ValueError: a flag asks for what cannot be.
+    """
+    for name in ("seeds", "num_processes", "image_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} {value}: must be at least 1")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no GPU here")
+    for folder in args.folders:
+        if not folder.is_dir():
+            raise ValueError(f"--folders {folder}: is not a folder")
+    if args.no_built_in and not args.folders:
+        raise ValueError("--no_built_in: leaves no task; name some by --folders")
+    if args.render and not args.render.is_file():
+        raise ValueError(f"--render {args.render}: is not there")
+
+
+def find_tasks(args: argparse.Namespace) -> list[Task]:
+    tasks = [] if args.no_built_in else built_in(args.output_dir)
+    tasks += [Task(folder.resolve().name, folder.resolve(), args.image_size) for folder in args.folders]
+    names = [task.name for task in tasks]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise ValueError(f"--folders: there are several tasks of the name {twice.pop()}")
+    for task in tasks:
+        for split in ("train", "val", "test"):
+            task.load(split)  # raises what is wrong with it now, not after hours
+    return tasks
+
+
+def machine(args: argparse.Namespace) -> dict[str, Any]:
+    """What results depend on, which must not differ within a file."""
+    return {
+        "host": Path(args.model_name_or_path).name
+        if Path(args.model_name_or_path).exists()
+        else args.model_name_or_path,
+        "device": args.device,
+        "name": torch.cuda.get_device_name() if args.device == "cuda" else cpu_name(),
+        "image_size": args.image_size,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+        "peft_sdpt": peft_sdpt.version.__version__,
+    }
+
+
+def prepare_worker() -> None:
+    """A process that runs cells, with a core of its own."""
+    # Ctrl-C ends it at once: its run is not in the results and will be made again.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore")
+
+
+def run_in_worker(*args: Any) -> dict[str, Any]:
+    from .running import run_cell
+
+    return run_cell(*args)
+
+
+def run(args: argparse.Namespace) -> None:
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    results = earlier(args.output_dir / RESULTS, machine(args))
+    tasks = {task.name: task for task in find_tasks(args)}
+    results["tasks"], results["seeds"] = list(tasks), args.seeds
+    results["methods"] = args.methods
+
+    def planned() -> list[Cell]:
+        return plan(list(tasks), args.methods, args.seeds, results["cells"])
+
+    # For tqdm in the workers, whose bars would write into the one here.
+    os.environ["TQDM_DISABLE"] = "1"
+    workers = args.num_processes if args.device == "cpu" else 1
+    running: dict[Future, Cell] = {}
+    with (
+        tqdm(unit="run") as progress,
+        ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), prepare_worker) as pool,
+    ):
+        while True:
+            cells = planned()
+            waiting = [c for c in cells if c.key not in results["cells"] and c not in running.values()]
+            progress.total, progress.n = len(cells), sum(cell.key in results["cells"] for cell in cells)
+            out_of_time = args.minutes is not None and progress.format_dict["elapsed"] > 60 * args.minutes
+            while waiting and len(running) < workers and not out_of_time:
+                cell = waiting.pop(0)
+                running[pool.submit(run_in_worker, cell, tasks[cell.task], args.model_name_or_path, args.device)] = cell
+            progress.set_postfix_str(", ".join(cell.key for cell in running.values()))
+            if not running:
+                break
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                cell = running.pop(future)
+                results["cells"][cell.key] = {**asdict(cell), **future.result()}
+            write(args.output_dir / RESULTS, json.dumps(results) + "\n")
+    write(args.output_dir / "report.md", report(results))
+    for name, picture in pictures(results).items():
+        write(args.output_dir / name, picture)
+    print(f"Results: {args.output_dir}/{RESULTS}, tables: report.md.")
+
+
+def render(file: Path) -> None:
+    results = json.loads(file.read_text(encoding="utf-8"))
+    for name, picture in pictures(results).items():
+        (DOCS / name).write_text(picture, encoding="utf-8")
+    put_into(DOCS / "transfer.md", report(results))
+
+
+def main() -> None:
+    args = parse_args()
+    try:
+        check_args(args)
+        if args.render:
+            render(args.render)
+        else:
+            run(args)
+    except (ValueError, InputError) as error:
+        print(f"benchmarks.transfer: {str(error).rstrip('.')}.", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("benchmarks.transfer: interrupted; the same command goes on.", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+# Copyright 2026 The peft_sdpt authors
+# SPDX-License-Identifier: Apache-2.0
+"""Which runs the suite is made of. Some follow from the results of others: learning rates, and who leads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from statistics import mean
+from typing import Any
+
+from .methods import METHODS
+
+SHOTS, OTHER_SHOTS = 10, (1, 5, None)  # None: all training pictures
+STEPS, STEPS_OF_ALL = 100, 150  # few pictures, and all of them
+LEADERS = 4
+# Fields of SDPTConfig that the ablations change, one at a time; None is the default.
+ABLATIONS: dict[str, tuple[Any, ...]] = {
+    "num_virtual_tokens": (1, 5, 20, 50, 100),
+    "layers_to_transform": ((0,), (1,), (2,)),
+    "init_weights": ("normal", "xavier_uniform", "kaiming_uniform", "zeros", "prototypes"),
+    "pinv_rtol": (0.1, 0.3),
+}
+ABLATION_TASKS = ("twemoji", "noto-new")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run and its evaluation.
+
+    Attributes:
+        task: name of a `tasks.Task`.
+        method: a key of `METHODS`, or "zero-shot".
+        learning_rate: None where nothing trains.
+        shots: images a class; None for all.
+        seed: of the pictures drawn, their order and augmentation, and the start of what trains.
+        split: "val" to choose by, "test" to report.
+        fields: of SDPTConfig that are not at their defaults, as pairs.
+    """
+
+    task: str
+    method: str
+    learning_rate: float | None = None
+    shots: int | None = SHOTS
+    seed: int = 0
+    split: str = "test"
+    fields: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def steps(self) -> int:
+        return STEPS_OF_ALL if self.shots is None else STEPS
+
+    @property
+    def key(self) -> str:
+        changes = "".join(f" {name}={value}" for name, value in self.fields)
+        if self.method == "zero-shot":
+            return f"{self.task} zero-shot {self.split}"
+        shots = "all" if self.shots is None else self.shots
+        return f"{self.task} {self.method}{changes} {self.learning_rate} {shots} shots seed {self.seed} {self.split}"
+
+
+Results = dict[str, dict[str, Any]]  # key of a cell -> what was measured
+
+
+def rates_cells(task: str, methods: Iterable[str]) -> list[Cell]:
+    """Each method at each of its rates, on one task, measured on the validation split."""
+    return [Cell(task, name, rate, split="val") for name in methods for rate in METHODS[name].rates]
+
+
+def best_rate(task: str, method: str, results: Results) -> float | None:
+    """The rate of highest AP on the validation split; None before all have been measured."""
+    cells = rates_cells(task, [method])
+    if not all(cell.key in results for cell in cells):
+        return None
+    return max(cells, key=lambda cell: results[cell.key]["AP"]).learning_rate
+
+
+def compare_cells(tasks: list[str], rates: dict[str, float], seeds: int, shots: Iterable[int | None]) -> list[Cell]:
+    return [
+        Cell(task, name, rate, count, seed)
+        for seed in range(seeds)
+        for task in tasks
+        for count in shots
+        for name, rate in rates.items()
+    ]
+
+
+def leaders(tasks: list[str], rates: dict[str, float], seeds: int, results: Results) -> list[str] | None:
+    """SDPT and the best others, by AP over all tasks and seeds; None before all have been measured."""
+    found: dict[str, float] = {}
+    for name, rate in rates.items():
+        cells = compare_cells(tasks, {name: rate}, seeds, [SHOTS])
+        if not all(cell.key in results for cell in cells):
+            return None
+        found[name] = mean(results[cell.key]["AP"] for cell in cells)
+    others = sorted(found.keys() - {"sdpt"}, key=found.__getitem__, reverse=True)
+    return ["sdpt", *others[: LEADERS - 1]]
+
+
+def ablation_cells(tasks: list[str], rates: dict[str, float], seeds: int) -> list[Cell]:
+    """SDPT with one thing changed, and at all learning rates."""
+    tasks = [task for task in ABLATION_TASKS if task in tasks] or tasks[:1]
+    changes = [((name, value),) for name, values in ABLATIONS.items() for value in values]
+    cells = [
+        Cell(task, "sdpt", rates["sdpt"], seed=seed, fields=change)
+        for seed in range(seeds)
+        for task in tasks
+        for change in changes
+    ]
+    return cells + [
+        Cell(task, name, rate, seed=seed)
+        for seed in range(seeds)
+        for task in tasks
+        for name in ("sdpt", "lora")
+        if name in rates
+        for rate in METHODS[name].rates
+    ]
+
+
+def plan(tasks: list[str], methods: list[str], seeds: int, results: Results) -> list[Cell]:
+    """All cells that are known by now, in the order in which to measure them.
+
+    Args:
+        tasks: names; rates are chosen on the first.
+        methods: keys of `METHODS`.
+        seeds: how many.
+        results: of cells measured so far.
+    """
+    cells = [Cell(task, "zero-shot", shots=0) for task in tasks]
+    cells += rates_cells(tasks[0], methods)
+    chosen = {name: best_rate(tasks[0], name, results) for name in methods}
+    rates = {name: rate for name, rate in chosen.items() if rate is not None}
+    if len(rates) < len(methods):
+        return cells
+    cells += compare_cells(tasks, rates, seeds, [SHOTS])
+    if "sdpt" in rates:
+        cells += ablation_cells(tasks, rates, seeds)
+        first = leaders(tasks, rates, seeds, results)
+        if first is not None:
+            cells += compare_cells(tasks, {name: rates[name] for name in first}, seeds, OTHER_SHOTS)
+    return list({cell.key: cell for cell in cells}.values())

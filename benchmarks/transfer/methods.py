@@ -1,0 +1,97 @@
+# Copyright 2026 The peft_sdpt authors
+# SPDX-License-Identifier: Apache-2.0
+"""The methods that are compared, each with the learning rates among which its own is chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from torch import nn
+
+from peft_sdpt import SDPTConfig
+
+from ..peers import FUSION_QUERIES, LORA_TARGETS, in_layers, is_bitfit, train, with_peft
+from ..window_prompts import attach_window_prompts
+from .prompts import attach_prompts
+from .text_side import attach_probe, attach_trained_text
+
+# (frozen host, its processor, class names, fields of SDPTConfig) -> what is trained, requiring gradients
+Attach = Callable[[nn.Module, Any, list[str], dict[str, Any]], nn.Module]
+
+# Four rates a method, half a decade apart.
+PROMPT_RATES = (0.03, 0.1, 0.3, 1.0)
+SMALL_PROMPT_RATES = (0.003, 0.01, 0.03, 0.1)
+ADAPTER_RATES = (0.0003, 0.001, 0.003, 0.01)
+WEIGHT_RATES = (0.00003, 0.0001, 0.0003, 0.001)
+
+
+@dataclass(frozen=True)
+class Method:
+    """
+    Attributes:
+        label: for tables.
+        attach: makes the model out of a frozen host, which it may change.
+        rates: learning rates to choose from.
+        prompt_factor: what the rate of SDPT's tokens is times that, where other things train beside them.
+    """
+
+    label: str
+    attach: Attach
+    rates: tuple[float, ...]
+    prompt_factor: float = 1.0
+
+
+def _sdpt(**fixed: Any) -> Attach:
+    return lambda host, _processor, _names, fields: get_peft_model(host, SDPTConfig(**{**fixed, **fields}))
+
+
+def _prompts(kind: str) -> Attach:
+    return lambda host, _processor, _names, _fields: attach_prompts(host, kind)
+
+
+def _lora(**config: Any) -> Attach:
+    return lambda host, _processor, _names, _fields: with_peft(host, LoraConfig(**config))
+
+
+def _sdpt_and_lora(host: nn.Module, _processor: Any, _names: list[str], fields: dict[str, Any]) -> nn.Module:
+    host.config.tie_word_embeddings = False
+    # Not on the fusion layers' queries, which SDPT inverts.
+    targets = in_layers("query", "key", "value", "out_proj", "value_proj", "output_proj")
+    inject_adapter_in_model(LoraConfig(r=8, target_modules=targets), host, "lora")
+    return get_peft_model(host, SDPTConfig(**fields))
+
+
+METHODS: dict[str, Method] = {
+    "sdpt": Method("SDPT", _sdpt(), PROMPT_RATES),
+    "sdpt-hidden": Method("SDPT, hidden from the image", _sdpt(image_attends_prompts=False), PROMPT_RATES),
+    "sdpt-independent": Method("independent prompts", _sdpt(prompt_mode="independent"), PROMPT_RATES),
+    "text-prompts": Method("text-side prompts", _prompts("text"), PROMPT_RATES),
+    "image-prompts": Method("image-side prompts", _prompts("image"), PROMPT_RATES),
+    "both-prompts": Method("prompts on both sides, not unified", _prompts("both"), PROMPT_RATES),
+    "learned-projections": Method("learned projections", _prompts("learned"), SMALL_PROMPT_RATES),
+    "mudpt": Method("MuDPT-style prompts", _prompts("coupled"), SMALL_PROMPT_RATES),
+    "vpt": Method("visual prompts in the backbone", lambda host, *_: attach_window_prompts(host), PROMPT_RATES),
+    "text-embeddings": Method(
+        "class-text embeddings",
+        lambda host, processor, names, _: attach_trained_text(host, processor, names),
+        SMALL_PROMPT_RATES,
+    ),
+    "probe": Method(
+        "linear probe of the class head",
+        lambda host, processor, names, _: attach_probe(host, processor, names),
+        SMALL_PROMPT_RATES,
+    ),
+    "bitfit": Method("BitFit", lambda host, *_: train(host, is_bitfit), ADAPTER_RATES),
+    # On the shipped host 15 360 parameters, as many as ten tokens a fusion layer.
+    "lora-matched": Method(
+        "LoRA, r = 4 on the fusion queries",
+        _lora(r=4, lora_alpha=8, target_modules=in_layers(*FUSION_QUERIES)),
+        ADAPTER_RATES,
+    ),
+    "lora": Method("LoRA, r = 8", _lora(r=8, lora_alpha=16, target_modules=LORA_TARGETS), ADAPTER_RATES),
+    "full": Method("full fine-tuning", lambda host, *_: train(host, lambda _: True), WEIGHT_RATES),
+    "sdpt-lora": Method("SDPT and LoRA", _sdpt_and_lora, ADAPTER_RATES, prompt_factor=100.0),
+}

@@ -1,0 +1,64 @@
+# Copyright 2026 The peft_sdpt authors
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures of the suite: AP against trained parameters, and against images a class."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from ..charts import as_svg
+from .grid import leaders
+from .methods import METHODS
+from .report import Found, all_shots
+
+OURS, THEIRS = "#d62728", "#1f77b4"
+
+
+def pictures(results: dict[str, Any]) -> dict[str, str]:
+    """File name and SVG of each picture."""
+    found = Found(results)
+    return {"transfer-parameters.svg": _parameters(found), "transfer-shots.svg": _shots(found)}
+
+
+def _start(found: Found) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(8, 5))
+    axes = figure.subplots()
+    axes.set(ylabel="AP in percent, mean of tasks")
+    axes.grid(color="#eee")
+    axes.set_axisbelow(True)
+    floor = found.over_tasks("zero-shot")
+    if floor is not None:
+        axes.axhline(100 * floor, color="#888", linestyle="--", linewidth=1, label="zero-shot")
+    return figure, axes
+
+
+def _parameters(found: Found) -> str:
+    figure, axes = _start(found)
+    for name in found.methods:
+        value, trained = found.over_tasks(name), found.trained(name)
+        if value is not None and trained:
+            ours = name.startswith("sdpt")
+            axes.plot([trained], [100 * value], "o", color=OURS if ours else THEIRS)
+            axes.annotate(
+                METHODS[name].label, (trained, 100 * value), xytext=(5, 3), textcoords="offset points",
+                fontweight="bold" if name == "sdpt" else "normal", fontsize=8,
+            )  # fmt: skip
+    axes.set(xscale="log", xlabel="trained parameters")
+    return as_svg(figure)
+
+
+def _shots(found: Found) -> str:
+    figure, axes = _start(found)
+    counts = all_shots()
+    for name in leaders(found.tasks, found.rates, found.seeds, found.cells) or ():
+        means = [found.over_tasks(name, shots=count) for count in counts]
+        points = [(place, 100 * value) for place, value in enumerate(means) if value is not None]
+        width = 2.5 if name == "sdpt" else 1.5
+        axes.plot([x for x, _ in points], [y for _, y in points], "o-", linewidth=width, label=METHODS[name].label)
+    axes.set_xticks(range(len(counts)), ["all" if count is None else str(count) for count in counts])
+    axes.set_xlabel("training images a class")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False)
+    return as_svg(figure)

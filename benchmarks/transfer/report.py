@@ -1,0 +1,160 @@
+# Copyright 2026 The peft_sdpt authors
+# SPDX-License-Identifier: Apache-2.0
+"""Results of the suite in Markdown and as pictures."""
+
+from __future__ import annotations
+
+import math
+from statistics import mean, stdev
+from typing import Any
+
+from ..results import table
+from .grid import ABLATION_TASKS, ABLATIONS, OTHER_SHOTS, SHOTS, Cell, best_rate, leaders, plan
+from .methods import METHODS
+from .tasks import DIFFERENCES
+
+Results = dict[str, Any]
+
+
+class Found:
+    """Results, by what was asked."""
+
+    def __init__(self, results: Results) -> None:
+        self.cells = results["cells"]
+        self.tasks: list[str] = results["tasks"]
+        self.seeds: int = results["seeds"]
+        self.methods: list[str] = results["methods"]
+        self.rates = {name: best_rate(self.tasks[0], name, self.cells) for name in self.methods}
+        self.rates = {name: rate for name, rate in self.rates.items() if rate is not None}
+
+    def values(
+        self, task: str, method: str, metric: str = "AP", shots: int | None = SHOTS, rate: float | None = None,
+        fields: tuple = (),
+    ) -> list[float]:  # fmt: skip
+        """Of each seed that has been measured."""
+        if method == "zero-shot":
+            cells = [Cell(task, method, shots=0)]
+        else:
+            rate = rate or self.rates.get(method)
+            cells = [Cell(task, method, rate, shots, seed, fields=fields) for seed in range(self.seeds)]
+        return [self.cells[cell.key][metric] for cell in cells if cell.key in self.cells]
+
+    def over_tasks(self, method: str, metric: str = "AP", shots: int | None = SHOTS) -> float | None:
+        """Mean of the tasks' means; None unless all are there."""
+        each = [self.values(task, method, metric, shots) for task in self.tasks]
+        return mean(map(mean, each)) if all(each) else None
+
+    def trained(self, method: str) -> int | None:
+        """Parameters, on the first task."""
+        return next(
+            (cell["trained"] for cell in self.cells.values() if cell["method"] == method and not cell["fields"]), None
+        )
+
+
+def spread(values: list[float]) -> str:
+    """In percent: mean and, of several, standard deviation."""
+    if not values:
+        return ""
+    text = f"{100 * mean(values):.1f}"
+    return f"{text} ± {100 * stdev(values):.1f}" if len(values) > 1 else text
+
+
+def _thousands(value: int | None) -> str:
+    return "" if value is None else f"{value:,}".replace(",", " ")
+
+
+def _comparison(found: Found, metric: str) -> str:
+    rows = []
+    for name in ("zero-shot", *found.methods):
+        mean_of_all = found.over_tasks(name, metric)
+        trained = 0 if name == "zero-shot" else found.trained(name)
+        rows.append(
+            [
+                "zero-shot" if name == "zero-shot" else METHODS[name].label,
+                _thousands(trained),
+                "" if name == "zero-shot" else f"{found.rates.get(name, '')}",
+                *(spread(found.values(task, name, metric)) for task in found.tasks),
+                "" if mean_of_all is None else f"**{100 * mean_of_all:.1f}**",
+            ]
+        )
+    return table(["method", "trained", "rate", *found.tasks, "mean"], rows)
+
+
+def _shots(found: Found) -> str:
+    first = leaders(found.tasks, found.rates, found.seeds, found.cells)
+    if first is None:
+        return "Not yet.\n"
+    rows = []
+    for task in found.tasks:
+        for name in first:
+            rows.append(
+                [task, METHODS[name].label, *(spread(found.values(task, name, shots=count)) for count in all_shots())]
+            )
+    for name in first:
+        means = [found.over_tasks(name, shots=count) for count in all_shots()]
+        rows.append(["**mean**", METHODS[name].label, *("" if m is None else f"**{100 * m:.1f}**" for m in means)])
+    return table(["task", "method", *("all" if c is None else f"{c} a class" for c in all_shots())], rows)
+
+
+def all_shots() -> list[int | None]:
+    return sorted([SHOTS, *OTHER_SHOTS], key=lambda count: math.inf if count is None else count)
+
+
+def ablation_tasks(found: Found) -> list[str]:
+    return [task for task in ABLATION_TASKS if task in found.tasks] or found.tasks[:1]
+
+
+def _ablations(found: Found) -> str:
+    if "sdpt" not in found.rates:
+        return "Not yet.\n"
+    tasks = ablation_tasks(found)
+    rows = [["defaults", "", *(spread(found.values(task, "sdpt")) for task in tasks)]]
+    for name, values in ABLATIONS.items():
+        for value in values:
+            fields = ((name, value),)
+            shown = ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            rows.append([f"`{name}`", shown, *(spread(found.values(task, "sdpt", fields=fields)) for task in tasks)])
+    return table(["setting", "value", *tasks], rows)
+
+
+def _rates(found: Found) -> str:
+    tasks = ablation_tasks(found)
+    rows = [
+        [METHODS[name].label, f"{rate}", *(spread(found.values(task, name, rate=rate)) for task in tasks)]
+        for name in ("sdpt", "lora")
+        if name in found.rates
+        for rate in METHODS[name].rates
+    ]
+    return table(["method", "learning rate", *tasks], rows)
+
+
+def missing(results: Results) -> int:
+    """How many runs of the plan have not been made."""
+    planned = plan(results["tasks"], results["methods"], results["seeds"], results["cells"])
+    return sum(cell.key not in results["cells"] for cell in planned)
+
+
+def report(results: Results) -> str:
+    """All of it, in Markdown."""
+    found, about = Found(results), results["machine"]
+    tasks = [[name, DIFFERENCES.get(name, "")] for name in found.tasks]
+    left = missing(results)
+    parts = [
+        f"Host: {about['host']}. {about['name']}, torch {about['torch']}, transformers {about['transformers']}, peft "
+        f"{about['peft']}, peft_sdpt {about['peft_sdpt']}. {len(results['cells'])} runs"
+        + (f"; {left} more are known to be missing.\n" if left else ".\n"),
+        table(["task", "what differs from pre-training"], tasks),
+        f"### {SHOTS} images a class: AP\n",
+        _comparison(found, "AP"),
+        f"### {SHOTS} images a class: AP50\n",
+        _comparison(found, "AP50"),
+        "![AP and trained parameters](transfer-parameters.svg)\n",
+        "### Few and many images: AP\n",
+        _shots(found),
+        "![AP and images a class](transfer-shots.svg)\n",
+        f"### Settings, {SHOTS} images a class: AP\n",
+        _ablations(found),
+        f"### Learning rates, {SHOTS} images a class: AP\n",
+        _rates(found),
+    ]
+    return "\n".join(parts)

@@ -1,0 +1,82 @@
+# Copyright 2026 The peft_sdpt authors
+# SPDX-License-Identifier: Apache-2.0
+"""A cell of the suite: a fresh host, a method put onto it, training and evaluation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
+
+from coco_data import few_shot
+from coco_metrics import average_precision, detect_split
+from errors import InputError
+from peft_sdpt import initialize_sdpt_prototypes
+
+from ..peers import trained_parameters
+from .grid import Cell
+from .methods import METHODS
+from .tasks import Task
+from .tuning import BATCH, Diverged, batches, tune
+
+EVALUATED_AT_A_TIME = 16
+PROTOTYPE_BATCHES = 4
+
+
+def run_cell(cell: Cell, task: Task, model_name: str, device: str) -> dict[str, Any]:
+    """COCO metrics of a cell.
+
+    Returns:
+        `AP`, `AP50` and `AP75`; and, where something trains, `trained`, a number of parameters, `losses`, one a step,
+        `seconds` of training and `pictures`, how many it had. A run whose loss stops being finite has an AP of 0 and
+        `diverged`, the step.
+    """
+    processor = AutoProcessor.from_pretrained(model_name)
+    if task.image_size:
+        size = {"shortest_edge": task.image_size, "longest_edge": round(task.image_size * 1333 / 800)}
+        processor.image_processor.size = size
+    model = load_host(model_name, device)
+    result: dict[str, Any] = {}
+    if cell.method != "zero-shot":
+        data = task.load("train")
+        if cell.shots is not None:
+            data = data.subset(few_shot(data, cell.shots, cell.seed))
+        method = METHODS[cell.method]
+        torch.manual_seed(cell.seed)
+        model = method.attach(model, processor, data.class_names, dict(cell.fields))
+        if ("init_weights", "prototypes") in cell.fields:
+            initialize_sdpt_prototypes(model, batches(processor, model, data, BATCH * PROTOTYPE_BATCHES, cell.seed))
+        result["pictures"] = len(data)
+        result["trained"] = sum(parameter.numel() for parameter in trained_parameters(model).values())
+        try:
+            result |= tune(
+                model,
+                processor,
+                data,
+                steps=cell.steps,
+                learning_rate=cell.learning_rate,
+                seed=cell.seed,
+                prompt_factor=method.prompt_factor,
+                device=device,
+            )
+        except Diverged as error:
+            return {**result, "diverged": error.args[0], "AP": 0.0, "AP50": 0.0, "AP75": 0.0}
+    held_out = task.load(cell.split)
+    try:
+        rows = detect_split(model, processor, held_out, EVALUATED_AT_A_TIME, accelerator_of(device))
+    except InputError:  # scores that are not finite, after the last step
+        return {**result, "diverged": cell.steps, "AP": 0.0, "AP50": 0.0, "AP75": 0.0}
+    return {**average_precision(held_out, rows), **result}
+
+
+def load_host(model_name: str, device: str) -> nn.Module:
+    """The host, frozen, in single precision."""
+    model = AutoModelForZeroShotObjectDetection.from_pretrained(model_name, dtype=torch.float32)
+    return model.requires_grad_(False).to(device)
+
+
+def accelerator_of(device: str) -> Accelerator:
+    return Accelerator(cpu=device == "cpu")

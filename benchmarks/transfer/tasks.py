@@ -1,0 +1,48 @@
+# Copyright 2026 The peft_sdpt authors
+# SPDX-License-Identifier: Apache-2.0
+"""Downstream tasks: the built-in ones, and folders of photographs in COCO format."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from coco_data import DetectionSplit, load_split
+from pictograms.tasks import TASKS, write_task
+
+# What a task asks of a host that knows Noto's pictograms of 355 names.
+DIFFERENCES = {
+    "twemoji": "another drawing style of known categories",
+    "twemoji-line-art": "line art, without colours",
+    "noto-new": "new categories in a known style",
+    "twemoji-crowded": "small and crowded, in another style",
+    "bccd": "photographs: blood cells under a microscope",
+    "boards": "photographs: microcontroller boards",
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """
+    Attributes:
+        name: for tables.
+        folder: in COCO format, with train.json, val.json and test.json.
+        image_size: shorter side of pictures, in pixels; None for the processor's own.
+    """
+
+    name: str
+    folder: Path
+    image_size: int | None = None
+
+    def load(self, split: str) -> DetectionSplit:
+        return load_split(str(self.folder), split)
+
+
+def built_in(output_dir: Path) -> list[Task]:
+    """The tasks that are generated, written where they are not there yet."""
+    tasks = []
+    for name in DIFFERENCES.keys() & TASKS.keys():
+        folder = output_dir / "tasks" / name
+        write_task(name, folder)
+        tasks.append(Task(name, folder))
+    return sorted(tasks, key=lambda task: list(DIFFERENCES).index(task.name))

@@ -1,0 +1,367 @@
+# Copyright 2026 The peft_sdpt authors
+# SPDX-License-Identifier: Apache-2.0
+"""The transfer suite: what each method trains, which runs are made, and that a killed suite goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from concurrent.futures import Future
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from transformers import AutoProcessor
+
+from benchmarks import EXAMPLES
+from benchmarks.peers import trained_parameters
+from benchmarks.results import BEGIN, END
+from benchmarks.transfer import __main__ as suite
+from benchmarks.transfer import grid, running, tuning
+from benchmarks.transfer.grid import Cell, best_rate, leaders, plan
+from benchmarks.transfer.methods import METHODS
+from benchmarks.transfer.plots import pictures
+from benchmarks.transfer.report import report
+from benchmarks.transfer.running import load_host, run_cell
+from benchmarks.transfer.tasks import Task
+from benchmarks.transfer.tuning import Diverged, tune
+from peft_sdpt.attention import Prompts
+from peft_sdpt.grounding import class_prompt
+from pictograms import tasks as pictogram_tasks
+
+HOST = str(EXAMPLES / "host")
+NAMES = ["dog", "cat", "fire engine"]
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("few")
+    small = dataclasses.replace(pictogram_tasks.TASKS["twemoji"], train=12, val=3, test=4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(pictogram_tasks.TASKS, "twemoji", small)
+        pictogram_tasks.write_task("twemoji", folder, disable_progress=True)
+    return Task("few", folder)
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return AutoProcessor.from_pretrained(HOST)
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    """Two steps of two pictures."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setattr(grid, "STEPS", 2)
+    monkeypatch.setattr(grid, "STEPS_OF_ALL", 2)
+    monkeypatch.setattr(tuning, "BATCH", 2)
+    monkeypatch.setattr(running, "BATCH", 2)
+    # Warm-up starts at a rate of zero.
+    monkeypatch.setattr(tuning, "WARM_UP", 0)
+
+
+# ---- methods
+
+
+def inputs_of(processor, names=NAMES):
+    text = processor.tokenizer([class_prompt(names)], return_tensors="pt")
+    pixels = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    return {"pixel_values": pixels, **text}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_trains_what_it_is_called_after(method, processor):
+    torch.manual_seed(0)
+    host = load_host(HOST, "cpu")
+    total = sum(parameter.numel() for parameter in host.parameters())
+    model = METHODS[method].attach(host, processor, NAMES, {})
+    trained = trained_parameters(model)
+    number = sum(parameter.numel() for parameter in trained.values())
+    # Three fusion layers of width 512 over 128 and 128, ten tokens each.
+    expected = {
+        "sdpt": 15360,
+        "sdpt-hidden": 15360,
+        "sdpt-independent": 30720,
+        "text-prompts": 3840,
+        "image-prompts": 3840,
+        "both-prompts": 7680,
+        "learned-projections": 15360 + 3 * 2 * (512 + 1) * 128,
+        "mudpt": 7680 + 2 * (128 + 1) * 128,
+        "lora-matched": 15360,
+        "full": total,
+        "text-embeddings": len(processor.tokenizer(class_prompt(NAMES)).input_ids) * 384,
+        "probe": len(processor.tokenizer(class_prompt(NAMES)).input_ids) * 128,
+    }.get(method)
+    assert number == expected if expected else 0 < number < 0.02 * total
+    outputs = model(**inputs_of(processor))
+    # Heads and boxes: something of what is trained is reached from either.
+    (outputs.logits.nan_to_num(neginf=0.0).square().sum() + outputs.pred_boxes.sum()).backward()
+    reached = [name for name, parameter in trained.items() if parameter.grad is not None and parameter.grad.any()]
+    assert reached
+    others = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    assert all(model.get_parameter(name).grad is None for name in others)
+
+
+@pytest.mark.parametrize("method", ["text-embeddings", "probe", "bitfit", "lora", "lora-matched", "full"])
+def test_these_start_as_the_host(method, processor):
+    inputs = inputs_of(processor)
+    with torch.no_grad():
+        expected = load_host(HOST, "cpu").eval()(**inputs)
+        found = METHODS[method].attach(load_host(HOST, "cpu"), processor, NAMES, {}).eval()(**inputs)
+    torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.pred_boxes, expected.pred_boxes, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["text-embeddings", "probe"])
+def test_what_is_trained_for_one_prompt_is_refused_another(method, processor):
+    model = METHODS[method].attach(load_host(HOST, "cpu"), processor, NAMES, {}).eval()
+    with pytest.raises(ValueError, match="a prompt of"):
+        model(**inputs_of(processor, [*NAMES, "bee"]))
+
+
+def test_prompts_of_one_side_are_seen_by_the_other_side_alone(processor):
+    """Text tokens attend to image prompts, and image tokens to text prompts."""
+    for kind, seen_by in (("image-prompts", 1), ("text-prompts", 0)):
+        model = METHODS[kind].attach(load_host(HOST, "cpu"), processor, NAMES, {}).eval()
+        fusion = model.model.encoder.layers[0].fusion_layer.attn
+        inputs = {
+            "vision_features": torch.randn(1, 9, 128),
+            "text_features": torch.randn(1, 5, 128),
+        }
+        with torch.no_grad():
+            changed = [pair[0] for pair in fusion(**inputs)]
+            bare = [pair[0] for pair in fusion.layer(**inputs)]
+            prompts = [Prompts(tokens) for tokens in fusion.make()]
+        assert prompts[seen_by].tokens is None and prompts[1 - seen_by].tokens.shape == (10, 128)
+        assert not torch.allclose(changed[seen_by], bare[seen_by], atol=1e-3)
+        torch.testing.assert_close(changed[1 - seen_by], bare[1 - seen_by], rtol=0, atol=1e-5)
+
+
+# ---- a run
+
+
+def test_a_cell_is_the_same_twice_and_moves_what_it_trains(task):
+    cell = Cell("few", "sdpt", 0.1, shots=1)
+    one, other = (run_cell(cell, task, HOST, "cpu") for _ in range(2))
+    assert {**one, "seconds": 0} == {**other, "seconds": 0}
+    assert len(one["losses"]) == 2 and one["trained"] == 15360 and 0 < one["pictures"] <= 12
+    assert 0 <= one["AP"] <= one["AP50"] <= 1
+    still = run_cell(dataclasses.replace(cell, learning_rate=1e-9), task, HOST, "cpu")
+    assert still["losses"][0] == one["losses"][0] and still["losses"][1] != one["losses"][1]
+
+
+def test_zero_shot_is_the_bare_host(task):
+    result = run_cell(Cell("few", "zero-shot", shots=0), task, HOST, "cpu")
+    assert set(result) == {"AP", "AP50", "AP75"}
+
+
+def test_prototypes_are_made_of_the_training_pictures(task):
+    default, prototypes = (
+        run_cell(Cell("few", "sdpt", 0.1, fields=fields), task, HOST, "cpu")
+        for fields in ((), (("init_weights", "prototypes"),))
+    )
+    assert default["losses"][0] != prototypes["losses"][0]
+
+
+def test_a_run_that_diverges_counts_as_nothing_found(task, processor):
+    result = run_cell(Cell("few", "sdpt", 1e30), task, HOST, "cpu")
+    assert result["diverged"] >= 1 and result["AP"] == 0
+    model = METHODS["sdpt"].attach(load_host(HOST, "cpu"), processor, task.load("train").class_names, {})
+    with pytest.raises(Diverged):
+        tune(model, processor, task.load("train"), steps=2, learning_rate=1e30, seed=0)
+
+
+def test_tokens_have_a_rate_of_their_own_beside_lora(task, processor, monkeypatch):
+    groups = []
+
+    class Spy(torch.optim.AdamW):
+        def __init__(self, parameters, **kwargs):
+            super().__init__(parameters, **kwargs)
+            groups.extend((group["lr"], sum(p.numel() for p in group["params"])) for group in self.param_groups)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Spy)
+    run_cell(Cell("few", "sdpt-lora", 0.001), task, HOST, "cpu")
+    assert groups[0] == (0.1, 15360) and groups[1][0] == 0.001 and groups[1][1] > 50000
+
+
+# ---- which runs
+
+
+def measured(cells, value=lambda cell: 0.5):
+    return {cell.key: {"AP": value(cell), "AP50": 0.6, "AP75": 0.4, "trained": 7} for cell in cells}
+
+
+def test_rates_are_chosen_before_methods_are_compared():
+    tasks, methods = ["one", "two"], ["sdpt", "lora", "full"]
+    first = plan(tasks, methods, 2, {})
+    assert [cell.task for cell in first if cell.method == "zero-shot"] == tasks
+    rates = [cell for cell in first if cell.method != "zero-shot"]
+    assert len(rates) == 4 * len(methods) and all(cell.split == "val" and cell.task == "one" for cell in rates)
+    # Of equals the first, and the best where one is better.
+    results = measured(first, lambda cell: 0.9 if cell.learning_rate in (0.3, 0.01) else 0.1)
+    assert best_rate("one", "sdpt", results) == 0.3 and best_rate("one", "lora", results) == 0.01
+    assert best_rate("one", "full", results) == METHODS["full"].rates[0]
+    assert best_rate("one", "bitfit", results) is None
+
+    second = plan(tasks, methods, 2, results)
+    assert second[: len(first)] == first
+    compared = [c for c in second[len(first) :] if c.shots == grid.SHOTS and not c.fields and c.method != "sdpt"]
+    assert {(c.task, c.method, c.seed) for c in compared} >= {
+        (t, m, s) for t in tasks for m in methods[1:] for s in (0, 1)
+    }
+    assert all(cell.split == "test" for cell in second[len(first) :])
+    assert not [cell for cell in second if cell.shots in (1, 5, None)]
+    third = plan(tasks, methods, 2, measured(second) | results)
+    assert {cell.shots for cell in third[len(second) :]} == {1, 5, None}
+    assert len({cell.key for cell in third}) == len(third)
+
+
+def test_the_leaders_are_sdpt_and_the_best_others():
+    rates = {"sdpt": 0.1, "lora": 0.1, "full": 0.1, "bitfit": 0.1, "probe": 0.1}
+    good = {"lora": 0.3, "full": 0.9, "bitfit": 0.5, "probe": 0.4, "sdpt": 0.1}
+    cells = grid.compare_cells(["one"], rates, 2, [grid.SHOTS])
+    assert leaders(["one"], rates, 2, measured(cells, lambda c: good[c.method])) == ["sdpt", "full", "bitfit", "probe"]
+    assert leaders(["one"], rates, 2, measured(cells[1:])) is None
+
+
+# ---- the command
+
+
+class Pool:
+    """In this process, one after the other."""
+
+    def __init__(self, *_):
+        self.calls = 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+    def submit(self, function, *args):
+        future = Future()
+        future.set_result(function(*args))
+        return future
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path, task):
+    monkeypatch.setattr(suite, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(grid, "ABLATIONS", {"num_virtual_tokens": (2,)})
+    monkeypatch.setattr(grid, "OTHER_SHOTS", (1,))
+
+    def run(*flags):
+        arguments = ["--folders", task.folder, "--no_built_in", "--seeds", 1, "--num_processes", 1, *flags]
+        monkeypatch.setattr(sys, "argv", ["suite", "--output_dir", *map(str, [tmp_path, *arguments])])
+        try:
+            suite.main()
+        except SystemExit as end:
+            return end.code
+        return 0
+
+    return run
+
+
+def test_a_killed_suite_goes_on_and_ends_in_tables_and_pictures(command, monkeypatch, tmp_path, capsys):
+    made = []
+
+    def run_some(cell, *_):
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        made.append(cell.key)
+        return {"AP": 0.25, "AP50": 0.5, "AP75": 0.2, "trained": 5}
+
+    monkeypatch.setattr(suite, "run_in_worker", run_some)
+    assert command("--methods", "sdpt", "lora") == 130
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert list(results["cells"]) == made[:3]
+
+    def run_rest(cell, *_):
+        made.append(cell.key)
+        return {"AP": 0.25, "AP50": 0.5, "AP75": 0.2, "trained": 5}
+
+    monkeypatch.setattr(suite, "run_in_worker", run_rest)
+    assert command("--methods", "sdpt", "lora") == 0
+    assert len(made) == len(set(made))
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert len(results["cells"]) == len(made)
+    text = (tmp_path / "report.md").read_text()
+    assert "more are known to be missing" not in text and "| SDPT | 5 |" in text and "25.0" in text
+    for name in ("transfer-parameters.svg", "transfer-shots.svg"):
+        assert ElementTree.parse(tmp_path / name).getroot().tag.endswith("svg")
+    assert pictures(results) == pictures(results)
+
+    # Another host, or other versions, are another comparison.
+    results["machine"]["torch"] = "0"
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    assert command("--methods", "sdpt") == 2
+    assert "was measured with torch 0" in capsys.readouterr().err
+
+
+def test_a_suite_of_real_runs(command, monkeypatch, tmp_path):
+    """Every kind of run once, on pictures."""
+    monkeypatch.setattr(
+        "benchmarks.transfer.grid.METHODS",
+        {name: dataclasses.replace(METHODS[name], rates=METHODS[name].rates[:1]) for name in METHODS},
+    )
+    assert command("--methods", "sdpt", "text-prompts") == 0
+    cells = json.loads((tmp_path / "results.json").read_text())["cells"]
+    assert len(cells) == 1 + 2 + 2 + 1 + 2
+    assert all(0 <= cell["AP"] <= 1 for cell in cells.values())
+
+
+def test_results_go_into_the_page(command, monkeypatch, tmp_path):
+    monkeypatch.setattr(suite, "run_in_worker", lambda *_: {"AP": 0.25, "AP50": 0.5, "AP75": 0.2, "trained": 5})
+    assert command("--methods", "sdpt") == 0
+    monkeypatch.setattr(suite, "DOCS", tmp_path)
+    (tmp_path / "transfer.md").write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    assert command("--render", tmp_path / "results.json") == 0
+    page = (tmp_path / "transfer.md").read_text()
+    assert page.startswith("before\n") and page.endswith("after\n") and "old" not in page and "25.0" in page
+
+
+def test_a_report_of_half_a_suite():
+    cells = plan(["one"], ["sdpt", "lora"], 3, {})[:4]
+    results = {
+        "machine": dict.fromkeys(("host", "name", "torch", "transformers", "peft", "peft_sdpt"), "x"),
+        "tasks": ["one"],
+        "seeds": 3,
+        "methods": ["sdpt", "lora"],
+        "cells": {cell.key: {**dataclasses.asdict(cell), **measured([cell])[cell.key]} for cell in cells},
+    }
+    text = report(results)
+    assert "5 more are known to be missing" in text and "Not yet." in text
+    assert all(ElementTree.fromstring(svg) is not None for svg in pictures(results).values())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--seeds", 0), "--seeds 0: must be at least 1"),
+        (("--image_size", 0), "--image_size 0"),
+        (("--num_processes", 0), "--num_processes 0"),
+        (("--folders", "nowhere"), "--folders nowhere: is not a folder"),
+        (("--render", "nowhere.json"), "--render nowhere.json: is not there"),
+        (("--device", "cuda"), "--device cuda: torch sees no GPU here"),
+    ],
+)
+def test_bad_flags(command, flags, message, capsys):
+    if flags[0] == "--device" and torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert command(*flags) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_folders_that_are_no_tasks(command, tmp_path, task, capsys, monkeypatch):
+    assert command("--folders", task.folder, task.folder) == 2
+    assert "several tasks of the name" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert command("--folders", tmp_path / "empty") == 2
+    assert "empty" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["suite", "--no_built_in"])
+    with pytest.raises(SystemExit):
+        suite.main()
+    assert "--no_built_in: leaves no task" in capsys.readouterr().err
