@@ -22,6 +22,7 @@ from benchmarks.transfer import __main__ as suite
 from benchmarks.transfer import grid, running, tuning
 from benchmarks.transfer.grid import Cell, best_rate, leaders, plan
 from benchmarks.transfer.methods import METHODS
+from benchmarks.transfer.one_text import text_computed_once
 from benchmarks.transfer.plots import pictures
 from benchmarks.transfer.report import report
 from benchmarks.transfer.running import load_host, run_cell
@@ -150,6 +151,26 @@ def test_a_cell_is_the_same_twice_and_moves_what_it_trains(task):
     assert 0 <= one["AP"] <= one["AP50"] <= 1
     still = run_cell(dataclasses.replace(cell, learning_rate=1e-9), task, HOST, "cpu")
     assert still["losses"][0] == one["losses"][0] and still["losses"][1] != one["losses"][1]
+
+
+def test_a_frozen_text_encoder_is_called_once_a_prompt(processor):
+    calls = []
+    for method, expected in (("sdpt", 2), ("full", 4)):
+        model = METHODS[method].attach(load_host(HOST, "cpu"), processor, NAMES, {}).eval()
+        encoder = next(module for name, module in model.named_modules() if name.endswith(".text_backbone"))
+        calls.clear()
+        encoder.embeddings.register_forward_hook(lambda *_: calls.append(1))
+        one, other = inputs_of(processor), inputs_of(processor, ["bee"])
+        two = {name: value.repeat(2, *[1] * (value.dim() - 1)) for name, value in one.items()}
+        with torch.no_grad():
+            expected_logits = [model(**inputs).logits for inputs in (one, two, other)]
+        calls.clear()
+        with torch.no_grad(), text_computed_once(model):
+            found = [model(**inputs).logits for inputs in (one, two, other, one)]
+        assert len(calls) == expected
+        for a, b in zip(found, expected_logits, strict=False):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+        assert "forward" not in vars(encoder)
 
 
 def test_zero_shot_is_the_bare_host(task):

@@ -19,6 +19,7 @@ from peft_sdpt import initialize_sdpt_prototypes
 from ..peers import trained_parameters
 from .grid import Cell
 from .methods import METHODS
+from .one_text import text_computed_once
 from .tasks import Task
 from .tuning import BATCH, Diverged, batches, tune
 
@@ -52,21 +53,23 @@ def run_cell(cell: Cell, task: Task, model_name: str, device: str) -> dict[str, 
         result["pictures"] = len(data)
         result["trained"] = sum(parameter.numel() for parameter in trained_parameters(model).values())
         try:
-            result |= tune(
-                model,
-                processor,
-                data,
-                steps=cell.steps,
-                learning_rate=cell.learning_rate,
-                seed=cell.seed,
-                prompt_factor=method.prompt_factor,
-                device=device,
-            )
+            with text_computed_once(model):
+                result |= tune(
+                    model,
+                    processor,
+                    data,
+                    steps=cell.steps,
+                    learning_rate=cell.learning_rate,
+                    seed=cell.seed,
+                    prompt_factor=method.prompt_factor,
+                    device=device,
+                )
         except Diverged as error:
             return {**result, "diverged": error.args[0], "AP": 0.0, "AP50": 0.0, "AP75": 0.0}
     held_out = task.load(cell.split)
     try:
-        rows = detect_split(model, processor, held_out, EVALUATED_AT_A_TIME, accelerator_of(device))
+        with text_computed_once(model):
+            rows = detect_split(model, processor, held_out, EVALUATED_AT_A_TIME, Accelerator(cpu=device == "cpu"))
     except InputError:  # scores that are not finite, after the last step
         return {**result, "diverged": cell.steps, "AP": 0.0, "AP50": 0.0, "AP75": 0.0}
     return {**average_precision(held_out, rows), **result}
@@ -76,7 +79,3 @@ def load_host(model_name: str, device: str) -> nn.Module:
     """The host, frozen, in single precision."""
     model = AutoModelForZeroShotObjectDetection.from_pretrained(model_name, dtype=torch.float32)
     return model.requires_grad_(False).to(device)
-
-
-def accelerator_of(device: str) -> Accelerator:
-    return Accelerator(cpu=device == "cpu")

@@ -19,8 +19,8 @@ from training_data import TrainingSamples
 
 from ..peers import trained_parameters
 
-# As in the main job.
-BATCH, WARM_UP, MAX_GRAD_NORM = 12, 10, 1.0
+# Steps are many and pictures few: smaller batches than the main job's, with the rest as there.
+BATCH, WARM_UP, MAX_GRAD_NORM = 8, 10, 1.0
 
 
 class Diverged(Exception):

@@ -1,0 +1,45 @@
+# Copyright 2026 The peft_sdpt authors
+# SPDX-License-Identifier: Apache-2.0
+"""The text encoder's part of a run, which asks for the same classes in every picture, computed once."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutput
+
+
+@contextlib.contextmanager
+def text_computed_once(detector: nn.Module) -> Iterator[None]:
+    """Within, a frozen text encoder is called once for each prompt. One that trains is called as ever.
+
+    Args:
+        detector: of the Grounding DINO kind, with whatever a method put onto it.
+    """
+    encoder = next((m for name, m in detector.named_modules() if name.endswith("model.text_backbone")), None)
+    if encoder is None or any(parameter.requires_grad for parameter in encoder.parameters()):
+        yield
+        return
+    known: dict[tuple[int, ...], torch.Tensor] = {}
+    compute = encoder.forward
+
+    def forward(input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> BaseModelOutput:
+        if not (input_ids == input_ids[:1]).all():
+            return compute(input_ids, *args, **kwargs)
+        key = tuple(input_ids[0].tolist())
+        if key not in known:
+            first = [value[:1] if torch.is_tensor(value) else value for value in args]
+            named = {name: value[:1] if torch.is_tensor(value) else value for name, value in kwargs.items()}
+            with torch.no_grad():
+                known[key] = compute(input_ids[:1], *first, **named).last_hidden_state
+        return BaseModelOutput(last_hidden_state=known[key].expand(len(input_ids), -1, -1))
+
+    encoder.forward = forward
+    try:
+        yield
+    finally:
+        del encoder.forward
