@@ -20,7 +20,9 @@ from benchmarks.peers import trained_parameters
 from benchmarks.results import BEGIN, END
 from benchmarks.transfer import __main__ as suite
 from benchmarks.transfer import grid, running, tuning
+from benchmarks.transfer.conditioning import make_ill_conditioned
 from benchmarks.transfer.grid import Cell, best_rate, leaders, plan
+from benchmarks.transfer.inverses import replace_inverses
 from benchmarks.transfer.methods import METHODS
 from benchmarks.transfer.one_text import text_computed_once
 from benchmarks.transfer.plots import pictures
@@ -28,6 +30,7 @@ from benchmarks.transfer.report import report
 from benchmarks.transfer.running import load_host, run_cell
 from benchmarks.transfer.tasks import Task
 from benchmarks.transfer.tuning import Diverged, tune
+from peft_sdpt import SDPTLayer
 from peft_sdpt.attention import Prompts
 from peft_sdpt.grounding import class_prompt
 from pictograms import tasks as pictogram_tasks
@@ -173,6 +176,40 @@ def test_a_frozen_text_encoder_is_called_once_a_prompt(processor):
         assert "forward" not in vars(encoder)
 
 
+def test_other_inverses(processor):
+    """A ridge that is nearly nothing is the full inverse; scaled prompts are as long as layer-normed tokens."""
+    model = METHODS["sdpt"].attach(load_host(HOST, "cpu"), processor, NAMES, {})
+    layer = next(module for module in model.modules() if isinstance(module, SDPTLayer))
+    full = [inverses["default"].clone() for inverses in layer.sdpt_inverses]
+    replace_inverses(model, "ridge 1e-9")
+    for inverses, before in zip(layer.sdpt_inverses, full, strict=True):
+        torch.testing.assert_close(inverses["default"], before, rtol=0, atol=1e-5)
+    replace_inverses(model, "ridge 0.3")
+    assert all(i["default"].norm() < 0.9 * f.norm() for i, f in zip(layer.sdpt_inverses, full, strict=True))
+    replace_inverses(model, "scaled")
+    with torch.no_grad():
+        for prompts in layer.eval()._prompts(["default"], None):
+            assert abs(prompts.tokens.norm(dim=-1).mean() - 128**0.5) < 1.5
+    with pytest.raises(ValueError, match="there is no inverse 'none'"):
+        replace_inverses(model, "none")
+    # The field that asks for it.
+    fields = {"inverse": "scaled", "num_virtual_tokens": 3}
+    model = METHODS["sdpt"].attach(load_host(HOST, "cpu"), processor, NAMES, fields)
+    assert sum(parameter.numel() for parameter in trained_parameters(model).values()) == 3 * 3 * 512
+
+
+def test_an_ill_conditioned_host_computes_the_same(processor):
+    inputs = inputs_of(processor)
+    with torch.no_grad():
+        expected = load_host(HOST, "cpu").double().eval()(**{**inputs, "pixel_values": inputs["pixel_values"].double()})
+        host = make_ill_conditioned(load_host(HOST, "cpu").double(), 300.0).eval()
+        found = host(**{**inputs, "pixel_values": inputs["pixel_values"].double()})
+    torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=1e-9)
+    torch.testing.assert_close(found.pred_boxes, expected.pred_boxes, rtol=0, atol=1e-9)
+    for layer in (layer.fusion_layer.attn for layer in host.model.encoder.layers):
+        assert 150 < torch.linalg.cond(layer.vision_proj.weight) < 3000
+
+
 def test_zero_shot_is_the_bare_host(task):
     result = run_cell(Cell("few", "zero-shot", shots=0), task, HOST, "cpu")
     assert set(result) == {"AP", "AP50", "AP75"}
@@ -273,6 +310,8 @@ def command(monkeypatch, tmp_path, task):
     monkeypatch.setattr(suite, "ProcessPoolExecutor", Pool)
     monkeypatch.setattr(grid, "ABLATIONS", {"num_virtual_tokens": (2,)})
     monkeypatch.setattr(grid, "OTHER_SHOTS", (1,))
+    monkeypatch.setattr(grid, "CONDITIONS", (30.0,))
+    monkeypatch.setattr(grid, "INVERSES", ((), (("inverse", "scaled"),)))
 
     def run(*flags):
         arguments = ["--folders", task.folder, "--no_built_in", "--seeds", 1, "--num_processes", 1, *flags]
@@ -330,7 +369,7 @@ def test_a_suite_of_real_runs(command, monkeypatch, tmp_path):
     )
     assert command("--methods", "sdpt", "text-prompts") == 0
     cells = json.loads((tmp_path / "results.json").read_text())["cells"]
-    assert len(cells) == 1 + 2 + 2 + 1 + 2
+    assert len(cells) == 1 + 2 + 2 + 1 + 1 + 4 + 2 - 1
     assert all(0 <= cell["AP"] <= 1 for cell in cells.values())
 
 

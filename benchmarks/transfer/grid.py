@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
+from .inverses import RULES
 from .methods import METHODS
 
 SHOTS, OTHER_SHOTS = 10, (1, 5, None)  # None: all training pictures
@@ -19,9 +20,15 @@ ABLATIONS: dict[str, tuple[Any, ...]] = {
     "num_virtual_tokens": (1, 5, 20, 50, 100),
     "layers_to_transform": ((0,), (1,), (2,)),
     "init_weights": ("normal", "xavier_uniform", "kaiming_uniform", "zeros", "prototypes"),
-    "pinv_rtol": (0.1, 0.3),
 }
 ABLATION_TASKS = ("twemoji", "noto-new")
+# Hosts of the same function that are harder to invert, and what SDPT's inverse may be on each.
+CONDITIONS = (30.0, 300.0)
+INVERSES: tuple[tuple[tuple[str, Any], ...], ...] = (
+    (),
+    *((("pinv_rtol", tolerance),) for tolerance in (0.03, 0.1, 0.3)),
+    *((("inverse", rule),) for rule in RULES),
+)
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,7 @@ class Cell:
         seed: of the pictures drawn, their order and augmentation, and the start of what trains.
         split: "val" to choose by, "test" to report.
         fields: of SDPTConfig that are not at their defaults, as pairs.
+        condition: None for the host as it is; else see `conditioning`.
     """
 
     task: str
@@ -45,6 +53,7 @@ class Cell:
     seed: int = 0
     split: str = "test"
     fields: tuple[tuple[str, Any], ...] = ()
+    condition: float | None = None
 
     @property
     def steps(self) -> int:
@@ -53,8 +62,10 @@ class Cell:
     @property
     def key(self) -> str:
         changes = "".join(f" {name}={value}" for name, value in self.fields)
+        if self.condition is not None:
+            changes += f" condition={self.condition}"
         if self.method == "zero-shot":
-            return f"{self.task} zero-shot {self.split}"
+            return f"{self.task} zero-shot{changes} {self.split}"
         shots = "all" if self.shots is None else self.shots
         return f"{self.task} {self.method}{changes} {self.learning_rate} {shots} shots seed {self.seed} {self.split}"
 
@@ -117,6 +128,20 @@ def ablation_cells(tasks: list[str], rates: dict[str, float], seeds: int) -> lis
     ]
 
 
+def condition_cells(tasks: list[str], rates: dict[str, float], seeds: int) -> list[Cell]:
+    """SDPT with inverses that drop more or less, on hosts that differ in their projections alone."""
+    tasks = [task for task in ABLATION_TASKS if task in tasks] or tasks[:1]
+    # That they are the same hosts.
+    cells = [Cell(task, "zero-shot", shots=0, condition=condition) for task in tasks for condition in CONDITIONS]
+    return cells + [
+        Cell(task, "sdpt", rates["sdpt"], seed=seed, fields=inverse, condition=condition)
+        for seed in range(seeds)
+        for task in tasks
+        for condition in (None, *CONDITIONS)
+        for inverse in INVERSES
+    ]
+
+
 def plan(tasks: list[str], methods: list[str], seeds: int, results: Results) -> list[Cell]:
     """All cells that are known by now, in the order in which to measure them.
 
@@ -135,6 +160,7 @@ def plan(tasks: list[str], methods: list[str], seeds: int, results: Results) -> 
     cells += compare_cells(tasks, rates, seeds, [SHOTS])
     if "sdpt" in rates:
         cells += ablation_cells(tasks, rates, seeds)
+        cells += condition_cells(tasks, rates, seeds)
         first = leaders(tasks, rates, seeds, results)
         if first is not None:
             cells += compare_cells(tasks, {name: rates[name] for name in first}, seeds, OTHER_SHOTS)

@@ -15,10 +15,12 @@ from peft_sdpt import SDPTConfig
 
 from ..peers import FUSION_QUERIES, LORA_TARGETS, in_layers, is_bitfit, train, with_peft
 from ..window_prompts import attach_window_prompts
+from .inverses import replace_inverses
 from .prompts import attach_prompts
 from .text_side import attach_probe, attach_trained_text
 
-# (frozen host, its processor, class names, fields of SDPTConfig) -> what is trained, requiring gradients
+# (frozen host, its processor, class names, fields of SDPTConfig) -> what is trained, requiring gradients. One more
+# field, `inverse`, is a rule of `inverses`.
 Attach = Callable[[nn.Module, Any, list[str], dict[str, Any]], nn.Module]
 
 # Four rates a method, half a decade apart.
@@ -45,7 +47,13 @@ class Method:
 
 
 def _sdpt(**fixed: Any) -> Attach:
-    return lambda host, _processor, _names, fields: get_peft_model(host, SDPTConfig(**{**fixed, **fields}))
+    def attach(host: nn.Module, _processor: Any, _names: list[str], fields: dict[str, Any]) -> nn.Module:
+        fields = {**fixed, **fields}
+        inverse = fields.pop("inverse", None)
+        model = get_peft_model(host, SDPTConfig(**fields))
+        return replace_inverses(model, inverse) if inverse else model
+
+    return attach
 
 
 def _prompts(kind: str) -> Attach:

@@ -9,7 +9,18 @@ from statistics import mean, stdev
 from typing import Any
 
 from ..results import table
-from .grid import ABLATION_TASKS, ABLATIONS, OTHER_SHOTS, SHOTS, Cell, best_rate, leaders, plan
+from .grid import (
+    ABLATION_TASKS,
+    ABLATIONS,
+    CONDITIONS,
+    INVERSES,
+    OTHER_SHOTS,
+    SHOTS,
+    Cell,
+    best_rate,
+    leaders,
+    plan,
+)
 from .methods import METHODS
 from .tasks import DIFFERENCES
 
@@ -29,14 +40,16 @@ class Found:
 
     def values(
         self, task: str, method: str, metric: str = "AP", shots: int | None = SHOTS, rate: float | None = None,
-        fields: tuple = (),
+        fields: tuple = (), condition: float | None = None,
     ) -> list[float]:  # fmt: skip
         """Of each seed that has been measured."""
         if method == "zero-shot":
-            cells = [Cell(task, method, shots=0)]
+            cells = [Cell(task, method, shots=0, condition=condition)]
         else:
             rate = rate or self.rates.get(method)
-            cells = [Cell(task, method, rate, shots, seed, fields=fields) for seed in range(self.seeds)]
+            cells = [
+                Cell(task, method, rate, shots, seed, fields=fields, condition=condition) for seed in range(self.seeds)
+            ]
         return [self.cells[cell.key][metric] for cell in cells if cell.key in self.cells]
 
     def over_tasks(self, method: str, metric: str = "AP", shots: int | None = SHOTS) -> float | None:
@@ -117,6 +130,20 @@ def _ablations(found: Found) -> str:
     return table(["setting", "value", *tasks], rows)
 
 
+def _conditions(found: Found) -> str:
+    tasks = ablation_tasks(found)
+    rows = []
+    for condition in (None, *CONDITIONS):
+        host = "as it is" if condition is None else f"{condition:g} times worse"
+        floor = [spread(found.values(task, "zero-shot", condition=condition)) for task in tasks]
+        rows.append([host, "zero-shot", *floor])
+        for inverse in INVERSES:
+            values = [found.values(task, "sdpt", fields=inverse, condition=condition) for task in tasks]
+            rule = " ".join(f"{name}={value}" for name, value in inverse) or "full"
+            rows.append([host, rule.removeprefix("inverse="), *map(spread, values)])
+    return table(["condition of the projections", "inverse", *tasks], rows)
+
+
 def _rates(found: Found) -> str:
     tasks = ablation_tasks(found)
     rows = [
@@ -154,6 +181,8 @@ def report(results: Results) -> str:
         "![AP and images a class](transfer-shots.svg)\n",
         f"### Settings, {SHOTS} images a class: AP\n",
         _ablations(found),
+        f"### The inverse, {SHOTS} images a class: AP\n",
+        _conditions(found),
         f"### Learning rates, {SHOTS} images a class: AP\n",
         _rates(found),
     ]

@@ -17,6 +17,7 @@ from errors import InputError
 from peft_sdpt import initialize_sdpt_prototypes
 
 from ..peers import trained_parameters
+from .conditioning import make_ill_conditioned
 from .grid import Cell
 from .methods import METHODS
 from .one_text import text_computed_once
@@ -40,6 +41,8 @@ def run_cell(cell: Cell, task: Task, model_name: str, device: str) -> dict[str, 
         size = {"shortest_edge": task.image_size, "longest_edge": round(task.image_size * 1333 / 800)}
         processor.image_processor.size = size
     model = load_host(model_name, device)
+    if cell.condition is not None:
+        make_ill_conditioned(model, cell.condition)
     result: dict[str, Any] = {}
     if cell.method != "zero-shot":
         data = task.load("train")
