@@ -83,8 +83,8 @@ def initialize_sdpt_prototypes(
         independent = layer.sdpt_prompts[adapter_name].dim() == 3
         if min(sizes) == 0 or (min(sizes) if independent else sum(sizes)) < count:
             raise ValueError(
-                f"dataloader: {num_batches} batches show {sizes[0]} image tokens and {sizes[1]} text tokens of "
-                f"objects, too few for {count} prompts"
+                f"dataloader: its batches show {sizes[0]} image tokens and {sizes[1]} text tokens of objects, too few "
+                f"for {count} prompts"
             )
         if independent:
             chosen[name] = torch.stack([_prototypes(side, count, prototypes, generator) for side in sides])
