@@ -26,6 +26,23 @@ def test_projecting_back_gives_the_nearest_reachable_point(projection):
     assert (reached - tokens).norm() > 1  # E is larger than d: not a true inverse
 
 
+def test_one_token_can_stand_for_any_pair_where_the_space_is_wide_enough():
+    """As docs/method.md says: 6 + 8 columns in a space of 24 are independent."""
+    draw = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(*shape, dtype=torch.float64, generator=draw)
+
+    weights, biases = (random(OUT, 6), random(OUT, 8)), (random(OUT), random(OUT))
+    wanted = random(N, 6), random(N, 8)
+    columns = torch.cat(weights, dim=1)
+    right = [(x @ w.T + b) @ w for x, w, b in zip(wanted, weights, biases, strict=True)]
+    tokens = torch.linalg.lstsq(columns.T, torch.cat(right, dim=1).T).solution.T
+    for x, weight, bias in zip(wanted, weights, biases, strict=True):
+        found = to_input_space(tokens, inverse_projection(weight), bias)
+        torch.testing.assert_close(found, x, rtol=0, atol=1e-10)
+
+
 def test_exact_inverse_where_the_projection_reaches_everything():
     torch.manual_seed(0)
     weight, bias = torch.randn(IN, IN).double(), torch.randn(IN).double()

@@ -88,6 +88,8 @@ def test_a_method_trains_what_it_is_called_after(method, processor):
         "sdpt": 15360,
         "sdpt-hidden": 15360,
         "sdpt-independent": 30720,
+        # Of 512 dimensions two projections of 128 reach 256.
+        "sdpt-reachable": 7680,
         "text-prompts": 3840,
         "image-prompts": 3840,
         "both-prompts": 7680,
@@ -174,6 +176,25 @@ def test_a_frozen_text_encoder_is_called_once_a_prompt(processor):
         for a, b in zip(found, expected_logits, strict=False):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
         assert "forward" not in vars(encoder)
+
+
+def test_coordinates_of_what_can_be_reached_compute_what_the_tokens_do(processor):
+    inputs = inputs_of(processor)
+    found, gradients = [], []
+    for method in ("sdpt", "sdpt-reachable"):
+        torch.manual_seed(0)
+        model = METHODS[method].attach(load_host(HOST, "cpu"), processor, NAMES, {}).eval()
+        outputs = model(**inputs)
+        outputs.pred_boxes.square().sum().backward()
+        layer = next(module for module in model.modules() if isinstance(module, SDPTLayer))
+        found.append(outputs.logits)
+        if method == "sdpt":
+            gradients.append(layer.sdpt_prompts["default"].grad)
+        else:
+            # That of a token has no other part.
+            gradients.append(layer.sdpt_prompts.sdpt_prompts.grad @ layer.sdpt_prompts.basis.T)
+    torch.testing.assert_close(*found, rtol=0, atol=1e-4)
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-5 * gradients[0].abs().max().item() + 1e-6)
 
 
 def test_other_inverses(processor):

@@ -17,6 +17,7 @@ from ..peers import FUSION_QUERIES, LORA_TARGETS, in_layers, is_bitfit, train, w
 from ..window_prompts import attach_window_prompts
 from .inverses import replace_inverses
 from .prompts import attach_prompts
+from .reachable import train_coordinates
 from .text_side import attach_probe, attach_trained_text
 
 # (frozen host, its processor, class names, fields of SDPTConfig) -> what is trained, requiring gradients. One more
@@ -76,6 +77,11 @@ METHODS: dict[str, Method] = {
     "sdpt": Method("SDPT", _sdpt(), PROMPT_RATES),
     "sdpt-hidden": Method("SDPT, hidden from the image", _sdpt(image_attends_prompts=False), PROMPT_RATES),
     "sdpt-independent": Method("independent prompts", _sdpt(prompt_mode="independent"), PROMPT_RATES),
+    "sdpt-reachable": Method(
+        "SDPT, coordinates of what can be reached",
+        lambda host, _processor, _names, fields: train_coordinates(get_peft_model(host, SDPTConfig(**fields))),
+        PROMPT_RATES,
+    ),
     "text-prompts": Method("text-side prompts", _prompts("text"), PROMPT_RATES),
     "image-prompts": Method("image-side prompts", _prompts("image"), PROMPT_RATES),
     "both-prompts": Method("prompts on both sides, not unified", _prompts("both"), PROMPT_RATES),
