@@ -32,6 +32,7 @@ import pretrain_host
 import train_detection
 from benchmarks.speed import __main__ as speed
 from benchmarks.speed import kept
+from benchmarks.transfer import __main__ as transfer
 from hosts import ROOT, attach, make_host, run
 from hub import OWNER, serve, use
 from peft_sdpt import SDPTConfig, SDPTLayer
@@ -49,6 +50,7 @@ SCRIPTS = {
     "examples/pretrain_host.py": pretrain_host,
     "-m benchmarks.speed": speed,
     "-m benchmarks.speed.kept": kept,
+    "-m benchmarks.transfer": transfer,
 }
 # Starts of commands that are not ours; what they are given is not checked, but for the extras of `pip install`.
 OTHER_COMMANDS = (
