@@ -10,7 +10,7 @@ from torch import nn
 from peft_sdpt import SDPTLayer
 from peft_sdpt.projection import inverse_projection
 
-RULES = ("ridge 0.1", "ridge 0.3", "scaled")
+RULES = ("ridge 0.1", "scaled")
 
 
 @torch.no_grad()
