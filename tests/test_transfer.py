@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
 import sys
 from concurrent.futures import Future
 from xml.etree import ElementTree
@@ -356,7 +357,7 @@ def test_a_killed_suite_goes_on_and_ends_in_tables_and_pictures(command, monkeyp
         made.append(cell.key)
         return {"AP": 0.25, "AP50": 0.5, "AP75": 0.2, "trained": 5}
 
-    monkeypatch.setattr(suite, "run_in_worker", run_some)
+    monkeypatch.setattr(suite, "run_cell", run_some)
     assert command("--methods", "sdpt", "lora") == 130
     results = json.loads((tmp_path / "results.json").read_text())
     assert list(results["cells"]) == made[:3]
@@ -365,7 +366,7 @@ def test_a_killed_suite_goes_on_and_ends_in_tables_and_pictures(command, monkeyp
         made.append(cell.key)
         return {"AP": 0.25, "AP50": 0.5, "AP75": 0.2, "trained": 5}
 
-    monkeypatch.setattr(suite, "run_in_worker", run_rest)
+    monkeypatch.setattr(suite, "run_cell", run_rest)
     assert command("--methods", "sdpt", "lora") == 0
     assert len(made) == len(set(made))
     results = json.loads((tmp_path / "results.json").read_text())
@@ -395,8 +396,33 @@ def test_a_suite_of_real_runs(command, monkeypatch, tmp_path):
     assert all(0 <= cell["AP"] <= 1 for cell in cells.values())
 
 
+def test_runs_are_made_by_processes_of_their_own(tmp_path, task):
+    """The command as it is called, and nothing but what a bare host finds: it is told to begin nothing more."""
+    arguments = [
+        "--output_dir",
+        tmp_path,
+        "--folders",
+        task.folder,
+        "--no_built_in",
+        "--num_processes",
+        1,
+        "--minutes",
+        0.01,
+    ]
+    ended = subprocess.run(
+        [sys.executable, "-m", "benchmarks.transfer", *map(str, arguments)],
+        cwd=EXAMPLES.parent, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    cells = json.loads((tmp_path / "results.json").read_text())["cells"]
+    assert list(cells) == [Cell(task.folder.name, "zero-shot", shots=0).key]
+    assert all(0 < cell["AP"] <= 1 for cell in cells.values())
+    # One bar, which those of the runs are not written into.
+    assert "evaluating" not in ended.stderr and "run/s" in ended.stderr
+
+
 def test_results_go_into_the_page(command, monkeypatch, tmp_path):
-    monkeypatch.setattr(suite, "run_in_worker", lambda *_: {"AP": 0.25, "AP50": 0.5, "AP75": 0.2, "trained": 5})
+    monkeypatch.setattr(suite, "run_cell", lambda *_: {"AP": 0.25, "AP50": 0.5, "AP75": 0.2, "trained": 5})
     assert command("--methods", "sdpt") == 0
     monkeypatch.setattr(suite, "DOCS", tmp_path)
     (tmp_path / "transfer.md").write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")

@@ -23,10 +23,9 @@ import argparse
 import json
 import multiprocessing
 import os
-import signal
 import sys
-import warnings
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -45,6 +44,7 @@ from .grid import Cell, plan
 from .methods import METHODS
 from .plots import pictures
 from .report import report
+from .running import prepare_worker, run_cell
 from .tasks import Task, built_in
 
 
@@ -112,10 +112,9 @@ def find_tasks(args: argparse.Namespace) -> list[Task]:
 
 def machine(args: argparse.Namespace) -> dict[str, Any]:
     """What results depend on, which must not differ within a file."""
+    folder = Path(args.model_name_or_path)
     return {
-        "host": Path(args.model_name_or_path).name
-        if Path(args.model_name_or_path).exists()
-        else args.model_name_or_path,
+        "host": folder.resolve().name if folder.exists() else args.model_name_or_path,
         "device": args.device,
         "name": torch.cuda.get_device_name() if args.device == "cuda" else cpu_name(),
         "image_size": args.image_size,
@@ -124,22 +123,6 @@ def machine(args: argparse.Namespace) -> dict[str, Any]:
         "peft": peft.__version__,
         "peft_sdpt": peft_sdpt.version.__version__,
     }
-
-
-def prepare_worker() -> None:
-    """A process that runs cells, with a core of its own."""
-    # Ctrl-C ends it at once: its run is not in the results and will be made again.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    torch.set_num_threads(1)
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    warnings.filterwarnings("ignore")
-
-
-def run_in_worker(*args: Any) -> dict[str, Any]:
-    from .running import run_cell
-
-    return run_cell(*args)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -152,8 +135,6 @@ def run(args: argparse.Namespace) -> None:
     def planned() -> list[Cell]:
         return plan(list(tasks), args.methods, args.seeds, results["cells"])
 
-    # For tqdm in the workers, whose bars would write into the one here.
-    os.environ["TQDM_DISABLE"] = "1"
     workers = args.num_processes if args.device == "cpu" else 1
     running: dict[Future, Cell] = {}
     with (
@@ -167,7 +148,7 @@ def run(args: argparse.Namespace) -> None:
             out_of_time = args.minutes is not None and progress.format_dict["elapsed"] > 60 * args.minutes
             while waiting and len(running) < workers and not out_of_time:
                 cell = waiting.pop(0)
-                running[pool.submit(run_in_worker, cell, tasks[cell.task], args.model_name_or_path, args.device)] = cell
+                running[pool.submit(run_cell, cell, tasks[cell.task], args.model_name_or_path, args.device)] = cell
             progress.set_postfix_str(", ".join(cell.key for cell in running.values()))
             if not running:
                 break
@@ -200,6 +181,13 @@ def main() -> None:
     except (ValueError, InputError) as error:
         print(f"benchmarks.transfer: {str(error).rstrip('.')}.", file=sys.stderr)
         sys.exit(2)
+    except BrokenProcessPool:
+        print(
+            "benchmarks.transfer: a run was killed, perhaps for want of memory; the same command goes on, and with "
+            "--num_processes 1 it takes less.",
+            file=sys.stderr,
+        )
+        sys.exit(1)
     except KeyboardInterrupt:
         print("benchmarks.transfer: interrupted; the same command goes on.", file=sys.stderr)
         sys.exit(130)

@@ -4,6 +4,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
 from typing import Any
 
 import torch
@@ -26,6 +29,15 @@ from .tuning import BATCH, Diverged, batches, tune
 
 EVALUATED_AT_A_TIME = 16
 PROTOTYPE_BATCHES = 4
+
+
+def prepare_worker() -> None:
+    """Make this process one that runs cells, on a core of its own."""
+    # Ctrl-C ends it at once: its run is not in the results and will be made again.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    torch.set_num_threads(1)
+    # Its bars and warnings would be written into the one bar of the suite; errors go there by themselves.
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 
 
 def run_cell(cell: Cell, task: Task, model_name: str, device: str) -> dict[str, Any]:
