@@ -24,9 +24,11 @@ from .text_side import attach_probe, attach_trained_text
 # field, `inverse`, is a rule of `inverses`.
 Attach = Callable[[nn.Module, Any, list[str], dict[str, Any]], nn.Module]
 
-# Four rates a method, half a decade apart.
+# Four rates a method, half a decade apart, moved until the best is not at an end.
 PROMPT_RATES = (0.03, 0.1, 0.3, 1.0)
-SMALL_PROMPT_RATES = (0.003, 0.01, 0.03, 0.1)
+LARGE_PROMPT_RATES = (0.1, 0.3, 1.0, 3.0)
+SMALL_PROMPT_RATES = (0.01, 0.03, 0.1, 0.3)
+LARGE_ADAPTER_RATES = (0.003, 0.01, 0.03, 0.1)
 ADAPTER_RATES = (0.0003, 0.001, 0.003, 0.01)
 WEIGHT_RATES = (0.00003, 0.0001, 0.0003, 0.001)
 
@@ -80,30 +82,30 @@ METHODS: dict[str, Method] = {
     "sdpt-reachable": Method(
         "SDPT, coordinates of what can be reached",
         lambda host, _processor, _names, fields: train_coordinates(get_peft_model(host, SDPTConfig(**fields))),
-        PROMPT_RATES,
+        LARGE_PROMPT_RATES,
     ),
     "text-prompts": Method("text-side prompts", _prompts("text"), PROMPT_RATES),
     "image-prompts": Method("image-side prompts", _prompts("image"), PROMPT_RATES),
     "both-prompts": Method("prompts on both sides, not unified", _prompts("both"), PROMPT_RATES),
-    "learned-projections": Method("learned projections", _prompts("learned"), SMALL_PROMPT_RATES),
+    "learned-projections": Method("learned projections", _prompts("learned"), ADAPTER_RATES),
     "mudpt": Method("MuDPT-style prompts", _prompts("coupled"), SMALL_PROMPT_RATES),
     "vpt": Method("visual prompts in the backbone", lambda host, *_: attach_window_prompts(host), PROMPT_RATES),
     "text-embeddings": Method(
         "class-text embeddings",
         lambda host, processor, names, _: attach_trained_text(host, processor, names),
-        SMALL_PROMPT_RATES,
+        LARGE_ADAPTER_RATES,
     ),
     "probe": Method(
         "linear probe of the class head",
         lambda host, processor, names, _: attach_probe(host, processor, names),
-        SMALL_PROMPT_RATES,
+        PROMPT_RATES,
     ),
-    "bitfit": Method("BitFit", lambda host, *_: train(host, is_bitfit), ADAPTER_RATES),
+    "bitfit": Method("BitFit", lambda host, *_: train(host, is_bitfit), LARGE_ADAPTER_RATES),
     # On the shipped host 15 360 parameters, as many as ten tokens a fusion layer.
     "lora-matched": Method(
         "LoRA, r = 4 on the fusion queries",
         _lora(r=4, lora_alpha=8, target_modules=in_layers(*FUSION_QUERIES)),
-        ADAPTER_RATES,
+        LARGE_ADAPTER_RATES,
     ),
     "lora": Method("LoRA, r = 8", _lora(r=8, lora_alpha=16, target_modules=LORA_TARGETS), ADAPTER_RATES),
     "full": Method("full fine-tuning", lambda host, *_: train(host, lambda _: True), WEIGHT_RATES),
