@@ -15,6 +15,7 @@ from torch import nn
 from transformers.models.swin.modeling_swin import SwinLayer
 
 import feature_cache
+from benchmarks import peers
 from benchmarks import results as results_page
 from benchmarks.peers import trained_parameters
 from benchmarks.speed import __main__ as speed
@@ -182,8 +183,8 @@ def test_copies_share_the_weights_and_what_is_trained_is_their_own():
 
 def test_lora_and_ia3_find_their_projections_and_none_of_the_backbones():
     for method, needed in (
-        ("lora", (*methods.FUSION_QUERIES[:2], *methods.FUSION_OUTS[:2], *methods.ATTENTION)),
-        ("ia3", (*methods.FUSION_QUERIES[:2], *methods.FUSION_VALUES[:2], "key", "value", "value_proj", "fc2")),
+        ("lora", (*peers.FUSION_QUERIES[:2], *peers.FUSION_OUTS[:2], *peers.ATTENTION)),
+        ("ia3", (*peers.FUSION_QUERIES[:2], *peers.FUSION_VALUES[:2], "key", "value", "value_proj", "fc2")),
     ):
         names = list(trained_parameters(attached(method)))
         assert not any("backbone" in name for name in names)

@@ -28,7 +28,10 @@ def test_registered():
     assert PeftType("SDPT") is PeftType.SDPT
     assert pickle.loads(pickle.dumps(PeftType.SDPT)) is PeftType.SDPT
     assert list(PeftType).count("SDPT") == 1
-    assert set(peft_sdpt.__all__) == {"SDPTConfig", "SDPTLayer", "SDPTModel", "register_host"}
+    assert set(peft_sdpt.__all__) == {
+        *("SDPTConfig", "SDPTLayer", "SDPTModel"),
+        *("initialize_sdpt_prototypes", "register_host"),
+    }
     assert peft_sdpt.__version__
 
 
