@@ -13,6 +13,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import peft
+import torch
+import transformers
+
+import peft_sdpt.version
+
 from . import EXAMPLES
 
 DOCS = EXAMPLES.parent / "docs"
@@ -30,6 +36,32 @@ def cpu_name() -> str:
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    there = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=there, help="A GPU when one is at hand.")
+
+
+def check_device(device: str) -> None:
+    """
+    Raises:
+        ValueError: it is not there.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no GPU here")
+
+
+def machine_of(device: str) -> dict[str, str]:
+    """What all results depend on: the device with its name, and versions."""
+    return {
+        "device": device,
+        "name": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+        "peft_sdpt": peft_sdpt.version.__version__,
+    }
 
 
 def earlier(file: Path, machine: dict[str, Any]) -> dict[str, Any]:

@@ -117,6 +117,13 @@ def read_class_names(adapter: Adapter | None) -> list[str]:
     return class_names
 
 
+def set_picture_size(processor, shorter_side: int) -> None:
+    """Have the processor of a detector bring pictures to a shorter side of so many pixels."""
+    # 800 by 1333 is the ratio that detectors are trained with.
+    longest = round(shorter_side * 1333 / 800)
+    processor.image_processor.size = {"shortest_edge": shorter_side, "longest_edge": longest}
+
+
 def load_processor(adapter: Adapter | None, host: str):
     """The processor that an adapter was saved with, because pictures should be as large as in training; or the host's.
 

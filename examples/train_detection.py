@@ -41,7 +41,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoModelForZeroShotObjectDetection, get_scheduler
 
-from adapters import Adapter, find_adapter, load_processor
+from adapters import Adapter, find_adapter, load_processor, set_picture_size
 from checkpoints import (
     Checkpoints,
     Progress,
@@ -346,9 +346,7 @@ def load_host(args: argparse.Namespace, adapter: Adapter | None) -> tuple:
     except (OSError, ValueError) as error:
         raise InputError(f"--model_name_or_path {name}: no detector to load ({error}).") from None
     if args.image_size:
-        # 800 by 1333 is the ratio that detectors are trained with.
-        longest = round(args.image_size * 1333 / 800)
-        processor.image_processor.size = {"shortest_edge": args.image_size, "longest_edge": longest}
+        set_picture_size(processor, args.image_size)
     if adapter:
         try:
             model = PeftModel.from_pretrained(model, str(adapter.folder), is_trainable=not args.eval_only)

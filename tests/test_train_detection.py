@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The main job, run as a user runs it: trained, measured, killed, resumed, and given bad input."""
 
-import dataclasses
 import gc
 import itertools
 import json
@@ -32,7 +31,7 @@ import checkpoints
 import train_detection
 from hosts import ROOT, attach, make_host, run_python
 from peft_sdpt import SDPTConfig, SDPTLayer
-from pictograms import tasks
+from small_tasks import write_small_task
 
 HOST = ROOT / "examples" / "host"
 
@@ -40,12 +39,7 @@ HOST = ROOT / "examples" / "host"
 @pytest.fixture(scope="module")
 def small_task(tmp_path_factory):
     """The built-in task with few pictures, as a COCO folder."""
-    folder = tmp_path_factory.mktemp("task")
-    task = dataclasses.replace(tasks.TASKS["twemoji"], train=12, val=4, test=8)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(tasks.TASKS, "twemoji", task)
-        tasks.write_task("twemoji", folder, disable_progress=True)
-    return folder
+    return write_small_task(tmp_path_factory.mktemp("task"), train=12, val=4, test=8)
 
 
 @pytest.fixture(autouse=True)

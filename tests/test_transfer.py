@@ -34,7 +34,7 @@ from benchmarks.transfer.tuning import Diverged, tune
 from peft_sdpt import SDPTLayer
 from peft_sdpt.attention import Prompts
 from peft_sdpt.grounding import class_prompt
-from pictograms import tasks as pictogram_tasks
+from small_tasks import write_small_task
 
 HOST = str(EXAMPLES / "host")
 NAMES = ["dog", "cat", "fire engine"]
@@ -42,12 +42,7 @@ NAMES = ["dog", "cat", "fire engine"]
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("few")
-    small = dataclasses.replace(pictogram_tasks.TASKS["twemoji"], train=12, val=3, test=4)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(pictogram_tasks.TASKS, "twemoji", small)
-        pictogram_tasks.write_task("twemoji", folder, disable_progress=True)
-    return Task("few", folder)
+    return Task("few", write_small_task(tmp_path_factory.mktemp("few"), train=12, val=3, test=4))
 
 
 @pytest.fixture(scope="module")

@@ -22,14 +22,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
-import transformers
 from tqdm.auto import tqdm
 
-import peft_sdpt.version
-
-from ..results import DOCS, RESULTS, Help, cpu_name, earlier, put_into, write
+from ..results import DOCS, RESULTS, Help, add_device, check_device, earlier, machine_of, put_into, write
 from .cells import Cell, affordable, everything
 from .epochs import measure_epochs
 from .measuring import measure
@@ -49,12 +45,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--only", help="Measure the cells whose names match, for instance '*-fusion-*-inference'.")
     parser.add_argument("--all", action="store_true", help="The whole grid on a CPU too: many hours.")
     parser.add_argument("--repeats", type=int, default=LEAST_REPEATS, help="Rounds of a cell; quick cells take more.")
-    parser.add_argument(
-        "--device",
-        choices=("cpu", "cuda"),
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="A GPU when one is at hand.",
-    )
+    add_device(parser)
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="Of the hosts.")
     parser.add_argument(
         "--render", type=Path, nargs="+", metavar="FILE",
@@ -70,8 +61,7 @@ def check_args(args: argparse.Namespace) -> None:
     """
     if args.repeats < LEAST_REPEATS:
         raise ValueError(f"--repeats {args.repeats}: is below {LEAST_REPEATS}, too few for a median with a spread")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no GPU here")
+    check_device(args.device)
     for file in args.render or ():
         if not file.is_file():
             raise ValueError(f"--render {file}: is not there")
@@ -91,15 +81,10 @@ def chosen(args: argparse.Namespace) -> list[Cell]:
 def machine(args: argparse.Namespace) -> dict[str, Any]:
     """What results depend on, which must not differ within a file."""
     return {
-        "device": args.device,
-        "name": torch.cuda.get_device_name() if args.device == "cuda" else cpu_name(),
+        **machine_of(args.device),
         "threads": torch.get_num_threads(),
         "dtype": args.dtype,
         "repeats": args.repeats,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "peft": peft.__version__,
-        "peft_sdpt": peft_sdpt.version.__version__,
     }
 
 
@@ -140,7 +125,7 @@ def run(args: argparse.Namespace) -> None:
             gc.collect()
     write(args.output_dir / "report.md", report(results, "report.svg"))
     write(args.output_dir / "report.svg", draw(results))
-    print(f"Results: {args.output_dir}/results.json, tables: report.md, picture: report.svg. Not measured:")
+    print(f"Results: {args.output_dir}/{RESULTS}, tables: report.md, picture: report.svg. Not measured:")
     print(left_out(results), end="")
 
 

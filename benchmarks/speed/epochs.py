@@ -16,7 +16,7 @@ from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 from feature_cache import FeatureCache
 from peft_sdpt import SDPTConfig
 from peft_sdpt.loss import GroundedDetectionLoss
-from pictograms import read_categories, scene_split
+from pictograms import scene_split
 from pictograms.tasks import TASKS
 from training_data import TrainingSamples
 
@@ -34,8 +34,8 @@ def measure_epochs(repeats: int, device: str, tick: Callable[[str], None] = lamb
     """
     host = AutoModelForZeroShotObjectDetection.from_pretrained(EXAMPLES / "host", dtype=torch.float32)
     model = get_peft_model(host, SDPTConfig()).to(device).train()
-    classes = [i for i, category in enumerate(read_categories()) if category.seen][:: TASKS["twemoji"].every]
-    data = scene_split([(1, number) for number in range(PICTURES)], classes, look=TASKS["twemoji"].look)
+    task = TASKS["twemoji"]
+    data = scene_split([(1, number) for number in range(PICTURES)], task.classes(), look=task.look)
     processor = AutoProcessor.from_pretrained(EXAMPLES / "host")
     samples = TrainingSamples(data, PICTURES, processor, model.config.max_text_len, seed=0, augmentation=False)
     loader = DataLoader(samples, BATCH, collate_fn=samples.collate)

@@ -30,16 +30,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import peft
-import torch
-import transformers
 from tqdm.auto import tqdm
 
-import peft_sdpt.version
-from errors import InputError
-
 from .. import EXAMPLES
-from ..results import DOCS, RESULTS, Help, cpu_name, earlier, put_into, write
+from ..results import DOCS, RESULTS, Help, add_device, check_device, earlier, machine_of, put_into, write
 from .grid import Cell, plan
 from .methods import METHODS
 from .plots import pictures
@@ -61,10 +55,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--no_built_in", action="store_true", help="Those folders alone.")
     parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS), help="Some of them.")
     parser.add_argument("--seeds", type=int, default=3, help="How many.")
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
-        help="A GPU when one is at hand.",
-    )  # fmt: skip
+    add_device(parser)
     parser.add_argument(
         "--num_processes", type=int, default=len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1,
         help="Runs at a time on a CPU, with a core each.",
@@ -86,8 +77,7 @@ def check_args(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} {value}: must be at least 1")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no GPU here")
+    check_device(args.device)
     for folder in args.folders:
         if not folder.is_dir():
             raise ValueError(f"--folders {folder}: is not a folder")
@@ -115,13 +105,8 @@ def machine(args: argparse.Namespace) -> dict[str, Any]:
     folder = Path(args.model_name_or_path)
     return {
         "host": folder.resolve().name if folder.exists() else args.model_name_or_path,
-        "device": args.device,
-        "name": torch.cuda.get_device_name() if args.device == "cuda" else cpu_name(),
         "image_size": args.image_size,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "peft": peft.__version__,
-        "peft_sdpt": peft_sdpt.version.__version__,
+        **machine_of(args.device),
     }
 
 
@@ -132,9 +117,6 @@ def run(args: argparse.Namespace) -> None:
     results["tasks"], results["seeds"] = list(tasks), args.seeds
     results["methods"] = args.methods
 
-    def planned() -> list[Cell]:
-        return plan(list(tasks), args.methods, args.seeds, results["cells"])
-
     workers = args.num_processes if args.device == "cpu" else 1
     running: dict[Future, Cell] = {}
     with (
@@ -142,7 +124,7 @@ def run(args: argparse.Namespace) -> None:
         ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), prepare_worker) as pool,
     ):
         while True:
-            cells = planned()
+            cells = plan(list(tasks), args.methods, args.seeds, results["cells"])
             waiting = [c for c in cells if c.key not in results["cells"] and c not in running.values()]
             progress.total, progress.n = len(cells), sum(cell.key in results["cells"] for cell in cells)
             out_of_time = args.minutes is not None and progress.format_dict["elapsed"] > 60 * args.minutes
@@ -178,7 +160,7 @@ def main() -> None:
             render(args.render)
         else:
             run(args)
-    except (ValueError, InputError) as error:
+    except ValueError as error:
         print(f"benchmarks.transfer: {str(error).rstrip('.')}.", file=sys.stderr)
         sys.exit(2)
     except BrokenProcessPool:

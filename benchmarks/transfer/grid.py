@@ -15,7 +15,7 @@ from .methods import METHODS
 SHOTS, OTHER_SHOTS = 10, (1, 5, None)  # None: all training pictures
 STEPS, STEPS_OF_ALL = 100, 150  # few pictures, and all of them
 LEADERS = 4
-# Fields of SDPTConfig that the ablations change, one at a time; None is the default.
+# Fields of SDPTConfig that the ablations change, one at a time.
 ABLATIONS: dict[str, tuple[Any, ...]] = {
     "num_virtual_tokens": (1, 5, 20, 50, 100),
     "layers_to_transform": ((0,), (1,), (2,)),
@@ -86,6 +86,12 @@ def best_rate(task: str, method: str, results: Results) -> float | None:
     return max(cells, key=lambda cell: results[cell.key]["AP"]).learning_rate
 
 
+def best_rates(task: str, methods: Iterable[str], results: Results) -> dict[str, float]:
+    """Of the methods all of whose rates have been measured."""
+    best = {name: best_rate(task, name, results) for name in methods}
+    return {name: rate for name, rate in best.items() if rate is not None}
+
+
 def compare_cells(tasks: list[str], rates: dict[str, float], seeds: int, shots: Iterable[int | None]) -> list[Cell]:
     return [
         Cell(task, name, rate, count, seed)
@@ -108,9 +114,14 @@ def leaders(tasks: list[str], rates: dict[str, float], seeds: int, results: Resu
     return ["sdpt", *others[: LEADERS - 1]]
 
 
+def ablation_tasks(tasks: list[str]) -> list[str]:
+    """Those that settings are compared on: the ones that are meant for it, or the first."""
+    return [task for task in ABLATION_TASKS if task in tasks] or tasks[:1]
+
+
 def ablation_cells(tasks: list[str], rates: dict[str, float], seeds: int) -> list[Cell]:
     """SDPT with one thing changed, and at all learning rates."""
-    tasks = [task for task in ABLATION_TASKS if task in tasks] or tasks[:1]
+    tasks = ablation_tasks(tasks)
     changes = [((name, value),) for name, values in ABLATIONS.items() for value in values]
     cells = [
         Cell(task, "sdpt", rates["sdpt"], seed=seed, fields=change)
@@ -130,7 +141,7 @@ def ablation_cells(tasks: list[str], rates: dict[str, float], seeds: int) -> lis
 
 def condition_cells(tasks: list[str], rates: dict[str, float], seeds: int) -> list[Cell]:
     """SDPT with inverses that drop more or less, on hosts that differ in their projections alone."""
-    tasks = [task for task in ABLATION_TASKS if task in tasks] or tasks[:1]
+    tasks = ablation_tasks(tasks)
     # That they are the same hosts.
     cells = [Cell(task, "zero-shot", shots=0, condition=condition) for task in tasks for condition in CONDITIONS]
     return cells + [
@@ -153,8 +164,7 @@ def plan(tasks: list[str], methods: list[str], seeds: int, results: Results) -> 
     """
     cells = [Cell(task, "zero-shot", shots=0) for task in tasks]
     cells += rates_cells(tasks[0], methods)
-    chosen = {name: best_rate(tasks[0], name, results) for name in methods}
-    rates = {name: rate for name, rate in chosen.items() if rate is not None}
+    rates = best_rates(tasks[0], methods, results)
     if len(rates) < len(methods):
         return cells
     cells += compare_cells(tasks, rates, seeds, [SHOTS])

@@ -13,7 +13,7 @@ from torch import nn
 
 from peft_sdpt import SDPTConfig
 
-from ..peers import FUSION_QUERIES, LORA_TARGETS, in_layers, is_bitfit, train, with_peft
+from ..peers import ATTENTION, FUSION_QUERIES, LORA_TARGETS, in_layers, is_bitfit, train, with_peft
 from ..window_prompts import attach_window_prompts
 from .inverses import replace_inverses
 from .prompts import attach_prompts
@@ -70,8 +70,7 @@ def _lora(**config: Any) -> Attach:
 def _sdpt_and_lora(host: nn.Module, _processor: Any, _names: list[str], fields: dict[str, Any]) -> nn.Module:
     host.config.tie_word_embeddings = False
     # Not on the fusion layers' queries, which SDPT inverts.
-    targets = in_layers("query", "key", "value", "out_proj", "value_proj", "output_proj")
-    inject_adapter_in_model(LoraConfig(r=8, target_modules=targets), host, "lora")
+    inject_adapter_in_model(LoraConfig(r=8, target_modules=in_layers(*ATTENTION)), host, "lora")
     return get_peft_model(host, SDPTConfig(**fields))
 
 

@@ -9,7 +9,6 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from ..charts import as_svg
-from .grid import leaders
 from .methods import METHODS
 from .report import Found, all_shots
 
@@ -52,7 +51,7 @@ def _parameters(found: Found) -> str:
 def _shots(found: Found) -> str:
     figure, axes = _start(found)
     counts = all_shots()
-    for name in leaders(found.tasks, found.rates, found.seeds, found.cells) or ():
+    for name in found.leaders or ():
         means = [found.over_tasks(name, shots=count) for count in counts]
         points = [(place, 100 * value) for place, value in enumerate(means) if value is not None]
         width = 2.5 if name == "sdpt" else 1.5

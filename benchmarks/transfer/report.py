@@ -10,14 +10,14 @@ from typing import Any
 
 from ..results import table
 from .grid import (
-    ABLATION_TASKS,
     ABLATIONS,
     CONDITIONS,
     INVERSES,
     OTHER_SHOTS,
     SHOTS,
     Cell,
-    best_rate,
+    ablation_tasks,
+    best_rates,
     leaders,
     plan,
 )
@@ -35,8 +35,8 @@ class Found:
         self.tasks: list[str] = results["tasks"]
         self.seeds: int = results["seeds"]
         self.methods: list[str] = results["methods"]
-        self.rates = {name: best_rate(self.tasks[0], name, self.cells) for name in self.methods}
-        self.rates = {name: rate for name, rate in self.rates.items() if rate is not None}
+        self.rates = best_rates(self.tasks[0], self.methods, self.cells)
+        self.leaders = leaders(self.tasks, self.rates, self.seeds, self.cells)
 
     def values(
         self, task: str, method: str, metric: str = "AP", shots: int | None = SHOTS, rate: float | None = None,
@@ -94,16 +94,15 @@ def _comparison(found: Found, metric: str) -> str:
 
 
 def _shots(found: Found) -> str:
-    first = leaders(found.tasks, found.rates, found.seeds, found.cells)
-    if first is None:
+    if found.leaders is None:
         return "Not yet.\n"
     rows = []
     for task in found.tasks:
-        for name in first:
+        for name in found.leaders:
             rows.append(
                 [task, METHODS[name].label, *(spread(found.values(task, name, shots=count)) for count in all_shots())]
             )
-    for name in first:
+    for name in found.leaders:
         means = [found.over_tasks(name, shots=count) for count in all_shots()]
         rows.append(["**mean**", METHODS[name].label, *("" if m is None else f"**{100 * m:.1f}**" for m in means)])
     return table(["task", "method", *("all" if c is None else f"{c} a class" for c in all_shots())], rows)
@@ -113,14 +112,10 @@ def all_shots() -> list[int | None]:
     return sorted([SHOTS, *OTHER_SHOTS], key=lambda count: math.inf if count is None else count)
 
 
-def ablation_tasks(found: Found) -> list[str]:
-    return [task for task in ABLATION_TASKS if task in found.tasks] or found.tasks[:1]
-
-
 def _ablations(found: Found) -> str:
     if "sdpt" not in found.rates:
         return "Not yet.\n"
-    tasks = ablation_tasks(found)
+    tasks = ablation_tasks(found.tasks)
     rows = [["defaults", "", *(spread(found.values(task, "sdpt")) for task in tasks)]]
     for name, values in ABLATIONS.items():
         for value in values:
@@ -131,7 +126,7 @@ def _ablations(found: Found) -> str:
 
 
 def _conditions(found: Found) -> str:
-    tasks = ablation_tasks(found)
+    tasks = ablation_tasks(found.tasks)
     rows = []
     for condition in (None, *CONDITIONS):
         host = "as it is" if condition is None else f"{condition:g} times worse"
@@ -145,7 +140,7 @@ def _conditions(found: Found) -> str:
 
 
 def _rates(found: Found) -> str:
-    tasks = ablation_tasks(found)
+    tasks = ablation_tasks(found.tasks)
     rows = [
         [METHODS[name].label, f"{rate}", *(spread(found.values(task, name, rate=rate)) for task in tasks)]
         for name in ("sdpt", "lora")

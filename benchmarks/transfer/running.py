@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 
+from adapters import set_picture_size
 from coco_data import few_shot
 from coco_metrics import average_precision, detect_split
 from errors import InputError
@@ -29,6 +30,7 @@ from .tuning import BATCH, Diverged, batches, tune
 
 EVALUATED_AT_A_TIME = 16
 PROTOTYPE_BATCHES = 4
+NOTHING_FOUND = {"AP": 0.0, "AP50": 0.0, "AP75": 0.0}
 
 
 def prepare_worker() -> None:
@@ -50,8 +52,7 @@ def run_cell(cell: Cell, task: Task, model_name: str, device: str) -> dict[str, 
     """
     processor = AutoProcessor.from_pretrained(model_name)
     if task.image_size:
-        size = {"shortest_edge": task.image_size, "longest_edge": round(task.image_size * 1333 / 800)}
-        processor.image_processor.size = size
+        set_picture_size(processor, task.image_size)
     model = load_host(model_name, device)
     if cell.condition is not None:
         make_ill_conditioned(model, cell.condition)
@@ -80,13 +81,13 @@ def run_cell(cell: Cell, task: Task, model_name: str, device: str) -> dict[str, 
                     device=device,
                 )
         except Diverged as error:
-            return {**result, "diverged": error.args[0], "AP": 0.0, "AP50": 0.0, "AP75": 0.0}
+            return {**result, **NOTHING_FOUND, "diverged": error.args[0]}
     held_out = task.load(cell.split)
     try:
         with text_computed_once(model):
             rows = detect_split(model, processor, held_out, EVALUATED_AT_A_TIME, Accelerator(cpu=device == "cpu"))
     except InputError:  # scores that are not finite, after the last step
-        return {**result, "diverged": cell.steps, "AP": 0.0, "AP50": 0.0, "AP75": 0.0}
+        return {**result, **NOTHING_FOUND, "diverged": cell.steps}
     return {**average_precision(held_out, rows), **result}
 
 

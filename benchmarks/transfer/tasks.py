@@ -40,9 +40,7 @@ class Task:
 
 def built_in(output_dir: Path) -> list[Task]:
     """The tasks that are generated, written where they are not there yet."""
-    tasks = []
-    for name in DIFFERENCES.keys() & TASKS.keys():
-        folder = output_dir / "tasks" / name
-        write_task(name, folder)
-        tasks.append(Task(name, folder))
-    return sorted(tasks, key=lambda task: list(DIFFERENCES).index(task.name))
+    tasks = [Task(name, output_dir / "tasks" / name) for name in DIFFERENCES if name in TASKS]
+    for task in tasks:
+        write_task(task.name, task.folder)
+    return tasks

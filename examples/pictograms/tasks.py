@@ -32,6 +32,10 @@ class Task:
     val: int = 200
     test: int = 300
 
+    def classes(self) -> list[int]:
+        """Indices into `read_categories()`."""
+        return [i for i, category in enumerate(read_categories()) if category.seen == self.seen][:: self.every]
+
 
 TASKS = {
     # Known names in another vendor's style.
@@ -55,8 +59,7 @@ def write_task(name: str, folder: Path, size: int = 96, disable_progress: bool =
     if all((folder / f"{split}.json").is_file() for split in splits):
         return
     task = TASKS[name]
-    categories = read_categories()
-    classes = [i for i, category in enumerate(categories) if category.seen == task.seen][:: task.every]
+    classes = task.classes()
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for split in splits:
         seeds = [(zlib.crc32(name.encode()), splits.index(split), index) for index in range(getattr(task, split))]
