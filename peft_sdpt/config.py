@@ -28,6 +28,7 @@ INIT_WEIGHTS = (
     "prototypes",
 )
 PROMPT_MODES = ("unified", "independent")
+PROMPT_SPACES = ("reachable", "aligned")
 ATTN_IMPLEMENTATIONS = ("fused", "eager")
 
 
@@ -59,6 +60,10 @@ class SDPTConfig(PeftConfig):
             each mapped by its own inverse, and twice the parameters. The released code uses these
             directly as query and key rows and cuts their columns after the softmax, so there they
             only dilute the attention; here they have values, like unified tokens.
+        prompt_space: what a token's numbers are. `"reachable"`: its coordinates in an orthonormal basis of what the
+            projections of the layer reach together, at most half as many as E in the hosts of the paper. `"aligned"`:
+            the token itself, as published; the part of it that no projection reaches has no effect and no
+            gradient. None for `"reachable"` in a new adapter of unified tokens, and else for `"aligned"`.
         image_attends_prompts: True lets both modalities see prompts. False is the released code's
             masking, in which only text tokens do.
         pinv_rtol: None for the full inverse of the paper. A number between 0 and 1 drops the singular
@@ -71,15 +76,15 @@ class SDPTConfig(PeftConfig):
             as the host does. With `output_attentions=True` it is the host's way in any case. Other kinds of fusion run
             as the host runs them.
         modules_to_save: names of other modules to train and save whole, a head for instance.
-        fusion_layers: not to be set by hand. Filled in when the adapter is attached: module name and
-            width E of each adapted fusion layer. Saved with the adapter, so that loading onto a host
+        fusion_layers: not to be set by hand. Filled in when the adapter is attached: module name of each adapted
+            fusion layer, and how many numbers a token of it has. Saved with the adapter, so that loading onto a host
             with other layers is refused before that host is touched.
         peft_sdpt_version: not to be set by hand. The version of this package that made the adapter. In
             `adapter_config.json` it also says what to import: without `import peft_sdpt`, PEFT ends in
             `KeyError: 'SDPT'`.
     """
 
-    num_virtual_tokens: int = field(default=10, metadata={"help": "Prototype tokens of each fusion layer."})
+    num_virtual_tokens: int = field(default=20, metadata={"help": "Prototype tokens of each fusion layer."})
     target_modules: list[str] | str | None = field(
         default=None,
         metadata={"help": "Fusion attentions to adapt: names, a regular expression, None for all."},
@@ -94,11 +99,14 @@ class SDPTConfig(PeftConfig):
         default="unified",
         metadata={"help": "One set of tokens for both modalities, or one each ('independent')."},
     )
+    prompt_space: str | None = field(
+        default=None, metadata={"help": f"What a token's numbers are, one of {PROMPT_SPACES}, or None."}
+    )
     image_attends_prompts: bool = field(
         default=True, metadata={"help": "Whether image tokens see prompts, or only text tokens."}
     )
     pinv_rtol: float | None = field(
-        default=None,
+        default=0.1,
         metadata={"help": "Relative bound below which singular values are dropped, None for all."},
     )
     prompt_dropout: float = field(default=0.0, metadata={"help": "Dropout probability on the prototype tokens."})
@@ -108,7 +116,7 @@ class SDPTConfig(PeftConfig):
     )
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Other modules to train and save whole."})
     fusion_layers: dict[str, int] | None = field(
-        default=None, metadata={"help": "Filled in when attached: width of each adapted layer."}
+        default=None, metadata={"help": "Filled in when attached: numbers of a token in each adapted layer."}
     )
     peft_sdpt_version: str = field(
         default=__version__, metadata={"help": "Filled in: version of the package to import before loading."}
@@ -121,6 +129,10 @@ class SDPTConfig(PeftConfig):
         self.peft_type = PeftType.SDPT
         if isinstance(self.init_weights, bool):
             self.init_weights = "uniform"
+        if self.prompt_space is None:
+            # An adapter saved before there was a choice has tokens of the aligned space, and names its layers.
+            new = self.fusion_layers is None and self.prompt_mode == "unified"
+            self.prompt_space = "reachable" if new else "aligned"
         self.num_virtual_tokens = _plain_int(self.num_virtual_tokens)
         self.layers_to_transform = _plain_int(self.layers_to_transform)
         if _is_int(self.layers_to_transform):
@@ -204,6 +216,10 @@ class SDPTConfig(PeftConfig):
             self._refuse("init_weights", f"one of {INIT_WEIGHTS}")
         if self.prompt_mode not in PROMPT_MODES:
             self._refuse("prompt_mode", f"one of {PROMPT_MODES}")
+        if self.prompt_space not in PROMPT_SPACES:
+            self._refuse("prompt_space", f"None or one of {PROMPT_SPACES}")
+        if self.prompt_space == "reachable" and self.prompt_mode == "independent":
+            self._refuse("prompt_space", "'aligned' or None where prompt_mode is 'independent'")
         if self.attn_implementation not in ATTN_IMPLEMENTATIONS:
             self._refuse("attn_implementation", f"one of {ATTN_IMPLEMENTATIONS}")
         if not _is_bool(self.image_attends_prompts):

@@ -86,6 +86,8 @@ def convert(
         num_virtual_tokens=len(next(iter(tokens.values()))),
         # Whole names, so that layers of GLIP without tokens stay as they are.
         target_modules=list(tokens),
+        prompt_space="aligned",
+        pinv_rtol=None,
         image_attends_prompts=False,
         fusion_layers={name: value.shape[-1] for name, value in tokens.items()},
         base_model_name_or_path=base_model_name_or_path,

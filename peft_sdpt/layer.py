@@ -16,8 +16,8 @@ from torch import nn
 from .attention import Prompts
 from .config import SDPTConfig
 from .hosts import FusionHost
-from .projection import to_input_space
-from .weights import TensorState, WeightState, bias_of, device_and_dtype, inverse_of, refuse_adapted
+from .projection import to_aligned_space, to_input_space
+from .weights import TensorState, WeightState, basis_of, bias_of, device_and_dtype, inverse_of, refuse_adapted
 
 CANNOT_MERGE = (
     "SDPT prompts are extra keys and values of the attention and cannot be merged into weights: keep "
@@ -40,7 +40,8 @@ _INITIALISERS["prototypes"] = _INITIALISERS["uniform"]
 def init_prompts(config: SDPTConfig, width: int) -> torch.Tensor:
     """Prototype tokens as `config` starts them.
 
-    Drawn on the CPU from torch's default generator, so that a seed means the same on every device.
+    Drawn on the CPU from torch's default generator, so that a seed means the same on every device. Coordinates in an
+    orthonormal basis start as tokens do: the size of what has an effect is the same.
 
     Returns:
         `(N, width)`, or `(2, N, width)` for independent mode (image set, text set); float32.
@@ -52,8 +53,23 @@ def init_prompts(config: SDPTConfig, width: int) -> torch.Tensor:
     return tokens
 
 
+def prompt_width(config: SDPTConfig, fusion_host: FusionHost, projections: Sequence[nn.Module]) -> int:
+    """Numbers that a token has: the width E of the aligned space, or fewer where the projections reach less of it.
+
+    Args:
+        config: of the adapter.
+        fusion_host: the declaration that the fusion layer fits.
+        projections: those of the layer that are inverted.
+    """
+    width = projections[0].out_features
+    # The modules of a split host know nothing of one another's projections.
+    if config.prompt_space == "aligned" or fusion_host.split:
+        return width
+    return min(width, sum(projection.in_features for projection in projections))
+
+
 def prompt_shape(config: SDPTConfig, width: int) -> tuple[int, ...]:
-    """Shape of the prompts that `config` gives a fusion layer of this width."""
+    """Shape of the prompts of `config` in a fusion layer, where a token has `width` numbers."""
     shape = (config.num_virtual_tokens, width)
     return (2, *shape) if config.prompt_mode == "independent" else shape
 
@@ -90,7 +106,11 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
         side: which side of the fusion layer `base_layer` is; None where it has all of them.
 
     Attributes:
-        sdpt_prompts: adapter name to `(N, E)`, or `(2, N, E)` in independent mode, one set a side.
+        sdpt_prompts: what is trained: adapter name to `(N, r)`, coordinates of tokens in `sdpt_basis`, or to tokens
+            `(N, E)` where the adapter has `prompt_space="aligned"` or the projections reach all of the aligned space;
+            `(2, N, E)` in independent mode, one set a side. `tokens` gives the tokens of either.
+        sdpt_basis: `(E, r)`, an orthonormal basis of what the layer's projections reach; None where no adapter has
+            coordinates in it. Not saved, and never below float32.
         sdpt_inverses: for each side of the module, adapter name to `(d, E)`, from the space of prompts to the side's
             tokens. Not saved, and never below float32, whatever the dtype of the host.
         output_attentions: whether the module's attention weights are asked for. The nearest module around it that
@@ -117,6 +137,7 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
         for place in range(len(fusion_host.inverted)):
             # Modules of the layer itself: where PEFT looks for what belongs to an adapter.
             self.add_module(f"sdpt_inverse_{place}", BufferDict(persistent=False))
+        self.register_buffer("sdpt_basis", None, persistent=False)
         self._inverted: tuple[WeightState, ...] | None = None
         self._known_prompts: tuple[list[TensorState], list[Prompts]] | None = None
         # What the call in progress was asked for; the model sets it.
@@ -142,7 +163,8 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
     def update_layer(self, adapter_name: str, config: SDPTConfig) -> None:
         """Add the prompts of an adapter, with the start that `config` asks for."""
         self.sdpt_config[adapter_name] = config
-        self.sdpt_prompts[adapter_name] = nn.Parameter(init_prompts(config, self.width))
+        width = prompt_width(config, self.fusion_host, self._projections())
+        self.sdpt_prompts[adapter_name] = nn.Parameter(init_prompts(config, width))
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.refresh_inverses()
 
@@ -153,13 +175,33 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
             if adapter_name in inverses:
                 del inverses[adapter_name]
 
+    def tokens(self, adapter_name: str = "default") -> torch.Tensor:
+        """Prototype tokens of an adapter, `(N, E)` or `(2, N, E)`."""
+        self._follow_weights()
+        return self._tokens(adapter_name, self.sdpt_prompts[adapter_name])
+
+    @torch.no_grad()
+    def set_tokens(self, adapter_name: str, tokens: torch.Tensor) -> None:
+        """Make the prompts of an adapter these tokens, `(N, E)` or `(2, N, E)`; of coordinates, the nearest."""
+        self._follow_weights()
+        if self._has_coordinates(adapter_name):
+            tokens = tokens.to(self.sdpt_basis) @ self.sdpt_basis
+        self.sdpt_prompts[adapter_name].copy_(tokens)
+
+    def _has_coordinates(self, adapter_name: str) -> bool:
+        return self.sdpt_prompts[adapter_name].shape[-1] < self.width
+
+    def _tokens(self, adapter_name: str, prompts: torch.Tensor) -> torch.Tensor:
+        return to_aligned_space(prompts, self.sdpt_basis) if self._has_coordinates(adapter_name) else prompts
+
     def refresh_inverses(self, force: bool = False) -> None:
-        """Recompute the inverse projections if a weight has changed since; with `force`, anyway."""
+        """Recompute the inverse projections, and the basis, if a weight has changed since; with `force`, anyway."""
         projections = self._projections()
         for projection in projections:
             refuse_adapted(projection)
         self._known_prompts = None
         if force or not self._inverses_hold():
+            self.sdpt_basis = None
             for inverses in self.sdpt_inverses:
                 inverses.clear()
         for inverses, projection in zip(self.sdpt_inverses, projections, strict=True):
@@ -170,6 +212,8 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
                     if config.pinv_rtol not in known:
                         known[config.pinv_rtol] = inverse_of(projection, config.pinv_rtol)
                     inverses[name] = known[config.pinv_rtol]
+        if self.sdpt_basis is None and any(map(self._has_coordinates, self.sdpt_prompts)):
+            self.sdpt_basis = basis_of(projections)
         self._inverted = tuple(WeightState.of(projection) for projection in projections)
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
@@ -208,8 +252,7 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
         # Comparing versions would break the graph of torch.compile; there the load hook serves.
         if torch.compiler.is_compiling():
             return self._map_prompts(names, adapter_names, projections)
-        if not self._inverses_hold():
-            self.refresh_inverses()
+        self._follow_weights()
         if self.training or torch.is_grad_enabled() or adapter_names is not None:
             return self._map_prompts(names, adapter_names, projections)
         biases = [bias for bias in map(bias_of, projections) if bias is not None]
@@ -228,7 +271,9 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
         self, names: list[str], adapter_names: Sequence[str] | None, projections: Sequence[nn.Module]
     ) -> list[Prompts]:
         tokens = {
-            name: F.dropout(self.sdpt_prompts[name], self.sdpt_config[name].prompt_dropout, self.training)
+            name: self._tokens(
+                name, F.dropout(self.sdpt_prompts[name], self.sdpt_config[name].prompt_dropout, self.training)
+            )
             for name in names
         }
         prompts = []
@@ -265,6 +310,10 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
 
     def _projections(self) -> tuple[nn.Module, ...]:
         return self.fusion_host.projections(self.get_base_layer())
+
+    def _follow_weights(self) -> None:
+        if not self._inverses_hold():
+            self.refresh_inverses()
 
     def _inverses_hold(self) -> bool:
         """Whether the inverses are those of the weights as they are now."""

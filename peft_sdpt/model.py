@@ -17,7 +17,7 @@ from torch import nn
 from .config import SDPTConfig
 from .hosts import FusionHost, find_hosts, supported_hosts
 from .hosts.declaration import parameters_of
-from .layer import CANNOT_MERGE, SDPTLayer, SharedSDPTLayer, prompt_shape
+from .layer import CANNOT_MERGE, SDPTLayer, SharedSDPTLayer, prompt_shape, prompt_width
 from .saved import differing_shapes
 from .weights import refuse_adapted, refuse_out_of_reach
 
@@ -56,7 +56,7 @@ class SDPTModel(BaseTuner):
         # Gone again if the host is refused, which then bears no trace.
         config = self.peft_config.pop(adapter_name)
         layers = _select_fusion_layers(model, config)
-        selected = {name: layer.width for name, layer in layers.items()}
+        selected = {name: prompt_width(config, layer.host, layer.projections) for name, layer in layers.items()}
         if config.attached and config.fusion_layers != selected:
             # Used on another host before, whose adapter keeps what was found there.
             config = copy.deepcopy(config)
@@ -185,8 +185,8 @@ class SDPTModel(BaseTuner):
         """Make a new adapter of others, on the layers that they share.
 
         Args:
-            adapters: names of at least one adapter, alike in `prompt_mode`, `image_attends_prompts`, `pinv_rtol` and
-                layers, and without `modules_to_save`.
+            adapters: names of at least one adapter, alike in `prompt_mode`, `prompt_space`, `image_attends_prompts`,
+                `pinv_rtol` and layers, and without `modules_to_save`.
             weights: a factor for the tokens of each, in the aligned space.
             adapter_name: of the new one. It is not made active, and not trainable until it is.
             combination_type: `"cat"`, the tokens of one after those of the other: with weights of 1 what activating
@@ -227,7 +227,7 @@ class SDPTModel(BaseTuner):
         unknown = [name for name in adapters if name not in self.peft_config]
         if unknown:
             raise ValueError(f"adapters has {unknown}, but this model has {sorted(self.peft_config)}")
-        alike = ["prompt_mode", "image_attends_prompts", "pinv_rtol", "fusion_layers"]
+        alike = ["prompt_mode", "prompt_space", "image_attends_prompts", "pinv_rtol", "fusion_layers"]
         if combination_type == "linear":
             alike.append("num_virtual_tokens")
         for field in alike:
@@ -319,10 +319,6 @@ class _FusionLayer(NamedTuple):
     host: FusionHost
     parts: list[str]
     projections: list[nn.Module]
-
-    @property
-    def width(self) -> int:
-        return self.projections[0].out_features
 
 
 def _holds_prompts(module: nn.Module) -> bool:

@@ -8,6 +8,7 @@ ours are kept between comments, so that they can be written anew while the text 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import re
@@ -141,12 +142,13 @@ def _describe(config: SDPTConfig, host: str | None) -> str:
         wide = " or ".join(f"{width}" for width in sorted(set(widths)))
         lines += [
             f"| tokens | {tokens}, {size:,} numbers in all |",
-            f"| fusion layers | {len(widths)}, {wide} wide; `fusion_layers` in `adapter_config.json` names them |",
+            f"| fusion layers | {len(widths)}, tokens of {wide} numbers; `fusion_layers` in `adapter_config.json` names them |",
         ]
     else:
         lines += [f"| tokens | {tokens} |"]
-    for name, usual in (("prompt_mode", "unified"), ("image_attends_prompts", True), ("pinv_rtol", None)):
-        if (value := getattr(config, name)) != usual:
+    usual = {each.name: each.default for each in dataclasses.fields(config)}
+    for name in ("prompt_mode", "image_attends_prompts", "pinv_rtol"):
+        if (value := getattr(config, name)) != usual[name]:
             lines.append(f"| `{name}` | {value} |")
     if config.modules_to_save:
         lines.append(f"| trained whole | {', '.join(f'`{name}`' for name in config.modules_to_save)} |")

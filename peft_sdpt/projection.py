@@ -7,6 +7,7 @@ Source: SDPT, arXiv 2407.11414, section 3 (unified prototype tokens and inverse 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -51,17 +52,57 @@ def inverse_projection(weight: torch.Tensor, rtol: float | None = None) -> torch
         return torch.empty(weight.shape[::-1], dtype=dtype, device="meta")
     # Called from a forward under inference_mode, the result would else be unusable in training.
     with torch.inference_mode(False):
-        exact = weight.detach()
-        if exact.device.type not in _FLOAT64_DEVICES:
-            exact = exact.cpu()
-        inverse = torch.linalg.pinv(exact.double(), rtol=rtol)
+        inverse = torch.linalg.pinv(_exact(weight), rtol=rtol)
         return inverse.to(device=weight.device, dtype=dtype)
+
+
+def _exact(weight: torch.Tensor) -> torch.Tensor:
+    exact = weight.detach()
+    return (exact if exact.device.type in _FLOAT64_DEVICES else exact.cpu()).double()
+
+
+@torch.no_grad()
+def reachable_basis(weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Orthonormal basis of what some projections reach together.
+
+    Of a token of the aligned space, only the part within it has an effect: `pinv(W) = pinv(W) B B^T`. Of all such bases
+    it is the one nearest to the columns themselves, the orthogonal factor of their polar decomposition, which is unique
+    and moves little when weights do. Coordinates in it therefore mean the same on every machine, and nearly the same in
+    every dtype of the host.
+
+    Args:
+        weights: `(out_features, in_features)` of each projection. Floating point.
+
+    Returns:
+        `(out_features, sum of in_features)`, on the device of the first weight, float64 for float64 weights and float32
+        for others. Where the columns are not independent, the basis is one of the smaller space that they span, and
+        some directions of coordinates have no effect. Never an inference-mode tensor.
+    """
+    device = weights[0].device
+    dtype = torch.promote_types(weights[0].dtype, torch.float32)
+    if weights[0].is_meta:
+        shape = len(weights[0]), sum(weight.shape[1] for weight in weights)
+        return torch.empty(shape, dtype=dtype, device="meta")
+    with torch.inference_mode(False):
+        columns = torch.cat([_exact(weight) for weight in weights], dim=1)
+        left, values, right = torch.linalg.svd(columns, full_matrices=False)
+        # As pinv tells zeros from the rest.
+        held = values > values[0] * max(columns.shape) * torch.finfo(values.dtype).eps
+        return (left[:, held] @ right[held]).to(device=device, dtype=dtype)
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[None]:
     """A context in which products keep the dtype of their factors."""
     has_autocast = torch.amp.is_autocast_available(device_type)  # the meta device has none
     return torch.autocast(device_type, enabled=False) if has_autocast else nullcontext()
+
+
+def to_aligned_space(coordinates: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+    """Tokens `(..., E)` of their coordinates `(..., r)` in a basis `(E, r)`, in the wider of the two dtypes."""
+    dtype = torch.promote_types(coordinates.dtype, basis.dtype)
+    with without_autocast(coordinates.device.type):
+        # A copy: where a tensor lies decides how its products are rounded, and a loaded one lies as in its file.
+        return coordinates.to(dtype, copy=True) @ basis.to(dtype).T
 
 
 def to_input_space(tokens: torch.Tensor, inverse: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

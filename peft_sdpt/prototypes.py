@@ -93,9 +93,8 @@ def initialize_sdpt_prototypes(
             most = max(min(sizes), count)
             both = torch.cat([_drawn(side, most, generator) for side in sides])
             chosen[name] = _prototypes(both, count, prototypes, generator)
-    with torch.no_grad():
-        for name, tokens in chosen.items():
-            layers[name].sdpt_prompts[adapter_name].copy_(tokens)
+    for name, tokens in chosen.items():
+        layers[name].set_tokens(adapter_name, tokens)
 
 
 @torch.no_grad()

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -11,22 +13,40 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_module_weight, gather_params_ctx
 from torch import nn
 
-from .projection import inverse_projection
+from .projection import inverse_projection, reachable_basis
 
 
 def inverse_of(query: nn.Module, rtol: float | None) -> torch.Tensor:
     """Inverse of a projection, as `inverse_projection` takes it of its dense weight.
 
-    Weights that DeepSpeed ZeRO-3 or FSDP2 have sharded are gathered for it, by all processes together; quantised ones
-    are inverted as what they stand for, since that is the map that the host applies. Known are the dynamic int8 of
-    PyTorch, torchao and bitsandbytes.
-
     Raises:
         TypeError: the weight is of no floating point dtype and of no known quantisation.
     """
+    with _dense_weight(query) as weight:
+        return inverse_projection(weight, rtol)
+
+
+def basis_of(queries: Sequence[nn.Module]) -> torch.Tensor:
+    """Basis of what projections reach, as `reachable_basis` takes it of their dense weights."""
+    weights = []
+    for query in queries:
+        with _dense_weight(query) as weight:
+            # A copy, because a gathered weight is gone after this.
+            weights.append(weight.detach().clone())
+    return reachable_basis(weights)
+
+
+@contextmanager
+def _dense_weight(query: nn.Module) -> Iterator[torch.Tensor]:
+    """The map that the host applies, `(out_features, in_features)`.
+
+    Weights that DeepSpeed ZeRO-3 or FSDP2 have sharded are gathered for it, by all processes together; quantised ones
+    are what they stand for. Known are the dynamic int8 of PyTorch, torchao and bitsandbytes.
+    """
     module = query.get_base_layer() if isinstance(query, BaseTunerLayer) else query
     if callable(module.weight):  # dynamic int8
-        return inverse_projection(module.weight().dequantize(), rtol)
+        yield module.weight().dequantize()
+        return
     # On its own device: adapters may be attached under a default of "meta".
     with gather_params_ctx([module.weight]), torch.device(module.weight.device):
         if type(module.weight).__name__ == "Int8Params":
@@ -37,7 +57,7 @@ def inverse_of(query: nn.Module, rtol: float | None) -> torch.Tensor:
             weight = dequantize_module_weight(module)
         if hasattr(weight, "full_tensor"):  # FSDP2
             weight = weight.full_tensor()
-        return inverse_projection(weight, rtol)
+        yield weight
 
 
 def bias_of(query: nn.Module) -> torch.Tensor | None:

@@ -35,8 +35,12 @@ from transformers.models.mm_grounding_dino.modeling_mm_grounding_dino import (
 import peft_sdpt
 from peft_sdpt import SDPTConfig, SDPTLayer
 
+# The method as it was published, where defaults are others.
+PUBLISHED = {"pinv_rtol": None, "prompt_space": "aligned"}
+
 D_MODEL = 32
 WIDTH = 4 * D_MODEL
+REACHED = 2 * D_MODEL  # of it, by both projections
 ATTENTION_CLASSES = {
     "grounding_dino": GroundingDinoBiMultiHeadAttention,
     "mm_grounding_dino": MMGroundingDinoBiMultiHeadAttention,

@@ -20,7 +20,7 @@ from peft import PeftModel
 from torch import nn
 
 from bi_multi_head import DL, DV, FLAVOURS, WIDTH, FusionTower
-from hosts import attach
+from hosts import PUBLISHED, attach
 from peft_sdpt import SDPTConfig, SDPTLayer, register_host
 from peft_sdpt.hosts import (
     GLIP,
@@ -50,7 +50,7 @@ def make_attention(flavour, dtype=torch.float64, **shapes):
 
 def make_layer(attention, host, **config):
     torch.manual_seed(1)
-    return SDPTLayer(attention, host, "default", SDPTConfig(**{"num_virtual_tokens": N, **config}))
+    return SDPTLayer(attention, host, "default", SDPTConfig(**{**PUBLISHED, "num_virtual_tokens": N, **config}))
 
 
 def make_inputs(dtype=torch.float64, batch=3, dims=(DV, DL)):
@@ -334,7 +334,7 @@ def test_a_registered_fusion_layer_is_a_host(hosts_as_before, tmp_path):
     register_host(OWN)
     register_host(OWN)  # a cell of a notebook, run again
     assert HOSTS.count(OWN) == 1 and find_hosts(model) == {"fusion": OWN}
-    tuned = attach(model, num_virtual_tokens=N)
+    tuned = attach(model, **PUBLISHED, num_virtual_tokens=N)
     layer = tuned.base_model.model["fusion"]
     image, text, image_padding, text_padding = make_inputs()
     results = layer(text, image, word_mask=(~text_padding).long(), pixel_mask=~image_padding)

@@ -12,14 +12,15 @@ from peft.utils import PeftType
 from peft_sdpt import SDPTConfig, __version__
 
 
-def test_defaults_are_the_published_method():
+def test_defaults():
     config = SDPTConfig()
     assert config.peft_type == PeftType.SDPT
-    assert config.num_virtual_tokens == 10
+    assert config.num_virtual_tokens == 20
     assert config.target_modules is None and config.layers_to_transform is None
     assert config.init_weights == "uniform" and config.prompt_mode == "unified"
     assert config.image_attends_prompts is True
-    assert config.pinv_rtol is None and config.prompt_dropout == 0.0
+    assert config.prompt_space == "reachable"
+    assert config.pinv_rtol == 0.1 and config.prompt_dropout == 0.0
     assert config.modules_to_save is None and config.fusion_layers is None
     assert not config.is_prompt_learning
     assert config.peft_sdpt_version == __version__
@@ -53,6 +54,8 @@ def test_defaults_are_the_published_method():
         ("init_weights", 3, "one of", ValueError),
         ("prompt_mode", "shared", "one of", ValueError),
         ("prompt_mode", True, "one of", ValueError),
+        ("prompt_space", "whole", "None or one of", ValueError),
+        ("prompt_space", True, "None or one of", ValueError),
         ("image_attends_prompts", 1, "True or False", TypeError),
         ("image_attends_prompts", None, "True or False", TypeError),
         ("pinv_rtol", 0, "between 0 and 1", ValueError),
@@ -89,6 +92,14 @@ def test_a_bad_value_names_field_value_and_rule(field, value, rule, error):
     # A single layer index is shown as the list of one that it stands for.
     assert message.endswith((f"got {value!r}", f"got [{value!r}]"))
     assert rule in message
+
+
+def test_what_the_numbers_of_a_token_are_where_nobody_says():
+    assert SDPTConfig(prompt_mode="independent").prompt_space == "aligned"
+    # Of an adapter that was saved before there was a choice.
+    assert SDPTConfig(fusion_layers={"attn": 128}).prompt_space == "aligned"
+    with pytest.raises(ValueError, match=r"SDPTConfig.prompt_space must be 'aligned' or None where prompt_mode is"):
+        SDPTConfig(prompt_mode="independent", prompt_space="reachable")
 
 
 def test_collections_are_normalised():

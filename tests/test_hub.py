@@ -250,7 +250,7 @@ def test_weights_of_another_config(tmp_path, mode):
     weights = load_file(tmp_path / WEIGHTS)
     changed = {key: value[..., :3, :].contiguous() for key, value in weights.items()}
     save_file(changed, tmp_path / WEIGHTS)
-    refused(r"not those of its config.*expected \((2, )?4, 128\), found \((2, )?3, 128\)", str(tmp_path))
+    refused(r"not those of its config.*expected \((2, 4, 128|4, 64)\), found \((2, 3, 128|3, 64)\)", str(tmp_path))
     save_file(dict(list(weights.items())[:1]), tmp_path / WEIGHTS)
     refused("not those of its config.*found no prompts", str(tmp_path))
 
@@ -294,7 +294,7 @@ def test_pushing_without_the_right_to(hub):
 
 
 def test_the_card(tmp_path):
-    model = attach(named_host(), pinv_rtol=0.1, modules_to_save=["text_projection"])
+    model = attach(named_host(), pinv_rtol=0.2, modules_to_save=["text_projection"])
     model.save_pretrained(tmp_path)
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.base_model == "IDEA-Research/grounding-dino-tiny"
@@ -305,9 +305,9 @@ def test_the_card(tmp_path):
         "# SDPT adapter for IDEA-Research/grounding-dino-tiny",
         "import peft_sdpt  # first: without it, PEFT ends in KeyError: 'SDPT'",
         'from_pretrained("IDEA-Research/grounding-dino-tiny")',
-        "| tokens | 4 a layer, 1,024 numbers in all |",
-        "| fusion layers | 2, 128 wide;",
-        "| `pinv_rtol` | 0.1 |",
+        "| tokens | 4 a layer, 512 numbers in all |",
+        "| fusion layers | 2, tokens of 64 numbers;",
+        "| `pinv_rtol` | 0.2 |",
         "| trained whole | `text_projection` |",
         f"- peft_sdpt {__version__}",
     ):

@@ -6,6 +6,7 @@ import copy
 import pickle
 
 import pytest
+import scipy.linalg
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -20,6 +21,8 @@ N, NV, NL = 4, 7, 5
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 VARIANTS = {
     "default": {},
+    "aligned": {"prompt_space": "aligned"},
+    "full inverse": {"pinv_rtol": None},
     "image sees no prompts": {"image_attends_prompts": False},
     "independent": {"prompt_mode": "independent"},
     "independent, image sees none": {
@@ -61,10 +64,20 @@ def make_inputs(dtype: torch.dtype = torch.float64, batch: int = 3, masks: str =
     )
 
 
+def tokens_of(layer: SDPTLayer) -> torch.Tensor:
+    """Tokens of the aligned space; of coordinates, in the orthogonal polar factor of the columns of the projections."""
+    prompts = layer.sdpt_prompts["default"]
+    if prompts.shape[-1] == WIDTH:
+        return prompts
+    weights = [layer.base_layer.vision_proj.weight, layer.base_layer.text_proj.weight]
+    factor, _ = scipy.linalg.polar(torch.cat(weights, dim=1).double().numpy())
+    return prompts @ torch.from_numpy(factor).to(prompts).T
+
+
 def append_and_drop(layer: SDPTLayer, image, text, image_mask, text_mask):
     """The paper's words, on the host's own attention, with nothing of the package in it."""
     attention, config = layer.base_layer, layer.sdpt_config["default"]
-    tokens = layer.sdpt_prompts["default"]
+    tokens = tokens_of(layer)
     image_set, text_set = tokens if config.prompt_mode == "independent" else (tokens, tokens)
 
     def back(z, projection):
@@ -177,7 +190,7 @@ def test_gradcheck(variant):
 
 
 def test_what_no_projection_reaches_has_no_effect_and_no_gradient():
-    layer, inputs = make_layer(), make_inputs()
+    layer, inputs = make_layer(prompt_space="aligned"), make_inputs()
     base = layer.base_layer
     reachable = torch.cat([base.vision_proj.weight, base.text_proj.weight], dim=1)
     basis = torch.linalg.qr(reachable).Q  # (E, 2 d), half of the aligned space
@@ -196,6 +209,38 @@ def test_what_no_projection_reaches_has_no_effect_and_no_gradient():
     assert (layer(*inputs)[0][0] - before[0]).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("rtol", [None, 0.6])
+def test_coordinates_compute_what_their_tokens_do(rtol):
+    whole, coordinates = make_layer(prompt_space="aligned", pinv_rtol=rtol), make_layer(pinv_rtol=rtol)
+    inputs = make_inputs()
+    tokens = whole.sdpt_prompts["default"].detach()
+    coordinates.set_tokens("default", tokens)
+    assert coordinates.sdpt_prompts["default"].shape == (N, 2 * D_MODEL) and tokens.shape == (N, WIDTH)
+    for one, other in zip(flat(whole(*inputs)), flat(coordinates(*inputs)), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+    # The gradient of a token has no other part than that of its coordinates.
+    of_tokens, of_coordinates = (gradients(layer, layer, inputs)[0] for layer in (whole, coordinates))
+    torch.testing.assert_close(of_tokens, of_coordinates @ coordinates.sdpt_basis.T, rtol=0, atol=1e-10)
+    # And they start as large.
+    lengths = []
+    for space in ("reachable", "aligned"):
+        layer = make_layer(prompt_space=space, num_virtual_tokens=200, pinv_rtol=rtol)
+        lengths.append(torch.stack([side.tokens.norm(dim=-1).mean() for side in layer._prompts(["default"], None)]))
+    torch.testing.assert_close(*lengths, rtol=0.1, atol=0)
+
+
+def test_adapters_with_coordinates_and_without_in_one_layer():
+    layer, inputs = make_layer(), make_inputs()
+    assert layer.sdpt_basis.shape == (WIDTH, 2 * D_MODEL)
+    torch.manual_seed(7)
+    layer.update_layer("whole", SDPTConfig(num_virtual_tokens=2, prompt_space="aligned"))
+    layer.set_adapter(["default", "whole"])
+    joined = make_layer(num_virtual_tokens=N + 2, prompt_space="aligned")
+    assert joined.sdpt_basis is None
+    joined.set_tokens("default", torch.cat([layer.tokens("default"), layer.tokens("whole")]))
+    torch.testing.assert_close(layer(*inputs)[1][0], joined(*inputs)[1][0], rtol=0, atol=1e-10)
+
+
 def test_attention_dropout_drops_weights_in_training_only():
     layer, inputs = make_layer(host={"fusion_dropout": 0.5}), make_inputs()
     evaluated = layer(*inputs)
@@ -209,7 +254,7 @@ def test_attention_dropout_drops_weights_in_training_only():
     # The host's order: the image's dropout is drawn first, then the text's.
     torch.manual_seed(5)
     image_probs, text_probs = F.dropout(image_weights, 0.5), F.dropout(text_weights, 0.5)
-    tokens = layer.sdpt_prompts["default"]
+    tokens = layer.tokens()
     for out, probs, features, query, value, project in (
         (image_out, image_probs, inputs[1], base.text_proj, base.values_text_proj, "vision"),
         (text_out, text_probs, inputs[0], base.vision_proj, base.values_vision_proj, "text"),
@@ -223,7 +268,7 @@ def test_attention_dropout_drops_weights_in_training_only():
 
 
 def test_prompt_dropout_zeroes_entries_of_the_tokens_in_training_only(monkeypatch):
-    layer, inputs = make_layer(prompt_dropout=0.5, num_virtual_tokens=64), make_inputs()
+    layer, inputs = make_layer(prompt_dropout=0.5, num_virtual_tokens=64, prompt_space="aligned"), make_inputs()
     seen = []
     original = peft_sdpt.layer.to_input_space
 
@@ -344,7 +389,7 @@ def test_every_start(init_weights, low, high, deviation, mode):
     def start(seed):
         attention = make_attention()
         torch.manual_seed(seed)
-        config = SDPTConfig(num_virtual_tokens=200, init_weights=init_weights, prompt_mode=mode)
+        config = SDPTConfig(num_virtual_tokens=200, init_weights=init_weights, prompt_mode=mode, prompt_space="aligned")
         layer = SDPTLayer(attention, GROUNDING_DINO, "default", config)
         return layer.sdpt_prompts["default"].detach()
 
@@ -473,7 +518,7 @@ def test_nothing_is_recomputed_when_nothing_changed(counted):
     layer.eval()
     with torch.inference_mode():
         layer(*inputs)
-    layer.load_state_dict({"sdpt_prompts.default": torch.zeros(N, WIDTH)}, strict=False)
+    layer.load_state_dict({"sdpt_prompts.default": torch.zeros(N, 2 * D_MODEL)}, strict=False)
     layer.to(torch.float64)._apply(torch.clone)  # as a move to another device does
     layer.update_layer("same tolerance", SDPTConfig())
     layer(*inputs)
@@ -527,7 +572,7 @@ def test_inverses_are_not_saved_and_are_buffers():
     layer = make_layer()
     assert [key for key in layer.state_dict() if "inverse" in key] == []
     names = [name for name, _ in layer.named_buffers()]
-    assert names == ["sdpt_inverse_0.default", "sdpt_inverse_1.default"]
+    assert names == ["sdpt_basis", "sdpt_inverse_0.default", "sdpt_inverse_1.default"]
     assert [n for n, p in layer.named_parameters() if p.requires_grad] == ["sdpt_prompts.default"]
 
 

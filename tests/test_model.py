@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from hosts import HOST_NAMES, LAYERS, WIDTH, FusionStack, adapted_layers, attach, make_host, model_inputs, run
+from hosts import HOST_NAMES, LAYERS, REACHED, WIDTH, FusionStack, adapted_layers, attach, make_host, model_inputs, run
 from peft_sdpt import SDPTConfig, SDPTLayer
 
 
@@ -58,9 +58,9 @@ def test_only_prompts_train(host, capsys):
     model = attach(host)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert set(trainable) == {f"base_model.model.{n}.sdpt_prompts.default" for n in LAYERS}
-    assert {p.shape for p in trainable.values()} == {(4, WIDTH)}
+    assert {p.shape for p in trainable.values()} == {(4, REACHED)}
     model.print_trainable_parameters()
-    assert f"trainable params: {2 * 4 * WIDTH:,}" in capsys.readouterr().out
+    assert f"trainable params: {2 * 4 * REACHED:,}" in capsys.readouterr().out
     host.train()
     outputs = model(**model_inputs())
     (outputs.pred_boxes.sum() + outputs.logits[outputs.logits.isfinite()].sum()).backward()
@@ -75,7 +75,7 @@ def test_status_and_repr(host):
     assert status.peft_types == {"default": "SDPT"}
     assert status.adapter_model_type == "SDPTModel"
     assert status.num_adapter_layers == 2 and status.enabled is True
-    assert status.trainable_params == 2 * 4 * WIDTH
+    assert status.trainable_params == 2 * 4 * REACHED
     assert status.requires_grad == {"default": True} and status.merged_adapters == []
     layer_status = model.get_layer_status()
     assert [layer.name for layer in layer_status] == [f"model.{name}" for name in LAYERS]
@@ -142,7 +142,7 @@ def test_casting_the_model(host):
     for dtype in (torch.bfloat16, torch.float64):
         model.to(dtype)
         buffers = [buffer for name, buffer in model.named_buffers() if "sdpt_" in name]
-        assert len(buffers) == 4
+        assert len(buffers) == 6
         assert {buffer.dtype for buffer in buffers} == {torch.promote_types(dtype, torch.float32)}
         low = fused(dtype)
         assert low.dtype == dtype
@@ -276,8 +276,8 @@ def test_a_config_can_be_used_on_several_hosts():
     first = get_peft_model(make_host(), config)
     assert first.peft_config["default"] is config
     second = get_peft_model(make_host(d_model=64, layers=1), config)
-    assert first.peft_config["default"].fusion_layers == dict.fromkeys(LAYERS, WIDTH)
-    assert second.peft_config["default"].fusion_layers == {LAYERS[0]: 256}
+    assert first.peft_config["default"].fusion_layers == dict.fromkeys(LAYERS, REACHED)
+    assert second.peft_config["default"].fusion_layers == {LAYERS[0]: 128}
 
 
 def test_plain_modules_are_hosts():
@@ -566,7 +566,7 @@ def test_modules_to_save_train_whole():
 def test_a_fusion_layer_that_is_trained_whole_gets_no_prompts():
     model = attach(FusionStack(), modules_to_save=["layers.1"])
     assert model.base_model.targeted_module_names == ["layers.0"]
-    assert model.peft_config["default"].fusion_layers == {"layers.0": WIDTH}
+    assert model.peft_config["default"].fusion_layers == {"layers.0": REACHED}
 
 
 def test_beside_lora_in_the_same_host():

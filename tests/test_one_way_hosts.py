@@ -24,6 +24,7 @@ from transformers.models.sam3 import modeling_sam3
 from transformers.models.sam3_lite_text import modeling_sam3_lite_text
 
 import hosts
+from hosts import PUBLISHED
 from peft_sdpt import SDPTConfig, SDPTLayer
 from peft_sdpt.hosts import BRIDGETOWER, SAM3_DECODER, SAM3_ENCODER, SAM3_MASK_DECODER, find_hosts
 from tiny import bridgetower, lxmert, sam3
@@ -65,7 +66,7 @@ def hiding(lengths: list[int], total: int) -> torch.Tensor:
 
 class TestLxmert:
     def layer(self) -> SDPTLayer:
-        return layer_of(attach(lxmert.make().double()), lxmert.LAYERS[0])
+        return layer_of(attach(lxmert.make().double(), **PUBLISHED), lxmert.LAYERS[0])
 
     def test_equals_append_and_drop_in_both_directions(self):
         layer = self.layer()
@@ -126,7 +127,7 @@ class TestBridgeTower:
 
     @pytest.mark.parametrize("mode", ["unified", "independent"])
     def test_tokens_through_an_inverse_a_direction(self, mode):
-        model = attach(bridgetower.make().double(), prompt_mode=mode)
+        model = attach(bridgetower.make().double(), **PUBLISHED, prompt_mode=mode)
         text_layer, image_layer = self.parts(model)
         tokens = text_layer.sdpt_prompts["default"].double()
         text_tokens, image_tokens = (tokens, tokens) if mode == "unified" else tokens
@@ -332,7 +333,7 @@ class TestSam3:
     @pytest.mark.parametrize("independent", [False, True])
     def test_a_decoder_layer_on_its_own(self, name, independent):
         mode = "independent" if independent else "unified"
-        model = attach(sam3.make(name).double(), target_modules=sam3.DECODER, prompt_mode=mode)
+        model = attach(sam3.make(name).double(), target_modules=sam3.DECODER, **PUBLISHED, prompt_mode=mode)
         layer = layer_of(model, sam3.DECODER[0])
         host = layer.base_layer
         tokens = layer.sdpt_prompts["default"].double()
@@ -366,7 +367,7 @@ class TestSam3:
 
     @every_sam3
     def test_an_encoder_layer_and_the_mask_decoder_see_a_longer_concept(self, name):
-        model = attach(sam3.make(name).double())
+        model = attach(sam3.make(name).double(), **PUBLISHED)
         image, places, text = random(2, 16, sam3.WIDTH), random(2, 16, sam3.WIDTH, seed=1), random(2, 5, sam3.WIDTH)
         valid = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
         layer = layer_of(model, sam3.ENCODER[0])

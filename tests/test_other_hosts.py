@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import BlipConfig, BlipForConditionalGeneration, BlipTextConfig, BlipVisionConfig
 
-from hosts import attach
+from hosts import PUBLISHED, attach
 from peft_sdpt import SDPTLayer
 from peft_sdpt.hosts import BLIP, FLAVA, OMDET_TURBO, QFORMER, VILT, find_hosts
 from tiny import cases, randomise
@@ -77,7 +77,7 @@ def append_and_drop(attention, z, hidden_states, mask=None):
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("name", ["vilt", "flava"])
 def test_a_joint_attention_equals_append_and_drop(name, masked):
-    model = attach(CASES[name].make()).double()
+    model = attach(CASES[name].make(), **PUBLISHED).double()
     layer = next(module for module in model.modules() if isinstance(module, SDPTLayer))
     attention = layer.base_layer
     z = (layer.sdpt_prompts["default"] - attention.key.bias) @ torch.linalg.inv(attention.key.weight).T

@@ -3,9 +3,10 @@
 """Inverse linear projections."""
 
 import pytest
+import scipy.linalg
 import torch
 
-from peft_sdpt.projection import inverse_projection, to_input_space
+from peft_sdpt.projection import inverse_projection, reachable_basis, to_aligned_space, to_input_space
 
 IN, OUT, N = 6, 24, 5
 
@@ -41,6 +42,49 @@ def test_one_token_can_stand_for_any_pair_where_the_space_is_wide_enough():
     for x, weight, bias in zip(wanted, weights, biases, strict=True):
         found = to_input_space(tokens, inverse_projection(weight), bias)
         torch.testing.assert_close(found, x, rtol=0, atol=1e-10)
+
+
+def test_the_basis_of_what_projections_reach():
+    """The orthogonal factor of the polar decomposition of all columns, which SciPy computes too."""
+    torch.manual_seed(0)
+    weights = torch.randn(OUT, 6).double(), torch.randn(OUT, 8).double()
+    columns, basis = torch.cat(weights, dim=1), reachable_basis(weights)
+    torch.testing.assert_close(basis, torch.from_numpy(scipy.linalg.polar(columns.numpy())[0]), rtol=0, atol=1e-10)
+    torch.testing.assert_close(basis.T @ basis, torch.eye(14, dtype=torch.float64), rtol=0, atol=1e-10)
+    torch.testing.assert_close(basis @ basis.T @ columns, columns, rtol=0, atol=1e-10)
+    # All that an inverse sees of a token is within it.
+    tokens = torch.randn(N, OUT, dtype=torch.float64)
+    for weight in weights:
+        inverse = inverse_projection(weight)
+        seen = to_input_space(to_aligned_space(tokens @ basis, basis), inverse, None)
+        torch.testing.assert_close(seen, to_input_space(tokens, inverse, None), rtol=0, atol=1e-10)
+
+
+def test_the_basis_moves_little_with_the_weights():
+    """A singular vector may turn its sign or mix with its neighbours; coordinates must not."""
+    torch.manual_seed(0)
+    weights = [torch.linalg.qr(torch.randn(OUT, IN))[0], torch.randn(OUT, IN)]  # equal singular values among them
+    rounded = [weight.bfloat16().float() for weight in weights]
+    assert (reachable_basis(weights) - reachable_basis(rounded)).abs().max() < 0.02
+    assert reachable_basis(rounded).dtype == torch.float32
+
+
+def test_columns_that_are_not_independent_reach_less():
+    torch.manual_seed(0)
+    weight = torch.randn(OUT, IN).double()
+    basis = reachable_basis([weight, 2 * weight])
+    assert basis.shape == (OUT, 2 * IN)
+    assert torch.linalg.matrix_rank(basis) == IN
+    torch.testing.assert_close(basis @ basis.T @ weight, weight, rtol=0, atol=1e-10)
+    assert not reachable_basis([torch.zeros(OUT, IN)]).any()
+
+
+def test_a_basis_without_weights():
+    with torch.device("meta"):
+        basis = reachable_basis([torch.empty(OUT, IN), torch.empty(OUT, 4)])
+    assert basis.is_meta and basis.shape == (OUT, IN + 4)
+    with torch.inference_mode():
+        assert not reachable_basis([torch.randn(OUT, IN)]).is_inference()
 
 
 def test_exact_inverse_where_the_projection_reaches_everything():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 
-from hosts import HOST_NAMES, LAYERS, WIDTH, FusionStack, make_host
+from hosts import HOST_NAMES, LAYERS, PUBLISHED, WIDTH, FusionStack, make_host
 from peft_sdpt import SDPTConfig, SDPTLayer, initialize_sdpt_prototypes
 from peft_sdpt.prototypes import _within
 
@@ -35,7 +35,10 @@ def batch(boxes=((0.25, 0.5, 0.5, 1.0),), classes=(1,), padded=0, seed=0):
 
 def attach(name="grounding_dino", count=3, **config):
     torch.manual_seed(0)
-    return get_peft_model(make_host(name), SDPTConfig(init_weights="prototypes", num_virtual_tokens=count, **config))
+    return get_peft_model(
+        make_host(name),
+        SDPTConfig(**{**PUBLISHED, "init_weights": "prototypes", "num_virtual_tokens": count, **config}),
+    )
 
 
 def query_states(model, inputs):
@@ -166,7 +169,7 @@ def test_they_are_saved_and_loaded_as_any_prompts(tmp_path):
 
 def test_until_it_is_called_they_are_uniform():
     torch.manual_seed(0)
-    uniform = get_peft_model(make_host(), SDPTConfig(num_virtual_tokens=3))
+    uniform = get_peft_model(make_host(), SDPTConfig(**PUBLISHED, num_virtual_tokens=3))
     assert all(torch.equal(one, other) for one, other in zip(prompts(attach()), prompts(uniform), strict=True))
 
 

@@ -21,7 +21,7 @@ from pictograms.tasks import TASKS
 from training_data import TrainingSamples
 
 from .. import EXAMPLES
-from ..peers import trained_parameters
+from ..peers import PUBLISHED, trained_parameters
 from .measuring import in_turns
 
 PICTURES, BATCH = 120, 12
@@ -33,7 +33,7 @@ def measure_epochs(repeats: int, device: str, tick: Callable[[str], None] = lamb
     Pictures are read, processed and batched within an epoch, as in training; they are generated before.
     """
     host = AutoModelForZeroShotObjectDetection.from_pretrained(EXAMPLES / "host", dtype=torch.float32)
-    model = get_peft_model(host, SDPTConfig()).to(device).train()
+    model = get_peft_model(host, SDPTConfig(**PUBLISHED)).to(device).train()
     task = TASKS["twemoji"]
     data = scene_split([(1, number) for number in range(PICTURES)], task.classes(), look=task.look)
     processor = AutoProcessor.from_pretrained(EXAMPLES / "host")

@@ -20,6 +20,7 @@ from ..peers import (
     IA3_FEEDFORWARD,
     IA3_TARGETS,
     LORA_TARGETS,
+    PUBLISHED,
     is_bitfit,
     train,
     trained_parameters,
@@ -51,11 +52,11 @@ class Method:
 
 METHODS = {
     "host": Method("bare host", "nothing", lambda host: host, trained=False),
-    "sdpt": Method("SDPT", "10 tokens a fusion layer", lambda host: get_peft_model(host, SDPTConfig())),
+    "sdpt": Method("SDPT", "10 tokens a fusion layer", lambda host: get_peft_model(host, SDPTConfig(**PUBLISHED))),
     "sdpt-eager": Method(
         "SDPT eager",
         '10 tokens a fusion layer, `attn_implementation="eager"`',
-        lambda host: get_peft_model(host, SDPTConfig(attn_implementation="eager")),
+        lambda host: get_peft_model(host, SDPTConfig(**PUBLISHED, attn_implementation="eager")),
     ),
     "cached": Method("SDPT, cached features", "", lambda host: host, infers=False, trained=False, fuses=False),
     "released": Method("released algorithm", "10 tokens a fusion layer", attach_released),

@@ -10,7 +10,7 @@ from torch import nn
 from peft_sdpt import SDPTLayer
 from peft_sdpt.projection import inverse_projection
 
-RULES = ("ridge 0.1", "scaled")
+RULES = ("0.1 of images alone", "0.1 of text alone", "ridge 0.1", "scaled", "quiet start")
 
 
 @torch.no_grad()
@@ -18,19 +18,38 @@ def replace_inverses(model: nn.Module, rule: str) -> nn.Module:
     """Put other inverses into the SDPT layers of a model, which keep them while no weight changes.
 
     Args:
-        rule: "ridge R" for `W^T (W W^T + r^2 I)^-1` with r the share R of the largest singular value; "scaled" for the
-            full inverse times what makes U(-1, 1) prompts as long as the layer-normed tokens of the host, `sqrt(d)`.
+        rule: "R of images alone" and "R of text alone" for the inverse of one modality that drops singular values below
+            the share R of the largest; "ridge R" for `W^T (W W^T + r^2 I)^-1` with r that share of the largest;
+            "scaled" for the full inverse times what makes U(-1, 1) prompts as long as the layer-normed tokens of the
+            host, `sqrt(d)`; "quiet start" for the full inverse, and tokens that start as what becomes N(0, 1) prompts.
     """
     for layer in [module for module in model.modules() if isinstance(module, SDPTLayer)]:
-        for inverses, projection in zip(layer.sdpt_inverses, layer._projections(), strict=True):
+        if rule == "quiet start":
+            _start_quietly(layer)
+            continue
+        sides = zip(("images", "text"), layer.sdpt_inverses, layer._projections(), strict=True)
+        for modality, inverses, projection in sides:
             for name in list(inverses):
-                inverses[name] = _inverse(projection, rule).to(inverses[name])
+                inverses[name] = _inverse(projection, rule, modality).to(inverses[name])
     return model
 
 
-def _inverse(projection: nn.Module, rule: str) -> torch.Tensor:
+def _start_quietly(layer: SDPTLayer) -> None:
+    """Where the columns of both projections are independent, one token stands for any pair of prompts."""
+    weights = [projection.weight.double() for projection in layer._projections()]
+    for name, config in layer.sdpt_config.items():
+        wanted = []
+        for weight, projection in zip(weights, layer._projections(), strict=True):
+            prompts = torch.randn(config.num_virtual_tokens, weight.shape[1]).to(weight)
+            wanted.append((prompts @ weight.T + projection.bias) @ weight)
+        layer.set_tokens(name, torch.cat(wanted, dim=1) @ torch.linalg.pinv(torch.cat(weights, dim=1)))
+
+
+def _inverse(projection: nn.Module, rule: str, modality: str) -> torch.Tensor:
     weight = projection.weight.double()
     kind, _, share = rule.partition(" ")
+    if share.endswith("alone"):
+        return inverse_projection(weight, rtol=float(kind) if modality in share else None)
     if kind == "ridge":
         left, values, right = torch.linalg.svd(weight, full_matrices=False)
         damped = values / (values**2 + (float(share) * values[0]) ** 2)

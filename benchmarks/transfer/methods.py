@@ -13,11 +13,10 @@ from torch import nn
 
 from peft_sdpt import SDPTConfig
 
-from ..peers import ATTENTION, FUSION_QUERIES, LORA_TARGETS, in_layers, is_bitfit, train, with_peft
+from ..peers import ATTENTION, FUSION_QUERIES, LORA_TARGETS, PUBLISHED, in_layers, is_bitfit, train, with_peft
 from ..window_prompts import attach_window_prompts
 from .inverses import replace_inverses
 from .prompts import attach_prompts
-from .reachable import train_coordinates
 from .text_side import attach_probe, attach_trained_text
 
 # (frozen host, its processor, class names, fields of SDPTConfig) -> what is trained, requiring gradients. One more
@@ -51,7 +50,7 @@ class Method:
 
 def _sdpt(**fixed: Any) -> Attach:
     def attach(host: nn.Module, _processor: Any, _names: list[str], fields: dict[str, Any]) -> nn.Module:
-        fields = {**fixed, **fields}
+        fields = {**PUBLISHED, **fixed, **fields}
         inverse = fields.pop("inverse", None)
         model = get_peft_model(host, SDPTConfig(**fields))
         return replace_inverses(model, inverse) if inverse else model
@@ -71,17 +70,16 @@ def _sdpt_and_lora(host: nn.Module, _processor: Any, _names: list[str], fields: 
     host.config.tie_word_embeddings = False
     # Not on the fusion layers' queries, which SDPT inverts.
     inject_adapter_in_model(LoraConfig(r=8, target_modules=in_layers(*ATTENTION)), host, "lora")
-    return get_peft_model(host, SDPTConfig(**fields))
+    return get_peft_model(host, SDPTConfig(**PUBLISHED, **fields))
 
 
 METHODS: dict[str, Method] = {
-    "sdpt": Method("SDPT", _sdpt(), PROMPT_RATES),
+    "sdpt-defaults": Method("SDPT, defaults", lambda host, *_: get_peft_model(host, SDPTConfig()), LARGE_PROMPT_RATES),
+    "sdpt": Method("SDPT, published", _sdpt(), PROMPT_RATES),
     "sdpt-hidden": Method("SDPT, hidden from the image", _sdpt(image_attends_prompts=False), PROMPT_RATES),
     "sdpt-independent": Method("independent prompts", _sdpt(prompt_mode="independent"), PROMPT_RATES),
     "sdpt-reachable": Method(
-        "SDPT, coordinates of what can be reached",
-        lambda host, _processor, _names, fields: train_coordinates(get_peft_model(host, SDPTConfig(**fields))),
-        LARGE_PROMPT_RATES,
+        "SDPT, coordinates of what can be reached", _sdpt(prompt_space="reachable"), LARGE_PROMPT_RATES
     ),
     "text-prompts": Method("text-side prompts", _prompts("text"), PROMPT_RATES),
     "image-prompts": Method("image-side prompts", _prompts("image"), PROMPT_RATES),

@@ -28,12 +28,15 @@ class PromptedFusion(nn.Module):
 
 
 class InputPrompts(nn.Module):
-    """Tokens that are trained as the layer's inputs `(N, d)`: image prompts, text prompts, or both."""
+    """Tokens that are trained as the layer's inputs `(N, d)`: image prompts, text prompts, or both.
 
-    def __init__(self, widths: tuple[int, int], sides: tuple[bool, bool], num_tokens: int) -> None:
+    They start normal, with a standard deviation `size`: 1 is as large as tokens that a layer norm has been over.
+    """
+
+    def __init__(self, widths: tuple[int, int], sides: tuple[bool, bool], num_tokens: int, size: float = 1.0) -> None:
         super().__init__()
         for name, width, used in zip(("image", "text"), widths, sides, strict=True):
-            setattr(self, name, nn.Parameter(torch.randn(num_tokens, width) * 0.02) if used else None)
+            setattr(self, name, nn.Parameter(torch.randn(num_tokens, width) * size) if used else None)
 
     def forward(self) -> list[torch.Tensor | None]:
         return [self.image, self.text]
@@ -60,7 +63,7 @@ class CoupledPrompts(nn.Module):
 
     def __init__(self, widths: tuple[int, int], maps: nn.ModuleList, num_tokens: int) -> None:
         super().__init__()
-        self.own = InputPrompts(widths, (True, True), num_tokens)
+        self.own = InputPrompts(widths, (True, True), num_tokens, size=0.02)
         self.maps = maps  # of image prompts to text, and of text prompts to image
 
     def forward(self) -> list[torch.Tensor]:

@@ -15,13 +15,15 @@ from torch import nn
 from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 
 from adapters import set_picture_size
-from coco_data import few_shot
+from coco_data import DetectionSplit, few_shot
 from coco_metrics import average_precision, detect_split
 from errors import InputError
 from peft_sdpt import initialize_sdpt_prototypes
+from peft_sdpt.loss import GroundedDetectionLoss
 
 from ..peers import trained_parameters
 from .conditioning import make_ill_conditioned
+from .diagnosis import diagnose
 from .grid import Cell
 from .methods import METHODS
 from .one_text import text_computed_once
@@ -30,6 +32,8 @@ from .tuning import BATCH, Diverged, batches, tune
 
 EVALUATED_AT_A_TIME = 16
 PROTOTYPE_BATCHES = 4
+DIAGNOSED = ("sdpt", "sdpt-defaults")
+DIAGNOSED_BATCHES = 2
 NOTHING_FOUND = {"AP": 0.0, "AP50": 0.0, "AP75": 0.0}
 
 
@@ -47,7 +51,8 @@ def run_cell(cell: Cell, task: Task, model_name: str, device: str) -> dict[str, 
 
     Returns:
         `AP`, `AP50` and `AP75`; and, where something trains, `trained`, a number of parameters, `losses`, one a step,
-        `seconds` of training and `pictures`, how many it had. A run whose loss stops being finite has an AP of 0 and
+        `seconds` of training and `pictures`, how many it had; of SDPT `start` and `end`, what `diagnose` finds before
+        and after training. A run whose loss stops being finite has an AP of 0 and
         `diverged`, the step.
     """
     processor = AutoProcessor.from_pretrained(model_name)
@@ -68,8 +73,11 @@ def run_cell(cell: Cell, task: Task, model_name: str, device: str) -> dict[str, 
             initialize_sdpt_prototypes(model, batches(processor, model, data, BATCH * PROTOTYPE_BATCHES, cell.seed))
         result["pictures"] = len(data)
         result["trained"] = sum(parameter.numel() for parameter in trained_parameters(model).values())
+        looked_at = cell.method in DIAGNOSED and not cell.fields and cell.condition is None
         try:
             with text_computed_once(model):
+                if looked_at:
+                    result["start"] = _look(model, processor, data, cell.seed)
                 result |= tune(
                     model,
                     processor,
@@ -80,6 +88,8 @@ def run_cell(cell: Cell, task: Task, model_name: str, device: str) -> dict[str, 
                     prompt_factor=method.prompt_factor,
                     device=device,
                 )
+                if looked_at:
+                    result["end"] = _look(model, processor, data, cell.seed)
         except Diverged as error:
             return {**result, **NOTHING_FOUND, "diverged": error.args[0]}
     held_out = task.load(cell.split)
@@ -89,6 +99,18 @@ def run_cell(cell: Cell, task: Task, model_name: str, device: str) -> dict[str, 
     except InputError:  # scores that are not finite, after the last step
         return {**result, **NOTHING_FOUND, "diverged": cell.steps}
     return {**average_precision(held_out, rows), **result}
+
+
+def _look(model: nn.Module, processor: Any, data: DetectionSplit, seed: int) -> list[dict[str, float]]:
+    some = batches(processor, model, data, BATCH * DIAGNOSED_BATCHES, seed)
+    on_device = (
+        [
+            {k: v.to(model.device) for k, v in inputs.items()},
+            [{k: v.to(model.device) for k, v in l.items()} for l in labels],
+        ]
+        for inputs, labels in some
+    )
+    return diagnose(model, on_device, GroundedDetectionLoss(model.config))
 
 
 def load_host(model_name: str, device: str) -> nn.Module:

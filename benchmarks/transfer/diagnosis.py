@@ -1,0 +1,84 @@
+# Copyright 2026 The peft_sdpt authors
+# SPDX-License-Identifier: Apache-2.0
+"""What the prompts of SDPT do in each fusion layer: how loud they are, and how much of the attention they get."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_sdpt import SDPTLayer
+
+ADAPTER = "default"
+
+
+def diagnose(
+    model: nn.Module,
+    batches: Iterable[tuple[Mapping[str, Tensor], list[dict[str, Tensor]]]],
+    loss_function: Callable[[Any, list[dict[str, Tensor]]], Tensor],
+) -> list[dict[str, float]]:
+    """Look at the prompts of a model, which stays as it is.
+
+    Args:
+        model: with one SDPT adapter.
+        batches: what the model takes, and labels.
+        loss_function: of outputs and labels.
+
+    Returns:
+        One dict a fusion layer, with means over batches and tokens: `image_prompts` and `text_prompts`, lengths of the
+        prompts as tokens of the layer's inputs, and `image_tokens` and `text_tokens`, of the host's own;
+        `image_attention` and `text_attention`, the share of their attention that image and text tokens give to prompts;
+        `gradient`, the norm of that of the loss for the prototype tokens, over all batches together; and `unreached`,
+        the share of the tokens' squared length that neither projection reaches.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, SDPTLayer)}
+    seen: dict[str, list[dict[str, float]]] = {name: [] for name in layers}
+    hooks = [layer.register_forward_hook(partial(_see, seen[name]), with_kwargs=True) for name, layer in layers.items()]
+    was_training = model.training
+    model.eval()
+    total: Tensor | float = 0.0
+    try:
+        for inputs, labels in batches:
+            # The host's way, which keeps the attention.
+            total = total + loss_function(model(**inputs, output_attentions=True), labels)
+    finally:
+        model.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    tokens = [layer.sdpt_prompts[ADAPTER] for layer in layers.values()]
+    gradients = torch.autograd.grad(total / len(next(iter(seen.values()))), tokens)
+    found = []
+    for name, layer, gradient in zip(layers, layers.values(), gradients, strict=True):
+        means = {key: sum(each[key] for each in seen[name]) / len(seen[name]) for key in seen[name][0]}
+        found.append({**means, "gradient": gradient.norm().item(), "unreached": _unreached(layer)})
+    return found
+
+
+@torch.no_grad()
+def _see(found: list[dict[str, float]], layer: SDPTLayer, args: tuple, kwargs: dict, outputs: Any) -> None:
+    host = layer.fusion_host
+    bound = host.bind(args, kwargs)
+    prompts = [side.tokens for side in layer._prompts([ADAPTER], None)]
+    row: dict[str, float] = {}
+    sides = zip(
+        ("image", "text"), (host.image_tokens, host.text_tokens), prompts, reversed(prompts), outputs, strict=True
+    )
+    for side, tokens, own, seen, (_, weights) in sides:
+        row[f"{side}_tokens"] = bound[tokens].norm(dim=-1).mean().item()
+        row[f"{side}_prompts"] = 0.0 if own is None else own.norm(dim=-1).mean().item()
+        # Prompts are the last keys. Image tokens see those of the text, and text tokens those of the image.
+        number = 0 if seen is None else len(seen)
+        row[f"{side}_attention"] = weights[..., weights.shape[-1] - number :].sum(-1).mean().item()
+    found.append(row)
+
+
+@torch.no_grad()
+def _unreached(layer: SDPTLayer) -> float:
+    tokens = layer.tokens(ADAPTER).double()
+    columns = torch.cat([projection.weight for projection in layer._projections()], dim=1).double()
+    reached = columns @ torch.linalg.lstsq(columns, tokens.T).solution
+    return round((1 - reached.square().sum() / tokens.square().sum()).item(), 6)
