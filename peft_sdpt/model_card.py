@@ -142,7 +142,8 @@ def _describe(config: SDPTConfig, host: str | None) -> str:
         wide = " or ".join(f"{width}" for width in sorted(set(widths)))
         lines += [
             f"| tokens | {tokens}, {size:,} numbers in all |",
-            f"| fusion layers | {len(widths)}, tokens of {wide} numbers; `fusion_layers` in `adapter_config.json` names them |",
+            f"| fusion layers | {len(widths)}, tokens of {wide} numbers; `fusion_layers` in `adapter_config.json` "
+            "names them |",
         ]
     else:
         lines += [f"| tokens | {tokens} |"]

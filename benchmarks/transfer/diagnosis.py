@@ -64,11 +64,10 @@ def _see(found: list[dict[str, float]], layer: SDPTLayer, args: tuple, kwargs: d
     bound = host.bind(args, kwargs)
     prompts = [side.tokens for side in layer._prompts([ADAPTER], None)]
     row: dict[str, float] = {}
-    sides = zip(
-        ("image", "text"), (host.image_tokens, host.text_tokens), prompts, reversed(prompts), outputs, strict=True
-    )
+    given = bound[host.image_tokens], bound[host.text_tokens]
+    sides = zip(("image", "text"), given, prompts, reversed(prompts), outputs, strict=True)
     for side, tokens, own, seen, (_, weights) in sides:
-        row[f"{side}_tokens"] = bound[tokens].norm(dim=-1).mean().item()
+        row[f"{side}_tokens"] = tokens.norm(dim=-1).mean().item()
         row[f"{side}_prompts"] = 0.0 if own is None else own.norm(dim=-1).mean().item()
         # Prompts are the last keys. Image tokens see those of the text, and text tokens those of the image.
         number = 0 if seen is None else len(seen)

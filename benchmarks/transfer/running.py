@@ -7,11 +7,12 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 
 from adapters import set_picture_size
@@ -104,13 +105,13 @@ def run_cell(cell: Cell, task: Task, model_name: str, device: str) -> dict[str, 
 def _look(model: nn.Module, processor: Any, data: DetectionSplit, seed: int) -> list[dict[str, float]]:
     some = batches(processor, model, data, BATCH * DIAGNOSED_BATCHES, seed)
     on_device = (
-        [
-            {k: v.to(model.device) for k, v in inputs.items()},
-            [{k: v.to(model.device) for k, v in l.items()} for l in labels],
-        ]
-        for inputs, labels in some
+        (_moved(inputs, model.device), [_moved(label, model.device) for label in labels]) for inputs, labels in some
     )
     return diagnose(model, on_device, GroundedDetectionLoss(model.config))
+
+
+def _moved(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
 def load_host(model_name: str, device: str) -> nn.Module:
