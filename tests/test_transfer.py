@@ -22,6 +22,7 @@ from benchmarks.results import BEGIN, END
 from benchmarks.transfer import __main__ as suite
 from benchmarks.transfer import grid, running, tuning
 from benchmarks.transfer.conditioning import make_ill_conditioned
+from benchmarks.transfer.diagnosis import diagnose
 from benchmarks.transfer.grid import Cell, best_rate, leaders, plan
 from benchmarks.transfer.inverses import replace_inverses
 from benchmarks.transfer.methods import METHODS
@@ -151,6 +152,7 @@ def test_a_cell_is_the_same_twice_and_moves_what_it_trains(task):
     assert {**one, "seconds": 0} == {**other, "seconds": 0}
     assert len(one["losses"]) == 2 and one["trained"] == 15360 and 0 < one["pictures"] <= 12
     assert 0 <= one["AP"] <= one["AP50"] <= 1
+    assert len(one["start"]) == len(one["end"]) == 3 and one["start"] != one["end"]
     still = run_cell(dataclasses.replace(cell, learning_rate=1e-9), task, HOST, "cpu")
     assert still["losses"][0] == one["losses"][0] and still["losses"][1] != one["losses"][1]
 
@@ -195,6 +197,50 @@ def test_other_inverses(processor):
     fields = {"inverse": "scaled", "num_virtual_tokens": 3}
     model = METHODS["sdpt"].attach(load_host(HOST, "cpu"), processor, NAMES, fields)
     assert sum(parameter.numel() for parameter in trained_parameters(model).values()) == 3 * 3 * 512
+
+
+def test_an_inverse_of_one_modality_and_a_quiet_start(processor):
+    host = make_ill_conditioned(load_host(HOST, "cpu"), 300.0)
+    model = METHODS["sdpt"].attach(host, processor, NAMES, {})
+    layer = next(module for module in model.modules() if isinstance(module, SDPTLayer))
+    full = [inverses["default"].clone() for inverses in layer.sdpt_inverses]
+    for place, modality in enumerate(("images", "text")):
+        replace_inverses(model, f"0.1 of {modality} alone")
+        new = [inverses["default"] for inverses in layer.sdpt_inverses]
+        assert new[place].norm() < 0.5 * full[place].norm() and torch.equal(new[1 - place], full[1 - place])
+    replace_inverses(model, "0.1 of neither alone")  # which is the full one of both
+    torch.manual_seed(0)
+    replace_inverses(model, "quiet start")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for prompts in layer.eval()._prompts(["default"], None):
+            torch.testing.assert_close(prompts.tokens, torch.randn(10, 128), rtol=0, atol=0.05)
+
+
+def test_what_prompts_do(processor):
+    model = METHODS["sdpt-defaults"].attach(load_host(HOST, "cpu"), processor, NAMES, {}).eval()
+    inputs = inputs_of(processor)
+
+    def loss(outputs, labels):
+        return outputs.pred_boxes.square().sum() * labels[0]["weight"]
+
+    batch = (inputs, [{"weight": torch.tensor(2.0)}])
+    found = diagnose(model, [batch, batch], loss)
+    layers = [module for module in model.modules() if isinstance(module, SDPTLayer)]
+    assert len(found) == len(layers) == 3 and model.training is False
+    once = loss(model(**inputs), batch[1])
+    gradients = torch.autograd.grad(once, [layer.sdpt_prompts["default"] for layer in layers])
+    for row, layer, gradient in zip(found, layers, gradients, strict=True):
+        assert row["gradient"] == pytest.approx(gradient.norm().item(), rel=1e-3)
+        assert row["unreached"] == 0  # coordinates are of nothing else
+        with torch.no_grad():
+            lengths = [prompts.tokens.norm(dim=-1).mean().item() for prompts in layer._prompts(["default"], None)]
+        assert [row["image_prompts"], row["text_prompts"]] == pytest.approx(lengths)
+        assert 0 < row["image_attention"] < 0.5 and 0 < row["text_attention"] < 0.5
+    # Prompts that nothing attends to, and tokens that nothing reaches.
+    model = METHODS["sdpt"].attach(load_host(HOST, "cpu"), processor, NAMES, {"image_attends_prompts": False})
+    for row in diagnose(model, [batch], loss):
+        assert row["image_attention"] == 0 < row["text_attention"] and row["unreached"] == pytest.approx(0.5, abs=0.05)
 
 
 def test_an_ill_conditioned_host_computes_the_same(processor):

@@ -16,6 +16,8 @@ SHOTS, OTHER_SHOTS = 10, (1, 5, None)  # None: all training pictures
 STEPS, STEPS_OF_ALL = 100, 150  # few pictures, and all of them
 LEADERS = 4
 OURS = "sdpt-defaults"
+# Methods whose prompts are looked at before and after training.
+DIAGNOSED = ("sdpt", OURS)
 # Fields of SDPTConfig that the ablations change, one at a time.
 ABLATIONS: dict[str, tuple[Any, ...]] = {
     "num_virtual_tokens": (1, 5, 20, 50, 100),

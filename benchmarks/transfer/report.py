@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from statistics import mean, stdev
 from typing import Any
 
@@ -12,6 +13,7 @@ from ..results import table
 from .grid import (
     ABLATIONS,
     CONDITIONS,
+    DIAGNOSED,
     INVERSES,
     OTHER_SHOTS,
     SHOTS,
@@ -43,6 +45,13 @@ class Found:
         fields: tuple = (), condition: float | None = None,
     ) -> list[float]:  # fmt: skip
         """Of each seed that has been measured."""
+        return [cell[metric] for cell in self.cells_of(task, method, shots, rate, fields, condition)]
+
+    def cells_of(
+        self, task: str, method: str, shots: int | None = SHOTS, rate: float | None = None, fields: tuple = (),
+        condition: float | None = None,
+    ) -> list[dict[str, Any]]:  # fmt: skip
+        """What was measured with each seed."""
         if method == "zero-shot":
             cells = [Cell(task, method, shots=0, condition=condition)]
         else:
@@ -50,7 +59,7 @@ class Found:
             cells = [
                 Cell(task, method, rate, shots, seed, fields=fields, condition=condition) for seed in range(self.seeds)
             ]
-        return [self.cells[cell.key][metric] for cell in cells if cell.key in self.cells]
+        return [self.cells[cell.key] for cell in cells if cell.key in self.cells]
 
     def over_tasks(self, method: str, metric: str = "AP", shots: int | None = SHOTS) -> float | None:
         """Mean of the tasks' means; None unless all are there."""
@@ -62,6 +71,16 @@ class Found:
         return next(
             (cell["trained"] for cell in self.cells.values() if cell["method"] == method and not cell["fields"]), None
         )
+
+
+_PROMPT_MEASURES: dict[str, Callable[[float], str]] = {
+    "image_prompts": "{:.1f}".format,
+    "text_prompts": "{:.1f}".format,
+    "image_attention": "{:.1%}".format,
+    "text_attention": "{:.1%}".format,
+    "gradient": "{:.4f}".format,
+    "unreached": "{:.0%}".format,
+}
 
 
 def spread(values: list[float]) -> str:
@@ -116,7 +135,7 @@ def _ablations(found: Found) -> str:
     if "sdpt" not in found.rates:
         return "Not yet.\n"
     tasks = ablation_tasks(found.tasks)
-    rows = [["defaults", "", *(spread(found.values(task, "sdpt")) for task in tasks)]]
+    rows = [["as published", "", *(spread(found.values(task, "sdpt")) for task in tasks)]]
     for name, values in ABLATIONS.items():
         for value in values:
             fields = ((name, value),)
@@ -150,6 +169,22 @@ def _rates(found: Found) -> str:
     return table(["method", "learning rate", *tasks], rows)
 
 
+def _prompts(found: Found) -> str:
+    """Of each fusion layer before training and after, means over seeds."""
+    rows = []
+    for task in ablation_tasks(found.tasks):
+        for method in DIAGNOSED:
+            cells = [cell for cell in found.cells_of(task, method) if "end" in cell]
+            for layer in range(len(cells[0]["end"]) if cells else 0):
+                row = [task, METHODS[method].label, f"{layer}"]
+                for measure, show in _PROMPT_MEASURES.items():
+                    start, end = (mean(cell[when][layer][measure] for cell in cells) for when in ("start", "end"))
+                    row.append(f"{show(start)} → {show(end)}")
+                rows.append(row)
+    heads = ["image prompts", "text prompts", "attention of image", "attention of text", "gradient", "out of reach"]
+    return table(["task", "method", "layer", *heads], rows)
+
+
 def missing(results: Results) -> int:
     """How many runs of the plan have not been made."""
     planned = plan(results["tasks"], results["methods"], results["seeds"], results["cells"])
@@ -180,5 +215,7 @@ def report(results: Results) -> str:
         _conditions(found),
         f"### Learning rates, {SHOTS} images a class: AP\n",
         _rates(found),
+        "### What prompts do\n",
+        _prompts(found),
     ]
     return "\n".join(parts)

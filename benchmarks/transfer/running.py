@@ -25,7 +25,7 @@ from peft_sdpt.loss import GroundedDetectionLoss
 from ..peers import trained_parameters
 from .conditioning import make_ill_conditioned
 from .diagnosis import diagnose
-from .grid import Cell
+from .grid import DIAGNOSED, Cell
 from .methods import METHODS
 from .one_text import text_computed_once
 from .tasks import Task
@@ -33,7 +33,6 @@ from .tuning import BATCH, Diverged, batches, tune
 
 EVALUATED_AT_A_TIME = 16
 PROTOTYPE_BATCHES = 4
-DIAGNOSED = ("sdpt", "sdpt-defaults")
 DIAGNOSED_BATCHES = 2
 NOTHING_FOUND = {"AP": 0.0, "AP50": 0.0, "AP75": 0.0}
 
