@@ -159,7 +159,7 @@ def parse_args() -> argparse.Namespace:
     train.add_argument("--per_device_eval_batch_size", type=int, default=16, help="Images a process and batch.")
     train.add_argument("--gradient_accumulation_steps", type=int, default=1, help="Batches a step.")
     train.add_argument(
-        "--learning_rate", type=float, default=0.2, help="Prompts want rates two orders above those of weights."
+        "--learning_rate", type=float, default=0.3, help="Prompts want rates two orders above those of weights."
     )
     train.add_argument("--weight_decay", type=float, default=0.0, help="Of AdamW.")
     train.add_argument("--max_grad_norm", type=float, default=1.0, help="Gradients are clipped to this norm.")

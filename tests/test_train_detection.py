@@ -767,5 +767,5 @@ def test_real_photographs_go_through_training(main_job, tmp_path):
         PeftModel.from_pretrained(AutoModelForZeroShotObjectDetection.from_pretrained(HOST), tmp_path / "out")
         .peft_config["default"]
         .num_virtual_tokens
-        == 10
+        == 20
     )

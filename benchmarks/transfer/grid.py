@@ -16,6 +16,8 @@ SHOTS, OTHER_SHOTS = 10, (1, 5, None)  # None: all training pictures
 STEPS, STEPS_OF_ALL = 100, 150  # few pictures, and all of them
 LEADERS = 4
 OURS = "sdpt-defaults"
+# Compared at so many times the steps too.
+LONGER, TIMES = (OURS, "text-embeddings", "lora", "full"), 3
 # Methods whose prompts are looked at before and after training.
 DIAGNOSED = ("sdpt", OURS)
 # Fields of SDPTConfig that the ablations change, one at a time.
@@ -47,6 +49,7 @@ class Cell:
         split: "val" to choose by, "test" to report.
         fields: of SDPTConfig that are not at their defaults, as pairs.
         condition: None for the host as it is; else see `conditioning`.
+        times: how many times the usual number of steps.
     """
 
     task: str
@@ -57,16 +60,19 @@ class Cell:
     split: str = "test"
     fields: tuple[tuple[str, Any], ...] = ()
     condition: float | None = None
+    times: int = 1
 
     @property
     def steps(self) -> int:
-        return STEPS_OF_ALL if self.shots is None else STEPS
+        return self.times * (STEPS_OF_ALL if self.shots is None else STEPS)
 
     @property
     def key(self) -> str:
         changes = "".join(f" {name}={value}" for name, value in self.fields)
         if self.condition is not None:
             changes += f" condition={self.condition}"
+        if self.times > 1:
+            changes += f" {self.times} times the steps"
         if self.method == "zero-shot":
             return f"{self.task} zero-shot{changes} {self.split}"
         shots = "all" if self.shots is None else self.shots
@@ -157,6 +163,17 @@ def condition_cells(tasks: list[str], rates: dict[str, float], seeds: int) -> li
     ]
 
 
+def longer_cells(tasks: list[str], rates: dict[str, float], seeds: int) -> list[Cell]:
+    """Whether those that lose only take longer."""
+    return [
+        Cell(task, name, rates[name], seed=seed, times=TIMES)
+        for seed in range(seeds)
+        for task in ablation_tasks(tasks)
+        for name in LONGER
+        if name in rates
+    ]
+
+
 def plan(tasks: list[str], methods: list[str], seeds: int, results: Results) -> list[Cell]:
     """All cells that are known by now, in the order in which to measure them.
 
@@ -175,6 +192,7 @@ def plan(tasks: list[str], methods: list[str], seeds: int, results: Results) -> 
     if "sdpt" in rates:
         cells += condition_cells(tasks, rates, seeds)
         cells += ablation_cells(tasks, rates, seeds)
+        cells += longer_cells(tasks, rates, seeds)
         first = leaders(tasks, rates, seeds, results)
         if first is not None:
             cells += compare_cells(tasks, {name: rates[name] for name in first}, seeds, OTHER_SHOTS)

@@ -15,8 +15,11 @@ from .grid import (
     CONDITIONS,
     DIAGNOSED,
     INVERSES,
+    LONGER,
     OTHER_SHOTS,
     SHOTS,
+    STEPS,
+    TIMES,
     Cell,
     ablation_tasks,
     best_rates,
@@ -49,7 +52,7 @@ class Found:
 
     def cells_of(
         self, task: str, method: str, shots: int | None = SHOTS, rate: float | None = None, fields: tuple = (),
-        condition: float | None = None,
+        condition: float | None = None, times: int = 1,
     ) -> list[dict[str, Any]]:  # fmt: skip
         """What was measured with each seed."""
         if method == "zero-shot":
@@ -57,7 +60,8 @@ class Found:
         else:
             rate = rate or self.rates.get(method)
             cells = [
-                Cell(task, method, rate, shots, seed, fields=fields, condition=condition) for seed in range(self.seeds)
+                Cell(task, method, rate, shots, seed, fields=fields, condition=condition, times=times)
+                for seed in range(self.seeds)
             ]
         return [self.cells[cell.key] for cell in cells if cell.key in self.cells]
 
@@ -169,6 +173,16 @@ def _rates(found: Found) -> str:
     return table(["method", "learning rate", *tasks], rows)
 
 
+def _longer(found: Found) -> str:
+    tasks = ablation_tasks(found.tasks)
+    rows = []
+    for name in LONGER:
+        if name in found.rates:
+            measured = [[c["AP"] for c in found.cells_of(task, name, times=n)] for task in tasks for n in (1, TIMES)]
+            rows.append([METHODS[name].label, *map(spread, measured)])
+    return table(["method", *(f"{task}, {n * STEPS} steps" for task in tasks for n in (1, TIMES))], rows)
+
+
 def _prompts(found: Found) -> str:
     """Of each fusion layer before training and after, means over seeds."""
     rows = []
@@ -215,6 +229,8 @@ def report(results: Results) -> str:
         _conditions(found),
         f"### Learning rates, {SHOTS} images a class: AP\n",
         _rates(found),
+        f"### More steps, {SHOTS} images a class: AP\n",
+        _longer(found),
         "### What prompts do\n",
         _prompts(found),
     ]
