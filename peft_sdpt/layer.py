@@ -189,7 +189,8 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
         self.sdpt_prompts[adapter_name].copy_(tokens)
 
     def _has_coordinates(self, adapter_name: str) -> bool:
-        return self.sdpt_prompts[adapter_name].shape[-1] < self.width
+        # Not by the shape of the prompts, which DeepSpeed ZeRO-3 leaves empty between calls.
+        return prompt_width(self.sdpt_config[adapter_name], self.fusion_host, self._projections()) < self.width
 
     def _tokens(self, adapter_name: str, prompts: torch.Tensor) -> torch.Tensor:
         return to_aligned_space(prompts, self.sdpt_basis) if self._has_coordinates(adapter_name) else prompts
@@ -212,7 +213,7 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
                     if config.pinv_rtol not in known:
                         known[config.pinv_rtol] = inverse_of(projection, config.pinv_rtol)
                     inverses[name] = known[config.pinv_rtol]
-        if self.sdpt_basis is None and any(map(self._has_coordinates, self.sdpt_prompts)):
+        if self.sdpt_basis is None and any(map(self._has_coordinates, self.sdpt_config)):
             self.sdpt_basis = basis_of(projections)
         self._inverted = tuple(WeightState.of(projection) for projection in projections)
 
