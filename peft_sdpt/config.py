@@ -40,8 +40,8 @@ class SDPTConfig(PeftConfig):
     (or `TypeError` for a wrong type) that names the field, the value and the rule.
 
     Args:
-        num_virtual_tokens: prototype tokens N of each fusion layer. At least 1. The paper's headline
-            of 0.04 % of GLIP-L is about 10.
+        num_virtual_tokens: prototype tokens N of each fusion layer. At least 1. The paper's headline of 0.04 % of
+            GLIP-L is about 10 of the aligned space, and 20 as coordinates.
         target_modules: None for every fusion layer of the host, or which of them: a list of
             module names (or ends of names), or a regular expression for the whole name.
         layers_to_transform: None for all, or the index or indices of fusion layers, counted from 0
@@ -50,7 +50,7 @@ class SDPTConfig(PeftConfig):
         init_weights: how prototype tokens start, always from torch's default CPU generator, so that
             `torch.manual_seed` gives the same start on every device. `"uniform"` is U(-1, 1) (the
             released default), `"normal"` is N(0, 1), `"xavier_*"` and `"kaiming_*"` are torch's with
-            their default arguments on each `(N, E)` set (fan_in E, fan_out N), `"zeros"` is the
+            their default arguments on each set of tokens (fan_in: the numbers of one, fan_out N), `"zeros"` is the
             origin of the aligned space, `"prototypes"` is for `initialize_sdpt_prototypes`, to be called next, and
             until then `"uniform"`. No start leaves the host's outputs as they were: a prompt takes its share of every
             softmax, one at the origin too. True and False are accepted because PEFT's tools set them; both mean
@@ -66,9 +66,9 @@ class SDPTConfig(PeftConfig):
             gradient. None for `"reachable"` in a new adapter of unified tokens, and else for `"aligned"`.
         image_attends_prompts: True lets both modalities see prompts. False is the released code's
             masking, in which only text tokens do.
-        pinv_rtol: None for the full inverse of the paper. A number between 0 and 1 drops the singular
-            values of a projection below that share of the largest, which keeps prompts at about the
-            size of the host's own tokens.
+        pinv_rtol: a number between 0 and 1 drops the singular values of a projection below that share of the largest,
+            without which ill-conditioned projections make steps of the optimizer leaps; None for the full inverse
+            of the paper.
         prompt_dropout: probability of zeroing an entry of the prototype tokens in training, scaled
             to keep the mean (`torch.nn.functional.dropout`). 0 <= p < 1.
         attn_implementation: `"fused"` computes a bi-directional attention without attention weights and without the

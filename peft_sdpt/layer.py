@@ -109,8 +109,8 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
         sdpt_prompts: what is trained: adapter name to `(N, r)`, coordinates of tokens in `sdpt_basis`, or to tokens
             `(N, E)` where the adapter has `prompt_space="aligned"` or the projections reach all of the aligned space;
             `(2, N, E)` in independent mode, one set a side. `tokens` gives the tokens of either.
-        sdpt_basis: `(E, r)`, an orthonormal basis of what the layer's projections reach; None where no adapter has
-            coordinates in it. Not saved, and never below float32.
+        sdpt_basis: adapter name to `(E, r)`, an orthonormal basis of what the layer's projections reach, for adapters
+            with coordinates. Not saved, and never below float32.
         sdpt_inverses: for each side of the module, adapter name to `(d, E)`, from the space of prompts to the side's
             tokens. Not saved, and never below float32, whatever the dtype of the host.
         output_attentions: whether the module's attention weights are asked for. The nearest module around it that
@@ -137,7 +137,7 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
         for place in range(len(fusion_host.inverted)):
             # Modules of the layer itself: where PEFT looks for what belongs to an adapter.
             self.add_module(f"sdpt_inverse_{place}", BufferDict(persistent=False))
-        self.register_buffer("sdpt_basis", None, persistent=False)
+        self.sdpt_basis = BufferDict(persistent=False)
         self._inverted: tuple[WeightState, ...] | None = None
         self._known_prompts: tuple[list[TensorState], list[Prompts]] | None = None
         # What the call in progress was asked for; the model sets it.
@@ -171,9 +171,9 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter from this layer, if it is there."""
         super().delete_adapter(adapter_name)
-        for inverses in self.sdpt_inverses:
-            if adapter_name in inverses:
-                del inverses[adapter_name]
+        for computed in (*self.sdpt_inverses, self.sdpt_basis):
+            if adapter_name in computed:
+                del computed[adapter_name]
 
     def tokens(self, adapter_name: str = "default") -> torch.Tensor:
         """Prototype tokens of an adapter, `(N, E)` or `(2, N, E)`."""
@@ -184,16 +184,14 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
     def set_tokens(self, adapter_name: str, tokens: torch.Tensor) -> None:
         """Make the prompts of an adapter these tokens, `(N, E)` or `(2, N, E)`; of coordinates, the nearest."""
         self._follow_weights()
-        if self._has_coordinates(adapter_name):
-            tokens = tokens.to(self.sdpt_basis) @ self.sdpt_basis
+        if adapter_name in self.sdpt_basis:
+            basis = self.sdpt_basis[adapter_name]
+            tokens = tokens.to(basis) @ basis
         self.sdpt_prompts[adapter_name].copy_(tokens)
 
-    def _has_coordinates(self, adapter_name: str) -> bool:
-        # Not by the shape of the prompts, which DeepSpeed ZeRO-3 leaves empty between calls.
-        return prompt_width(self.sdpt_config[adapter_name], self.fusion_host, self._projections()) < self.width
-
     def _tokens(self, adapter_name: str, prompts: torch.Tensor) -> torch.Tensor:
-        return to_aligned_space(prompts, self.sdpt_basis) if self._has_coordinates(adapter_name) else prompts
+        basis = self.sdpt_basis[adapter_name] if adapter_name in self.sdpt_basis else None
+        return prompts if basis is None else to_aligned_space(prompts, basis)
 
     def refresh_inverses(self, force: bool = False) -> None:
         """Recompute the inverse projections, and the basis, if a weight has changed since; with `force`, anyway."""
@@ -202,9 +200,8 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
             refuse_adapted(projection)
         self._known_prompts = None
         if force or not self._inverses_hold():
-            self.sdpt_basis = None
-            for inverses in self.sdpt_inverses:
-                inverses.clear()
+            for computed in (*self.sdpt_inverses, self.sdpt_basis):
+                computed.clear()
         for inverses, projection in zip(self.sdpt_inverses, projections, strict=True):
             # Adapters with the same tolerance share one tensor.
             known = {self.sdpt_config[name].pinv_rtol: value for name, value in inverses.items()}
@@ -213,8 +210,11 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
                     if config.pinv_rtol not in known:
                         known[config.pinv_rtol] = inverse_of(projection, config.pinv_rtol)
                     inverses[name] = known[config.pinv_rtol]
-        if self.sdpt_basis is None and any(map(self._has_coordinates, self.sdpt_config)):
-            self.sdpt_basis = basis_of(projections)
+        for name, config in self.sdpt_config.items():
+            if name not in self.sdpt_basis and prompt_width(config, self.fusion_host, projections) < self.width:
+                # Adapters share one.
+                shared = next(iter(self.sdpt_basis.values()), None)
+                self.sdpt_basis[name] = basis_of(projections) if shared is None else shared
         self._inverted = tuple(WeightState.of(projection) for projection in projections)
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:

@@ -40,6 +40,7 @@ import torch.nn.functional as F
 from peft import get_peft_model
 from torch import nn
 
+from hosts import PUBLISHED
 from peft_sdpt import SDPTConfig
 from peft_sdpt.hosts import BiAttentionHost, add_validity, find_hosts
 
@@ -189,7 +190,7 @@ def random_inputs(batch: int, shapes: dict[str, int], dtype: torch.dtype) -> tup
 def attach(attention: nn.Module, **config: Any) -> tuple[nn.Module, torch.Tensor]:
     """A model with our layer around an attention, and its tokens."""
     torch.manual_seed(2)
-    model = get_peft_model(Holder(attention), SDPTConfig(**config))
+    model = get_peft_model(Holder(attention), SDPTConfig(**PUBLISHED, **config))
     return model, model.base_model.model.attn.sdpt_prompts["default"]
 
 

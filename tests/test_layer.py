@@ -220,7 +220,7 @@ def test_coordinates_compute_what_their_tokens_do(rtol):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
     # The gradient of a token has no other part than that of its coordinates.
     of_tokens, of_coordinates = (gradients(layer, layer, inputs)[0] for layer in (whole, coordinates))
-    torch.testing.assert_close(of_tokens, of_coordinates @ coordinates.sdpt_basis.T, rtol=0, atol=1e-10)
+    torch.testing.assert_close(of_tokens, of_coordinates @ coordinates.sdpt_basis["default"].T, rtol=0, atol=1e-10)
     # And they start as large.
     lengths = []
     for space in ("reachable", "aligned"):
@@ -231,12 +231,12 @@ def test_coordinates_compute_what_their_tokens_do(rtol):
 
 def test_adapters_with_coordinates_and_without_in_one_layer():
     layer, inputs = make_layer(), make_inputs()
-    assert layer.sdpt_basis.shape == (WIDTH, 2 * D_MODEL)
+    assert layer.sdpt_basis["default"].shape == (WIDTH, 2 * D_MODEL)
     torch.manual_seed(7)
     layer.update_layer("whole", SDPTConfig(num_virtual_tokens=2, prompt_space="aligned"))
     layer.set_adapter(["default", "whole"])
     joined = make_layer(num_virtual_tokens=N + 2, prompt_space="aligned")
-    assert joined.sdpt_basis is None
+    assert list(joined.sdpt_basis) == []
     joined.set_tokens("default", torch.cat([layer.tokens("default"), layer.tokens("whole")]))
     torch.testing.assert_close(layer(*inputs)[1][0], joined(*inputs)[1][0], rtol=0, atol=1e-10)
 
@@ -362,8 +362,9 @@ def test_adapters_share_an_inverse_of_the_same_tolerance():
     for inverses in (layer.sdpt_inverses[0], layer.sdpt_inverses[1]):
         assert inverses["same"] is inverses["default"]
         assert not torch.allclose(inverses["other"], inverses["default"])
+    assert layer.sdpt_basis["same"] is layer.sdpt_basis["other"] is layer.sdpt_basis["default"]
     layer.delete_adapter("same")
-    assert list(layer.sdpt_inverses[0]) == ["default", "other"] == list(layer.sdpt_prompts)
+    assert list(layer.sdpt_basis) == list(layer.sdpt_inverses[0]) == ["default", "other"] == list(layer.sdpt_prompts)
 
 
 # ---- start of the tokens
@@ -572,7 +573,7 @@ def test_inverses_are_not_saved_and_are_buffers():
     layer = make_layer()
     assert [key for key in layer.state_dict() if "inverse" in key] == []
     names = [name for name, _ in layer.named_buffers()]
-    assert names == ["sdpt_basis", "sdpt_inverse_0.default", "sdpt_inverse_1.default"]
+    assert sorted(names) == ["sdpt_basis.default", "sdpt_inverse_0.default", "sdpt_inverse_1.default"]
     assert [n for n, p in layer.named_parameters() if p.requires_grad] == ["sdpt_prompts.default"]
 
 
