@@ -190,8 +190,9 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
         self.sdpt_prompts[adapter_name].copy_(tokens)
 
     def _tokens(self, adapter_name: str, prompts: torch.Tensor) -> torch.Tensor:
-        basis = self.sdpt_basis[adapter_name] if adapter_name in self.sdpt_basis else None
-        return prompts if basis is None else to_aligned_space(prompts, basis)
+        if adapter_name in self.sdpt_basis:
+            return to_aligned_space(prompts, self.sdpt_basis[adapter_name])
+        return prompts
 
     def refresh_inverses(self, force: bool = False) -> None:
         """Recompute the inverse projections, and the basis, if a weight has changed since; with `force`, anyway."""
