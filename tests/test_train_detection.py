@@ -263,7 +263,7 @@ def test_a_folder_with_checkpoints_is_not_trained_into_anew(main_job, small_task
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--learning_rate", 0.1), "of another run, with --learning_rate '0.2' instead of '0.1'"),
+        (("--learning_rate", 0.1), "of another run, with --learning_rate '0.3' instead of '0.1'"),
         (("--max_train_steps", 2), "of another run, with training steps 1 instead of 2"),
         (("--shots", 1), "of another run, with training images"),
         (("--per_device_train_batch_size", 3), "of another run, with images a step 12 instead of 3"),
