@@ -24,7 +24,7 @@ from benchmarks.transfer import __main__ as suite
 from benchmarks.transfer import grid, running, tuning
 from benchmarks.transfer.conditioning import make_ill_conditioned
 from benchmarks.transfer.diagnosis import diagnose
-from benchmarks.transfer.grid import Cell, best_rate, leaders, plan
+from benchmarks.transfer.grid import Cell, best_rate, best_rates, leaders, plan
 from benchmarks.transfer.inverses import replace_inverses
 from benchmarks.transfer.methods import METHODS
 from benchmarks.transfer.one_text import text_computed_once
@@ -299,7 +299,7 @@ def measured(cells, value=lambda cell: 0.5):
 
 def test_rates_are_chosen_before_methods_are_compared():
     tasks, methods = ["one", "two"], ["sdpt", "lora", "full"]
-    first = plan(tasks, methods, 2, {})
+    first = plan(tasks, methods, 2, {}, {})
     assert [cell.task for cell in first if cell.method == "zero-shot"] == tasks
     rates = [cell for cell in first if cell.method != "zero-shot"]
     assert len(rates) == 4 * len(methods) and all(cell.split == "val" and cell.task == "one" for cell in rates)
@@ -309,15 +309,21 @@ def test_rates_are_chosen_before_methods_are_compared():
     assert best_rate("one", "full", results) == METHODS["full"].rates[0]
     assert best_rate("one", "bitfit", results) is None
 
-    second = plan(tasks, methods, 2, results)
-    assert second[: len(first)] == first
-    compared = [c for c in second[len(first) :] if c.shots == grid.SHOTS and not c.fields and c.method != "sdpt"]
+    rates = best_rates("one", methods, results)
+    assert rates == {"sdpt": 0.3, "lora": 0.01, "full": METHODS["full"].rates[0]}
+    # What has been chosen is not measured again.
+    some = plan(tasks, methods, 2, {}, {"sdpt": 0.3, "bitfit": 0.1})
+    assert some == [cell for cell in first if cell.method != "sdpt"]
+
+    second = plan(tasks, methods, 2, results, rates)
+    assert second[:2] == first[:2]
+    compared = [c for c in second if c.shots == grid.SHOTS and not c.fields and c.method != "sdpt"]
     assert {(c.task, c.method, c.seed) for c in compared} >= {
         (t, m, s) for t in tasks for m in methods[1:] for s in (0, 1)
     }
-    assert all(cell.split == "test" for cell in second[len(first) :])
+    assert all(cell.split == "test" for cell in second)
     assert not [cell for cell in second if cell.shots in (1, 5, None)]
-    third = plan(tasks, methods, 2, measured(second) | results)
+    third = plan(tasks, methods, 2, measured(second), rates)
     assert {cell.shots for cell in third if cell not in second} == {1, 5, None}
     assert [cell.seed for cell in third] == sorted(cell.seed for cell in third)
     assert len({cell.key for cell in third}) == len(third)
@@ -333,20 +339,24 @@ def test_the_leaders_are_sdpt_and_the_best_others():
 
 def test_longer_runs_and_what_prompts_do_are_in_the_report():
     look = {"image_prompts": 6.0, "text_prompts": 5.0, "image_attention": 0.05, "text_attention": 0.025}
+    look |= {"image_tokens": 11.0, "text_tokens": 12.0}
     rows = [{**look, "gradient": 0.001, "unreached": 0.5}] * 3
     results = {"machine": {"host": "h", "name": "n", "torch": "", "transformers": "", "peft": "", "peft_sdpt": ""}}
     results |= {"tasks": ["one"], "methods": ["sdpt", grid.OURS], "seeds": 2, "cells": {}}
-    for _ in range(2):  # rates, and then the rest
-        planned = plan(["one"], results["methods"], 2, results["cells"])
-        results["cells"] |= measured(planned, lambda cell: 0.75 if cell.times > 1 else 0.5)
+    results["rates"] = {"sdpt": 0.3, grid.OURS: 0.3}
+    planned = plan(["one"], results["methods"], 2, {}, results["rates"])
+    results["cells"] |= measured(planned, lambda cell: 0.75 if cell.times > 1 else 0.5 * cell.times)
     for cell in planned:
         if cell.method in grid.DIAGNOSED and not cell.fields:
             results["cells"][cell.key] |= {"start": rows, "end": [{**row, "image_prompts": 40.0} for row in rows]}
     assert {cell.steps for cell in planned if cell.times > 1} == {3 * grid.STEPS}
     text = report({**results, "cells": {cell.key: {**asdict(cell), **results["cells"][cell.key]} for cell in planned}})
     assert "| SDPT, defaults | 50.0 ± 0.0 | 75.0 ± 0.0 |" in text
-    shown = "6.0 → 40.0 | 5.0 → 5.0 | 5.0% → 5.0% | 2.5% → 2.5% | 0.0010 → 0.0010 | 50% → 50%"
-    assert all(f"| one | SDPT, published | {layer} | {shown} |" in text for layer in range(3))
+    assert "| normal | 12.5 ± 0.0 | 25.0 ± 0.0 | 50.0 ± 0.0 |" in text
+    shown = "11.0 → 11.0 | 6.0 → 40.0 | 12.0 → 12.0 | 5.0 → 5.0 | 5.0% → 5.0% | 2.5% → 2.5%"
+    shown += " | 0.0010 → 0.0010 | 50% → 50%"
+    for label in ("SDPT, published", "SDPT, defaults", "SDPT, published, condition 300 times worse"):
+        assert all(f"| one | {label} | {layer} | {shown} |" in text for layer in range(3))
 
 
 # ---- the command
@@ -464,22 +474,34 @@ def test_runs_are_made_by_processes_of_their_own(tmp_path, task):
 
 
 def test_results_go_into_the_page(command, monkeypatch, tmp_path):
-    monkeypatch.setattr(suite, "run_cell", lambda *_: {"AP": 0.25, "AP50": 0.5, "AP75": 0.2, "trained": 5})
+    found = {"AP": 0.123456789, "AP50": 0.5, "AP75": 0.2, "trained": 5, "losses": [2.0, 1.0], "seconds": 3.0}
+    monkeypatch.setattr(suite, "run_cell", lambda *_: found)
     assert command("--methods", "sdpt") == 0
     monkeypatch.setattr(suite, "DOCS", tmp_path)
     (tmp_path / "transfer.md").write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     assert command("--render", tmp_path / "results.json") == 0
     page = (tmp_path / "transfer.md").read_text()
-    assert page.startswith("before\n") and page.endswith("after\n") and "old" not in page and "25.0" in page
+    assert page.startswith("before\n") and page.endswith("after\n") and "old" not in page and "12.3" in page
+    # What the page is made of is beside it: it makes the same page, and a run goes on from it.
+    file = tmp_path / "transfer.json"
+    cells = json.loads(file.read_text())["cells"].values()
+    assert {cell["AP"] for cell in cells} == {0.1235}
+    assert not {"losses", "seconds"} & {name for cell in cells for name in cell}
+    assert command("--render", file) == 0
+    assert (tmp_path / "transfer.md").read_text() == page
+    monkeypatch.setattr(suite, "run_cell", None)
+    (tmp_path / "results.json").write_text(file.read_text())
+    assert command("--methods", "sdpt") == 0
 
 
 def test_a_report_of_half_a_suite():
-    cells = plan(["one"], ["sdpt", "lora"], 3, {})[:4]
+    cells = plan(["one"], ["sdpt", "lora"], 3, {}, {})[:4]
     results = {
         "machine": dict.fromkeys(("host", "name", "torch", "transformers", "peft", "peft_sdpt"), "x"),
         "tasks": ["one"],
         "seeds": 3,
         "methods": ["sdpt", "lora"],
+        "rates": {},
         "cells": {cell.key: {**dataclasses.asdict(cell), **measured([cell])[cell.key]} for cell in cells},
     }
     text = report(results)

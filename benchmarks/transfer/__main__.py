@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 
 from .. import EXAMPLES
 from ..results import DOCS, RESULTS, Help, add_device, check_device, earlier, machine_of, put_into, write
-from .grid import Cell, plan
+from .grid import Cell, best_rates, plan
 from .methods import METHODS
 from .plots import pictures
 from .report import report
@@ -63,7 +63,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, help="Begin no run after so many; the same command goes on.")
     parser.add_argument(
         "--render", type=Path, metavar="FILE",
-        help="Tune nothing: put the tables and pictures of this results.json into docs/transfer.md.",
+        help="Tune nothing: put the tables and pictures of this results.json into docs/transfer.md, and what they are made "
+        "of into docs/transfer.json.",
     )  # fmt: skip
     return parser.parse_args()
 
@@ -114,6 +115,8 @@ def run(args: argparse.Namespace) -> None:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     results = earlier(args.output_dir / RESULTS, machine(args))
     tasks = {task.name: task for task in find_tasks(args)}
+    if results.get("tasks", [])[:1] != list(tasks)[:1]:
+        results["rates"] = {}  # none chosen yet, or on another task
     results["tasks"], results["seeds"] = list(tasks), args.seeds
     results["methods"] = args.methods
 
@@ -124,7 +127,8 @@ def run(args: argparse.Namespace) -> None:
         ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), prepare_worker) as pool,
     ):
         while True:
-            cells = plan(list(tasks), args.methods, args.seeds, results["cells"])
+            results["rates"] |= best_rates(results["tasks"][0], args.methods, results["cells"])
+            cells = plan(results["tasks"], args.methods, args.seeds, results["cells"], results["rates"])
             waiting = [c for c in cells if c.key not in results["cells"] and c not in running.values()]
             progress.total, progress.n = len(cells), sum(cell.key in results["cells"] for cell in cells)
             out_of_time = args.minutes is not None and progress.format_dict["elapsed"] > 60 * args.minutes
@@ -150,6 +154,16 @@ def render(file: Path) -> None:
     for name, picture in pictures(results).items():
         (DOCS / name).write_text(picture, encoding="utf-8")
     put_into(DOCS / "transfer.md", report(results))
+    results["cells"] = {key: shortened(cell) for key, cell in results["cells"].items()}
+    write(DOCS / "transfer.json", json.dumps(results) + "\n")
+
+
+def shortened(cell: dict[str, Any]) -> dict[str, Any]:
+    """A run without what no table shows, to four digits."""
+    return json.loads(
+        json.dumps({name: value for name, value in cell.items() if name not in ("losses", "seconds", "pictures")}),
+        parse_float=lambda digits: float(f"{float(digits):.4g}"),
+    )
 
 
 def main() -> None:

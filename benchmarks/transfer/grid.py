@@ -18,6 +18,9 @@ LEADERS = 4
 OURS = "sdpt-defaults"
 # Compared at so many times the steps too.
 LONGER, TIMES = (OURS, "text-embeddings", "lora", "full"), 3
+# How soon a start gets anywhere: of ours, after parts of the usual number of steps.
+STARTS: tuple[tuple[tuple[str, Any], ...], ...] = ((), (("init_weights", "normal"),), (("init_weights", "prototypes"),))
+PARTS = (0.25, 0.5, 1)
 # Methods whose prompts are looked at before and after training.
 DIAGNOSED = ("sdpt", OURS)
 # Fields of SDPTConfig that the ablations change, one at a time.
@@ -49,7 +52,7 @@ class Cell:
         split: "val" to choose by, "test" to report.
         fields: of SDPTConfig that are not at their defaults, as pairs.
         condition: None for the host as it is; else see `conditioning`.
-        times: how many times the usual number of steps.
+        times: how many times the usual number of steps; less than 1 for a part of them.
     """
 
     task: str
@@ -60,18 +63,18 @@ class Cell:
     split: str = "test"
     fields: tuple[tuple[str, Any], ...] = ()
     condition: float | None = None
-    times: int = 1
+    times: float = 1
 
     @property
     def steps(self) -> int:
-        return self.times * (STEPS_OF_ALL if self.shots is None else STEPS)
+        return round(self.times * (STEPS_OF_ALL if self.shots is None else STEPS))
 
     @property
     def key(self) -> str:
         changes = "".join(f" {name}={value}" for name, value in self.fields)
         if self.condition is not None:
             changes += f" condition={self.condition}"
-        if self.times > 1:
+        if self.times != 1:
             changes += f" {self.times} times the steps"
         if self.method == "zero-shot":
             return f"{self.task} zero-shot{changes} {self.split}"
@@ -174,7 +177,20 @@ def longer_cells(tasks: list[str], rates: dict[str, float], seeds: int) -> list[
     ]
 
 
-def plan(tasks: list[str], methods: list[str], seeds: int, results: Results) -> list[Cell]:
+def start_cells(tasks: list[str], rates: dict[str, float], seeds: int) -> list[Cell]:
+    """Whether another start gets somewhere sooner."""
+    if OURS not in rates:
+        return []
+    return [
+        Cell(task, OURS, rates[OURS], seed=seed, fields=start, times=part)
+        for seed in range(seeds)
+        for task in ablation_tasks(tasks)
+        for start in STARTS
+        for part in PARTS
+    ]
+
+
+def plan(tasks: list[str], methods: list[str], seeds: int, results: Results, rates: dict[str, float]) -> list[Cell]:
     """All cells that are known by now, in the order in which to measure them.
 
     Args:
@@ -182,17 +198,18 @@ def plan(tasks: list[str], methods: list[str], seeds: int, results: Results) -> 
         methods: keys of `METHODS`.
         seeds: how many.
         results: of cells measured so far.
+        rates: that have been chosen; those of other methods are measured first.
     """
     cells = [Cell(task, "zero-shot", shots=0) for task in tasks]
-    cells += rates_cells(tasks[0], methods)
-    rates = best_rates(tasks[0], methods, results)
+    rates = {name: rates[name] for name in methods if name in rates}
     if len(rates) < len(methods):
-        return cells
+        return cells + rates_cells(tasks[0], [name for name in methods if name not in rates])
     cells += compare_cells(tasks, rates, seeds, [SHOTS])
     if "sdpt" in rates:
         cells += condition_cells(tasks, rates, seeds)
         cells += ablation_cells(tasks, rates, seeds)
         cells += longer_cells(tasks, rates, seeds)
+        cells += start_cells(tasks, rates, seeds)
         first = leaders(tasks, rates, seeds, results)
         if first is not None:
             cells += compare_cells(tasks, {name: rates[name] for name in first}, seeds, OTHER_SHOTS)

@@ -58,6 +58,10 @@ def _sdpt(**fixed: Any) -> Attach:
     return attach
 
 
+def _defaults(host: nn.Module, _processor: Any, _names: list[str], fields: dict[str, Any]) -> nn.Module:
+    return get_peft_model(host, SDPTConfig(**fields))
+
+
 def _prompts(kind: str) -> Attach:
     return lambda host, _processor, _names, _fields: attach_prompts(host, kind)
 
@@ -74,7 +78,7 @@ def _sdpt_and_lora(host: nn.Module, _processor: Any, _names: list[str], fields: 
 
 
 METHODS: dict[str, Method] = {
-    "sdpt-defaults": Method("SDPT, defaults", lambda host, *_: get_peft_model(host, SDPTConfig()), LARGE_PROMPT_RATES),
+    "sdpt-defaults": Method("SDPT, defaults", _defaults, LARGE_PROMPT_RATES),
     "sdpt": Method("SDPT, published", _sdpt(), PROMPT_RATES),
     "sdpt-hidden": Method("SDPT, hidden from the image", _sdpt(image_attends_prompts=False), PROMPT_RATES),
     "sdpt-independent": Method("independent prompts", _sdpt(prompt_mode="independent"), PROMPT_RATES),

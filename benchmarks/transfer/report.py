@@ -17,12 +17,14 @@ from .grid import (
     INVERSES,
     LONGER,
     OTHER_SHOTS,
+    OURS,
+    PARTS,
     SHOTS,
+    STARTS,
     STEPS,
     TIMES,
     Cell,
     ablation_tasks,
-    best_rates,
     leaders,
     plan,
 )
@@ -40,7 +42,7 @@ class Found:
         self.tasks: list[str] = results["tasks"]
         self.seeds: int = results["seeds"]
         self.methods: list[str] = results["methods"]
-        self.rates = best_rates(self.tasks[0], self.methods, self.cells)
+        self.rates = {name: rate for name, rate in results["rates"].items() if name in self.methods}
         self.leaders = leaders(self.tasks, self.rates, self.seeds, self.cells)
 
     def values(
@@ -52,7 +54,7 @@ class Found:
 
     def cells_of(
         self, task: str, method: str, shots: int | None = SHOTS, rate: float | None = None, fields: tuple = (),
-        condition: float | None = None, times: int = 1,
+        condition: float | None = None, times: float = 1,
     ) -> list[dict[str, Any]]:  # fmt: skip
         """What was measured with each seed."""
         if method == "zero-shot":
@@ -77,13 +79,16 @@ class Found:
         )
 
 
-_PROMPT_MEASURES: dict[str, Callable[[float], str]] = {
-    "image_prompts": "{:.1f}".format,
-    "text_prompts": "{:.1f}".format,
-    "image_attention": "{:.1%}".format,
-    "text_attention": "{:.1%}".format,
-    "gradient": "{:.4f}".format,
-    "unreached": "{:.0%}".format,
+# What `diagnose` measures: its head in the table, and how it is shown.
+_PROMPT_MEASURES: dict[str, tuple[str, Callable[[float], str]]] = {
+    "image_tokens": ("image tokens", "{:.1f}".format),
+    "image_prompts": ("image prompts", "{:.1f}".format),
+    "text_tokens": ("text tokens", "{:.1f}".format),
+    "text_prompts": ("text prompts", "{:.1f}".format),
+    "image_attention": ("attention of image", "{:.1%}".format),
+    "text_attention": ("attention of text", "{:.1%}".format),
+    "gradient": ("gradient", "{:.4f}".format),
+    "unreached": ("out of reach", "{:.0%}".format),
 }
 
 
@@ -183,25 +188,36 @@ def _longer(found: Found) -> str:
     return table(["method", *(f"{task}, {n * STEPS} steps" for task in tasks for n in (1, TIMES))], rows)
 
 
+def _starts(found: Found) -> str:
+    tasks = ablation_tasks(found.tasks)
+    rows = []
+    for start in STARTS if OURS in found.rates else ():
+        measured = [
+            [c["AP"] for c in found.cells_of(task, OURS, fields=start, times=part)] for task in tasks for part in PARTS
+        ]
+        rows.append([dict(start).get("init_weights", "default"), *map(spread, measured)])
+    return table(["`init_weights`", *(f"{task}, {round(n * STEPS)} steps" for task in tasks for n in PARTS)], rows)
+
+
 def _prompts(found: Found) -> str:
     """Of each fusion layer before training and after, means over seeds."""
     rows = []
     for task in ablation_tasks(found.tasks):
-        for method in DIAGNOSED:
-            cells = [cell for cell in found.cells_of(task, method) if "end" in cell]
+        for method, condition in (*((name, None) for name in DIAGNOSED), *(("sdpt", worse) for worse in CONDITIONS)):
+            cells = [cell for cell in found.cells_of(task, method, condition=condition) if "end" in cell]
+            label = METHODS[method].label + ("" if condition is None else f", condition {condition:g} times worse")
             for layer in range(len(cells[0]["end"]) if cells else 0):
-                row = [task, METHODS[method].label, f"{layer}"]
-                for measure, show in _PROMPT_MEASURES.items():
+                row = [task, label, f"{layer}"]
+                for measure, (_, show) in _PROMPT_MEASURES.items():
                     start, end = (mean(cell[when][layer][measure] for cell in cells) for when in ("start", "end"))
                     row.append(f"{show(start)} → {show(end)}")
                 rows.append(row)
-    heads = ["image prompts", "text prompts", "attention of image", "attention of text", "gradient", "out of reach"]
-    return table(["task", "method", "layer", *heads], rows)
+    return table(["task", "method", "layer", *(head for head, _ in _PROMPT_MEASURES.values())], rows)
 
 
 def missing(results: Results) -> int:
     """How many runs of the plan have not been made."""
-    planned = plan(results["tasks"], results["methods"], results["seeds"], results["cells"])
+    planned = plan(results["tasks"], results["methods"], results["seeds"], results["cells"], results["rates"])
     return sum(cell.key not in results["cells"] for cell in planned)
 
 
@@ -231,6 +247,8 @@ def report(results: Results) -> str:
         _rates(found),
         f"### More steps, {SHOTS} images a class: AP\n",
         _longer(found),
+        f"### Starts, {SHOTS} images a class: AP\n",
+        _starts(found),
         "### What prompts do\n",
         _prompts(found),
     ]

@@ -73,7 +73,7 @@ def run_cell(cell: Cell, task: Task, model_name: str, device: str) -> dict[str, 
             initialize_sdpt_prototypes(model, batches(processor, model, data, BATCH * PROTOTYPE_BATCHES, cell.seed))
         result["pictures"] = len(data)
         result["trained"] = sum(parameter.numel() for parameter in trained_parameters(model).values())
-        looked_at = cell.method in DIAGNOSED and not cell.fields and cell.condition is None
+        looked_at = cell.method in DIAGNOSED and not cell.fields and cell.times == 1
         try:
             with text_computed_once(model):
                 if looked_at:
