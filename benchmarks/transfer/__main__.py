@@ -63,7 +63,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, help="Begin no run after so many; the same command goes on.")
     parser.add_argument(
         "--render", type=Path, metavar="FILE",
-        help="Tune nothing: put the tables and pictures of this results.json into docs/transfer.md, and what they are made "
+        help="Tune nothing: put tables and pictures of this results.json into docs/transfer.md, and what they are made "
         "of into docs/transfer.json.",
     )  # fmt: skip
     return parser.parse_args()
