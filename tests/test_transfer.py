@@ -24,7 +24,7 @@ from benchmarks.transfer import __main__ as suite
 from benchmarks.transfer import grid, running, tuning
 from benchmarks.transfer.conditioning import make_ill_conditioned
 from benchmarks.transfer.diagnosis import diagnose
-from benchmarks.transfer.grid import Cell, best_rate, best_rates, leaders, plan
+from benchmarks.transfer.grid import Cell, best_rate, leaders, plan
 from benchmarks.transfer.inverses import replace_inverses
 from benchmarks.transfer.methods import METHODS
 from benchmarks.transfer.one_text import text_computed_once
@@ -81,7 +81,7 @@ def test_a_method_trains_what_it_is_called_after(method, processor):
     model = METHODS[method].attach(host, processor, NAMES, {})
     trained = trained_parameters(model)
     number = sum(parameter.numel() for parameter in trained.values())
-    # Three fusion layers of width 512 over 128 and 128, ten tokens each.
+    # Three fusion layers of width 512 over 128 and 128: twenty tokens each, and ten of what is as published.
     expected = {
         "sdpt-defaults": 15360,
         "sdpt": 15360,
@@ -89,12 +89,12 @@ def test_a_method_trains_what_it_is_called_after(method, processor):
         "sdpt-independent": 30720,
         # Of 512 dimensions two projections of 128 reach 256.
         "sdpt-reachable": 7680,
-        "text-prompts": 3840,
-        "image-prompts": 3840,
-        "both-prompts": 7680,
-        "learned-projections": 15360 + 3 * 2 * (512 + 1) * 128,
-        "mudpt": 7680 + 2 * (128 + 1) * 128,
-        "lora-matched": 15360,
+        "text-prompts": 7680,
+        "image-prompts": 7680,
+        "both-prompts": 15360,
+        "learned-projections": 30720 + 3 * 2 * (512 + 1) * 128,
+        "mudpt": 15360 + 2 * (128 + 1) * 128,
+        "lora-matched": 21248,
         "full": total,
         "text-embeddings": len(processor.tokenizer(class_prompt(NAMES)).input_ids) * 384,
         "probe": len(processor.tokenizer(class_prompt(NAMES)).input_ids) * 128,
@@ -139,7 +139,7 @@ def test_prompts_of_one_side_are_seen_by_the_other_side_alone(processor):
             changed = [pair[0] for pair in fusion(**inputs)]
             bare = [pair[0] for pair in fusion.layer(**inputs)]
             prompts = [Prompts(tokens) for tokens in fusion.make()]
-        assert prompts[seen_by].tokens is None and prompts[1 - seen_by].tokens.shape == (10, 128)
+        assert prompts[seen_by].tokens is None and prompts[1 - seen_by].tokens.shape == (20, 128)
         assert not torch.allclose(changed[seen_by], bare[seen_by], atol=1e-3)
         torch.testing.assert_close(changed[1 - seen_by], bare[1 - seen_by], rtol=0, atol=1e-5)
 
@@ -148,7 +148,7 @@ def test_prompts_of_one_side_are_seen_by_the_other_side_alone(processor):
 
 
 def test_a_cell_is_the_same_twice_and_moves_what_it_trains(task):
-    cell = Cell("few", "sdpt", 0.1, shots=1)
+    cell = Cell("few", "sdpt", 0.1)
     one, other = (run_cell(cell, task, HOST, "cpu") for _ in range(2))
     assert {**one, "seconds": 0} == {**other, "seconds": 0}
     assert len(one["losses"]) == 2 and one["trained"] == 15360 and 0 < one["pictures"] <= 12
@@ -176,6 +176,23 @@ def test_a_frozen_text_encoder_is_called_once_a_prompt(processor):
         for a, b in zip(found, expected_logits, strict=False):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
         assert "forward" not in vars(encoder)
+
+
+def test_the_text_that_is_kept_knows_no_dropout(processor):
+    host = load_host(HOST, "cpu")
+    for module in host.model.text_backbone.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    kept = []
+    for train in (True, False):
+        host.train(train)
+        with text_computed_once(host):
+            inputs = inputs_of(processor)
+            asked = {name: inputs[name] for name in ("input_ids", "attention_mask", "token_type_ids")}
+            kept.append(host.model.text_backbone(**asked).last_hidden_state)
+            assert host.model.text_backbone.training is train
+    assert torch.equal(*kept)
+    assert not torch.equal(host.train().model.text_backbone(**asked).last_hidden_state, kept[0])
 
 
 def test_other_inverses(processor):
@@ -277,7 +294,15 @@ def test_a_run_that_diverges_counts_as_nothing_found(task, processor):
         tune(model, processor, task.load("train"), steps=2, learning_rate=1e30, seed=0)
 
 
-def test_tokens_have_a_rate_of_their_own_beside_lora(task, processor, monkeypatch):
+@pytest.mark.parametrize(
+    ("method", "tokens", "others"),
+    [
+        ("sdpt-lora", 15360, 77824),
+        ("learned-projections", 30720, 3 * 2 * (512 + 1) * 128),
+        ("mudpt", 15360, 2 * (128 + 1) * 128),
+    ],
+)
+def test_tokens_have_a_rate_of_their_own_beside_weights(task, monkeypatch, method, tokens, others):
     groups = []
 
     class Spy(torch.optim.AdamW):
@@ -286,8 +311,8 @@ def test_tokens_have_a_rate_of_their_own_beside_lora(task, processor, monkeypatc
             groups.extend((group["lr"], sum(p.numel() for p in group["params"])) for group in self.param_groups)
 
     monkeypatch.setattr(torch.optim, "AdamW", Spy)
-    run_cell(Cell("few", "sdpt-lora", 0.001), task, HOST, "cpu")
-    assert groups[0] == (0.1, 15360) and groups[1][0] == 0.001 and groups[1][1] > 50000
+    run_cell(Cell("few", method, 0.001), task, HOST, "cpu")
+    assert groups == [(pytest.approx(0.1), tokens), (0.001, others)]
 
 
 # ---- which runs
@@ -299,7 +324,7 @@ def measured(cells, value=lambda cell: 0.5):
 
 def test_rates_are_chosen_before_methods_are_compared():
     tasks, methods = ["one", "two"], ["sdpt", "lora", "full"]
-    first = plan(tasks, methods, 2, {}, {})
+    first = plan(tasks, methods, 2, {})
     assert [cell.task for cell in first if cell.method == "zero-shot"] == tasks
     rates = [cell for cell in first if cell.method != "zero-shot"]
     assert len(rates) == 4 * len(methods) and all(cell.split == "val" and cell.task == "one" for cell in rates)
@@ -309,32 +334,30 @@ def test_rates_are_chosen_before_methods_are_compared():
     assert best_rate("one", "full", results) == METHODS["full"].rates[0]
     assert best_rate("one", "bitfit", results) is None
 
-    rates = best_rates("one", methods, results)
-    assert rates == {"sdpt": 0.3, "lora": 0.01, "full": METHODS["full"].rates[0]}
-    # What has been chosen is not measured again.
-    some = plan(tasks, methods, 2, {}, {"sdpt": 0.3, "bitfit": 0.1})
-    assert some == [cell for cell in first if cell.method != "sdpt"]
-
-    second = plan(tasks, methods, 2, results, rates)
-    assert second[:2] == first[:2]
-    compared = [c for c in second if c.shots == grid.SHOTS and not c.fields and c.method != "sdpt"]
+    second = plan(tasks, methods, 2, results)
+    assert second[: len(first)] == first
+    compared = [c for c in second[len(first) :] if c.shots == grid.SHOTS and not c.fields and c.method != "sdpt"]
     assert {(c.task, c.method, c.seed) for c in compared} >= {
         (t, m, s) for t in tasks for m in methods[1:] for s in (0, 1)
     }
-    assert all(cell.split == "test" for cell in second)
+    assert all(cell.split == "test" for cell in second[len(first) :])
     assert not [cell for cell in second if cell.shots in (1, 5, None)]
-    third = plan(tasks, methods, 2, measured(second), rates)
+    third = plan(tasks, methods, 2, measured(second) | results)
     assert {cell.shots for cell in third if cell not in second} == {1, 5, None}
     assert [cell.seed for cell in third] == sorted(cell.seed for cell in third)
     assert len({cell.key for cell in third}) == len(third)
 
 
-def test_the_leaders_are_sdpt_and_the_best_others():
-    rates = {"sdpt": 0.1, "lora": 0.1, "full": 0.1, "bitfit": 0.1, "probe": 0.1}
-    good = {"lora": 0.3, "full": 0.9, "bitfit": 0.5, "probe": 0.4, "sdpt": 0.1}
+def test_the_leaders_are_ours_and_the_best_others():
+    rates = {grid.OURS: 0.1, "lora": 0.1, "full": 0.1, "bitfit": 0.1, "probe": 0.1}
+    good = {"lora": 0.3, "full": 0.9, "bitfit": 0.5, "probe": 0.4, grid.OURS: 0.1}
     cells = grid.compare_cells(["one"], rates, 2, [grid.SHOTS])
-    assert leaders(["one"], rates, 2, measured(cells, lambda c: good[c.method])) == ["sdpt", "full", "bitfit", "probe"]
+    assert leaders(["one"], rates, 2, measured(cells, lambda c: good[c.method])) == [
+        *(grid.OURS, "full", "bitfit", "probe")
+    ]
     assert leaders(["one"], rates, 2, measured(cells[1:])) is None
+    del rates[grid.OURS]
+    assert leaders(["one"], rates, 2, measured(cells, lambda c: good[c.method])) == ["full", "bitfit", "probe", "lora"]
 
 
 def test_longer_runs_and_what_prompts_do_are_in_the_report():
@@ -343,9 +366,9 @@ def test_longer_runs_and_what_prompts_do_are_in_the_report():
     rows = [{**look, "gradient": 0.001, "unreached": 0.5}] * 3
     results = {"machine": {"host": "h", "name": "n", "torch": "", "transformers": "", "peft": "", "peft_sdpt": ""}}
     results |= {"tasks": ["one"], "methods": ["sdpt", grid.OURS], "seeds": 2, "cells": {}}
-    results["rates"] = {"sdpt": 0.3, grid.OURS: 0.3}
-    planned = plan(["one"], results["methods"], 2, {}, results["rates"])
-    results["cells"] |= measured(planned, lambda cell: 0.75 if cell.times > 1 else 0.5 * cell.times)
+    for _ in range(2):  # rates, and then the rest
+        planned = plan(["one"], results["methods"], 2, results["cells"])
+        results["cells"] |= measured(planned, lambda cell: 0.75 if cell.times > 1 else 0.5 * cell.times)
     for cell in planned:
         if cell.method in grid.DIAGNOSED and not cell.fields:
             results["cells"][cell.key] |= {"start": rows, "end": [{**row, "image_prompts": 40.0} for row in rows]}
@@ -376,7 +399,10 @@ class Pool:
 
     def submit(self, function, *args):
         future = Future()
-        future.set_result(function(*args))
+        try:
+            future.set_result(function(*args))
+        except Exception as error:
+            future.set_exception(error)
         return future
 
 
@@ -387,6 +413,9 @@ def command(monkeypatch, tmp_path, task):
     monkeypatch.setattr(grid, "OTHER_SHOTS", (1,))
     monkeypatch.setattr(grid, "CONDITIONS", (30.0,))
     monkeypatch.setattr(grid, "INVERSES", ((), (("inverse", "scaled"),)))
+    monkeypatch.setattr(grid, "CONDITION_RATES", (0.1,))
+    monkeypatch.setattr(grid, "STARTS", ((), (("init_weights", "prototypes"),)))
+    monkeypatch.setattr(grid, "PARTS", (0.5,))
 
     def run(*flags):
         arguments = ["--folders", task.folder, "--no_built_in", "--seeds", 1, "--num_processes", 1, *flags]
@@ -442,10 +471,23 @@ def test_a_suite_of_real_runs(command, monkeypatch, tmp_path):
         "benchmarks.transfer.grid.METHODS",
         {name: dataclasses.replace(METHODS[name], rates=METHODS[name].rates[:1]) for name in METHODS},
     )
-    assert command("--methods", "sdpt", "text-prompts") == 0
+    assert command("--methods", "sdpt-defaults", "sdpt") == 0
     cells = json.loads((tmp_path / "results.json").read_text())["cells"]
-    assert len(cells) == 1 + 2 + 2 + 1 + 1 + 4 + 2 - 1
+    # Zero-shot, rates, comparison, conditions, an ablation, starts, more steps, another number of pictures.
+    assert len(cells) == 1 + 2 + 2 + (1 + 2) + 1 + 2 + 1 + 2
     assert all(0 <= cell["AP"] <= 1 for cell in cells.values())
+
+
+def test_a_run_that_fails_does_not_end_the_others(command, monkeypatch, tmp_path, capsys):
+    def run_some(cell, *_):
+        if cell.method == "lora" and cell.learning_rate == 0.01:
+            raise RuntimeError("out of memory")
+        return {"AP": 0.25, "AP50": 0.5, "AP75": 0.2, "trained": 5}
+
+    monkeypatch.setattr(suite, "run_cell", run_some)
+    assert command("--methods", "sdpt", "lora") == 1
+    assert "few0 lora 0.01 10 shots seed 0 val: RuntimeError: out of memory" in capsys.readouterr().err
+    assert len(json.loads((tmp_path / "results.json").read_text())["cells"]) == 1 + 8 - 1
 
 
 def test_runs_are_made_by_processes_of_their_own(tmp_path, task):
@@ -495,13 +537,12 @@ def test_results_go_into_the_page(command, monkeypatch, tmp_path):
 
 
 def test_a_report_of_half_a_suite():
-    cells = plan(["one"], ["sdpt", "lora"], 3, {}, {})[:4]
+    cells = plan(["one"], ["sdpt", "lora"], 3, {})[:4]
     results = {
         "machine": dict.fromkeys(("host", "name", "torch", "transformers", "peft", "peft_sdpt"), "x"),
         "tasks": ["one"],
         "seeds": 3,
         "methods": ["sdpt", "lora"],
-        "rates": {},
         "cells": {cell.key: {**dataclasses.asdict(cell), **measured([cell])[cell.key]} for cell in cells},
     }
     text = report(results)

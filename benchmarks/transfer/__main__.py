@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 
 from .. import EXAMPLES
 from ..results import DOCS, RESULTS, Help, add_device, check_device, earlier, machine_of, put_into, write
-from .grid import Cell, best_rates, plan
+from .grid import Cell, plan
 from .methods import METHODS
 from .plots import pictures
 from .report import report
@@ -115,21 +115,20 @@ def run(args: argparse.Namespace) -> None:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     results = earlier(args.output_dir / RESULTS, machine(args))
     tasks = {task.name: task for task in find_tasks(args)}
-    if results.get("tasks", [])[:1] != list(tasks)[:1]:
-        results["rates"] = {}  # none chosen yet, or on another task
     results["tasks"], results["seeds"] = list(tasks), args.seeds
     results["methods"] = args.methods
 
     workers = args.num_processes if args.device == "cpu" else 1
     running: dict[Future, Cell] = {}
+    failed: dict[str, str] = {}
     with (
         tqdm(unit="run") as progress,
         ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), prepare_worker) as pool,
     ):
         while True:
-            results["rates"] |= best_rates(results["tasks"][0], args.methods, results["cells"])
-            cells = plan(results["tasks"], args.methods, args.seeds, results["cells"], results["rates"])
-            waiting = [c for c in cells if c.key not in results["cells"] and c not in running.values()]
+            cells = plan(results["tasks"], args.methods, args.seeds, results["cells"])
+            over = results["cells"].keys() | failed
+            waiting = [c for c in cells if c.key not in over and c not in running.values()]
             progress.total, progress.n = len(cells), sum(cell.key in results["cells"] for cell in cells)
             out_of_time = args.minutes is not None and progress.format_dict["elapsed"] > 60 * args.minutes
             while waiting and len(running) < workers and not out_of_time:
@@ -141,21 +140,30 @@ def run(args: argparse.Namespace) -> None:
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 cell = running.pop(future)
-                results["cells"][cell.key] = {**asdict(cell), **future.result()}
+                try:
+                    results["cells"][cell.key] = {**asdict(cell), **future.result()}
+                except BrokenProcessPool:
+                    raise
+                except Exception as error:  # of a method that this host or this task is not for: the others go on
+                    failed[cell.key] = f"{type(error).__name__}: {error}"
             write(args.output_dir / RESULTS, json.dumps(results) + "\n")
     write(args.output_dir / "report.md", report(results))
     for name, picture in pictures(results).items():
         write(args.output_dir / name, picture)
     print(f"Results: {args.output_dir}/{RESULTS}, tables: report.md.")
+    if failed:
+        errors = "".join(f"\n  {key}: {error}" for key, error in failed.items())
+        print(f"benchmarks.transfer: runs that failed, which the same command tries again:{errors}", file=sys.stderr)
+        sys.exit(1)
 
 
 def render(file: Path) -> None:
     results = json.loads(file.read_text(encoding="utf-8"))
+    results["cells"] = {key: shortened(cell) for key, cell in results["cells"].items()}
+    write(DOCS / "transfer.json", json.dumps(results) + "\n")
     for name, picture in pictures(results).items():
         (DOCS / name).write_text(picture, encoding="utf-8")
     put_into(DOCS / "transfer.md", report(results))
-    results["cells"] = {key: shortened(cell) for key, cell in results["cells"].items()}
-    write(DOCS / "transfer.json", json.dumps(results) + "\n")
 
 
 def shortened(cell: dict[str, Any]) -> dict[str, Any]:

@@ -23,15 +23,19 @@ STARTS: tuple[tuple[tuple[str, Any], ...], ...] = ((), (("init_weights", "normal
 PARTS = (0.25, 0.5, 1)
 # Methods whose prompts are looked at before and after training.
 DIAGNOSED = ("sdpt", OURS)
-# Fields of SDPTConfig that the ablations change, one at a time.
+# Fields of SDPTConfig that are changed from its defaults, one at a time.
 ABLATIONS: dict[str, tuple[Any, ...]] = {
-    "num_virtual_tokens": (1, 5, 20, 50, 100),
+    "num_virtual_tokens": (1, 5, 10, 50, 100),
     "layers_to_transform": ((0,), (1,), (2,)),
+    "image_attends_prompts": (False,),
+    "prompt_mode": ("independent",),
     "init_weights": ("normal", "xavier_uniform", "kaiming_uniform", "zeros", "prototypes"),
 }
 ABLATION_TASKS = ("twemoji", "noto-new")
-# Hosts of the same function that are harder to invert, and what SDPT's inverse may be on each.
+# Hosts of the same function that are harder to invert, what SDPT's inverse may be on each, and at which rates: that a
+# worse inverse only wants a smaller one would be seen.
 CONDITIONS = (30.0, 300.0)
+CONDITION_RATES = (0.03, 0.1, 0.3)
 INVERSES: tuple[tuple[tuple[str, Any], ...], ...] = (
     (),
     *((("pinv_rtol", tolerance),) for tolerance in (0.03, 0.1)),
@@ -122,9 +126,8 @@ def leaders(tasks: list[str], rates: dict[str, float], seeds: int, results: Resu
         if not all(cell.key in results for cell in cells):
             return None
         found[name] = mean(results[cell.key]["AP"] for cell in cells)
-    ours = OURS if OURS in found else "sdpt"
-    others = sorted(found.keys() - {ours}, key=found.__getitem__, reverse=True)
-    return [ours, *others[: LEADERS - 1]]
+    others = sorted(found.keys() - {OURS}, key=found.__getitem__, reverse=True)
+    return [*found.keys() & {OURS}, *others][:LEADERS] or None
 
 
 def ablation_tasks(tasks: list[str]) -> list[str]:
@@ -133,36 +136,27 @@ def ablation_tasks(tasks: list[str]) -> list[str]:
 
 
 def ablation_cells(tasks: list[str], rates: dict[str, float], seeds: int) -> list[Cell]:
-    """SDPT with one thing changed, and at all learning rates."""
-    tasks = ablation_tasks(tasks)
-    changes = [((name, value),) for name, values in ABLATIONS.items() for value in values]
-    cells = [
-        Cell(task, "sdpt", rates["sdpt"], seed=seed, fields=change)
+    """Ours with one thing changed."""
+    return [
+        Cell(task, OURS, rates[OURS], seed=seed, fields=((name, value),))
         for seed in range(seeds)
-        for task in tasks
-        for change in changes
-    ]
-    return cells + [
-        Cell(task, name, rate, seed=seed)
-        for seed in range(seeds)
-        for task in tasks
-        for name in ("sdpt", "lora")
-        if name in rates
-        for rate in METHODS[name].rates
+        for task in ablation_tasks(tasks)
+        for name, values in ABLATIONS.items()
+        for value in values
     ]
 
 
-def condition_cells(tasks: list[str], rates: dict[str, float], seeds: int) -> list[Cell]:
+def condition_cells(tasks: list[str], seeds: int) -> list[Cell]:
     """SDPT with inverses that drop more or less, on hosts that differ in their projections alone."""
-    tasks = ablation_tasks(tasks)
+    task = ablation_tasks(tasks)[0]
     # That they are the same hosts.
-    cells = [Cell(task, "zero-shot", shots=0, condition=condition) for task in tasks for condition in CONDITIONS]
+    cells = [Cell(task, "zero-shot", shots=0, condition=condition) for condition in CONDITIONS]
     return cells + [
-        Cell(task, "sdpt", rates["sdpt"], seed=seed, fields=inverse, condition=condition)
+        Cell(task, "sdpt", rate, seed=seed, fields=inverse, condition=condition)
         for seed in range(seeds)
-        for task in tasks
-        for condition in (None, *CONDITIONS)
+        for condition in CONDITIONS
         for inverse in INVERSES
+        for rate in CONDITION_RATES
     ]
 
 
@@ -179,8 +173,6 @@ def longer_cells(tasks: list[str], rates: dict[str, float], seeds: int) -> list[
 
 def start_cells(tasks: list[str], rates: dict[str, float], seeds: int) -> list[Cell]:
     """Whether another start gets somewhere sooner."""
-    if OURS not in rates:
-        return []
     return [
         Cell(task, OURS, rates[OURS], seed=seed, fields=start, times=part)
         for seed in range(seeds)
@@ -190,7 +182,13 @@ def start_cells(tasks: list[str], rates: dict[str, float], seeds: int) -> list[C
     ]
 
 
-def plan(tasks: list[str], methods: list[str], seeds: int, results: Results, rates: dict[str, float]) -> list[Cell]:
+def is_diagnosed(cell: Cell) -> bool:
+    """Whether prompts are looked at before and after training."""
+    usual = cell.shots == SHOTS and cell.times == 1 and cell.split == "test" and not cell.fields
+    return usual and cell.method in DIAGNOSED
+
+
+def plan(tasks: list[str], methods: list[str], seeds: int, results: Results) -> list[Cell]:
     """All cells that are known by now, in the order in which to measure them.
 
     Args:
@@ -198,20 +196,21 @@ def plan(tasks: list[str], methods: list[str], seeds: int, results: Results, rat
         methods: keys of `METHODS`.
         seeds: how many.
         results: of cells measured so far.
-        rates: that have been chosen; those of other methods are measured first.
     """
     cells = [Cell(task, "zero-shot", shots=0) for task in tasks]
-    rates = {name: rates[name] for name in methods if name in rates}
+    cells += rates_cells(tasks[0], methods)
+    rates = best_rates(tasks[0], methods, results)
     if len(rates) < len(methods):
-        return cells + rates_cells(tasks[0], [name for name in methods if name not in rates])
+        return cells
     cells += compare_cells(tasks, rates, seeds, [SHOTS])
     if "sdpt" in rates:
-        cells += condition_cells(tasks, rates, seeds)
+        cells += condition_cells(tasks, seeds)
+    if OURS in rates:
         cells += ablation_cells(tasks, rates, seeds)
-        cells += longer_cells(tasks, rates, seeds)
         cells += start_cells(tasks, rates, seeds)
-        first = leaders(tasks, rates, seeds, results)
-        if first is not None:
-            cells += compare_cells(tasks, {name: rates[name] for name in first}, seeds, OTHER_SHOTS)
+    cells += longer_cells(tasks, rates, seeds)
+    first = leaders(tasks, rates, seeds, results)
+    if first is not None:
+        cells += compare_cells(tasks, {name: rates[name] for name in first}, seeds, OTHER_SHOTS)
     # A whole picture with one seed, before the next.
     return sorted({cell.key: cell for cell in cells}.values(), key=lambda cell: cell.seed)

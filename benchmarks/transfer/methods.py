@@ -13,7 +13,7 @@ from torch import nn
 
 from peft_sdpt import SDPTConfig
 
-from ..peers import ATTENTION, FUSION_QUERIES, LORA_TARGETS, PUBLISHED, in_layers, is_bitfit, train, with_peft
+from ..peers import ATTENTION, LORA_TARGETS, PUBLISHED, in_layers, is_bitfit, train, with_peft
 from ..window_prompts import attach_window_prompts
 from .inverses import replace_inverses
 from .prompts import attach_prompts
@@ -23,11 +23,15 @@ from .text_side import attach_probe, attach_trained_text
 # field, `inverse`, is a rule of `inverses`.
 Attach = Callable[[nn.Module, Any, list[str], dict[str, Any]], nn.Module]
 
+# As many as SDPT has by default.
+NUM_TOKENS = 20
+# Of tokens against weights: between the best rates of either.
+PROMPT_FACTOR = 100.0
 # Four rates a method, half a decade apart, moved until the best is not at an end.
 PROMPT_RATES = (0.03, 0.1, 0.3, 1.0)
 LARGE_PROMPT_RATES = (0.1, 0.3, 1.0, 3.0)
-SMALL_PROMPT_RATES = (0.01, 0.03, 0.1, 0.3)
 LARGE_ADAPTER_RATES = (0.003, 0.01, 0.03, 0.1)
+MIDDLE_ADAPTER_RATES = (0.001, 0.003, 0.01, 0.03)
 ADAPTER_RATES = (0.0003, 0.001, 0.003, 0.01)
 WEIGHT_RATES = (0.00003, 0.0001, 0.0003, 0.001)
 
@@ -39,18 +43,20 @@ class Method:
         label: for tables.
         attach: makes the model out of a frozen host, which it may change.
         rates: learning rates to choose from.
-        prompt_factor: what the rate of SDPT's tokens is times that, where other things train beside them.
+        prompts: a regular expression for the names of tokens, where weights train beside them.
+        prompt_factor: what the rate of tokens is times that of weights.
     """
 
     label: str
     attach: Attach
     rates: tuple[float, ...]
+    prompts: str = ""
     prompt_factor: float = 1.0
 
 
 def _sdpt(**fixed: Any) -> Attach:
     def attach(host: nn.Module, _processor: Any, _names: list[str], fields: dict[str, Any]) -> nn.Module:
-        fields = {**PUBLISHED, **fixed, **fields}
+        fields = {**fixed, **fields}
         inverse = fields.pop("inverse", None)
         model = get_peft_model(host, SDPTConfig(**fields))
         return replace_inverses(model, inverse) if inverse else model
@@ -58,12 +64,8 @@ def _sdpt(**fixed: Any) -> Attach:
     return attach
 
 
-def _defaults(host: nn.Module, _processor: Any, _names: list[str], fields: dict[str, Any]) -> nn.Module:
-    return get_peft_model(host, SDPTConfig(**fields))
-
-
 def _prompts(kind: str) -> Attach:
-    return lambda host, _processor, _names, _fields: attach_prompts(host, kind)
+    return lambda host, _processor, _names, _fields: attach_prompts(host, kind, NUM_TOKENS)
 
 
 def _lora(**config: Any) -> Attach:
@@ -73,23 +75,27 @@ def _lora(**config: Any) -> Attach:
 def _sdpt_and_lora(host: nn.Module, _processor: Any, _names: list[str], fields: dict[str, Any]) -> nn.Module:
     host.config.tie_word_embeddings = False
     # Not on the fusion layers' queries, which SDPT inverts.
-    inject_adapter_in_model(LoraConfig(r=8, target_modules=in_layers(*ATTENTION)), host, "lora")
-    return get_peft_model(host, SDPTConfig(**PUBLISHED, **fields))
+    inject_adapter_in_model(LoraConfig(r=8, lora_alpha=16, target_modules=in_layers(*ATTENTION)), host, "lora")
+    return get_peft_model(host, SDPTConfig(**fields))
 
 
 METHODS: dict[str, Method] = {
-    "sdpt-defaults": Method("SDPT, defaults", _defaults, LARGE_PROMPT_RATES),
-    "sdpt": Method("SDPT, published", _sdpt(), PROMPT_RATES),
-    "sdpt-hidden": Method("SDPT, hidden from the image", _sdpt(image_attends_prompts=False), PROMPT_RATES),
-    "sdpt-independent": Method("independent prompts", _sdpt(prompt_mode="independent"), PROMPT_RATES),
+    "sdpt-defaults": Method("SDPT, defaults", _sdpt(), LARGE_PROMPT_RATES),
+    "sdpt": Method("SDPT, published", _sdpt(**PUBLISHED), PROMPT_RATES),
+    "sdpt-hidden": Method("SDPT, hidden from the image", _sdpt(**PUBLISHED, image_attends_prompts=False), PROMPT_RATES),
+    "sdpt-independent": Method("independent prompts", _sdpt(**PUBLISHED, prompt_mode="independent"), PROMPT_RATES),
     "sdpt-reachable": Method(
-        "SDPT, coordinates of what can be reached", _sdpt(prompt_space="reachable"), LARGE_PROMPT_RATES
+        "SDPT, coordinates of what can be reached",
+        _sdpt(**{**PUBLISHED, "prompt_space": "reachable"}),
+        LARGE_PROMPT_RATES,
     ),
     "text-prompts": Method("text-side prompts", _prompts("text"), PROMPT_RATES),
     "image-prompts": Method("image-side prompts", _prompts("image"), PROMPT_RATES),
     "both-prompts": Method("prompts on both sides, not unified", _prompts("both"), PROMPT_RATES),
-    "learned-projections": Method("learned projections", _prompts("learned"), ADAPTER_RATES),
-    "mudpt": Method("MuDPT-style prompts", _prompts("coupled"), SMALL_PROMPT_RATES),
+    "learned-projections": Method(
+        "learned projections", _prompts("learned"), ADAPTER_RATES, r"\.make\.tokens$", PROMPT_FACTOR
+    ),
+    "mudpt": Method("MuDPT-style prompts", _prompts("coupled"), ADAPTER_RATES, r"\.make\.own\.", PROMPT_FACTOR),
     "vpt": Method("visual prompts in the backbone", lambda host, *_: attach_window_prompts(host), PROMPT_RATES),
     "text-embeddings": Method(
         "class-text embeddings",
@@ -102,13 +108,9 @@ METHODS: dict[str, Method] = {
         PROMPT_RATES,
     ),
     "bitfit": Method("BitFit", lambda host, *_: train(host, is_bitfit), LARGE_ADAPTER_RATES),
-    # On the shipped host 15 360 parameters, as many as ten tokens a fusion layer.
-    "lora-matched": Method(
-        "LoRA, r = 4 on the fusion queries",
-        _lora(r=4, lora_alpha=8, target_modules=in_layers(*FUSION_QUERIES)),
-        LARGE_ADAPTER_RATES,
-    ),
+    # No rank of it is nearer to SDPT in size: on the shipped host 21 248 parameters where 20 tokens have 15 360.
+    "lora-matched": Method("LoRA, r = 1", _lora(r=1, lora_alpha=2, target_modules=LORA_TARGETS), MIDDLE_ADAPTER_RATES),
     "lora": Method("LoRA, r = 8", _lora(r=8, lora_alpha=16, target_modules=LORA_TARGETS), ADAPTER_RATES),
     "full": Method("full fine-tuning", lambda host, *_: train(host, lambda _: True), WEIGHT_RATES),
-    "sdpt-lora": Method("SDPT and LoRA", _sdpt_and_lora, ADAPTER_RATES, prompt_factor=100.0),
+    "sdpt-lora": Method("SDPT and LoRA", _sdpt_and_lora, ADAPTER_RATES, "sdpt_prompts", PROMPT_FACTOR),
 }

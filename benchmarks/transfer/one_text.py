@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 @contextlib.contextmanager
 def text_computed_once(detector: nn.Module) -> Iterator[None]:
-    """Within, a frozen text encoder is called once for each prompt. One that trains is called as ever.
+    """Within, a frozen text encoder is called once for each prompt, without dropout. One that trains is called as ever.
 
     Args:
         detector: of the Grounding DINO kind, with whatever a method put onto it.
@@ -34,8 +34,11 @@ def text_computed_once(detector: nn.Module) -> Iterator[None]:
         if key not in known:
             first = [value[:1] if torch.is_tensor(value) else value for value in args]
             named = {name: value[:1] if torch.is_tensor(value) else value for name, value in kwargs.items()}
+            was_training = encoder.training
+            encoder.eval()  # or one dropout mask would hold for the whole run
             with torch.no_grad():
                 known[key] = compute(input_ids[:1], *first, **named).last_hidden_state
+            encoder.train(was_training)
         return BaseModelOutput(last_hidden_state=known[key].expand(len(input_ids), -1, -1))
 
     encoder.forward = forward

@@ -9,10 +9,11 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from ..charts import as_svg
+from .grid import OURS
 from .methods import METHODS
 from .report import Found, all_shots
 
-OURS, THEIRS = "#d62728", "#1f77b4"
+SDPT, OTHERS = "#d62728", "#1f77b4"
 
 
 def pictures(results: dict[str, Any]) -> dict[str, str]:
@@ -38,11 +39,10 @@ def _parameters(found: Found) -> str:
     for name in found.methods:
         value, trained = found.over_tasks(name), found.trained(name)
         if value is not None and trained:
-            ours = name.startswith("sdpt")
-            axes.plot([trained], [100 * value], "o", color=OURS if ours else THEIRS)
+            axes.plot([trained], [100 * value], "o", color=SDPT if name.startswith("sdpt") else OTHERS)
             axes.annotate(
                 METHODS[name].label, (trained, 100 * value), xytext=(5, 3), textcoords="offset points",
-                fontweight="bold" if name == "sdpt" else "normal", fontsize=8,
+                fontweight="bold" if name == OURS else "normal", fontsize=8,
             )  # fmt: skip
     axes.set(xscale="log", xlabel="trained parameters")
     return as_svg(figure)
@@ -54,7 +54,7 @@ def _shots(found: Found) -> str:
     for name in found.leaders or ():
         means = [found.over_tasks(name, shots=count) for count in counts]
         points = [(place, 100 * value) for place, value in enumerate(means) if value is not None]
-        width = 2.5 if name == "sdpt" else 1.5
+        width = 2.5 if name == OURS else 1.5
         axes.plot([x for x, _ in points], [y for _, y in points], "o-", linewidth=width, label=METHODS[name].label)
     axes.set_xticks(range(len(counts)), ["all" if count is None else str(count) for count in counts])
     axes.set_xlabel("training images a class")

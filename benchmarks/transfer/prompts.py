@@ -71,7 +71,7 @@ class CoupledPrompts(nn.Module):
         return [image + self.maps[1](text), text + self.maps[0](image)]
 
 
-def attach_prompts(host: nn.Module, kind: str, num_tokens: int = 10) -> nn.Module:
+def attach_prompts(host: nn.Module, kind: str, num_tokens: int) -> nn.Module:
     """Give every fusion layer of a frozen host prompts.
 
     Args:

@@ -12,6 +12,7 @@ from typing import Any
 from ..results import table
 from .grid import (
     ABLATIONS,
+    CONDITION_RATES,
     CONDITIONS,
     DIAGNOSED,
     INVERSES,
@@ -25,8 +26,10 @@ from .grid import (
     TIMES,
     Cell,
     ablation_tasks,
+    best_rates,
     leaders,
     plan,
+    rates_cells,
 )
 from .methods import METHODS
 from .tasks import DIFFERENCES
@@ -42,7 +45,7 @@ class Found:
         self.tasks: list[str] = results["tasks"]
         self.seeds: int = results["seeds"]
         self.methods: list[str] = results["methods"]
-        self.rates = {name: rate for name, rate in results["rates"].items() if name in self.methods}
+        self.rates = best_rates(self.tasks[0], self.methods, self.cells)
         self.leaders = leaders(self.tasks, self.rates, self.seeds, self.cells)
 
     def values(
@@ -74,9 +77,7 @@ class Found:
 
     def trained(self, method: str) -> int | None:
         """Parameters, on the first task."""
-        return next(
-            (cell["trained"] for cell in self.cells.values() if cell["method"] == method and not cell["fields"]), None
-        )
+        return next((cell["trained"] for cell in self.cells_of(self.tasks[0], method)), None)
 
 
 # What `diagnose` measures: its head in the table, and how it is shown.
@@ -141,41 +142,42 @@ def all_shots() -> list[int | None]:
 
 
 def _ablations(found: Found) -> str:
-    if "sdpt" not in found.rates:
-        return "Not yet.\n"
     tasks = ablation_tasks(found.tasks)
-    rows = [["as published", "", *(spread(found.values(task, "sdpt")) for task in tasks)]]
+    rows = [["defaults", "", *(spread(found.values(task, OURS)) for task in tasks)]]
     for name, values in ABLATIONS.items():
         for value in values:
             fields = ((name, value),)
             shown = ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            rows.append([f"`{name}`", shown, *(spread(found.values(task, "sdpt", fields=fields)) for task in tasks)])
+            rows.append([f"`{name}`", shown, *(spread(found.values(task, OURS, fields=fields)) for task in tasks)])
     return table(["setting", "value", *tasks], rows)
 
 
 def _conditions(found: Found) -> str:
-    tasks = ablation_tasks(found.tasks)
+    task = ablation_tasks(found.tasks)[0]
     rows = []
-    for condition in (None, *CONDITIONS):
-        host = "as it is" if condition is None else f"{condition:g} times worse"
-        floor = [spread(found.values(task, "zero-shot", condition=condition)) for task in tasks]
-        rows.append([host, "zero-shot", *floor])
+    for condition in CONDITIONS:
+        host = f"{condition:g} times worse"
         for inverse in INVERSES:
-            values = [found.values(task, "sdpt", fields=inverse, condition=condition) for task in tasks]
+            values = [
+                found.values(task, "sdpt", rate=rate, fields=inverse, condition=condition) for rate in CONDITION_RATES
+            ]
             rule = " ".join(f"{name}={value}" for name, value in inverse) or "full"
             rows.append([host, rule.removeprefix("inverse="), *map(spread, values)])
-    return table(["condition of the projections", "inverse", *tasks], rows)
+    return table(["condition of the projections", "inverse", *(f"rate {rate}" for rate in CONDITION_RATES)], rows)
 
 
 def _rates(found: Found) -> str:
-    tasks = ablation_tasks(found.tasks)
-    rows = [
-        [METHODS[name].label, f"{rate}", *(spread(found.values(task, name, rate=rate)) for task in tasks)]
-        for name in ("sdpt", "lora")
-        if name in found.rates
-        for rate in METHODS[name].rates
-    ]
-    return table(["method", "learning rate", *tasks], rows)
+    """Of all methods, on the validation split; that of the rate which was chosen stands out."""
+    rates = sorted({rate for name in found.methods for rate in METHODS[name].rates})
+    rows = []
+    for name in found.methods:
+        row = [METHODS[name].label]
+        for rate in rates:
+            cells = [cell.key for cell in rates_cells(found.tasks[0], [name]) if cell.learning_rate == rate]
+            shown = "".join(spread([found.cells[key]["AP"]]) for key in cells if key in found.cells)
+            row.append(f"**{shown}**" if rate == found.rates.get(name) else shown)
+        rows.append(row)
+    return table(["method", *map(str, rates)], rows)
 
 
 def _longer(found: Found) -> str:
@@ -191,7 +193,7 @@ def _longer(found: Found) -> str:
 def _starts(found: Found) -> str:
     tasks = ablation_tasks(found.tasks)
     rows = []
-    for start in STARTS if OURS in found.rates else ():
+    for start in STARTS:
         measured = [
             [c["AP"] for c in found.cells_of(task, OURS, fields=start, times=part)] for task in tasks for part in PARTS
         ]
@@ -217,7 +219,7 @@ def _prompts(found: Found) -> str:
 
 def missing(results: Results) -> int:
     """How many runs of the plan have not been made."""
-    planned = plan(results["tasks"], results["methods"], results["seeds"], results["cells"], results["rates"])
+    planned = plan(results["tasks"], results["methods"], results["seeds"], results["cells"])
     return sum(cell.key not in results["cells"] for cell in planned)
 
 
@@ -231,6 +233,7 @@ def report(results: Results) -> str:
         f"{about['peft']}, peft_sdpt {about['peft_sdpt']}. {len(results['cells'])} runs"
         + (f"; {left} more are known to be missing.\n" if left else ".\n"),
         table(["task", "what differs from pre-training"], tasks),
+        "Where there is a ±, it is the sample's standard deviation over seeds; else there is one seed so far.\n",
         f"### {SHOTS} images a class: AP\n",
         _comparison(found, "AP"),
         f"### {SHOTS} images a class: AP50\n",
@@ -243,12 +246,12 @@ def report(results: Results) -> str:
         _ablations(found),
         f"### The inverse, {SHOTS} images a class: AP\n",
         _conditions(found),
-        f"### Learning rates, {SHOTS} images a class: AP\n",
-        _rates(found),
         f"### More steps, {SHOTS} images a class: AP\n",
         _longer(found),
         f"### Starts, {SHOTS} images a class: AP\n",
         _starts(found),
+        f"### Learning rates, {SHOTS} images a class: AP on the validation split of {found.tasks[0]}\n",
+        _rates(found),
         "### What prompts do\n",
         _prompts(found),
     ]

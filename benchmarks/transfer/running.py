@@ -7,12 +7,11 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 
 from adapters import set_picture_size
@@ -25,11 +24,11 @@ from peft_sdpt.loss import GroundedDetectionLoss
 from ..peers import trained_parameters
 from .conditioning import make_ill_conditioned
 from .diagnosis import diagnose
-from .grid import DIAGNOSED, Cell
+from .grid import Cell, is_diagnosed
 from .methods import METHODS
 from .one_text import text_computed_once
 from .tasks import Task
-from .tuning import BATCH, Diverged, batches, tune
+from .tuning import BATCH, Diverged, batches, moved, tune
 
 EVALUATED_AT_A_TIME = 16
 PROTOTYPE_BATCHES = 4
@@ -73,11 +72,11 @@ def run_cell(cell: Cell, task: Task, model_name: str, device: str) -> dict[str, 
             initialize_sdpt_prototypes(model, batches(processor, model, data, BATCH * PROTOTYPE_BATCHES, cell.seed))
         result["pictures"] = len(data)
         result["trained"] = sum(parameter.numel() for parameter in trained_parameters(model).values())
-        looked_at = cell.method in DIAGNOSED and not cell.fields and cell.times == 1
+        looked_at = is_diagnosed(cell)
         try:
             with text_computed_once(model):
                 if looked_at:
-                    result["start"] = _look(model, processor, data, cell.seed)
+                    result["start"] = _look(model, processor, data, cell.seed, device)
                 result |= tune(
                     model,
                     processor,
@@ -85,11 +84,12 @@ def run_cell(cell: Cell, task: Task, model_name: str, device: str) -> dict[str, 
                     steps=cell.steps,
                     learning_rate=cell.learning_rate,
                     seed=cell.seed,
+                    prompts=method.prompts,
                     prompt_factor=method.prompt_factor,
                     device=device,
                 )
                 if looked_at:
-                    result["end"] = _look(model, processor, data, cell.seed)
+                    result["end"] = _look(model, processor, data, cell.seed, device)
         except Diverged as error:
             return {**result, **NOTHING_FOUND, "diverged": error.args[0]}
     held_out = task.load(cell.split)
@@ -101,16 +101,10 @@ def run_cell(cell: Cell, task: Task, model_name: str, device: str) -> dict[str, 
     return {**average_precision(held_out, rows), **result}
 
 
-def _look(model: nn.Module, processor: Any, data: DetectionSplit, seed: int) -> list[dict[str, float]]:
+def _look(model: nn.Module, processor: Any, data: DetectionSplit, seed: int, device: str) -> list[dict[str, float]]:
     some = batches(processor, model, data, BATCH * DIAGNOSED_BATCHES, seed)
-    on_device = (
-        (_moved(inputs, model.device), [_moved(label, model.device) for label in labels]) for inputs, labels in some
-    )
+    on_device = ((moved(inputs, device), [moved(label, device) for label in labels]) for inputs, labels in some)
     return diagnose(model, on_device, GroundedDetectionLoss(model.config))
-
-
-def _moved(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
 def load_host(model_name: str, device: str) -> nn.Module:

@@ -5,11 +5,13 @@
 from __future__ import annotations
 
 import math
+import re
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import get_cosine_schedule_with_warmup
 
@@ -33,6 +35,10 @@ def batches(processor: Any, model: nn.Module, data: DetectionSplit, pictures: in
     return DataLoader(samples, BATCH, collate_fn=samples.collate)
 
 
+def moved(tensors: Mapping[str, Tensor], device: str) -> dict[str, Tensor]:
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
 def tune(
     model: nn.Module,
     processor: Any,
@@ -41,6 +47,7 @@ def tune(
     steps: int,
     learning_rate: float,
     seed: int,
+    prompts: str = "",
     prompt_factor: float = 1.0,
     device: str = "cpu",
 ) -> dict[str, Any]:
@@ -53,7 +60,8 @@ def tune(
         steps: optimizer steps, of `BATCH` pictures each.
         learning_rate: its highest.
         seed: of the order and augmentation of pictures.
-        prompt_factor: what the learning rate of SDPT's tokens is times that of the rest.
+        prompts: a regular expression for the names of those that have another learning rate.
+        prompt_factor: what that is times the rate of the rest.
 
     Returns:
         `losses`, one a step, and `seconds`.
@@ -63,8 +71,8 @@ def tune(
     """
     named = trained_parameters(model)
     trained = list(named.values())
-    tokens = [parameter for name, parameter in named.items() if "sdpt_prompts" in name]
-    rest = [parameter for name, parameter in named.items() if "sdpt_prompts" not in name]
+    tokens = [parameter for name, parameter in named.items() if re.search(prompts, name)]
+    rest = [parameter for name, parameter in named.items() if not re.search(prompts, name)]
     groups = [{"params": tokens, "lr": prompt_factor * learning_rate}, {"params": rest}]
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=learning_rate, weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, WARM_UP, steps)
@@ -72,8 +80,7 @@ def tune(
     model.train()
     losses, begin = [], time.perf_counter()
     for inputs, labels in batches(processor, model, data, steps * BATCH, seed):
-        inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-        labels = [{name: tensor.to(device) for name, tensor in label.items()} for label in labels]
+        inputs, labels = moved(inputs, device), [moved(label, device) for label in labels]
         outputs = model(**inputs)
         if not outputs.pred_boxes.isfinite().all():
             raise Diverged(len(losses))
