@@ -244,7 +244,7 @@ def report(results: Results) -> str:
         "![AP and images a class](transfer-shots.svg)\n",
         f"### Settings, {SHOTS} images a class: AP\n",
         _ablations(found),
-        f"### The inverse, {SHOTS} images a class: AP\n",
+        f"### The inverse, {SHOTS} images a class: AP on {ablation_tasks(found.tasks)[0]}\n",
         _conditions(found),
         f"### More steps, {SHOTS} images a class: AP\n",
         _longer(found),
