@@ -146,6 +146,11 @@ class SDPTConfig(PeftConfig):
             self.layers_to_transform = [_plain_int(index) for index in self.layers_to_transform]
         self._check()
 
+    def prompt_shape(self, width: int) -> tuple[int, ...]:
+        """Shape of the prompts of a fusion layer in which a token has `width` numbers."""
+        shape = (self.num_virtual_tokens, width)
+        return (2, *shape) if self.prompt_mode == "independent" else shape
+
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike, subfolder: str | None = None, **kwargs: Any
@@ -168,8 +173,7 @@ class SDPTConfig(PeftConfig):
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if isinstance(config, SDPTConfig):
-            leading = (2,) if config.prompt_mode == "independent" else ()
-            shapes = {n: (*leading, config.num_virtual_tokens, w) for n, w in (config.fusion_layers or {}).items()}
+            shapes = {name: config.prompt_shape(width) for name, width in (config.fusion_layers or {}).items()}
             download, _, _ = cls._split_kwargs(kwargs)
             check_saved_weights(pretrained_model_name_or_path, subfolder, shapes, **download)
         return config
@@ -240,7 +244,7 @@ class SDPTConfig(PeftConfig):
             and all(isinstance(name, str) for name in self.fusion_layers)
             and all(_is_int(width) and width > 0 for width in self.fusion_layers.values())
         ):
-            self._refuse("fusion_layers", "None or a mapping of module names to widths", TypeError)
+            self._refuse("fusion_layers", "None or a mapping of module names to numbers of a token", TypeError)
         if not _is_bool(self.inference_mode):
             self._refuse("inference_mode", "True or False", TypeError)
         if not isinstance(self.peft_sdpt_version, str):

@@ -37,20 +37,29 @@ _INITIALISERS = {
 _INITIALISERS["prototypes"] = _INITIALISERS["uniform"]
 
 
-def init_prompts(config: SDPTConfig, width: int) -> torch.Tensor:
-    """Prototype tokens as `config` starts them.
+def init_prompts(config: SDPTConfig, width: int, token_width: int) -> torch.Tensor:
+    """Prompts as `config` starts them.
 
     Drawn on the CPU from torch's default generator, so that a seed means the same on every device. Coordinates in an
     orthonormal basis start as tokens do: the size of what has an effect is the same.
 
+    Args:
+        config: of the adapter.
+        width: numbers of a token.
+        token_width: width E of the aligned space, which some starts take the size from.
+
     Returns:
         `(N, width)`, or `(2, N, width)` for independent mode (image set, text set); float32.
     """
-    tokens = torch.empty(prompt_shape(config, width), device="cpu", dtype=torch.float32)
+    prompts = torch.empty(config.prompt_shape(width), device="cpu", dtype=torch.float32)
+    initialise = _INITIALISERS[config.init_weights]
     # Set by set: torch takes the fans of a 3-D tensor for those of a convolution.
-    for token_set in tokens.view(-1, config.num_virtual_tokens, width):
-        _INITIALISERS[config.init_weights](token_set)
-    return tokens
+    for prompt_set in prompts.view(-1, config.num_virtual_tokens, width):
+        if config.init_weights.startswith(("xavier", "kaiming")):
+            prompt_set.copy_(initialise(torch.empty(len(prompt_set), token_width, device="cpu"))[:, :width])
+        else:
+            initialise(prompt_set)
+    return prompts
 
 
 def prompt_width(config: SDPTConfig, fusion_host: FusionHost, projections: Sequence[nn.Module]) -> int:
@@ -66,12 +75,6 @@ def prompt_width(config: SDPTConfig, fusion_host: FusionHost, projections: Seque
     if config.prompt_space == "aligned" or fusion_host.split:
         return width
     return min(width, sum(projection.in_features for projection in projections))
-
-
-def prompt_shape(config: SDPTConfig, width: int) -> tuple[int, ...]:
-    """Shape of the prompts of `config` in a fusion layer, where a token has `width` numbers."""
-    shape = (config.num_virtual_tokens, width)
-    return (2, *shape) if config.prompt_mode == "independent" else shape
 
 
 def _refresh_after_load(layer: SDPTLayer, incompatible_keys: Any) -> None:
@@ -160,18 +163,27 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
     def sdpt_inverses(self) -> tuple[BufferDict, ...]:
         return tuple(getattr(self, f"sdpt_inverse_{place}") for place in range(len(self.fusion_host.inverted)))
 
+    @property
+    def _computed(self) -> tuple[BufferDict, ...]:
+        return (*self.sdpt_inverses, self.sdpt_basis)
+
     def update_layer(self, adapter_name: str, config: SDPTConfig) -> None:
         """Add the prompts of an adapter, with the start that `config` asks for."""
+        self._forget(adapter_name)
         self.sdpt_config[adapter_name] = config
         width = prompt_width(config, self.fusion_host, self._projections())
-        self.sdpt_prompts[adapter_name] = nn.Parameter(init_prompts(config, width))
+        self.sdpt_prompts[adapter_name] = nn.Parameter(init_prompts(config, width, self.width))
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.refresh_inverses()
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter from this layer, if it is there."""
         super().delete_adapter(adapter_name)
-        for computed in (*self.sdpt_inverses, self.sdpt_basis):
+        self._forget(adapter_name)
+
+    def _forget(self, adapter_name: str) -> None:
+        """Drop what was computed for an adapter: one that takes its name may want another inverse."""
+        for computed in self._computed:
             if adapter_name in computed:
                 del computed[adapter_name]
 
@@ -182,7 +194,16 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def set_tokens(self, adapter_name: str, tokens: torch.Tensor) -> None:
-        """Make the prompts of an adapter these tokens, `(N, E)` or `(2, N, E)`; of coordinates, the nearest."""
+        """Make the prompts of an adapter these tokens, `(N, E)` or `(2, N, E)`; of coordinates, the nearest.
+
+        Raises:
+            ValueError: the layer has no such adapter, or its tokens have another shape.
+        """
+        if adapter_name not in self.sdpt_prompts:
+            raise ValueError(f"adapter_name must be one of {sorted(self.sdpt_prompts)}, got {adapter_name!r}")
+        shape = self.sdpt_config[adapter_name].prompt_shape(self.width)
+        if tokens.shape != shape:
+            raise ValueError(f"tokens of {adapter_name!r} must have the shape {shape}, got {tuple(tokens.shape)}")
         self._follow_weights()
         if adapter_name in self.sdpt_basis:
             basis = self.sdpt_basis[adapter_name]
@@ -201,7 +222,7 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
             refuse_adapted(projection)
         self._known_prompts = None
         if force or not self._inverses_hold():
-            for computed in (*self.sdpt_inverses, self.sdpt_basis):
+            for computed in self._computed:
                 computed.clear()
         for inverses, projection in zip(self.sdpt_inverses, projections, strict=True):
             # Adapters with the same tolerance share one tensor.
@@ -255,7 +276,11 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
         if torch.compiler.is_compiling():
             return self._map_prompts(names, adapter_names, projections)
         self._follow_weights()
-        if self.training or torch.is_grad_enabled() or adapter_names is not None:
+        if self.training or torch.is_grad_enabled():
+            # An optimizer may follow that writes through `.data`, which PyTorch does not count.
+            self._known_prompts = None
+            return self._map_prompts(names, adapter_names, projections)
+        if adapter_names is not None:
             return self._map_prompts(names, adapter_names, projections)
         biases = [bias for bias in map(bias_of, projections) if bias is not None]
         sources = [*(self.sdpt_prompts[name] for name in names), *biases]
@@ -273,8 +298,8 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
         self, names: list[str], adapter_names: Sequence[str] | None, projections: Sequence[nn.Module]
     ) -> list[Prompts]:
         tokens = {
-            name: self._tokens(
-                name, F.dropout(self.sdpt_prompts[name], self.sdpt_config[name].prompt_dropout, self.training)
+            name: F.dropout(
+                self._tokens(name, self.sdpt_prompts[name]), self.sdpt_config[name].prompt_dropout, self.training
             )
             for name in names
         }
@@ -325,18 +350,29 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
 
     def _apply(self, fn: Any, recurse: bool = True) -> SDPTLayer:
         self._known_prompts = None
-        held, before = self._inverses_hold(), [device_and_dtype(each) for each in self._projections()]
+        held, before = self._inverses_hold(), self._dtypes()
+        on_meta = any(device_and_dtype(each)[0].type == "meta" for each in self._projections())
+        owners = [{name: id(value) for name, value in each.items()} for each in self._computed]
         super()._apply(fn, recurse)
-        if any(device.type == "meta" for device, _ in before):
+        if on_meta:
             # No weights yet, perhaps uninitialised memory: at load time or at the next forward.
             self._inverted = None
-        elif held and [dtype for _, dtype in before] == [device_and_dtype(each)[1] for each in self._projections()]:
-            # Only moved, and the inverses with them.
+        elif held and before == self._dtypes():
+            # Only moved, and the inverses with them; adapters that shared one go on to.
+            for each, owner in zip(self._computed, owners, strict=True):
+                first: dict[int, str] = {}
+                for name, shared in owner.items():
+                    each[name] = each[first.setdefault(shared, name)]
             self._inverted = tuple(WeightState.of(projection) for projection in self._projections())
         else:
             # A cast rounds the weights, and has cast the inverses too, below float32 perhaps.
             self.refresh_inverses(force=True)
         return self
+
+    def _dtypes(self) -> list[torch.dtype]:
+        """Of the projections, and of all that is computed from them, which is not below float32 as they may be."""
+        computed = [value.dtype for each in self._computed for value in each.values()]
+        return [device_and_dtype(each)[1] for each in self._projections()] + computed
 
     def train(self, mode: bool = True) -> SDPTLayer:
         self._known_prompts = None
@@ -375,5 +411,6 @@ class SharedSDPTLayer(SDPTLayer):
 
     def update_layer(self, adapter_name: str, config: SDPTConfig) -> None:
         """Take on an adapter, whose prompts the first module gets."""
+        self._forget(adapter_name)
         self.sdpt_config[adapter_name] = config
         self.refresh_inverses()

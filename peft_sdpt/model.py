@@ -17,7 +17,7 @@ from torch import nn
 from .config import SDPTConfig
 from .hosts import FusionHost, find_hosts, supported_hosts
 from .hosts.declaration import parameters_of
-from .layer import CANNOT_MERGE, SDPTLayer, SharedSDPTLayer, prompt_shape, prompt_width
+from .layer import CANNOT_MERGE, SDPTLayer, SharedSDPTLayer, prompt_width
 from .saved import differing_shapes
 from .weights import refuse_adapted, refuse_out_of_reach
 
@@ -62,9 +62,13 @@ class SDPTModel(BaseTuner):
             config = copy.deepcopy(config)
         elif not config.attached and config.fusion_layers is not None:
             _check_prompt_shapes(
-                found={n: prompt_shape(config, w) for n, w in config.fusion_layers.items()},
-                expected={n: prompt_shape(config, w) for n, w in selected.items()},
+                found={n: config.prompt_shape(w) for n, w in config.fusion_layers.items()},
+                expected={n: config.prompt_shape(w) for n, w in selected.items()},
             )
+        if state_dict is not None:
+            # PEFT wraps what it has weights of.
+            held = {key.rpartition(".sdpt_prompts")[0].removeprefix(_COMPILED) for key in state_dict}
+            selected = {name: width for name, width in selected.items() if name.removeprefix(_COMPILED) in held}
         config.fusion_layers = selected
         config.attached = True
         self.peft_config[adapter_name] = config
@@ -75,8 +79,7 @@ class SDPTModel(BaseTuner):
             part.removeprefix(_COMPILED): (host, name.removeprefix(_COMPILED)) for part, (host, name) in targets.items()
         }
         if state_dict is not None:
-            # PEFT wraps what it has weights of; the second module of a fusion layer has none of its own.
-            held = {key.rpartition(".sdpt_prompts")[0].removeprefix(_COMPILED) for key in state_dict}
+            # The second module of a fusion layer has none of its own.
             parts = [part for part, (_, name) in self._targets.items() if name in held and part not in held]
             state_dict = state_dict | {f"{part}.sdpt_prompts": None for part in parts}
         super().inject_adapter(model, adapter_name, *args, state_dict=state_dict, **kwargs)
@@ -147,7 +150,7 @@ class SDPTModel(BaseTuner):
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         # Those of another tuner in the same host, whose configs PEFT keeps beside ours, act on all samples.
-        ours = sorted(name for name, config in self.peft_config.items() if isinstance(config, SDPTConfig))
+        ours = self._names_of_ours()
         unknown = sorted(set(adapter_names) - {*ours, BASE})
         if unknown:
             raise ValueError(
@@ -174,6 +177,9 @@ class SDPTModel(BaseTuner):
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _names_of_ours(self) -> list[str]:
+        return sorted(name for name, config in self.peft_config.items() if isinstance(config, SDPTConfig))
 
     def add_weighted_adapter(
         self,
@@ -224,9 +230,10 @@ class SDPTModel(BaseTuner):
             raise ValueError(f"adapter_name {adapter_name!r} is taken; this model has {sorted(self.peft_config)}")
         if not adapters or len(adapters) != len(weights):
             raise ValueError(f"adapters and weights must be as many, at least one; got {adapters} and {weights}")
-        unknown = [name for name in adapters if name not in self.peft_config]
+        ours = self._names_of_ours()
+        unknown = [name for name in adapters if name not in ours]
         if unknown:
-            raise ValueError(f"adapters has {unknown}, but this model has {sorted(self.peft_config)}")
+            raise ValueError(f"adapters has {unknown}, but the SDPT adapters of this model are {ours}")
         alike = ["prompt_mode", "prompt_space", "image_attends_prompts", "pinv_rtol", "fusion_layers"]
         if combination_type == "linear":
             alike.append("num_virtual_tokens")

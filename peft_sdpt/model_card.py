@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import os
 import re
 import warnings
@@ -126,7 +127,6 @@ def _hub_id(name: str | None) -> str | None:
 
 
 def _describe(config: SDPTConfig, host: str | None) -> str:
-    sets = 2 if config.prompt_mode == "independent" else 1
     link = f"[{host}](https://huggingface.co/{host})" if host else f"`{_name(config)}`"
     lines = [
         f"Tokens for [SDPT, Synchronous Dual Prompt Tuning]({_PAPER}), a tuner that the package `peft_sdpt` adds to "
@@ -136,9 +136,9 @@ def _describe(config: SDPTConfig, host: str | None) -> str:
         "|---|---|",
     ]
     widths = list((config.fusion_layers or {}).values())
-    tokens = f"{config.num_virtual_tokens} a layer" + (" and modality" if sets == 2 else "")
+    tokens = f"{config.num_virtual_tokens} a layer" + (" and modality" if config.prompt_mode == "independent" else "")
     if widths:
-        size = sets * config.num_virtual_tokens * sum(widths)
+        size = sum(math.prod(config.prompt_shape(width)) for width in widths)
         wide = " or ".join(f"{width}" for width in sorted(set(widths)))
         lines += [
             f"| tokens | {tokens}, {size:,} numbers in all |",
@@ -148,7 +148,7 @@ def _describe(config: SDPTConfig, host: str | None) -> str:
     else:
         lines += [f"| tokens | {tokens} |"]
     usual = {each.name: each.default for each in dataclasses.fields(config)}
-    for name in ("prompt_mode", "image_attends_prompts", "pinv_rtol"):
+    for name in ("prompt_mode", "prompt_space", "image_attends_prompts", "pinv_rtol"):
         if (value := getattr(config, name)) != usual[name]:
             lines.append(f"| `{name}` | {value} |")
     if config.modules_to_save:

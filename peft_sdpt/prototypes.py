@@ -69,16 +69,15 @@ def initialize_sdpt_prototypes(
     encoders = [module for module in model.modules() if hasattr(type(module), "get_reference_points")]
     if not encoders or not all(isinstance(layer.fusion_host, BiAttentionHost) for layer in layers.values()):
         raise ValueError(
-            "prototypes are those of a Grounding DINO or MM Grounding DINO of transformers: no other host tells where "
-            "in the image a token lies"
+            "model must be a Grounding DINO or MM Grounding DINO of transformers, got "
+            f"{type(model.get_base_model()).__name__}: no other host tells where in the image a token lies"
         )
-    candidates = _candidates(model, encoders[0], layers, dataloader, num_batches)
+    candidates = _candidates(model, encoders[0], layers, dataloader, num_batches, seed)
     generator = torch.Generator().manual_seed(seed)
     chosen = {}
     for name, layer in layers.items():
         count = layer.sdpt_config[adapter_name].num_virtual_tokens
-        sides = [_distinct(_drawn(torch.cat([*rows, torch.empty(0, layer.width)]), MOST_CANDIDATES, generator))
-                 for rows in candidates[name]]  # fmt: skip
+        sides = [_distinct(_drawn(rows, len(rows), generator)) for rows in candidates[name]]
         sizes = [len(side) for side in sides]
         independent = layer.sdpt_prompts[adapter_name].dim() == 3
         if min(sizes) == 0 or (min(sizes) if independent else sum(sizes)) < count:
@@ -104,9 +103,10 @@ def _candidates(
     layers: dict[str, SDPTLayer],
     dataloader: Iterable[tuple[Mapping[str, Any], list[dict[str, Tensor]]]],
     num_batches: int,
-) -> dict[str, tuple[list[Tensor], list[Tensor]]]:
+    seed: int,
+) -> dict[str, tuple[Tensor, Tensor]]:
     """Query states `(n, E)` of each layer, of image tokens within boxes and of text tokens of their classes."""
-    found: dict[str, tuple[list[Tensor], list[Tensor]]] = {name: ([], []) for name in layers}
+    found = {name: (_Sample(layer.width, seed), _Sample(layer.width, seed)) for name, layer in layers.items()}
     current: dict[str, Any] = {}
 
     def see_positions(_: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -126,8 +126,8 @@ def _candidates(
         bound = host.bind(args, kwargs)
         tokens = (bound[host.image_tokens], bound[host.text_tokens])
         shown = (current["image"], current["text"][:, : tokens[1].shape[1]])
-        for rows, projection, states, mask in zip(found[name], layer._projections(), tokens, shown, strict=True):
-            rows.append(projection(states[mask]).float().cpu())
+        for sample, projection, states, mask in zip(found[name], layer._projections(), tokens, shown, strict=True):
+            sample.add(states[mask], projection)
 
     hooks = [encoder.register_forward_pre_hook(see_positions, with_kwargs=True)]
     hooks += [
@@ -155,7 +155,28 @@ def _candidates(
         model.train(was_training)
         for hook in hooks:
             hook.remove()
-    return found
+    return {name: (image.rows, text.rows) for name, (image, text) in found.items()}
+
+
+class _Sample:
+    """`MOST_CANDIDATES` of the rows that are added, whichever: each has drawn a number, and the lowest stay."""
+
+    def __init__(self, width: int, seed: int) -> None:
+        self.rows, self._numbers = torch.empty(0, width), torch.empty(0)
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def add(self, tokens: Tensor, projection: nn.Module) -> None:
+        """Take some of the tokens `(n, d)`, projected."""
+        numbers = torch.rand(len(tokens), generator=self._generator)
+        stay = self._lowest(numbers)  # before the projection, which makes many times as much of them
+        rows = torch.cat([self.rows, projection(tokens[stay.to(tokens.device)]).float().cpu()])
+        numbers = torch.cat([self._numbers, numbers[stay]])
+        stay = self._lowest(numbers)
+        self.rows, self._numbers = rows[stay], numbers[stay]
+
+    @staticmethod
+    def _lowest(numbers: Tensor) -> Tensor:
+        return numbers.argsort()[:MOST_CANDIDATES].sort().values
 
 
 def _within(points: Tensor, boxes: Tensor) -> Tensor:

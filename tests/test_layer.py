@@ -15,6 +15,7 @@ import peft_sdpt.layer
 import peft_sdpt.weights
 from hosts import ATTENTION_CLASSES, D_MODEL, HOST_NAMES, WIDTH, host_config, make_attention
 from peft_sdpt import SDPTConfig, SDPTLayer
+from peft_sdpt.config import INIT_WEIGHTS
 from peft_sdpt.hosts import GROUNDING_DINO
 
 N, NV, NL = 4, 7, 5
@@ -221,12 +222,17 @@ def test_coordinates_compute_what_their_tokens_do(rtol):
     # The gradient of a token has no other part than that of its coordinates.
     of_tokens, of_coordinates = (gradients(layer, layer, inputs)[0] for layer in (whole, coordinates))
     torch.testing.assert_close(of_tokens, of_coordinates @ coordinates.sdpt_basis["default"].T, rtol=0, atol=1e-10)
-    # And they start as large.
-    lengths = []
+
+
+@pytest.mark.parametrize("init_weights", [name for name in INIT_WEIGHTS if name != "prototypes"])
+def test_coordinates_start_as_large_as_tokens(init_weights):
+    """In what has an effect, and beside what the biases alone make of prompts."""
+    sizes = []
     for space in ("reachable", "aligned"):
-        layer = make_layer(prompt_space=space, num_virtual_tokens=200, pinv_rtol=rtol)
-        lengths.append(torch.stack([side.tokens.norm(dim=-1).mean() for side in layer._prompts(["default"], None)]))
-    torch.testing.assert_close(*lengths, rtol=0.1, atol=0)
+        layer = make_layer(prompt_space=space, num_virtual_tokens=200, init_weights=init_weights)
+        reached = layer.sdpt_basis["default"] if space == "reachable" else make_layer().sdpt_basis["default"]
+        sizes.append((layer.tokens().detach() @ reached).square().mean().sqrt())
+    torch.testing.assert_close(*sizes, rtol=0.03, atol=1e-12)
 
 
 def test_adapters_with_coordinates_and_without_in_one_layer():
@@ -267,8 +273,9 @@ def test_attention_dropout_drops_weights_in_training_only():
         torch.testing.assert_close(out, expected, rtol=0, atol=1e-10)
 
 
-def test_prompt_dropout_zeroes_entries_of_the_tokens_in_training_only(monkeypatch):
-    layer, inputs = make_layer(prompt_dropout=0.5, num_virtual_tokens=64, prompt_space="aligned"), make_inputs()
+@pytest.mark.parametrize("space", ["aligned", "reachable"])
+def test_prompt_dropout_zeroes_entries_of_the_tokens_in_training_only(monkeypatch, space):
+    layer, inputs = make_layer(prompt_dropout=0.5, num_virtual_tokens=64, prompt_space=space), make_inputs()
     seen = []
     original = peft_sdpt.layer.to_input_space
 
@@ -277,7 +284,7 @@ def test_prompt_dropout_zeroes_entries_of_the_tokens_in_training_only(monkeypatc
         return original(tokens, inverse, bias)
 
     monkeypatch.setattr(peft_sdpt.layer, "to_input_space", spy)
-    tokens = layer.sdpt_prompts["default"]
+    tokens = layer.tokens()
     layer(*inputs)
     assert torch.equal(seen[0], tokens)
     layer.train()
@@ -363,6 +370,11 @@ def test_adapters_share_an_inverse_of_the_same_tolerance():
         assert inverses["same"] is inverses["default"]
         assert not torch.allclose(inverses["other"], inverses["default"])
     assert layer.sdpt_basis["same"] is layer.sdpt_basis["other"] is layer.sdpt_basis["default"]
+    # Wherever they are moved.
+    before = layer.sdpt_basis["same"]
+    layer._apply(torch.clone)
+    assert layer.sdpt_basis["same"] is layer.sdpt_basis["other"] is layer.sdpt_basis["default"] is not before
+    assert layer.sdpt_inverses[0]["same"] is layer.sdpt_inverses[0]["default"] is not layer.sdpt_inverses[0]["other"]
     layer.delete_adapter("same")
     assert list(layer.sdpt_basis) == list(layer.sdpt_inverses[0]) == ["default", "other"] == list(layer.sdpt_prompts)
 
@@ -590,6 +602,33 @@ def test_casting_the_layer_keeps_the_inverse_in_float32_or_better(dtype):
         # Of the weights as they are now, rounded, and not a rounded inverse of the old ones.
         exact = torch.linalg.pinv(projection.weight.double())
         torch.testing.assert_close(inverse.double(), exact, rtol=0, atol=1e-6)
+
+
+def test_a_cast_to_what_the_host_is_in_already_rounds_no_inverse():
+    layer = make_layer(dtype=torch.bfloat16)
+    inverse, basis = layer.sdpt_inverses[0]["default"].clone(), layer.sdpt_basis["default"].clone()
+    layer.to(torch.bfloat16)
+    assert torch.equal(layer.sdpt_inverses[0]["default"], inverse) and inverse.dtype == torch.float32
+    assert torch.equal(layer.sdpt_basis["default"], basis) and basis.dtype == torch.float32
+
+
+def test_an_adapter_that_takes_the_name_of_another_has_its_own_inverse_and_basis():
+    layer = make_layer(pinv_rtol=0.6)
+    fresh = make_layer(pinv_rtol=None, prompt_space="aligned")
+    layer.update_layer("default", fresh.sdpt_config["default"])
+    layer.set_tokens("default", fresh.tokens())
+    assert all(torch.equal(a, b) for a, b in zip(flat(layer(*make_inputs())), flat(fresh(*make_inputs())), strict=True))
+
+
+@pytest.mark.parametrize("shape", [(WIDTH,), (1, WIDTH), (N, WIDTH - 1), (2, N, WIDTH)])
+def test_tokens_of_another_shape_are_refused(shape):
+    layer = make_layer()
+    before = layer.tokens()
+    with pytest.raises(ValueError, match=rf"tokens of 'default' must have the shape \({N}, {WIDTH}\), got"):
+        layer.set_tokens("default", torch.zeros(shape))
+    with pytest.raises(ValueError, match=r"adapter_name must be one of \['default'\], got 'other'"):
+        layer.set_tokens("other", before)
+    assert torch.equal(layer.tokens(), before)
 
 
 def test_half_and_double_of_a_parent_module():

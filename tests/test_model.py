@@ -509,6 +509,13 @@ def test_what_cannot_be_combined_is_refused_and_leaves_no_trace(arguments, optio
     assert list(model.peft_config) == ["default", "second", "third", "small", "whole"]
 
 
+def test_another_tuners_adapter_is_not_combined(host):
+    inject_adapter_in_model(LoraConfig(target_modules=["values_text_proj"]), host, "lora")
+    model = attach(host)
+    with pytest.raises(ValueError, match=r"adapters has \['lora'\], but the SDPT adapters of this model are \['default'\]"):
+        combined(model, ["default", "lora"], [1.0, 1.0])
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

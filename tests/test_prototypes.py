@@ -8,9 +8,9 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 
-from hosts import HOST_NAMES, LAYERS, PUBLISHED, WIDTH, FusionStack, make_host
+from hosts import HOST_NAMES, LAYERS, PUBLISHED, FusionStack, make_host
 from peft_sdpt import SDPTConfig, SDPTLayer, initialize_sdpt_prototypes
-from peft_sdpt.prototypes import _within
+from peft_sdpt.prototypes import _Sample, _within
 
 CLS, SEP, PERIOD = 101, 102, 1012
 # Two classes, of one and of two tokens.
@@ -209,6 +209,33 @@ def test_each_modality_needs_enough_where_prompts_are_independent():
 
 def test_a_host_that_does_not_say_where_its_tokens_lie():
     model = get_peft_model(FusionStack(), SDPTConfig())
-    with pytest.raises(ValueError, match="Grounding DINO"):
+    with pytest.raises(ValueError, match=r"model must be a Grounding DINO .*, got FusionStack: "):
         initialize_sdpt_prototypes(model, [batch()])
-    assert WIDTH
+
+
+def test_coordinates_start_as_the_nearest_to_the_same_prototypes(monkeypatch):
+    published, default = attach(), attach(**dict.fromkeys(("prompt_space", "pinv_rtol")))
+    for model in (published, default):
+        initialize_sdpt_prototypes(model, [batch()])
+    for name in LAYERS:
+        one, other = (model.base_model.model.get_submodule(name) for model in (published, default))
+        assert other.sdpt_basis and not one.sdpt_basis
+        with torch.no_grad():
+            for a, b in zip(*(layer._prompts(["default"], None) for layer in (one, other)), strict=True):
+                torch.testing.assert_close(a.tokens, b.tokens, rtol=0, atol=1e-4)
+
+
+def test_no_more_candidates_are_held_than_are_looked_at(monkeypatch):
+    """Any row may stay, whenever it was added, and what does not stay is not projected."""
+    monkeypatch.setattr("peft_sdpt.prototypes.MOST_CANDIDATES", 10)
+    projected, held = [], []
+    sample = _Sample(1, seed=0)
+    for start in range(0, 1000, 100):
+        sample.add(torch.arange(start, start + 100.0)[:, None], lambda rows: projected.append(len(rows)) or rows)
+        held.append(len(sample.rows))
+    assert held == projected == [10] * 10
+    assert sample.rows.unique().numel() == 10 and len({int(row) // 100 for row in sample.rows}) > 3
+    few = _Sample(1, seed=0)
+    few.add(torch.arange(4.0)[:, None], torch.nn.Identity())
+    few.add(torch.arange(4.0, 7.0)[:, None], torch.nn.Identity())
+    assert few.rows.flatten().tolist() == [0, 1, 2, 3, 4, 5, 6]

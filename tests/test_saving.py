@@ -219,6 +219,8 @@ def test_injecting_from_a_state_dict():
     assert adapted_layers(host) == LAYERS[1:]
     set_peft_model_state_dict(host, state)
     assert torch.equal(run(host), run(model))
+    # The config names the layers that have prompts, and no others.
+    assert list(host.peft_config["default"].fusion_layers) == LAYERS[1:]
 
 
 def test_low_cpu_mem_usage_starts_without_weights_but_with_inverses():
