@@ -512,7 +512,7 @@ def test_what_cannot_be_combined_is_refused_and_leaves_no_trace(arguments, optio
 def test_another_tuners_adapter_is_not_combined(host):
     inject_adapter_in_model(LoraConfig(target_modules=["values_text_proj"]), host, "lora")
     model = attach(host)
-    with pytest.raises(ValueError, match=r"adapters has \['lora'\], but the SDPT adapters of this model are \['default'\]"):
+    with pytest.raises(ValueError, match=r"has \['lora'\], but the SDPT adapters of this model are \['default'\]"):
         combined(model, ["default", "lora"], [1.0, 1.0])
 
 
