@@ -18,8 +18,8 @@ from .saved import check_saved_weights
 from .version import __version__
 
 INIT_WEIGHTS = (
-    "uniform",
     "normal",
+    "uniform",
     "xavier_uniform",
     "xavier_normal",
     "kaiming_uniform",
@@ -48,13 +48,12 @@ class SDPTConfig(PeftConfig):
             over all fusion layers of the host in their order (`cpt_layers` of the released code).
             An index the host does not have raises when the adapter is attached.
         init_weights: how prototype tokens start, always from torch's default CPU generator, so that
-            `torch.manual_seed` gives the same start on every device. `"uniform"` is U(-1, 1) (the
-            released default), `"normal"` is N(0, 1), `"xavier_*"` and `"kaiming_*"` are torch's with
-            their default arguments on each set of tokens (fan_in: the numbers of one, fan_out N), `"zeros"` is the
-            origin of the aligned space, `"prototypes"` is for `initialize_sdpt_prototypes`, to be called next, and
-            until then `"uniform"`. No start leaves the host's outputs as they were: a prompt takes its share of every
-            softmax, one at the origin too. True and False are accepted because PEFT's tools set them; both mean
-            `"uniform"`.
+            `torch.manual_seed` gives the same start on every device. `"normal"` is N(0, 1), `"uniform"` is
+            U(-1, 1) (the released default), `"xavier_*"` and `"kaiming_*"` are torch's with their default arguments on
+            each set of tokens (fan_in: their width E, fan_out N), `"zeros"` is the origin of the aligned space,
+            `"prototypes"` is for `initialize_sdpt_prototypes`, to be called next, and until then `"normal"`. No start
+            leaves the host's outputs as they were: a prompt takes its share of every softmax, one at the origin too.
+            True and False are accepted because PEFT's tools set them; both mean `"normal"`.
         prompt_mode: `"unified"` is the method: one set of tokens, mapped into both input spaces.
             `"independent"` is the paper's ablation: two sets in the aligned space, one a modality,
             each mapped by its own inverse, and twice the parameters. The released code uses these
@@ -93,7 +92,7 @@ class SDPTConfig(PeftConfig):
         default=None, metadata={"help": "Indices of the fusion layers to adapt, None for all."}
     )
     init_weights: str | bool = field(
-        default="uniform", metadata={"help": f"Start of the tokens, one of {INIT_WEIGHTS}."}
+        default="normal", metadata={"help": f"Start of the tokens, one of {INIT_WEIGHTS}."}
     )
     prompt_mode: str = field(
         default="unified",
@@ -128,7 +127,7 @@ class SDPTConfig(PeftConfig):
         self.attached = False
         self.peft_type = PeftType.SDPT
         if isinstance(self.init_weights, bool):
-            self.init_weights = "uniform"
+            self.init_weights = "normal"
         if self.prompt_space is None:
             # An adapter saved before there was a choice has tokens of the aligned space, and names its layers.
             new = self.fusion_layers is None and self.prompt_mode == "unified"

@@ -34,7 +34,7 @@ _INITIALISERS = {
     "zeros": nn.init.zeros_,
 }
 # Until `initialize_sdpt_prototypes` has been called.
-_INITIALISERS["prototypes"] = _INITIALISERS["uniform"]
+_INITIALISERS["prototypes"] = _INITIALISERS["normal"]
 
 
 def init_prompts(config: SDPTConfig, width: int, token_width: int) -> torch.Tensor:

@@ -36,7 +36,7 @@ import peft_sdpt
 from peft_sdpt import SDPTConfig, SDPTLayer
 
 # The method as it was published, where defaults are others.
-PUBLISHED = {"pinv_rtol": None, "prompt_space": "aligned"}
+PUBLISHED = {"init_weights": "uniform", "pinv_rtol": None, "prompt_space": "aligned"}
 
 D_MODEL = 32
 WIDTH = 4 * D_MODEL

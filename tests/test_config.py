@@ -17,7 +17,7 @@ def test_defaults():
     assert config.peft_type == PeftType.SDPT
     assert config.num_virtual_tokens == 20
     assert config.target_modules is None and config.layers_to_transform is None
-    assert config.init_weights == "uniform" and config.prompt_mode == "unified"
+    assert config.init_weights == "normal" and config.prompt_mode == "unified"
     assert config.image_attends_prompts is True
     assert config.prompt_space == "reachable"
     assert config.pinv_rtol == 0.1 and config.prompt_dropout == 0.0
@@ -120,8 +120,8 @@ def test_integers_of_numpy_are_integers(tmp_path):
 
 
 @pytest.mark.parametrize("value", [True, False])
-def test_bool_init_weights_is_the_uniform_start(value):
-    assert SDPTConfig(init_weights=value).init_weights == "uniform"
+def test_bool_init_weights_is_the_normal_start(value):
+    assert SDPTConfig(init_weights=value).init_weights == "normal"
 
 
 def test_json_round_trip(tmp_path):

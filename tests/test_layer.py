@@ -387,8 +387,8 @@ def test_adapters_share_an_inverse_of_the_same_tolerance():
     ("init_weights", "low", "high", "deviation"),
     [
         ("uniform", -1, 1, 3**-0.5),
-        (True, -1, 1, 3**-0.5),
-        (False, -1, 1, 3**-0.5),
+        (True, None, None, 1.0),
+        (False, None, None, 1.0),
         ("normal", None, None, 1.0),
         # fan_in E = 128, fan_out N = 200
         ("xavier_uniform", -((6 / 328) ** 0.5), (6 / 328) ** 0.5, (2 / 328) ** 0.5),

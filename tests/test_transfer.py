@@ -352,12 +352,12 @@ def test_the_leaders_are_ours_and_the_best_others():
     rates = {grid.OURS: 0.1, "lora": 0.1, "full": 0.1, "bitfit": 0.1, "probe": 0.1}
     good = {"lora": 0.3, "full": 0.9, "bitfit": 0.5, "probe": 0.4, grid.OURS: 0.1}
     cells = grid.compare_cells(["one"], rates, 2, [grid.SHOTS])
-    assert leaders(["one"], rates, 2, measured(cells, lambda c: good[c.method])) == [
+    assert leaders(["one"], rates, measured(cells, lambda c: good[c.method])) == [
         *(grid.OURS, "full", "bitfit", "probe")
     ]
-    assert leaders(["one"], rates, 2, measured(cells[1:])) is None
+    assert leaders(["one"], rates, measured(cells[1:])) is None
     del rates[grid.OURS]
-    assert leaders(["one"], rates, 2, measured(cells, lambda c: good[c.method])) == ["full", "bitfit", "probe", "lora"]
+    assert leaders(["one"], rates, measured(cells, lambda c: good[c.method])) == ["full", "bitfit", "probe", "lora"]
 
 
 def test_longer_runs_and_what_prompts_do_are_in_the_report():
@@ -375,7 +375,7 @@ def test_longer_runs_and_what_prompts_do_are_in_the_report():
     assert {cell.steps for cell in planned if cell.times > 1} == {3 * grid.STEPS}
     text = report({**results, "cells": {cell.key: {**asdict(cell), **results["cells"][cell.key]} for cell in planned}})
     assert "| SDPT, defaults | 50.0 ± 0.0 | 75.0 ± 0.0 |" in text
-    assert "| normal | 12.5 ± 0.0 | 25.0 ± 0.0 | 50.0 ± 0.0 |" in text
+    assert "| uniform | 12.5 ± 0.0 | 25.0 ± 0.0 | 50.0 ± 0.0 |" in text
     shown = "11.0 → 11.0 | 6.0 → 40.0 | 12.0 → 12.0 | 5.0 → 5.0 | 5.0% → 5.0% | 2.5% → 2.5%"
     shown += " | 0.0010 → 0.0010 | 50% → 50%"
     for label in ("SDPT, published", "SDPT, defaults", "SDPT, published, condition 300 times worse"):

@@ -46,7 +46,7 @@ class Found:
         self.seeds: int = results["seeds"]
         self.methods: list[str] = results["methods"]
         self.rates = best_rates(self.tasks[0], self.methods, self.cells)
-        self.leaders = leaders(self.tasks, self.rates, self.seeds, self.cells)
+        self.leaders = leaders(self.tasks, self.rates, self.cells)
 
     def values(
         self, task: str, method: str, metric: str = "AP", shots: int | None = SHOTS, rate: float | None = None,
@@ -197,7 +197,7 @@ def _starts(found: Found) -> str:
         measured = [
             [c["AP"] for c in found.cells_of(task, OURS, fields=start, times=part)] for task in tasks for part in PARTS
         ]
-        rows.append([dict(start).get("init_weights", "default"), *map(spread, measured)])
+        rows.append([dict(start).get("init_weights", "normal, the default"), *map(spread, measured)])
     return table(["`init_weights`", *(f"{task}, {round(n * STEPS)} steps" for task in tasks for n in PARTS)], rows)
 
 
