@@ -86,7 +86,7 @@ def test_a_method_trains_what_it_is_called_after(method, processor):
         "sdpt-defaults": 15360,
         "sdpt": 15360,
         "sdpt-hidden": 15360,
-        "sdpt-independent": 30720,
+        "sdpt-independent": 61440,
         # Of 512 dimensions two projections of 128 reach 256.
         "sdpt-reachable": 7680,
         "text-prompts": 7680,

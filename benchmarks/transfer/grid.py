@@ -32,7 +32,6 @@ ABLATIONS: dict[str, tuple[Any, ...]] = {
     "num_virtual_tokens": (1, 5, 10, 50, 100),
     "layers_to_transform": ((0,), (1,), (2,)),
     "image_attends_prompts": (False,),
-    "prompt_mode": ("independent",),
     "init_weights": ("uniform", "xavier_uniform", "kaiming_uniform", "zeros", "prototypes"),
 }
 ABLATION_TASKS = ("twemoji", "noto-new")

@@ -83,7 +83,7 @@ METHODS: dict[str, Method] = {
     "sdpt-defaults": Method("SDPT, defaults", _sdpt(), LARGE_PROMPT_RATES),
     "sdpt": Method("SDPT, published", _sdpt(**PUBLISHED), PROMPT_RATES),
     "sdpt-hidden": Method("SDPT, hidden from the image", _sdpt(**PUBLISHED, image_attends_prompts=False), PROMPT_RATES),
-    "sdpt-independent": Method("independent prompts", _sdpt(**PUBLISHED, prompt_mode="independent"), PROMPT_RATES),
+    "sdpt-independent": Method("SDPT, independent prompts", _sdpt(prompt_mode="independent"), PROMPT_RATES),
     "sdpt-reachable": Method(
         "SDPT, coordinates of what can be reached",
         _sdpt(**{**PUBLISHED, "prompt_space": "reachable"}),
