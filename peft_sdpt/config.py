@@ -66,8 +66,8 @@ class SDPTConfig(PeftConfig):
         image_attends_prompts: True lets both modalities see prompts. False is the released code's
             masking, in which only text tokens do.
         pinv_rtol: a number between 0 and 1 drops the singular values of a projection below that share of the largest,
-            without which ill-conditioned projections make steps of the optimizer leaps; None for the full inverse
-            of the paper.
+            so that one learning rate serves ill-conditioned projections too, where steps of the optimizer would be
+            leaps; None for the full inverse of the paper.
         prompt_dropout: probability of zeroing an entry of the prototype tokens in training, scaled
             to keep the mean (`torch.nn.functional.dropout`). 0 <= p < 1.
         attn_implementation: `"fused"` computes a bi-directional attention without attention weights and without the
