@@ -65,13 +65,6 @@ class SDPTModel(BaseTuner):
                 found={n: config.prompt_shape(w) for n, w in config.fusion_layers.items()},
                 expected={n: config.prompt_shape(w) for n, w in selected.items()},
             )
-        if state_dict is not None:
-            # PEFT wraps what it has weights of.
-            held = {key.rpartition(".sdpt_prompts")[0].removeprefix(_COMPILED) for key in state_dict}
-            selected = {name: width for name, width in selected.items() if name.removeprefix(_COMPILED) in held}
-        config.fusion_layers = selected
-        config.attached = True
-        self.peft_config[adapter_name] = config
         # Of each module to be wrapped the declaration, and the name of the fusion layer that it is a part of.
         targets = {part: (layer.host, name) for name, layer in layers.items() for part in layer.parts}
         # By the names that PEFT knows them by, of a compiled model too.
@@ -79,9 +72,14 @@ class SDPTModel(BaseTuner):
             part.removeprefix(_COMPILED): (host, name.removeprefix(_COMPILED)) for part, (host, name) in targets.items()
         }
         if state_dict is not None:
-            # The second module of a fusion layer has none of its own.
+            # PEFT wraps what it has weights of; the second module of a fusion layer has none of its own.
+            held = {key.rpartition(".sdpt_prompts")[0].removeprefix(_COMPILED) for key in state_dict}
+            selected = {name: width for name, width in selected.items() if name.removeprefix(_COMPILED) in held}
             parts = [part for part, (_, name) in self._targets.items() if name in held and part not in held]
             state_dict = state_dict | {f"{part}.sdpt_prompts": None for part in parts}
+        config.fusion_layers = selected
+        config.attached = True
+        self.peft_config[adapter_name] = config
         super().inject_adapter(model, adapter_name, *args, state_dict=state_dict, **kwargs)
         for part, (_, name) in targets.items():
             if part != name and isinstance(module := model.get_submodule(part), SharedSDPTLayer):

@@ -226,11 +226,10 @@ def test_coordinates_compute_what_their_tokens_do(rtol):
 
 @pytest.mark.parametrize("init_weights", [name for name in INIT_WEIGHTS if name != "prototypes"])
 def test_coordinates_start_as_large_as_tokens(init_weights):
-    """In what has an effect, and beside what the biases alone make of prompts."""
-    sizes = []
+    """In what has an effect."""
+    reached, sizes = make_layer().sdpt_basis["default"], []
     for space in ("reachable", "aligned"):
         layer = make_layer(prompt_space=space, num_virtual_tokens=200, init_weights=init_weights)
-        reached = layer.sdpt_basis["default"] if space == "reachable" else make_layer().sdpt_basis["default"]
         sizes.append((layer.tokens().detach() @ reached).square().mean().sqrt())
     torch.testing.assert_close(*sizes, rtol=0.03, atol=1e-12)
 

@@ -212,7 +212,7 @@ def test_a_host_that_does_not_say_where_its_tokens_lie():
         initialize_sdpt_prototypes(model, [batch()])
 
 
-def test_coordinates_start_as_the_nearest_to_the_same_prototypes(monkeypatch):
+def test_coordinates_start_as_the_nearest_to_the_same_prototypes():
     published, default = attach(), attach(**dict.fromkeys(("prompt_space", "pinv_rtol")))
     for model in (published, default):
         initialize_sdpt_prototypes(model, [batch()])

@@ -352,12 +352,11 @@ def test_the_leaders_are_ours_and_the_best_others():
     rates = {grid.OURS: 0.1, "lora": 0.1, "full": 0.1, "bitfit": 0.1, "probe": 0.1}
     good = {"lora": 0.3, "full": 0.9, "bitfit": 0.5, "probe": 0.4, grid.OURS: 0.1}
     cells = grid.compare_cells(["one"], rates, 2, [grid.SHOTS])
-    assert leaders(["one"], rates, measured(cells, lambda c: good[c.method])) == [
-        *(grid.OURS, "full", "bitfit", "probe")
-    ]
+    results = measured(cells, lambda c: good[c.method])
+    assert leaders(["one"], rates, results) == [grid.OURS, "full", "bitfit", "probe"]
     assert leaders(["one"], rates, measured(cells[1:])) is None
     del rates[grid.OURS]
-    assert leaders(["one"], rates, measured(cells, lambda c: good[c.method])) == ["full", "bitfit", "probe", "lora"]
+    assert leaders(["one"], rates, results) == ["full", "bitfit", "probe", "lora"]
 
 
 def test_longer_runs_and_what_prompts_do_are_in_the_report():

@@ -24,7 +24,7 @@ from .text_side import attach_probe, attach_trained_text
 Attach = Callable[[nn.Module, Any, list[str], dict[str, Any]], nn.Module]
 
 # As many as SDPT has by default.
-NUM_TOKENS = 20
+NUM_TOKENS = SDPTConfig().num_virtual_tokens
 # Of tokens against weights: between the best rates of either.
 PROMPT_FACTOR = 100.0
 # Four rates a method, half a decade apart, moved until the best is not at an end.
@@ -68,14 +68,19 @@ def _prompts(kind: str) -> Attach:
     return lambda host, _processor, _names, _fields: attach_prompts(host, kind, NUM_TOKENS)
 
 
-def _lora(**config: Any) -> Attach:
-    return lambda host, _processor, _names, _fields: with_peft(host, LoraConfig(**config))
+def _lora_config(rank: int, targets: str) -> LoraConfig:
+    """Scaled by 2, whatever the rank."""
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
+
+
+def _lora(rank: int) -> Attach:
+    return lambda host, _processor, _names, _fields: with_peft(host, _lora_config(rank, LORA_TARGETS))
 
 
 def _sdpt_and_lora(host: nn.Module, _processor: Any, _names: list[str], fields: dict[str, Any]) -> nn.Module:
     host.config.tie_word_embeddings = False
     # Not on the fusion layers' queries, which SDPT inverts.
-    inject_adapter_in_model(LoraConfig(r=8, lora_alpha=16, target_modules=in_layers(*ATTENTION)), host, "lora")
+    inject_adapter_in_model(_lora_config(8, in_layers(*ATTENTION)), host, "lora")
     return get_peft_model(host, SDPTConfig(**fields))
 
 
@@ -109,8 +114,8 @@ METHODS: dict[str, Method] = {
     ),
     "bitfit": Method("BitFit", lambda host, *_: train(host, is_bitfit), LARGE_ADAPTER_RATES),
     # No rank of it is nearer to SDPT in size: on the shipped host 21 248 parameters where 20 tokens have 15 360.
-    "lora-matched": Method("LoRA, r = 1", _lora(r=1, lora_alpha=2, target_modules=LORA_TARGETS), MIDDLE_ADAPTER_RATES),
-    "lora": Method("LoRA, r = 8", _lora(r=8, lora_alpha=16, target_modules=LORA_TARGETS), ADAPTER_RATES),
+    "lora-matched": Method("LoRA, r = 1", _lora(1), MIDDLE_ADAPTER_RATES),
+    "lora": Method("LoRA, r = 8", _lora(8), ADAPTER_RATES),
     "full": Method("full fine-tuning", lambda host, *_: train(host, lambda _: True), WEIGHT_RATES),
     "sdpt-lora": Method("SDPT and LoRA", _sdpt_and_lora, ADAPTER_RATES, "sdpt_prompts", PROMPT_FACTOR),
 }

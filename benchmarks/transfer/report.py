@@ -48,12 +48,9 @@ class Found:
         self.rates = best_rates(self.tasks[0], self.methods, self.cells)
         self.leaders = leaders(self.tasks, self.rates, self.cells)
 
-    def values(
-        self, task: str, method: str, metric: str = "AP", shots: int | None = SHOTS, rate: float | None = None,
-        fields: tuple = (), condition: float | None = None,
-    ) -> list[float]:  # fmt: skip
-        """Of each seed that has been measured."""
-        return [cell[metric] for cell in self.cells_of(task, method, shots, rate, fields, condition)]
+    def values(self, task: str, method: str, metric: str = "AP", **which: Any) -> list[float]:
+        """Of each seed that has been measured; `which` as `cells_of` takes it."""
+        return [cell[metric] for cell in self.cells_of(task, method, **which)]
 
     def cells_of(
         self, task: str, method: str, shots: int | None = SHOTS, rate: float | None = None, fields: tuple = (),
@@ -72,7 +69,7 @@ class Found:
 
     def over_tasks(self, method: str, metric: str = "AP", shots: int | None = SHOTS) -> float | None:
         """Mean of the tasks' means; None unless all are there."""
-        each = [self.values(task, method, metric, shots) for task in self.tasks]
+        each = [self.values(task, method, metric, shots=shots) for task in self.tasks]
         return mean(map(mean, each)) if all(each) else None
 
     def trained(self, method: str) -> int | None:
@@ -157,6 +154,8 @@ def _conditions(found: Found) -> str:
     rows = []
     for condition in CONDITIONS:
         host = f"{condition:g} times worse"
+        floor = spread(found.values(task, "zero-shot", condition=condition))
+        rows.append([host, "zero-shot", *(floor for _ in CONDITION_RATES)])
         for inverse in INVERSES:
             values = [
                 found.values(task, "sdpt", rate=rate, fields=inverse, condition=condition) for rate in CONDITION_RATES
@@ -171,12 +170,11 @@ def _rates(found: Found) -> str:
     rates = sorted({rate for name in found.methods for rate in METHODS[name].rates})
     rows = []
     for name in found.methods:
-        row = [METHODS[name].label]
-        for rate in rates:
-            cells = [cell.key for cell in rates_cells(found.tasks[0], [name]) if cell.learning_rate == rate]
-            shown = "".join(spread([found.cells[key]["AP"]]) for key in cells if key in found.cells)
-            row.append(f"**{shown}**" if rate == found.rates.get(name) else shown)
-        rows.append(row)
+        cells = [cell for cell in rates_cells(found.tasks[0], [name]) if cell.key in found.cells]
+        shown = {cell.learning_rate: spread([found.cells[cell.key]["AP"]]) for cell in cells}
+        if name in found.rates:
+            shown[found.rates[name]] = f"**{shown[found.rates[name]]}**"
+        rows.append([METHODS[name].label, *(shown.get(rate, "") for rate in rates)])
     return table(["method", *map(str, rates)], rows)
 
 
@@ -185,7 +183,7 @@ def _longer(found: Found) -> str:
     rows = []
     for name in LONGER:
         if name in found.rates:
-            measured = [[c["AP"] for c in found.cells_of(task, name, times=n)] for task in tasks for n in (1, TIMES)]
+            measured = [found.values(task, name, times=n) for task in tasks for n in (1, TIMES)]
             rows.append([METHODS[name].label, *map(spread, measured)])
     return table(["method", *(f"{task}, {n * STEPS} steps" for task in tasks for n in (1, TIMES))], rows)
 
@@ -194,9 +192,7 @@ def _starts(found: Found) -> str:
     tasks = ablation_tasks(found.tasks)
     rows = []
     for start in STARTS:
-        measured = [
-            [c["AP"] for c in found.cells_of(task, OURS, fields=start, times=part)] for task in tasks for part in PARTS
-        ]
+        measured = [found.values(task, OURS, fields=start, times=part) for task in tasks for part in PARTS]
         rows.append([dict(start).get("init_weights", "normal, the default"), *map(spread, measured)])
     return table(["`init_weights`", *(f"{task}, {round(n * STEPS)} steps" for task in tasks for n in PARTS)], rows)
 
