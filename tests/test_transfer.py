@@ -29,7 +29,7 @@ from benchmarks.transfer.inverses import replace_inverses
 from benchmarks.transfer.methods import METHODS
 from benchmarks.transfer.one_text import text_computed_once
 from benchmarks.transfer.plots import pictures
-from benchmarks.transfer.report import report
+from benchmarks.transfer.report import Found, report
 from benchmarks.transfer.running import load_host, run_cell
 from benchmarks.transfer.tasks import Task
 from benchmarks.transfer.tuning import Diverged, tune
@@ -87,6 +87,7 @@ def test_a_method_trains_what_it_is_called_after(method, processor):
         "sdpt": 15360,
         "sdpt-hidden": 15360,
         "sdpt-independent": 61440,
+        "sdpt-more": 61440,
         # Of 512 dimensions two projections of 128 reach 256.
         "sdpt-reachable": 7680,
         "text-prompts": 7680,
@@ -379,6 +380,19 @@ def test_longer_runs_and_what_prompts_do_are_in_the_report():
     shown += " | 0.0010 → 0.0010 | 50% → 50%"
     for label in ("SDPT, published", "SDPT, defaults", "SDPT, published, condition 300 times worse"):
         assert all(f"| one | {label} | {layer} | {shown} |" in text for layer in range(3))
+
+
+def test_a_mean_is_of_the_seeds_that_all_tasks_have():
+    cells = {}
+    for task, seed, value in [("one", 0, 0.2), ("one", 1, 0.4), ("one", 2, 0.9), ("two", 0, 0.4), ("two", 1, 0.8)]:
+        cell = Cell(task, "lora", 0.003, seed=seed)
+        cells[cell.key] = {**asdict(cell), "AP": value}
+    for cell in grid.rates_cells("one", ["lora"]):
+        cells[cell.key] = {**asdict(cell), "AP": float(cell.learning_rate == 0.003)}
+    found = Found({"cells": cells, "tasks": ["one", "two"], "seeds": 3, "methods": ["lora"]})
+    assert found.values("one", "lora") == [0.2, 0.4, 0.9]
+    assert found.over_tasks("lora") == pytest.approx([0.3, 0.6])
+    assert found.over_tasks("bitfit") == []
 
 
 # ---- the command

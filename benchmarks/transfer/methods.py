@@ -89,6 +89,8 @@ METHODS: dict[str, Method] = {
     "sdpt": Method("SDPT, published", _sdpt(**PUBLISHED), PROMPT_RATES),
     "sdpt-hidden": Method("SDPT, hidden from the image", _sdpt(**PUBLISHED, image_attends_prompts=False), PROMPT_RATES),
     "sdpt-independent": Method("SDPT, independent prompts", _sdpt(prompt_mode="independent"), PROMPT_RATES),
+    # As many numbers as those have: whether it is the second set or the number that helps.
+    "sdpt-more": Method(f"SDPT, {4 * NUM_TOKENS} tokens", _sdpt(num_virtual_tokens=4 * NUM_TOKENS), LARGE_PROMPT_RATES),
     "sdpt-reachable": Method(
         "SDPT, coordinates of what can be reached",
         _sdpt(**{**PUBLISHED, "prompt_space": "reachable"}),

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from statistics import mean
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -29,19 +30,20 @@ def _start(found: Found) -> tuple[Figure, Any]:
     axes.grid(color="#eee")
     axes.set_axisbelow(True)
     floor = found.over_tasks("zero-shot")
-    if floor is not None:
-        axes.axhline(100 * floor, color="#888", linestyle="--", linewidth=1, label="zero-shot")
+    if floor:
+        axes.axhline(100 * mean(floor), color="#888", linestyle="--", linewidth=1, label="zero-shot")
     return figure, axes
 
 
 def _parameters(found: Found) -> str:
     figure, axes = _start(found)
     for name in found.methods:
-        value, trained = found.over_tasks(name), found.trained(name)
-        if value is not None and trained:
-            axes.plot([trained], [100 * value], "o", color=SDPT if name.startswith("sdpt") else OTHERS)
+        values, trained = found.over_tasks(name), found.trained(name)
+        if values and trained:
+            value = 100 * mean(values)
+            axes.plot([trained], [value], "o", color=SDPT if name.startswith("sdpt") else OTHERS)
             axes.annotate(
-                METHODS[name].label, (trained, 100 * value), xytext=(5, 3), textcoords="offset points",
+                METHODS[name].label, (trained, value), xytext=(5, 3), textcoords="offset points",
                 fontweight="bold" if name == OURS else "normal", fontsize=8,
             )  # fmt: skip
     axes.set(xscale="log", xlabel="trained parameters")
@@ -53,7 +55,7 @@ def _shots(found: Found) -> str:
     counts = all_shots()
     for name in found.leaders or ():
         means = [found.over_tasks(name, shots=count) for count in counts]
-        points = [(place, 100 * value) for place, value in enumerate(means) if value is not None]
+        points = [(place, 100 * mean(values)) for place, values in enumerate(means) if values]
         width = 2.5 if name == OURS else 1.5
         axes.plot([x for x, _ in points], [y for _, y in points], "o-", linewidth=width, label=METHODS[name].label)
     axes.set_xticks(range(len(counts)), ["all" if count is None else str(count) for count in counts])

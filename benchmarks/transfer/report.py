@@ -67,10 +67,11 @@ class Found:
             ]
         return [self.cells[cell.key] for cell in cells if cell.key in self.cells]
 
-    def over_tasks(self, method: str, metric: str = "AP", shots: int | None = SHOTS) -> float | None:
-        """Mean of the tasks' means; None unless all are there."""
-        each = [self.values(task, method, metric, shots=shots) for task in self.tasks]
-        return mean(map(mean, each)) if all(each) else None
+    def over_tasks(self, method: str, metric: str = "AP", shots: int | None = SHOTS) -> list[float]:
+        """Mean of all tasks, of each seed that has been measured on all of them."""
+        of_tasks = [self.cells_of(task, method, shots=shots) for task in self.tasks]
+        by_seed = [{cell["seed"]: cell[metric] for cell in cells} for cells in of_tasks]
+        return [mean(task[seed] for task in by_seed) for seed in by_seed[0] if all(seed in task for task in by_seed)]
 
     def trained(self, method: str) -> int | None:
         """Parameters, on the first task."""
@@ -98,6 +99,10 @@ def spread(values: list[float]) -> str:
     return f"{text} ± {100 * stdev(values):.1f}" if len(values) > 1 else text
 
 
+def _bold(text: str) -> str:
+    return text and f"**{text}**"
+
+
 def _thousands(value: int | None) -> str:
     return "" if value is None else f"{value:,}".replace(",", " ")
 
@@ -105,7 +110,6 @@ def _thousands(value: int | None) -> str:
 def _comparison(found: Found, metric: str) -> str:
     rows = []
     for name in ("zero-shot", *found.methods):
-        mean_of_all = found.over_tasks(name, metric)
         trained = 0 if name == "zero-shot" else found.trained(name)
         rows.append(
             [
@@ -113,7 +117,7 @@ def _comparison(found: Found, metric: str) -> str:
                 _thousands(trained),
                 "" if name == "zero-shot" else f"{found.rates.get(name, '')}",
                 *(spread(found.values(task, name, metric)) for task in found.tasks),
-                "" if mean_of_all is None else f"**{100 * mean_of_all:.1f}**",
+                _bold(spread(found.over_tasks(name, metric))),
             ]
         )
     return table(["method", "trained", "rate", *found.tasks, "mean"], rows)
@@ -129,8 +133,8 @@ def _shots(found: Found) -> str:
                 [task, METHODS[name].label, *(spread(found.values(task, name, shots=count)) for count in all_shots())]
             )
     for name in found.leaders:
-        means = [found.over_tasks(name, shots=count) for count in all_shots()]
-        rows.append(["**mean**", METHODS[name].label, *("" if m is None else f"**{100 * m:.1f}**" for m in means)])
+        means = [spread(found.over_tasks(name, shots=count)) for count in all_shots()]
+        rows.append(["**mean**", METHODS[name].label, *map(_bold, means)])
     return table(["task", "method", *("all" if c is None else f"{c} a class" for c in all_shots())], rows)
 
 
@@ -173,7 +177,7 @@ def _rates(found: Found) -> str:
         cells = [cell for cell in rates_cells(found.tasks[0], [name]) if cell.key in found.cells]
         shown = {cell.learning_rate: spread([found.cells[cell.key]["AP"]]) for cell in cells}
         if name in found.rates:
-            shown[found.rates[name]] = f"**{shown[found.rates[name]]}**"
+            shown[found.rates[name]] = _bold(shown[found.rates[name]])
         rows.append([METHODS[name].label, *(shown.get(rate, "") for rate in rates)])
     return table(["method", *map(str, rates)], rows)
 
@@ -229,7 +233,8 @@ def report(results: Results) -> str:
         f"{about['peft']}, peft_sdpt {about['peft_sdpt']}. {len(results['cells'])} runs"
         + (f"; {left} more are known to be missing.\n" if left else ".\n"),
         table(["task", "what differs from pre-training"], tasks),
-        "Where there is a ±, it is the sample's standard deviation over seeds; else there is one seed so far.\n",
+        "Where there is a ±, it is the sample's standard deviation over seeds; else there is one seed. Means are of "
+        "the seeds that all tasks have.\n",
         f"### {SHOTS} images a class: AP\n",
         _comparison(found, "AP"),
         f"### {SHOTS} images a class: AP50\n",
