@@ -345,6 +345,10 @@ def test_rates_are_chosen_before_methods_are_compared():
     assert not [cell for cell in second if cell.shots in (1, 5, None)]
     third = plan(tasks, methods, 2, measured(second) | results)
     assert {cell.shots for cell in third if cell not in second} == {1, 5, None}
+    assert {cell.seed for cell in third if cell.shots == 1} == {0, 1}
+    # With the first seed: all pictures, more steps, rules that the config does not have.
+    rare = [c for c in third if c.shots is None or c.times > 1 or "inverse" in dict(c.fields)]
+    assert rare and not any(cell.seed for cell in rare)
     assert [cell.seed for cell in third] == sorted(cell.seed for cell in third)
     assert len({cell.key for cell in third}) == len(third)
 
@@ -374,7 +378,7 @@ def test_longer_runs_and_what_prompts_do_are_in_the_report():
             results["cells"][cell.key] |= {"start": rows, "end": [{**row, "image_prompts": 40.0} for row in rows]}
     assert {cell.steps for cell in planned if cell.times > 1} == {3 * grid.STEPS}
     text = report({**results, "cells": {cell.key: {**asdict(cell), **results["cells"][cell.key]} for cell in planned}})
-    assert "| SDPT, defaults | 50.0 ± 0.0 | 75.0 ± 0.0 |" in text
+    assert "| SDPT, defaults | 50.0 ± 0.0 | 75.0 |" in text
     assert "| uniform | 12.5 ± 0.0 | 25.0 ± 0.0 | 50.0 ± 0.0 |" in text
     shown = "11.0 → 11.0 | 6.0 → 40.0 | 12.0 → 12.0 | 5.0 → 5.0 | 5.0% → 5.0% | 2.5% → 2.5%"
     shown += " | 0.0010 → 0.0010 | 50% → 50%"
@@ -423,7 +427,7 @@ class Pool:
 def command(monkeypatch, tmp_path, task):
     monkeypatch.setattr(suite, "ProcessPoolExecutor", Pool)
     monkeypatch.setattr(grid, "ABLATIONS", {"num_virtual_tokens": (2,)})
-    monkeypatch.setattr(grid, "OTHER_SHOTS", (1,))
+    monkeypatch.setattr(grid, "FEWER", (1,))
     monkeypatch.setattr(grid, "CONDITIONS", (30.0,))
     monkeypatch.setattr(grid, "INVERSES", ((), (("inverse", "scaled"),)))
     monkeypatch.setattr(grid, "CONDITION_RATES", (0.1,))
@@ -486,8 +490,8 @@ def test_a_suite_of_real_runs(command, monkeypatch, tmp_path):
     )
     assert command("--methods", "sdpt-defaults", "sdpt") == 0
     cells = json.loads((tmp_path / "results.json").read_text())["cells"]
-    # Zero-shot, rates, comparison, conditions, an ablation, starts, more steps, another number of pictures.
-    assert len(cells) == 1 + 2 + 2 + (1 + 2) + 1 + 2 + 1 + 2
+    # Zero-shot, rates, comparison, conditions, an ablation, starts, more steps, one picture a class and all.
+    assert len(cells) == 1 + 2 + 2 + (1 + 2) + 1 + 2 + 1 + 2 + 2
     assert all(0 <= cell["AP"] <= 1 for cell in cells.values())
 
 

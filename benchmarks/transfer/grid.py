@@ -12,7 +12,7 @@ from typing import Any
 from .inverses import RULES
 from .methods import METHODS
 
-SHOTS, OTHER_SHOTS = 10, (1, 5, None)  # None: all training pictures
+SHOTS, FEWER = 10, (1, 5)  # pictures a class; None for all
 STEPS, STEPS_OF_ALL = 100, 150  # few pictures, and all of them
 LEADERS = 4
 OURS = "sdpt-defaults"
@@ -150,7 +150,10 @@ def ablation_cells(tasks: list[str], rates: dict[str, float], seeds: int) -> lis
 
 
 def condition_cells(tasks: list[str], seeds: int) -> list[Cell]:
-    """SDPT with inverses that drop more or less, on hosts that differ in their projections alone."""
+    """SDPT with inverses that drop more or less, on hosts that differ in their projections alone.
+
+    Rules that the config does not have, with the first seed alone.
+    """
     task = ablation_tasks(tasks)[0]
     # That they are the same hosts.
     cells = [Cell(task, "zero-shot", shots=0, condition=condition) for condition in CONDITIONS]
@@ -159,18 +162,15 @@ def condition_cells(tasks: list[str], seeds: int) -> list[Cell]:
         for seed in range(seeds)
         for condition in CONDITIONS
         for inverse in INVERSES
+        if seed == 0 or "inverse" not in dict(inverse)
         for rate in CONDITION_RATES
     ]
 
 
-def longer_cells(tasks: list[str], rates: dict[str, float], seeds: int) -> list[Cell]:
-    """Whether those that lose only take longer."""
+def longer_cells(tasks: list[str], rates: dict[str, float]) -> list[Cell]:
+    """Whether those that lose only take longer, with the first seed."""
     return [
-        Cell(task, name, rates[name], seed=seed, times=TIMES)
-        for seed in range(seeds)
-        for task in ablation_tasks(tasks)
-        for name in LONGER
-        if name in rates
+        Cell(task, name, rates[name], times=TIMES) for task in ablation_tasks(tasks) for name in LONGER if name in rates
     ]
 
 
@@ -211,9 +211,12 @@ def plan(tasks: list[str], methods: list[str], seeds: int, results: Results) -> 
     if OURS in rates:
         cells += ablation_cells(tasks, rates, seeds)
         cells += start_cells(tasks, rates, seeds)
-    cells += longer_cells(tasks, rates, seeds)
+    cells += longer_cells(tasks, rates)
     first = leaders(tasks, rates, results)
     if first is not None:
-        cells += compare_cells(tasks, {name: rates[name] for name in first}, seeds, OTHER_SHOTS)
+        leading = {name: rates[name] for name in first}
+        cells += compare_cells(tasks, leading, seeds, FEWER)
+        # Which pictures there are is not by chance: the first seed.
+        cells += compare_cells(tasks, leading, 1, [None])
     # A whole picture with one seed, before the next.
     return sorted({cell.key: cell for cell in cells}.values(), key=lambda cell: cell.seed)

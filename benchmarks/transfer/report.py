@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from statistics import mean, stdev
 from typing import Any
@@ -15,9 +14,9 @@ from .grid import (
     CONDITION_RATES,
     CONDITIONS,
     DIAGNOSED,
+    FEWER,
     INVERSES,
     LONGER,
-    OTHER_SHOTS,
     OURS,
     PARTS,
     SHOTS,
@@ -139,7 +138,7 @@ def _shots(found: Found) -> str:
 
 
 def all_shots() -> list[int | None]:
-    return sorted([SHOTS, *OTHER_SHOTS], key=lambda count: math.inf if count is None else count)
+    return [*FEWER, SHOTS, None]
 
 
 def _ablations(found: Found) -> str:
