@@ -96,6 +96,7 @@ def test_a_method_trains_what_it_is_called_after(method, processor):
         "learned-projections": 30720 + 3 * 2 * (512 + 1) * 128,
         "mudpt": 15360 + 2 * (128 + 1) * 128,
         "lora-matched": 21248,
+        "lora-outside": 77824,
         "full": total,
         "text-embeddings": len(processor.tokenizer(class_prompt(NAMES)).input_ids) * 384,
         "probe": len(processor.tokenizer(class_prompt(NAMES)).input_ids) * 128,
@@ -110,7 +111,9 @@ def test_a_method_trains_what_it_is_called_after(method, processor):
     assert all(model.get_parameter(name).grad is None for name in others)
 
 
-@pytest.mark.parametrize("method", ["text-embeddings", "probe", "bitfit", "lora", "lora-matched", "full"])
+@pytest.mark.parametrize(
+    "method", ["text-embeddings", "probe", "bitfit", "lora", "lora-matched", "lora-outside", "full"]
+)
 def test_these_start_as_the_host(method, processor):
     inputs = inputs_of(processor)
     with torch.no_grad():
@@ -378,7 +381,7 @@ def test_longer_runs_and_what_prompts_do_are_in_the_report():
             results["cells"][cell.key] |= {"start": rows, "end": [{**row, "image_prompts": 40.0} for row in rows]}
     assert {cell.steps for cell in planned if cell.times > 1} == {3 * grid.STEPS}
     text = report({**results, "cells": {cell.key: {**asdict(cell), **results["cells"][cell.key]} for cell in planned}})
-    assert "| SDPT, defaults | 50.0 ± 0.0 | 75.0 |" in text
+    assert "| SDPT, defaults | 50.0 | 75.0 |" in text
     assert "| uniform | 12.5 ± 0.0 | 25.0 ± 0.0 | 50.0 ± 0.0 |" in text
     shown = "11.0 → 11.0 | 6.0 → 40.0 | 12.0 → 12.0 | 5.0 → 5.0 | 5.0% → 5.0% | 2.5% → 2.5%"
     shown += " | 0.0010 → 0.0010 | 50% → 50%"

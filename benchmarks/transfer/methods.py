@@ -27,6 +27,8 @@ Attach = Callable[[nn.Module, Any, list[str], dict[str, Any]], nn.Module]
 NUM_TOKENS = SDPTConfig().num_virtual_tokens
 # Of tokens against weights: between the best rates of either.
 PROMPT_FACTOR = 100.0
+# Where LoRA is beside SDPT: not on the fusion layers' queries, which SDPT inverts.
+OUTSIDE_FUSION = in_layers(*ATTENTION)
 # Four rates a method, half a decade apart, moved until the best is not at an end.
 PROMPT_RATES = (0.03, 0.1, 0.3, 1.0)
 LARGE_PROMPT_RATES = (0.1, 0.3, 1.0, 3.0)
@@ -73,14 +75,13 @@ def _lora_config(rank: int, targets: str) -> LoraConfig:
     return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
 
 
-def _lora(rank: int) -> Attach:
-    return lambda host, _processor, _names, _fields: with_peft(host, _lora_config(rank, LORA_TARGETS))
+def _lora(rank: int, targets: str = LORA_TARGETS) -> Attach:
+    return lambda host, _processor, _names, _fields: with_peft(host, _lora_config(rank, targets))
 
 
 def _sdpt_and_lora(host: nn.Module, _processor: Any, _names: list[str], fields: dict[str, Any]) -> nn.Module:
     host.config.tie_word_embeddings = False
-    # Not on the fusion layers' queries, which SDPT inverts.
-    inject_adapter_in_model(_lora_config(8, in_layers(*ATTENTION)), host, "lora")
+    inject_adapter_in_model(_lora_config(8, OUTSIDE_FUSION), host, "lora")
     return get_peft_model(host, SDPTConfig(**fields))
 
 
@@ -118,6 +119,8 @@ METHODS: dict[str, Method] = {
     # No rank of it is nearer to SDPT in size: on the shipped host 21 248 parameters where 20 tokens have 15 360.
     "lora-matched": Method("LoRA, r = 1", _lora(1), MIDDLE_ADAPTER_RATES),
     "lora": Method("LoRA, r = 8", _lora(8), ADAPTER_RATES),
+    # What LoRA does of itself where SDPT is beside it.
+    "lora-outside": Method("LoRA outside the fusion layers, r = 8", _lora(8, OUTSIDE_FUSION), ADAPTER_RATES),
     "full": Method("full fine-tuning", lambda host, *_: train(host, lambda _: True), WEIGHT_RATES),
     "sdpt-lora": Method("SDPT and LoRA", _sdpt_and_lora, ADAPTER_RATES, "sdpt_prompts", PROMPT_FACTOR),
 }
