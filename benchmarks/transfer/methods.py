@@ -120,7 +120,7 @@ METHODS: dict[str, Method] = {
     "lora-matched": Method("LoRA, r = 1", _lora(1), MIDDLE_ADAPTER_RATES),
     "lora": Method("LoRA, r = 8", _lora(8), ADAPTER_RATES),
     # What LoRA does of itself where SDPT is beside it.
-    "lora-outside": Method("LoRA outside the fusion layers, r = 8", _lora(8, OUTSIDE_FUSION), ADAPTER_RATES),
+    "lora-outside": Method("LoRA outside the fusion layers, r = 8", _lora(8, OUTSIDE_FUSION), MIDDLE_ADAPTER_RATES),
     "full": Method("full fine-tuning", lambda host, *_: train(host, lambda _: True), WEIGHT_RATES),
     "sdpt-lora": Method("SDPT and LoRA", _sdpt_and_lora, ADAPTER_RATES, "sdpt_prompts", PROMPT_FACTOR),
 }
