@@ -13,6 +13,7 @@ from .inverses import RULES
 from .methods import METHODS
 
 SHOTS, FEWER = 10, (1, 5)  # pictures a class; None for all
+ALL_SHOTS = (*FEWER, SHOTS, None)
 STEPS, STEPS_OF_ALL = 100, 150  # few pictures, and all of them
 LEADERS = 4
 OURS = "sdpt-defaults"

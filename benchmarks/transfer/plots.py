@@ -10,9 +10,9 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from ..charts import as_svg
-from .grid import OURS
+from .grid import ALL_SHOTS, OURS
 from .methods import METHODS
-from .report import Found, all_shots
+from .report import Found
 
 SDPT, OTHERS = "#d62728", "#1f77b4"
 
@@ -52,13 +52,12 @@ def _parameters(found: Found) -> str:
 
 def _shots(found: Found) -> str:
     figure, axes = _start(found)
-    counts = all_shots()
     for name in found.leaders or ():
-        means = [found.over_tasks(name, shots=count) for count in counts]
+        means = [found.over_tasks(name, shots=count) for count in ALL_SHOTS]
         points = [(place, 100 * mean(values)) for place, values in enumerate(means) if values]
         width = 2.5 if name == OURS else 1.5
         axes.plot([x for x, _ in points], [y for _, y in points], "o-", linewidth=width, label=METHODS[name].label)
-    axes.set_xticks(range(len(counts)), ["all" if count is None else str(count) for count in counts])
+    axes.set_xticks(range(len(ALL_SHOTS)), ["all" if count is None else str(count) for count in ALL_SHOTS])
     axes.set_xlabel("training images a class")
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False)

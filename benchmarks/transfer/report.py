@@ -11,10 +11,10 @@ from typing import Any
 from ..results import table
 from .grid import (
     ABLATIONS,
+    ALL_SHOTS,
     CONDITION_RATES,
     CONDITIONS,
     DIAGNOSED,
-    FEWER,
     INVERSES,
     LONGER,
     OURS,
@@ -129,16 +129,12 @@ def _shots(found: Found) -> str:
     for task in found.tasks:
         for name in found.leaders:
             rows.append(
-                [task, METHODS[name].label, *(spread(found.values(task, name, shots=count)) for count in all_shots())]
+                [task, METHODS[name].label, *(spread(found.values(task, name, shots=count)) for count in ALL_SHOTS)]
             )
     for name in found.leaders:
-        means = [spread(found.over_tasks(name, shots=count)) for count in all_shots()]
+        means = [spread(found.over_tasks(name, shots=count)) for count in ALL_SHOTS]
         rows.append(["**mean**", METHODS[name].label, *map(_bold, means)])
-    return table(["task", "method", *("all" if c is None else f"{c} a class" for c in all_shots())], rows)
-
-
-def all_shots() -> list[int | None]:
-    return [*FEWER, SHOTS, None]
+    return table(["task", "method", *("all" if c is None else f"{c} a class" for c in ALL_SHOTS)], rows)
 
 
 def _ablations(found: Found) -> str:
