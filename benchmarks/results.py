@@ -52,11 +52,13 @@ def check_device(device: str) -> None:
         raise ValueError("--device cuda: torch sees no GPU here")
 
 
-def machine_of(device: str) -> dict[str, str]:
-    """What all results depend on: the device with its name, and versions."""
+def device_name(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else cpu_name()
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that all results depend on."""
     return {
-        "device": device,
-        "name": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "peft": peft.__version__,

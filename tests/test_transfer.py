@@ -323,7 +323,7 @@ def test_tokens_have_a_rate_of_their_own_beside_weights(task, monkeypatch, metho
 
 
 def measured(cells, value=lambda cell: 0.5):
-    return {cell.key: {"AP": value(cell), "AP50": 0.6, "AP75": 0.4, "trained": 7} for cell in cells}
+    return {cell.key: {"AP": value(cell), "AP50": 0.6, "AP75": 0.4, "trained": 7, "on": "n"} for cell in cells}
 
 
 def test_rates_are_chosen_before_methods_are_compared():
@@ -371,7 +371,7 @@ def test_longer_runs_and_what_prompts_do_are_in_the_report():
     look = {"image_prompts": 6.0, "text_prompts": 5.0, "image_attention": 0.05, "text_attention": 0.025}
     look |= {"image_tokens": 11.0, "text_tokens": 12.0}
     rows = [{**look, "gradient": 0.001, "unreached": 0.5}] * 3
-    results = {"machine": {"host": "h", "name": "n", "torch": "", "transformers": "", "peft": "", "peft_sdpt": ""}}
+    results = {"machine": {"host": "h", "torch": "", "transformers": "", "peft": "", "peft_sdpt": ""}}
     results |= {"tasks": ["one"], "methods": ["sdpt", grid.OURS], "seeds": 2, "cells": {}}
     for _ in range(2):  # rates, and then the rest
         planned = plan(["one"], results["methods"], 2, results["cells"])
@@ -459,6 +459,7 @@ def test_a_killed_suite_goes_on_and_ends_in_tables_and_pictures(command, monkeyp
         return {"AP": 0.25, "AP50": 0.5, "AP75": 0.2, "trained": 5}
 
     monkeypatch.setattr(suite, "run_cell", run_some)
+    monkeypatch.setattr(suite, "device_name", lambda device: "one machine")
     assert command("--methods", "sdpt", "lora") == 130
     results = json.loads((tmp_path / "results.json").read_text())
     assert list(results["cells"]) == made[:3]
@@ -468,11 +469,14 @@ def test_a_killed_suite_goes_on_and_ends_in_tables_and_pictures(command, monkeyp
         return {"AP": 0.25, "AP50": 0.5, "AP75": 0.2, "trained": 5}
 
     monkeypatch.setattr(suite, "run_cell", run_rest)
+    # On another machine: a run says where it was made.
+    monkeypatch.setattr(suite, "device_name", lambda device: "another")
     assert command("--methods", "sdpt", "lora") == 0
     assert len(made) == len(set(made))
     results = json.loads((tmp_path / "results.json").read_text())
     assert len(results["cells"]) == len(made)
     text = (tmp_path / "report.md").read_text()
+    assert f"3 runs on one machine, {len(made) - 3} runs on another.\n" in text
     assert "more are known to be missing" not in text and "| SDPT, published | 5 |" in text and "25.0" in text
     for name in ("transfer-parameters.svg", "transfer-shots.svg"):
         assert ElementTree.parse(tmp_path / name).getroot().tag.endswith("svg")
@@ -559,7 +563,7 @@ def test_results_go_into_the_page(command, monkeypatch, tmp_path):
 def test_a_report_of_half_a_suite():
     cells = plan(["one"], ["sdpt", "lora"], 3, {})[:4]
     results = {
-        "machine": dict.fromkeys(("host", "name", "torch", "transformers", "peft", "peft_sdpt"), "x"),
+        "machine": dict.fromkeys(("host", "torch", "transformers", "peft", "peft_sdpt"), "x"),
         "tasks": ["one"],
         "seeds": 3,
         "methods": ["sdpt", "lora"],

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from ..results import DOCS, RESULTS, Help, add_device, check_device, earlier, machine_of, put_into, write
+from ..results import DOCS, RESULTS, Help, add_device, check_device, device_name, earlier, put_into, versions, write
 from .cells import Cell, affordable, everything
 from .epochs import measure_epochs
 from .measuring import measure
@@ -81,7 +81,9 @@ def chosen(args: argparse.Namespace) -> list[Cell]:
 def machine(args: argparse.Namespace) -> dict[str, Any]:
     """What results depend on, which must not differ within a file."""
     return {
-        **machine_of(args.device),
+        "device": args.device,
+        "name": device_name(args.device),
+        **versions(),
         "threads": torch.get_num_threads(),
         "dtype": args.dtype,
         "repeats": args.repeats,

@@ -33,7 +33,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from .. import EXAMPLES
-from ..results import DOCS, RESULTS, Help, add_device, check_device, earlier, machine_of, put_into, write
+from ..results import DOCS, RESULTS, Help, add_device, check_device, device_name, earlier, put_into, versions, write
 from .grid import Cell, plan
 from .methods import METHODS
 from .plots import pictures
@@ -102,12 +102,16 @@ def find_tasks(args: argparse.Namespace) -> list[Task]:
 
 
 def machine(args: argparse.Namespace) -> dict[str, Any]:
-    """What results depend on, which must not differ within a file."""
+    """What results depend on, which must not differ within a file.
+
+    The kind of CPU or GPU may differ: what it changes is rounding, and each run says which it had.
+    """
     folder = Path(args.model_name_or_path)
     return {
         "host": folder.resolve().name if folder.exists() else args.model_name_or_path,
         "image_size": args.image_size,
-        **machine_of(args.device),
+        "device": args.device,
+        **versions(),
     }
 
 
@@ -141,7 +145,7 @@ def run(args: argparse.Namespace) -> None:
             for future in done:
                 cell = running.pop(future)
                 try:
-                    results["cells"][cell.key] = {**asdict(cell), **future.result()}
+                    results["cells"][cell.key] = {**asdict(cell), **future.result(), "on": device_name(args.device)}
                 except BrokenProcessPool:
                     raise
                 except Exception as error:  # of a method that this host or this task is not for: the others go on

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from statistics import mean, stdev
 from typing import Any
@@ -227,10 +228,11 @@ def report(results: Results) -> str:
     found, about = Found(results), results["machine"]
     tasks = [[name, DIFFERENCES.get(name, "")] for name in found.tasks]
     left = missing(results)
+    devices = Counter(cell["on"] for cell in found.cells.values())
+    runs = ", ".join(f"{count} runs on {name}" for name, count in devices.items())
     parts = [
-        f"Host: {about['host']}. {about['name']}, torch {about['torch']}, transformers {about['transformers']}, peft "
-        f"{about['peft']}, peft_sdpt {about['peft_sdpt']}. {len(results['cells'])} runs"
-        + (f"; {left} more are known to be missing.\n" if left else ".\n"),
+        f"Host: {about['host']}, torch {about['torch']}, transformers {about['transformers']}, peft {about['peft']}, "
+        f"peft_sdpt {about['peft_sdpt']}. {runs}" + (f"; {left} more are known to be missing.\n" if left else ".\n"),
         table(["task", "what differs from pre-training"], tasks),
         "Where there is a ±, it is the sample's standard deviation over seeds; else there is one seed. Means are of "
         "the seeds that all tasks have.\n",
