@@ -367,6 +367,17 @@ def test_the_leaders_are_ours_and_the_best_others():
     assert leaders(["one"], rates, results) == ["full", "bitfit", "probe", "lora"]
 
 
+def test_inverses_are_compared_on_harder_hosts_at_rates_of_their_method():
+    cells = grid.condition_cells(["one"], ["lora", "sdpt", grid.OURS], 2)
+    assert {cell.condition for cell in cells} == set(grid.CONDITIONS)
+    rates = {name: {cell.learning_rate for cell in cells if cell.method == name} for name in ("sdpt", grid.OURS)}
+    assert rates == {"sdpt": {0.03, 0.1, 0.3}, grid.OURS: {0.1, 0.3}}
+    # What the config has, with every seed; other rules with the first.
+    assert {cell.seed for cell in cells if "pinv_rtol" in dict(cell.fields)} == {0, 1}
+    assert {cell.seed for cell in cells if "inverse" in dict(cell.fields)} == {0}
+    assert grid.condition_cells(["one"], ["lora"], 2) == []
+
+
 def test_longer_runs_and_what_prompts_do_are_in_the_report():
     look = {"image_prompts": 6.0, "text_prompts": 5.0, "image_attention": 0.05, "text_attention": 0.025}
     look |= {"image_tokens": 11.0, "text_tokens": 12.0}
@@ -432,8 +443,8 @@ def command(monkeypatch, tmp_path, task):
     monkeypatch.setattr(grid, "ABLATIONS", {"num_virtual_tokens": (2,)})
     monkeypatch.setattr(grid, "FEWER", (1,))
     monkeypatch.setattr(grid, "CONDITIONS", (30.0,))
-    monkeypatch.setattr(grid, "INVERSES", ((), (("inverse", "scaled"),)))
-    monkeypatch.setattr(grid, "CONDITION_RATES", (0.1,))
+    monkeypatch.setattr(grid, "INVERSES", {"sdpt": ((), (("inverse", "scaled"),))})
+    monkeypatch.setattr(grid, "CONDITION_RATES", (0.03,))
     monkeypatch.setattr(grid, "STARTS", ((), (("init_weights", "prototypes"),)))
     monkeypatch.setattr(grid, "PARTS", (0.5,))
 

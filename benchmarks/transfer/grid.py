@@ -36,15 +36,15 @@ ABLATIONS: dict[str, tuple[Any, ...]] = {
     "init_weights": ("uniform", "xavier_uniform", "kaiming_uniform", "zeros", "prototypes"),
 }
 ABLATION_TASKS = ("twemoji", "noto-new")
-# Hosts of the same function that are harder to invert, what SDPT's inverse may be on each, and at which rates: that a
-# worse inverse only wants a smaller one would be seen.
+# Hosts of the same function that are harder to invert; at which rates, where a method has them, for a worse inverse may
+# only want a smaller one; and what a method's inverse may be.
 CONDITIONS = (30.0, 300.0)
 CONDITION_RATES = (0.03, 0.1, 0.3)
-INVERSES: tuple[tuple[tuple[str, Any], ...], ...] = (
-    (),
-    *((("pinv_rtol", tolerance),) for tolerance in (0.03, 0.1)),
-    *((("inverse", rule),) for rule in RULES),
-)
+TOLERANCES = tuple((("pinv_rtol", tolerance),) for tolerance in (0.03, 0.1))
+INVERSES: dict[str, tuple[tuple[tuple[str, Any], ...], ...]] = {
+    "sdpt": ((), *TOLERANCES, *((("inverse", rule),) for rule in RULES)),
+    OURS: TOLERANCES,
+}
 
 
 @dataclass(frozen=True)
@@ -139,33 +139,34 @@ def ablation_tasks(tasks: list[str]) -> list[str]:
     return [task for task in ABLATION_TASKS if task in tasks] or tasks[:1]
 
 
-def ablation_cells(tasks: list[str], rates: dict[str, float], seeds: int) -> list[Cell]:
-    """Ours with one thing changed."""
+def ablation_cells(tasks: list[str], rates: dict[str, float]) -> list[Cell]:
+    """Ours with one thing changed, with the first seed."""
     return [
-        Cell(task, OURS, rates[OURS], seed=seed, fields=((name, value),))
-        for seed in range(seeds)
+        Cell(task, OURS, rates[OURS], fields=((name, value),))
         for task in ablation_tasks(tasks)
         for name, values in ABLATIONS.items()
         for value in values
     ]
 
 
-def condition_cells(tasks: list[str], seeds: int) -> list[Cell]:
+def condition_cells(tasks: list[str], methods: Iterable[str], seeds: int) -> list[Cell]:
     """SDPT with inverses that drop more or less, on hosts that differ in their projections alone.
 
     Rules that the config does not have, with the first seed alone.
     """
     task = ablation_tasks(tasks)[0]
-    # That they are the same hosts.
-    cells = [Cell(task, "zero-shot", shots=0, condition=condition) for condition in CONDITIONS]
-    return cells + [
-        Cell(task, "sdpt", rate, seed=seed, fields=inverse, condition=condition)
+    found = [
+        Cell(task, method, rate, seed=seed, fields=inverse, condition=condition)
         for seed in range(seeds)
+        for method in methods
         for condition in CONDITIONS
-        for inverse in INVERSES
+        for inverse in INVERSES.get(method, ())
         if seed == 0 or "inverse" not in dict(inverse)
         for rate in CONDITION_RATES
+        if rate in METHODS[method].rates
     ]
+    # That they are the same hosts.
+    return [Cell(task, "zero-shot", shots=0, condition=condition) for condition in CONDITIONS if found] + found
 
 
 def longer_cells(tasks: list[str], rates: dict[str, float]) -> list[Cell]:
@@ -207,10 +208,9 @@ def plan(tasks: list[str], methods: list[str], seeds: int, results: Results) -> 
     if len(rates) < len(methods):
         return cells
     cells += compare_cells(tasks, rates, seeds, [SHOTS])
-    if "sdpt" in rates:
-        cells += condition_cells(tasks, seeds)
+    cells += condition_cells(tasks, methods, seeds)
     if OURS in rates:
-        cells += ablation_cells(tasks, rates, seeds)
+        cells += ablation_cells(tasks, rates)
         cells += start_cells(tasks, rates, seeds)
     cells += longer_cells(tasks, rates)
     first = leaders(tasks, rates, results)

@@ -159,14 +159,18 @@ def _conditions(found: Found) -> str:
     for condition in CONDITIONS:
         host = f"{condition:g} times worse"
         floor = spread(found.values(task, "zero-shot", condition=condition))
-        rows.append([host, "zero-shot", *(floor for _ in CONDITION_RATES)])
-        for inverse in INVERSES:
-            values = [
-                found.values(task, "sdpt", rate=rate, fields=inverse, condition=condition) for rate in CONDITION_RATES
-            ]
-            rule = " ".join(f"{name}={value}" for name, value in inverse) or "full"
-            rows.append([host, rule.removeprefix("inverse="), *map(spread, values)])
-    return table(["condition of the projections", "inverse", *(f"rate {rate}" for rate in CONDITION_RATES)], rows)
+        rows.append([host, "zero-shot", "", *(floor for _ in CONDITION_RATES)])
+        for method in (name for name in found.methods if name in INVERSES):
+            for inverse in INVERSES[method]:
+                values = [
+                    found.values(task, method, rate=rate, fields=inverse, condition=condition)
+                    for rate in CONDITION_RATES
+                ]
+                rule = " ".join(f"{name}={value}" for name, value in inverse) or "full"
+                rows.append([host, METHODS[method].label, rule.removeprefix("inverse="), *map(spread, values)])
+    return table(
+        ["condition of the projections", "method", "inverse", *(f"rate {rate}" for rate in CONDITION_RATES)], rows
+    )
 
 
 def _rates(found: Found) -> str:
