@@ -105,7 +105,7 @@ class SDPTConfig(PeftConfig):
         default=True, metadata={"help": "Whether image tokens see prompts, or only text tokens."}
     )
     pinv_rtol: float | None = field(
-        default=0.1,
+        default=0.03,
         metadata={"help": "Relative bound below which singular values are dropped, None for all."},
     )
     prompt_dropout: float = field(default=0.0, metadata={"help": "Dropout probability on the prototype tokens."})
