@@ -432,6 +432,16 @@ def losses(monkeypatch):
     return values
 
 
+def same_but_for_rounding(one, two):
+    """Whether two output folders hold the same adapters as far as any CPU can tell.
+
+    A stored picture was computed alone; of a batch some CPUs round its last bits otherwise. Six steps make 4e-5 of it,
+    and other pictures 0.7.
+    """
+    one, two = prompts(one), prompts(two)
+    return all((one[key] - two[key]).norm() <= 1e-3 * one[key].norm() for key in one | two)
+
+
 def test_the_main_job_is_the_same_with_it(main_job, small_task, losses, tmp_path):  # noqa: F811
     run = ("--dataset_name", small_task, *RUN, "--output_dir")
     assert main_job(*run, tmp_path / "plain") == 0
@@ -439,8 +449,10 @@ def test_the_main_job_is_the_same_with_it(main_job, small_task, losses, tmp_path
     for name in ("filling", "filled"):
         losses.clear()
         assert main_job(*run, tmp_path / name, "--cache_features", tmp_path / "cache") == 0
-        assert losses == plain and len(losses) == 6
-        assert same_run(tmp_path / "plain", tmp_path / name)
+        assert losses == pytest.approx(plain, rel=1e-3) and len(losses) == 6
+        assert same_but_for_rounding(tmp_path / "plain", tmp_path / name)
+    # What is read is what was computed.
+    assert same_run(tmp_path / "filling", tmp_path / "filled")
     # Twelve pictures to train on and four to validate on; all are asked for one prompt.
     assert len(list((tmp_path / "cache").glob("pictures-*/*"))) == 16
     assert len(list((tmp_path / "cache").glob("prompts-*/*"))) == 1
@@ -468,7 +480,7 @@ def test_killed_with_or_without_it_is_resumed_with_or_without(main_job, at_step,
         for flags in resumed:
             shutil.copytree(tmp_path / "killed", tmp_path / "out")
             assert main_job(*run, tmp_path / "out", *flags) == 0
-            assert same_run(tmp_path / "whole", tmp_path / "out")
+            assert same_but_for_rounding(tmp_path / "whole", tmp_path / "out")
             shutil.rmtree(tmp_path / "out")
         shutil.rmtree(tmp_path / "killed")
 
@@ -481,9 +493,8 @@ def test_another_picture_under_the_same_name_is_seen(main_job, own_task, tmp_pat
         Image.open(file).convert("RGB").transpose(Image.Transpose.ROTATE_180).save(file)
     assert main_job(*run, tmp_path / "plain") == 0
     assert main_job(*run, tmp_path / "stored", *cache) == 0
-    assert same_run(tmp_path / "plain", tmp_path / "stored")
-    before, after = (prompts(tmp_path / name) for name in ("before", "stored"))
-    assert not all(torch.equal(before[key], after[key]) for key in before)
+    assert same_but_for_rounding(tmp_path / "plain", tmp_path / "stored")
+    assert not same_but_for_rounding(tmp_path / "before", tmp_path / "stored")
 
 
 def test_mixed_sizes_and_workers_change_nothing(main_job, own_task, tmp_path, capsys):  # noqa: F811
@@ -502,7 +513,7 @@ def test_mixed_sizes_and_workers_change_nothing(main_job, own_task, tmp_path, ca
     run = ("--dataset_name", own_task, *RUN, "--max_train_steps", 5, "--output_dir")
     assert main_job(*run, tmp_path / "plain") == 0
     assert main_job(*run, tmp_path / "stored", *cache, "--dataloader_num_workers", 1) == 0
-    assert same_run(tmp_path / "plain", tmp_path / "stored")
+    assert same_but_for_rounding(tmp_path / "plain", tmp_path / "stored")
     assert "padded to the largest of their batch" in capsys.readouterr().out
     # Alone, each is met again as it was.
     alone = ("--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 4, "--cache_features")
