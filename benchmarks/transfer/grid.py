@@ -152,7 +152,7 @@ def ablation_cells(tasks: list[str], rates: dict[str, float]) -> list[Cell]:
 def condition_cells(tasks: list[str], methods: Iterable[str], seeds: int) -> list[Cell]:
     """SDPT with inverses that drop more or less, on hosts that differ in their projections alone.
 
-    Rules that the config does not have, with the first seed alone.
+    Rules that the config does not have, with the first seed at the highest rate alone.
     """
     task = ablation_tasks(tasks)[0]
     found = [
@@ -161,9 +161,9 @@ def condition_cells(tasks: list[str], methods: Iterable[str], seeds: int) -> lis
         for method in methods
         for condition in CONDITIONS
         for inverse in INVERSES.get(method, ())
-        if seed == 0 or "inverse" not in dict(inverse)
         for rate in CONDITION_RATES
         if rate in METHODS[method].rates
+        if "inverse" not in dict(inverse) or (seed == 0 and rate == max(CONDITION_RATES))
     ]
     # That they are the same hosts.
     return [Cell(task, "zero-shot", shots=0, condition=condition) for condition in CONDITIONS if found] + found
@@ -177,13 +177,14 @@ def longer_cells(tasks: list[str], rates: dict[str, float]) -> list[Cell]:
 
 
 def start_cells(tasks: list[str], rates: dict[str, float], seeds: int) -> list[Cell]:
-    """Whether another start gets somewhere sooner."""
+    """Whether another start gets somewhere sooner, with the first seed; and, with all, whether it ends elsewhere."""
     return [
         Cell(task, OURS, rates[OURS], seed=seed, fields=start, times=part)
         for seed in range(seeds)
         for task in ablation_tasks(tasks)
         for start in STARTS
         for part in PARTS
+        if seed == 0 or part == 1
     ]
 
 
