@@ -82,7 +82,7 @@ def earlier(file: Path, machine: dict[str, Any]) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{file}: is not JSON ({error})") from None
     before = results["machine"]
-    changed = [f"{name} {before.get(name)}" for name in machine if before.get(name) != machine[name]]
+    changed = [f"{name} {before.get(name)}" for name in machine | before if before.get(name) != machine.get(name)]
     if changed:
         raise ValueError(f"{file}: was measured with {', '.join(changed)}; choose another --output_dir")
     return results

@@ -9,7 +9,7 @@ and projections included, is the host's own and runs as ever.
 An entry is what a module in evaluation mode makes of one sample alone, and its key is a hash of all that goes into it:
 weights, configuration and what the module is called with, which is the picture as the processor gave it, padded as its
 batch is, or the prompt's tokens with their masks. So nothing has to be told that a picture, a name or a size has
-changed, and an entry is the same whoever computes it, in whatever batch.
+changed, and an entry is the same in whatever batch it is computed; kinds of CPU differ in its last bits.
 """
 
 from __future__ import annotations

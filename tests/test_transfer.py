@@ -393,7 +393,14 @@ def test_longer_runs_and_what_prompts_do_are_in_the_report():
     assert {cell.steps for cell in planned if cell.times > 1} == {3 * grid.STEPS}
     text = report({**results, "cells": {cell.key: {**asdict(cell), **results["cells"][cell.key]} for cell in planned}})
     assert "| SDPT, defaults | 50.0 | 75.0 |" in text
-    assert "| uniform | 12.5 | 25.0 | 50.0 ± 0.0 |" in text
+    assert "| uniform | 12.5 | 25.0 | 50.0 |" in text
+    # What the config has at each rate that a method has, with both seeds; other rules at one, with the first.
+    for row in (
+        "30 times worse | SDPT, published | pinv_rtol=0.03 | 50.0 ± 0.0 | 50.0 ± 0.0 | 50.0 ± 0.0",
+        "30 times worse | SDPT, published | scaled |  |  | 50.0",
+        "300 times worse | SDPT, defaults | pinv_rtol=None |  | 50.0 ± 0.0 | 50.0 ± 0.0",
+    ):
+        assert f"| {row} |" in text
     shown = "11.0 → 11.0 | 6.0 → 40.0 | 12.0 → 12.0 | 5.0 → 5.0 | 5.0% → 5.0% | 2.5% → 2.5%"
     shown += " | 0.0010 → 0.0010 | 50% → 50%"
     for label in ("SDPT, published", "SDPT, defaults", "SDPT, published, condition 300 times worse"):
@@ -487,7 +494,7 @@ def test_a_killed_suite_goes_on_and_ends_in_tables_and_pictures(command, monkeyp
     results = json.loads((tmp_path / "results.json").read_text())
     assert len(results["cells"]) == len(made)
     text = (tmp_path / "report.md").read_text()
-    assert f"3 runs on one machine, {len(made) - 3} runs on another.\n" in text
+    assert f"{len(made)} runs (3 on one machine, {len(made) - 3} on another).\n" in text
     assert "more are known to be missing" not in text and "| SDPT, published | 5 |" in text and "25.0" in text
     for name in ("transfer-parameters.svg", "transfer-shots.svg"):
         assert ElementTree.parse(tmp_path / name).getroot().tag.endswith("svg")

@@ -102,9 +102,9 @@ def find_tasks(args: argparse.Namespace) -> list[Task]:
 
 
 def machine(args: argparse.Namespace) -> dict[str, Any]:
-    """What results depend on, which must not differ within a file.
+    """What results depend on and a file has one of.
 
-    The kind of CPU or GPU may differ: what it changes is rounding, and each run says which it had.
+    Which CPU or GPU it was is not among them: that changes no more than rounding, and each run says it.
     """
     folder = Path(args.model_name_or_path)
     return {

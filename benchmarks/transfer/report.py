@@ -166,10 +166,10 @@ def _conditions(found: Found) -> str:
                     found.values(task, method, rate=rate, fields=inverse, condition=condition)
                     for rate in CONDITION_RATES
                 ]
-                rule = " ".join(f"{name}={value}" for name, value in inverse) or "full"
+                rule = " ".join(f"{name}={value}" for name, value in inverse) or "pinv_rtol=None"
                 rows.append([host, METHODS[method].label, rule.removeprefix("inverse="), *map(spread, values)])
     return table(
-        ["condition of the projections", "method", "inverse", *(f"rate {rate}" for rate in CONDITION_RATES)], rows
+        ["condition of the projections", "otherwise", "inverse", *(f"rate {rate}" for rate in CONDITION_RATES)], rows
     )
 
 
@@ -200,7 +200,7 @@ def _starts(found: Found) -> str:
     tasks = ablation_tasks(found.tasks)
     rows = []
     for start in STARTS:
-        measured = [found.values(task, OURS, fields=start, times=part) for task in tasks for part in PARTS]
+        measured = [found.values(task, OURS, fields=start, times=part, seeds=1) for task in tasks for part in PARTS]
         rows.append([dict(start).get("init_weights", "normal, the default"), *map(spread, measured)])
     return table(["`init_weights`", *(f"{task}, {round(n * STEPS)} steps" for task in tasks for n in PARTS)], rows)
 
@@ -233,7 +233,9 @@ def report(results: Results) -> str:
     tasks = [[name, DIFFERENCES.get(name, "")] for name in found.tasks]
     left = missing(results)
     devices = Counter(cell["on"] for cell in found.cells.values())
-    runs = ", ".join(f"{count} runs on {name}" for name, count in devices.items())
+    runs = f"{len(found.cells)} runs"
+    if devices:
+        runs += f" ({', '.join(f'{count} on {name}' for name, count in devices.items())})"
     parts = [
         f"Host: {about['host']}, torch {about['torch']}, transformers {about['transformers']}, peft {about['peft']}, "
         f"peft_sdpt {about['peft_sdpt']}. {runs}" + (f"; {left} more are known to be missing.\n" if left else ".\n"),
@@ -254,7 +256,7 @@ def report(results: Results) -> str:
         _conditions(found),
         f"### More steps, {SHOTS} images a class, the first seed: AP\n",
         _longer(found),
-        f"### Starts, {SHOTS} images a class: AP\n",
+        f"### Starts, {SHOTS} images a class, the first seed: AP\n",
         _starts(found),
         f"### Learning rates, {SHOTS} images a class: AP on the validation split of {found.tasks[0]}\n",
         _rates(found),
