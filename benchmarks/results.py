@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import re
 from collections.abc import Iterable
@@ -18,6 +17,7 @@ import torch
 import transformers
 
 import peft_sdpt.version
+from peft_sdpt.files import whole_file
 
 from . import EXAMPLES
 
@@ -90,9 +90,8 @@ def earlier(file: Path, machine: dict[str, Any]) -> dict[str, Any]:
 
 def write(file: Path, text: str) -> None:
     """Whole or not at all: a run may be killed at any time."""
-    unfinished = file.with_name(f"{file.name}.unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, file)
+    with whole_file(file) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
 
 
 def table(head: list[str], rows: Iterable[Iterable[str]]) -> str:

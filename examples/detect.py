@@ -19,20 +19,29 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
-from peft import PeftModel
 from PIL import Image
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForZeroShotObjectDetection
+from transformers import AutoConfig
 
-from adapters import Adapter, find_adapters, find_host, load_processor, read_class_names
-from coco_metrics import detect
-from errors import InputError, one_line_errors
-from files import whole_files
-from peft_sdpt.grounding import class_prompt, split_classes
-from picture_files import SUFFIXES, batches, find_pictures, read_pictures, watch
-from pictures import draw_detections
+from peft_sdpt.detection import (
+    class_prompt,
+    common_base_model,
+    detect,
+    draw_detections,
+    find_adapters,
+    load_detector,
+    load_processor,
+    read_class_names,
+    split_classes,
+)
+from peft_sdpt.detection.images import SUFFIXES, batches, find_images, read_images, watch
+from peft_sdpt.errors import InputError, one_line_errors
+from peft_sdpt.files import whole_files
+
+HERE = Path(__file__).resolve().parent
+# Arguments of the library, with the flags that set them.
+LIBRARY_ARGUMENTS = {name: name for name in ("adapter", "class_names", "model_name_or_path", "skip_bad_images")}
 
 
 def parse_args() -> argparse.Namespace:
@@ -78,30 +87,6 @@ def check_args(args: argparse.Namespace) -> None:
             raise InputError(f"{path}: no such picture or folder.")
         if args.watch and not path.is_dir():
             raise InputError(f"{path}: --watch looks into folders, and this is none.")
-
-
-def load_model(host: str, adapters: list[Adapter]) -> torch.nn.Module:
-    """The host with all adapters on it, called "adapter0", "adapter1", ...
-
-    Not by their own names, which may have what those of modules may not: a full stop, for one.
-
-    Raises:
-        InputError: the host or an adapter does not load.
-    """
-    try:
-        model = AutoModelForZeroShotObjectDetection.from_pretrained(host, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{host}: no detector to load ({error}).") from None
-    for number, adapter in enumerate(adapters):
-        folder, name = str(adapter.folder), f"adapter{number}"
-        try:
-            if number == 0:
-                model = PeftModel.from_pretrained(model, folder, adapter_name=name)
-            else:
-                model.load_adapter(folder, adapter_name=name)
-        except Exception as error:  # whatever a damaged folder brings up
-            raise InputError(f"--adapter {adapter.asked}: does not load on the host {host} ({error}).") from None
-    return model.eval()
 
 
 @dataclass
@@ -200,9 +185,9 @@ def make_folders(folders: list[Path], inputs: Iterable[Path]) -> None:
 def run(args: argparse.Namespace) -> None:
     # What can be found wrong is, before the weights are loaded.
     check_args(args)
-    paths = [] if args.watch else find_pictures(args.inputs, args.skip_bad_images)
+    paths = [] if args.watch else find_images(args.inputs, args.skip_bad_images)
     adapters = find_adapters(args.adapter)
-    host = args.model_name_or_path or find_host(adapters)
+    host = args.model_name_or_path or (common_base_model(adapters) if adapters else str(HERE / "host"))
     try:
         max_text_len = getattr(AutoConfig.from_pretrained(host), "max_text_len", None)
     except (OSError, ValueError) as error:
@@ -212,6 +197,8 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"{host}: no detector of the Grounding DINO kind.")
     results = []
     for adapter in adapters or [None]:
+        if not args.class_names and adapter is None:
+            raise InputError("no class names: give --class_names, or an --adapter that was saved with its own.")
         class_names = args.class_names or read_class_names(adapter)
         processor = load_processor(adapter, host)
         try:
@@ -225,10 +212,10 @@ def run(args: argparse.Namespace) -> None:
         results.append(Results(folder, processor, class_names, chunks))
     make_folders([result.folder for result in results], args.inputs if args.watch else {p.parent for p in paths})
 
-    model = load_model(host, adapters).to(Accelerator().device)
+    model = load_detector(host, adapters).to(Accelerator().device)
     taken, written = set(), None
     bar = tqdm(total=None if args.watch else len(paths), desc="watching" if args.watch else "detecting", unit="picture")
-    for pictures in watch(args.inputs) if args.watch else [read_pictures(paths, args.skip_bad_images)]:
+    for pictures in watch(args.inputs) if args.watch else [read_images(paths, args.skip_bad_images)]:
         for batch in batches(pictures, args.batch_size):
             names = [free_name(path, taken) for path, _ in batch]
             for number, result in enumerate(results):
@@ -251,7 +238,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    with one_line_errors("detect.py"):
+    with one_line_errors("detect.py", LIBRARY_ARGUMENTS):
         run(parse_args())
 
 

@@ -13,7 +13,6 @@ last checkpoint when the same command is given again. At the end AP on held-out 
 import argparse
 import importlib.util
 import json
-import os
 import time
 from pathlib import Path
 
@@ -32,10 +31,17 @@ from transformers import (
 )
 from transformers.models.grounding_dino.image_processing_pil_grounding_dino import GroundingDinoImageProcessorPil
 
-from coco_data import DetectionSplit, centre_boxes
-from coco_metrics import average_precision, detect, evaluate, rows_of
-from peft_sdpt.grounding import class_prompt
-from peft_sdpt.loss import GroundedDetectionLoss
+from peft_sdpt.detection import (
+    DetectionSplit,
+    GroundedDetectionLoss,
+    average_precision,
+    centre_boxes,
+    class_prompt,
+    detect,
+    evaluate,
+    rows_of,
+)
+from peft_sdpt.files import whole_file
 from pictograms import make_scene, read_categories, scene_split
 
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -250,9 +256,8 @@ def main() -> None:
                 "step": step + 1,
                 "seconds": (seconds := time.perf_counter() - start),
             }
-            # Written beside and moved into place: a kill leaves the old checkpoint or the new one, never a half.
-            torch.save(state, checkpoint.with_suffix(".tmp"))
-            os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
+            with whole_file(checkpoint) as unfinished:
+                torch.save(state, unfinished)
             tqdm.write(f"step {step + 1}: loss {mean_loss:.3f}, {seconds / 60:.1f} min")
 
     # Measured as it ships: rounded to half precision, loaded and computed in single.

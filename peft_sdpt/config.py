@@ -14,7 +14,7 @@ from peft.config import PeftConfig
 from peft.utils import PeftType
 
 from .model_card import complete_card
-from .saved import check_saved_weights
+from .saving import check_saved_weights
 from .version import __version__
 
 INIT_WEIGHTS = (

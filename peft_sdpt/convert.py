@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from .config import SDPTConfig
+from .files import publish_folder
 from .hosts import GLIP
 from .model_card import CARD
 
@@ -197,9 +198,7 @@ def _write(output: Path, tokens: Mapping[str, torch.Tensor], config: SDPTConfig)
         except SafetensorError as error:
             raise OSError(f"{output}: {error}") from error
         config.save_pretrained(folder)
-        if output.exists():
-            output.rmdir()
-        os.replace(folder, output)
+        publish_folder(folder, output)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from .attention import MaskFunction, Side, SideInput, append_prompts, hide_padding, mask_logits, split_heads
-from .projection import without_autocast
+from .inverse import without_autocast
 
 
 def absorbing_pays(image_length: int, text_length: int, weight: torch.Tensor, num_heads: int) -> bool:

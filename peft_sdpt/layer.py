@@ -16,7 +16,7 @@ from torch import nn
 from .attention import Prompts
 from .config import SDPTConfig
 from .hosts import FusionHost
-from .projection import to_aligned_space, to_input_space
+from .inverse import to_aligned_space, to_input_space
 from .weights import TensorState, WeightState, basis_of, bias_of, device_and_dtype, inverse_of, refuse_adapted
 
 CANNOT_MERGE = (

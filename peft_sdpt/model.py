@@ -18,7 +18,7 @@ from .config import SDPTConfig
 from .hosts import FusionHost, find_hosts, supported_hosts
 from .hosts.declaration import parameters_of
 from .layer import CANNOT_MERGE, SDPTLayer, SharedSDPTLayer, prompt_width
-from .saved import differing_shapes
+from .saving import differing_shapes
 from .weights import refuse_adapted, refuse_out_of_reach
 
 # PEFT's name for the host without an adapter, in `adapter_names`.

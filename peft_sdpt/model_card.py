@@ -13,6 +13,7 @@ import functools
 import math
 import os
 import re
+import shutil
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -109,6 +110,20 @@ def with_section(text: str, name: str, body: str | None) -> str:
     before, after = (text[: found.start()], text[found.end() :]) if found else (text, "")
     parts = [before, *([f"{begin}\n\n{body.strip()}\n\n{end}"] if body is not None else []), after]
     return "\n\n".join(part.strip("\n") for part in parts if part.strip()) + "\n"
+
+
+def carry_card(folder: Path, other: Path) -> None:
+    """Copy the model card of a folder, if it has one that can be read, to another folder, where PEFT completes it."""
+    try:
+        ModelCard.load(folder / CARD)
+        shutil.copyfile(folder / CARD, other / CARD)
+    except (OSError, ValueError, yaml.YAMLError):
+        pass
+
+
+def write_results(card: Path, results: str | None) -> None:
+    """Put results into a model card, in place of those it has; None takes them out."""
+    card.write_text(with_section(card.read_text(encoding="utf-8"), "results", results), encoding="utf-8")
 
 
 def _name(config: SDPTConfig) -> str:

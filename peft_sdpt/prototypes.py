@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from .grounding import class_token_maps
+from .detection.grounding import class_token_maps
 from .hosts.bi_attention import BiAttentionHost
 from .layer import SDPTLayer
 

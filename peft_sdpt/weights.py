@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_module_weight, gather_params_ctx
 from torch import nn
 
-from .projection import inverse_projection, reachable_basis
+from .inverse import inverse_projection, reachable_basis
 
 
 def inverse_of(query: nn.Module, rtol: float | None) -> torch.Tensor:

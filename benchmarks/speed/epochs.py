@@ -13,12 +13,12 @@ from peft import get_peft_model
 from torch.utils.data import DataLoader
 from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 
-from feature_cache import FeatureCache
+from examples.pictograms import scene_split
+from examples.pictograms.tasks import TASKS
 from peft_sdpt import SDPTConfig
-from peft_sdpt.loss import GroundedDetectionLoss
-from pictograms import scene_split
-from pictograms.tasks import TASKS
-from training_data import TrainingSamples
+from peft_sdpt.detection.feature_cache import FeatureCache
+from peft_sdpt.detection.loss import GroundedDetectionLoss
+from peft_sdpt.detection.samples import TrainingSamples
 
 from .. import EXAMPLES
 from ..peers import PUBLISHED, trained_parameters

@@ -18,7 +18,7 @@ from collections import Counter
 import torch
 from torch import nn
 
-from peft_sdpt.loss import GroundedDetectionLoss
+from peft_sdpt.detection.loss import GroundedDetectionLoss
 
 from .full_hosts import MODELS, labels, make_host, model_inputs, sharing_copy
 from .methods import METHODS, suitable

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from peft_sdpt.loss import GroundedDetectionLoss
+from peft_sdpt.detection.loss import GroundedDetectionLoss
 
 from ..peers import trained_parameters
 from .cells import Cell

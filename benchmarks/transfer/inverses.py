@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from peft_sdpt import SDPTLayer
-from peft_sdpt.projection import inverse_projection
+from peft_sdpt.inverse import inverse_projection
 
 RULES = ("0.1 of images alone", "0.1 of text alone", "ridge 0.1", "scaled", "quiet start")
 

@@ -14,12 +14,13 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 
-from adapters import set_picture_size
-from coco_data import DetectionSplit, few_shot
-from coco_metrics import average_precision, detect_split
-from errors import InputError
 from peft_sdpt import initialize_sdpt_prototypes
-from peft_sdpt.loss import GroundedDetectionLoss
+from peft_sdpt.detection.data import DetectionSplit, few_shot
+from peft_sdpt.detection.loss import GroundedDetectionLoss
+from peft_sdpt.detection.metrics import average_precision
+from peft_sdpt.detection.prediction import detect_split
+from peft_sdpt.detection.saved_adapter import set_image_size
+from peft_sdpt.errors import InputError
 
 from ..peers import trained_parameters
 from .conditioning import make_ill_conditioned
@@ -56,7 +57,7 @@ def run_cell(cell: Cell, task: Task, model_name: str, device: str) -> dict[str, 
     """
     processor = AutoProcessor.from_pretrained(model_name)
     if task.image_size:
-        set_picture_size(processor, task.image_size)
+        set_image_size(processor, task.image_size)
     model = load_host(model_name, device)
     if cell.condition is not None:
         make_ill_conditioned(model, cell.condition)

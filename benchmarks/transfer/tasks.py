@@ -7,8 +7,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from coco_data import DetectionSplit, load_split
-from pictograms.tasks import TASKS, write_task
+from examples.pictograms.tasks import TASKS, write_task
+from peft_sdpt.detection.data import DetectionSplit
+from peft_sdpt.detection.loading import load_split
 
 # What a task asks of a host that knows Noto's pictograms of 355 names.
 DIFFERENCES = {

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from peft_sdpt.grounding import class_prompt
+from peft_sdpt.detection.grounding import class_prompt
 
 
 class TrainedText(nn.Module):

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import get_cosine_schedule_with_warmup
 
-from coco_data import DetectionSplit
-from peft_sdpt.loss import GroundedDetectionLoss
-from training_data import TrainingSamples
+from peft_sdpt.detection.data import DetectionSplit
+from peft_sdpt.detection.loss import GroundedDetectionLoss
+from peft_sdpt.detection.samples import TrainingSamples
 
 from ..peers import trained_parameters
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageChops, ImageFilter
 
-from coco_data import DetectionSplit
+from peft_sdpt.detection.data import DetectionSplit
 
 FOLDER = Path(__file__).resolve().parent
 TILE = 64

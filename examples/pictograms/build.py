@@ -3,7 +3,7 @@
 """Make the pictogram sheets from the npm packages `emoji-datasource-google` and `emoji-datasource-twitter`.
 
     npm install emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0
-    python build.py node_modules
+    python -m examples.pictograms.build node_modules
 
 Both packages draw the same keys in two vendors' styles. For each vendor one sheet of 64 x 64 pixel RGBA tiles is
 written, a tile a category, in the order of `categories.txt`, row by row.
@@ -15,9 +15,7 @@ from pathlib import Path
 
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from pictograms import COLUMNS, TILE, read_categories
+from . import COLUMNS, TILE, read_categories
 
 FOLDER = Path(__file__).resolve().parent
 

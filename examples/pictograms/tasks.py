@@ -2,13 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The built-in downstream tasks: generated scenes that are not those of pre-training, as COCO folders.
 
-python examples/pictograms/tasks.py twemoji path/to/folder
+python -m examples.pictograms.tasks twemoji path/to/folder
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 import zlib
 from dataclasses import dataclass
@@ -16,9 +15,9 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from pictograms import SceneStyle, read_categories, scene_split
+from peft_sdpt.files import whole_file
+
+from . import SceneStyle, read_categories, scene_split
 
 
 @dataclass(frozen=True)
@@ -69,9 +68,8 @@ def write_task(name: str, folder: Path, size: int = 96, disable_progress: bool =
             image["file_name"] = f"{split}_{image['id']:04d}.png"
             data.open_image(image["id"]).save(folder / "images" / image["file_name"], compress_level=1)
         # Last and in one move: a split whose file is there has all its images.
-        unfinished = folder / f"{split}.json.unfinished"
-        unfinished.write_text(json.dumps(coco))
-        os.replace(unfinished, folder / f"{split}.json")
+        with whole_file(folder / f"{split}.json") as unfinished:
+            unfinished.write_text(json.dumps(coco))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,78 @@
+# Copyright 2026 The peft_sdpt authors
+# SPDX-License-Identifier: Apache-2.0
+"""Training and evaluating grounded detectors: data, prompts, loss, detection and average precision.
+
+It serves any training loop. It needs the extra `detection`: `pip install peft_sdpt[detection]`.
+"""
+
+try:
+    import faster_coco_eval  # noqa: F401
+    import PIL  # noqa: F401
+    import scipy  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        f"peft_sdpt.detection needs the package {error.name}: pip install peft_sdpt[detection]", name=error.name
+    ) from None
+
+from ..errors import InputError
+from .data import DetectionSplit, centre_boxes, check_images, few_shot, require_same_classes
+from .drawing import draw_detections, side_by_side
+from .feature_cache import FeatureCache
+from .grounding import class_prompt, class_scores, class_token_maps, phrase_lengths, split_classes
+from .loading import has_split, load_split, load_splits
+from .loss import GroundedDetectionLoss, mean_boxes_per_process
+from .metrics import average_precision, evaluate
+from .prediction import detect, detect_split, result_of, rows_of
+from .samples import TrainingSamples, augment
+from .saved_adapter import (
+    SavedAdapter,
+    common_base_model,
+    find_adapter,
+    find_adapters,
+    load_base_model,
+    load_detector,
+    load_processor,
+    read_class_names,
+    save_adapter,
+    set_image_size,
+)
+
+__all__ = [
+    "DetectionSplit",
+    "FeatureCache",
+    "GroundedDetectionLoss",
+    "InputError",
+    "SavedAdapter",
+    "TrainingSamples",
+    "augment",
+    "average_precision",
+    "centre_boxes",
+    "check_images",
+    "class_prompt",
+    "class_scores",
+    "class_token_maps",
+    "common_base_model",
+    "detect",
+    "detect_split",
+    "draw_detections",
+    "evaluate",
+    "few_shot",
+    "find_adapter",
+    "find_adapters",
+    "has_split",
+    "load_base_model",
+    "load_detector",
+    "load_processor",
+    "load_split",
+    "load_splits",
+    "mean_boxes_per_process",
+    "phrase_lengths",
+    "read_class_names",
+    "require_same_classes",
+    "result_of",
+    "rows_of",
+    "save_adapter",
+    "set_image_size",
+    "side_by_side",
+    "split_classes",
+]

@@ -1,0 +1,213 @@
+# Copyright 2026 The peft_sdpt authors
+# SPDX-License-Identifier: Apache-2.0
+"""Saved adapters in a folder or on the Hub, with the class names and the processor saved beside them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from peft import PeftConfig, PeftModel
+from torch import nn
+from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
+
+from ..config import SDPTConfig
+from ..errors import InputError
+
+CLASS_NAMES_FILE = "class_names.json"
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """A saved SDPT adapter.
+
+    Attributes:
+        source: What the user asked for: `path`, `hub/id` or `name=` and either.
+        name: Name of the adapter: the one given in `source`, or the last part of the path or id.
+        folder: Folder with its files.
+        base_model: Folder or Hub id of the base model it was trained on. None if its config does not say.
+    """
+
+    source: str
+    name: str
+    folder: Path
+    base_model: str | None
+
+
+def find_adapter(adapter: str) -> SavedAdapter:
+    """Find a saved adapter. Only small files are fetched from the Hub.
+
+    Args:
+        adapter: A folder or a Hub id, perhaps with `name=` in front.
+
+    Raises:
+        InputError: There is no such adapter, it is not an SDPT adapter, or its name cannot be the name of a folder.
+    """
+    where = f"adapter={adapter!r}"
+    name, equals, source = adapter.partition("=")
+    if not equals or Path(adapter).is_dir():
+        name, source = "", adapter
+    folder = Path(source)
+    if not folder.is_dir():
+        try:
+            # Fetched first and at once, so that the rest of the code knows only local folders.
+            patterns = ["*.json", "*.txt", "adapter_model.safetensors"]
+            folder = Path(snapshot_download(source, allow_patterns=patterns, ignore_patterns="*/*"))
+        except Exception as error:  # `huggingface_hub` raises many kinds when something is not there
+            raise InputError(f"{where}: no such folder, and the Hub has none ({error}).") from None
+    name = name or Path(source).resolve().name
+    if name in ("", "..") or Path(name).name != name:
+        raise InputError(f"{where}: {name!r} cannot name a folder of results; write name=path.")
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / file).is_file():
+            raise InputError(f"{where}: no saved adapter, {folder} has no {file}.")
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except Exception as error:  # a damaged file can raise anything
+        raise InputError(f"{where}: adapter_config.json cannot be read ({error!r}).") from None
+    if not isinstance(config, SDPTConfig):
+        raise InputError(f"{where}: no SDPT adapter, its config is a {type(config).__name__}.")
+    return SavedAdapter(adapter, name, folder, config.base_model_name_or_path)
+
+
+def find_adapters(adapters: Sequence[str]) -> list[SavedAdapter]:
+    """Find several saved adapters; see `find_adapter`.
+
+    Raises:
+        InputError: One of them cannot be used, or two have the same name.
+    """
+    found = [find_adapter(adapter) for adapter in adapters]
+    named: dict[str, SavedAdapter] = {}
+    for adapter in found:
+        # Some file systems do not distinguish upper and lower case.
+        other = named.setdefault(adapter.name.casefold(), adapter)
+        if other is not adapter:
+            sources = f"{other.source} {adapter.source}"
+            raise InputError(f"adapter={sources!r}: both are called {adapter.name}; write name=path.")
+    return found
+
+
+def common_base_model(adapters: Sequence[SavedAdapter]) -> str:
+    """The base model that all adapters were trained on: a folder or a Hub id.
+
+    Args:
+        adapters: At least one adapter.
+
+    Raises:
+        InputError: An adapter does not name its base model, or two name different ones.
+    """
+    base_models = {}
+    for adapter in adapters:
+        base_model = adapter.base_model
+        if not base_model:
+            raise InputError(
+                f"adapter={adapter.source!r}: does not name its base model; give model_name_or_path=... yourself."
+            )
+        base_models[str(Path(base_model).resolve()) if Path(base_model).is_dir() else base_model] = adapter
+    if len(base_models) > 1:
+        named = "; ".join(f"{adapter.name}: {base_model}" for base_model, adapter in base_models.items())
+        raise InputError(
+            f"adapter=...: they were trained on different base models ({named}); give model_name_or_path=... yourself."
+        )
+    return next(iter(base_models))
+
+
+def load_detector(model_name_or_path: str | os.PathLike, adapters: Sequence[SavedAdapter] = ()) -> nn.Module:
+    """Load a base model in float32 with saved adapters on it, in evaluation mode.
+
+    Args:
+        model_name_or_path: Folder or Hub id of the base model.
+        adapters: Their names in the model are "adapter0", "adapter1" and so on, because a name of their own may hold
+            characters that names of modules may not. The first is active.
+
+    Returns:
+        The base model if there are no adapters, else a `PeftModel`.
+
+    Raises:
+        InputError: The base model or an adapter cannot be loaded.
+    """
+    model = load_base_model(model_name_or_path)
+    for number, adapter in enumerate(adapters):
+        folder, name = str(adapter.folder), f"adapter{number}"
+        try:
+            if isinstance(model, PeftModel):
+                model.load_adapter(folder, adapter_name=name)
+            else:
+                model = PeftModel.from_pretrained(model, folder, adapter_name=name)
+        except Exception as error:  # a damaged folder can raise anything
+            raise InputError(
+                f"adapter={adapter.source!r}: does not load on the base model {model_name_or_path} ({error})."
+            ) from None
+    return model.eval()
+
+
+def load_base_model(model_name_or_path: str | os.PathLike) -> nn.Module:
+    """Load a zero-shot detector of transformers in float32.
+
+    Raises:
+        InputError: The model cannot be loaded.
+    """
+    try:
+        return AutoModelForZeroShotObjectDetection.from_pretrained(model_name_or_path, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise InputError(f"model_name_or_path={str(model_name_or_path)!r}: no detector to load ({error}).") from None
+
+
+def load_processor(adapter: SavedAdapter | None, model_name_or_path: str | os.PathLike) -> Any:
+    """Load the processor saved with an adapter, so that images are as large as in training, or the base model's own.
+
+    Raises:
+        InputError: No processor can be loaded, or it lacks a tokenizer or an image processor.
+    """
+    if adapter and any((adapter.folder / f"{name}_config.json").is_file() for name in ("preprocessor", "processor")):
+        source, where = str(adapter.folder), f"adapter={adapter.source!r}"
+    else:
+        source, where = str(model_name_or_path), f"model_name_or_path={str(model_name_or_path)!r}"
+    try:
+        processor = AutoProcessor.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{where}: no processor to load ({error}).") from None
+    if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
+        raise InputError(f"{where}: the processor must have both a tokenizer and an image processor.")
+    return processor
+
+
+def set_image_size(processor: Any, shorter_edge: int) -> None:
+    """Make a detector's processor resize images to this shorter edge, in pixels."""
+    # 800 by 1333 is the ratio that detectors are trained with.
+    longest_edge = round(shorter_edge * 1333 / 800)
+    processor.image_processor.size = {"shortest_edge": shorter_edge, "longest_edge": longest_edge}
+
+
+def read_class_names(adapter: SavedAdapter) -> list[str]:
+    """Read the names of the classes that an adapter was trained on.
+
+    Raises:
+        InputError: The file is missing, or is not a list of names in JSON.
+    """
+    file = adapter.folder / CLASS_NAMES_FILE
+    if not file.is_file():
+        raise InputError(
+            f"adapter={adapter.source!r}: no class names, it has no {file.name}; give class_names=... too."
+        )
+    try:
+        class_names = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{file}: not JSON ({error}).") from None
+    if not isinstance(class_names, list) or not all(isinstance(name, str) for name in class_names):
+        raise InputError(f"{file}: must be a list of names.")
+    return class_names
+
+
+def save_adapter(folder: str | os.PathLike, model: PeftModel, processor: Any, class_names: Sequence[str]) -> None:
+    """Save an adapter with everything that is needed to detect with it: its processor and its class names."""
+    model.save_pretrained(str(folder))
+    processor.save_pretrained(folder)
+    text = json.dumps(list(class_names), indent=2, ensure_ascii=False) + "\n"
+    (Path(folder) / CLASS_NAMES_FILE).write_text(text, encoding="utf-8")

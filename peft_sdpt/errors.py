@@ -1,0 +1,67 @@
+# Copyright 2026 The peft_sdpt authors
+# SPDX-License-Identifier: Apache-2.0
+"""The error that the library raises for input it cannot use, and how a command prints it."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+from collections.abc import Iterator, Mapping
+
+
+class InputError(ValueError):
+    """An argument, a file or a data set cannot be used.
+
+    The message names the argument, its value and the rule. It writes arguments as Python does (`split='train'`), so
+    that `one_line_errors` can show them as the flags of a command.
+    """
+
+
+@contextlib.contextmanager
+def one_line_errors(program: str, flags: Mapping[str, str] | None = None) -> Iterator[None]:
+    """End a program with one line on stderr instead of a traceback.
+
+    The exit code is 2 for an `InputError` and 130 for Ctrl-C. Any other exception passes through.
+
+    Args:
+        program: Name that the line starts with.
+        flags: Maps an argument of the library to the flag that sets it, without dashes.
+    """
+    try:
+        yield
+    except InputError as error:
+        # A DataLoader worker passes its error on with a traceback in front of the message.
+        message = str(error).rpartition("InputError: ")[2]
+        print(f"{program}: {' '.join(with_flags(message, flags or {}).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as interrupt:
+        print(f"{program}: {str(interrupt) or 'interrupted.'}", file=sys.stderr)
+        sys.exit(130)
+
+
+def with_flags(message: str, flags: Mapping[str, str]) -> str:
+    """Write the arguments in a message as flags.
+
+    Args:
+        message: Text with arguments written as `name=value`.
+        flags: Maps an argument to its flag, without dashes. Other arguments stay as they are.
+
+    Example:
+        >>> with_flags("split='tset' is unknown; skip_bad_boxes=True helps", {"split": "eval_split"})
+        "--eval_split tset is unknown; skip_bad_boxes=True helps"
+        >>> with_flags("skip_bad_boxes=True skips it", {"skip_bad_boxes": "skip_bad_boxes"})
+        '--skip_bad_boxes skips it'
+    """
+
+    def as_flag(match: re.Match) -> str:
+        name, quoted, plain = match["name"], match["quoted"], match["plain"]
+        # True switches a flag on, and `name=...` stands for any value.
+        value = "" if plain in ("True", "...") else plain if quoted is None else quoted[1:-1]
+        return f"--{flags[name]} {value}".rstrip()
+
+    names = "|".join(map(re.escape, flags))
+    if not names:
+        return message
+    value = r"(?:(?P<quoted>'[^']*'|\"[^\"]*\")|(?P<plain>\.\.\.|[^\s,;:)]*[^\s,;:).]))"
+    return re.sub(rf"(?<![\w.])(?P<name>{names})={value}", as_flag, message)

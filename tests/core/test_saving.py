@@ -1,0 +1,326 @@
+# Copyright 2026 The peft_sdpt authors
+# SPDX-License-Identifier: Apache-2.0
+"""Saving and loading adapters, and refusing those of another host."""
+
+import json
+
+import pytest
+import torch
+from peft import (
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers.models.grounding_dino.modeling_grounding_dino import (
+    GroundingDinoBiMultiHeadAttention,
+)
+
+from peft_sdpt import SDPTConfig, SDPTLayer
+from tests.helpers.detectors import (
+    HOST_NAMES,
+    LAYERS,
+    PUBLISHED,
+    REACHED,
+    ROOT,
+    FusionStack,
+    adapted_layers,
+    attach,
+    host_config,
+    make_host,
+    run,
+    run_python,
+)
+
+
+def saved(path, name: str = "grounding_dino", host: dict | None = None, **config):
+    """Save an adapter of a tiny host; returns the outputs of the tuned host."""
+    model = attach(make_host(name, **(host or {})), **config)
+    model.save_pretrained(path)
+    return run(model)
+
+
+def snapshot(host: nn.Module):
+    """Everything a refused load must leave as it was."""
+    return (
+        [(name, type(module), module.training) for name, module in host.named_modules()],
+        [(name, p.requires_grad, p.data_ptr()) for name, p in host.named_parameters()],
+        hasattr(host, "peft_config"),
+        run(host).tolist(),
+    )
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"prompt_mode": "independent"},
+        {"layers_to_transform": [1]},
+        {"image_attends_prompts": False, "pinv_rtol": 0.5, "num_virtual_tokens": 3},
+        {"target_modules": r".*\.0\.fusion_layer\.attn"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize("name", HOST_NAMES)
+def test_round_trip(name, low_cpu_mem_usage, config, tmp_path):
+    tuned = saved(tmp_path, name, **config)
+    host = make_host(name)
+    bare = run(host)
+    model = PeftModel.from_pretrained(host, tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert torch.equal(run(model), tuned) and not torch.equal(tuned, bare)
+    assert not any(p.requires_grad for p in model.parameters())
+    with model.disable_adapter():
+        assert torch.equal(run(model), bare)
+
+    trainable = PeftModel.from_pretrained(make_host(name), tmp_path, is_trainable=True)
+    assert sum(p.requires_grad for p in trainable.parameters()) == len(adapted_layers(host))
+    assert torch.equal(run(trainable), tuned)
+
+
+def test_an_adapter_of_the_time_before_coordinates(tmp_path):
+    """Its config does not tell what a token's numbers are, and all other fields have their values in it."""
+    tuned = saved(tmp_path, **PUBLISHED)
+    file = tmp_path / "adapter_config.json"
+    config = json.loads(file.read_text())
+    assert config.pop("prompt_space") == "aligned" and config["pinv_rtol"] is None
+    file.write_text(json.dumps(config))
+    model = PeftModel.from_pretrained(make_host(), tmp_path)
+    assert torch.equal(run(model), tuned)
+    assert model.peft_config["default"].prompt_space == "aligned"
+    model.add_adapter("new", SDPTConfig())
+    model.set_adapter("new")
+    assert {p.shape[-1] for p in model.parameters() if p.requires_grad} == {REACHED}
+
+
+def test_coordinates_on_a_host_of_lower_precision(tmp_path):
+    """Their basis is one of rounded weights there, and nearly the same."""
+    saved(tmp_path)
+    exact, rounded = (
+        PeftModel.from_pretrained(make_host().to(dtype), tmp_path) for dtype in (torch.float32, torch.bfloat16)
+    )
+    for name in LAYERS:
+        one, other = (model.base_model.model.get_submodule(name).tokens() for model in (exact, rounded))
+        assert 0 < (one - other).norm() < 0.01 * one.norm()
+
+
+def test_the_file_holds_prompts_alone(tmp_path):
+    saved(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
+        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    assert shapes == {f"base_model.model.{name}.sdpt_prompts": (4, REACHED) for name in LAYERS}
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["fusion_layers"] == dict.fromkeys(LAYERS, REACHED)
+    assert config["num_virtual_tokens"] == 4 and config["peft_type"] == "SDPT"
+
+
+def test_size_at_the_shapes_of_grounding_dino(tmp_path):
+    class Fusion(nn.Module):
+        def __init__(self):
+            super().__init__()
+            config = host_config("grounding_dino", d_model=256)
+            self.layers = nn.ModuleList(GroundingDinoBiMultiHeadAttention(config) for _ in range(6))
+
+    model = get_peft_model(Fusion(), SDPTConfig())
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 6 * 20 * 512
+    model.save_pretrained(tmp_path)
+    size = (tmp_path / "adapter_model.safetensors").stat().st_size
+    assert 4 * 6 * 20 * 512 < size < 260_000
+
+
+def test_load_adapter_beside_another(tmp_path):
+    second = saved(tmp_path / "second", seed=8, num_virtual_tokens=2)
+    model = attach(make_host())
+    first = run(model)
+    result = model.load_adapter(tmp_path / "second", "second")
+    assert result.missing_keys == [] and result.unexpected_keys == []
+    assert torch.equal(run(model), first)
+    model.set_adapter("second")
+    assert torch.equal(run(model), second)
+    model.set_adapter("default")
+    assert torch.equal(run(model), first)
+
+
+def test_saving_one_of_several_adapters(tmp_path):
+    model = attach(make_host())
+    torch.manual_seed(9)
+    model.add_adapter("second", SDPTConfig(num_virtual_tokens=2))
+    model.set_adapter("second")
+    second = run(model)
+    model.save_pretrained(tmp_path, selected_adapters=["second"])
+    loaded = PeftModel.from_pretrained(make_host(), tmp_path / "second", adapter_name="other")
+    assert torch.equal(run(loaded), second)
+
+
+def test_fresh_process(tmp_path):
+    tuned = saved(tmp_path)
+    code = """
+import sys, torch
+torch.set_num_threads(1)
+import peft_sdpt
+from peft import PeftConfig, PeftModel
+from tests.helpers.detectors import make_host, run
+assert type(PeftConfig.from_pretrained(sys.argv[2])) is peft_sdpt.SDPTConfig
+model = PeftModel.from_pretrained(make_host(), sys.argv[2])
+torch.save(run(model), sys.argv[2] + "/outputs.pt")
+"""
+    result = run_python(code, str(ROOT / "tests"), str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert torch.equal(torch.load(tmp_path / "outputs.pt"), tuned)
+
+
+def test_modules_to_save_round_trip(tmp_path):
+    model = attach(FusionStack(), modules_to_save=["head"])
+    image, text = torch.randn(2, 5, 32), torch.randn(2, 3, 32)
+    with torch.no_grad():
+        model.base_model.model.head.modules_to_save["default"].weight.add_(1.0)
+        tuned = model(image, text)
+    model.save_pretrained(tmp_path)
+    keys = set(load_file(tmp_path / "adapter_model.safetensors"))
+    assert keys == {f"base_model.model.layers.{i}.sdpt_prompts" for i in range(2)} | {
+        "base_model.model.head.weight",
+        "base_model.model.head.bias",
+    }
+    host = FusionStack()
+    host.head.load_state_dict(model.base_model.model.head.original_module.state_dict())
+    loaded = PeftModel.from_pretrained(host, tmp_path)
+    assert torch.equal(loaded(image, text), tuned)
+
+
+def test_state_dict_functions_on_an_injected_model():
+    model = attach(make_host())
+    state = get_peft_model_state_dict(model)
+    assert set(state) == {f"base_model.model.{name}.sdpt_prompts" for name in LAYERS}
+    host = make_host()
+    inject_adapter_in_model(SDPTConfig(num_virtual_tokens=4), host, "other")
+    assert not torch.equal(run(host), run(model))
+    set_peft_model_state_dict(host, state, "other")
+    assert torch.equal(run(host), run(model))
+
+
+def test_injecting_from_a_state_dict():
+    model = attach(make_host(), layers_to_transform=[1])
+    host = make_host()
+    state = get_peft_model_state_dict(model)
+    state = {key.removeprefix("base_model.model."): value for key, value in state.items()}
+    with pytest.warns(RuntimeWarning, match="an inconsistency was discovered"):
+        inject_adapter_in_model(SDPTConfig(num_virtual_tokens=4), host, state_dict=state)
+    assert adapted_layers(host) == LAYERS[1:]
+    set_peft_model_state_dict(host, state)
+    assert torch.equal(run(host), run(model))
+    # The config names the layers that have prompts, and no others.
+    assert list(host.peft_config["default"].fusion_layers) == LAYERS[1:]
+
+
+def test_low_cpu_mem_usage_starts_without_weights_but_with_inverses():
+    host = inject_adapter_in_model(SDPTConfig(num_virtual_tokens=4), make_host(), low_cpu_mem_usage=True)
+    layer = host.get_submodule(LAYERS[0])
+    assert layer.sdpt_prompts["default"].is_meta
+    assert not layer.base_layer.vision_proj.weight.is_meta
+    exact = torch.linalg.pinv(layer.base_layer.vision_proj.weight.double(), rtol=0.1).float()
+    torch.testing.assert_close(layer.sdpt_inverses[0]["default"], exact)
+    model = attach(make_host())
+    set_peft_model_state_dict(host, get_peft_model_state_dict(model), low_cpu_mem_usage=True)
+    assert torch.equal(run(host), run(model))
+
+
+def test_the_hosts_own_load_adapter(tmp_path):
+    tuned = saved(tmp_path)
+    host = make_host()
+    host.load_adapter(str(tmp_path))
+    assert torch.equal(run(host), tuned)
+
+
+# ---- adapters of another host
+
+OTHER_HOSTS = {
+    "wider": ({"d_model": 64}, rf"'{LAYERS[0]}': expected \(4, 128\), found \(4, {REACHED}\)"),
+    "more layers": (
+        {"layers": 3},
+        rf"'{LAYERS[0].replace('0', '2')}': expected \(4, {REACHED}\), found no prompts",
+    ),
+    "fewer layers": (
+        {"layers": 1},
+        rf"'{LAYERS[1]}': expected no such fusion layer, found \(4, {REACHED}\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize("name", HOST_NAMES)
+@pytest.mark.parametrize("other", OTHER_HOSTS)
+def test_a_wrong_host_is_refused_and_left_as_it_was(other, name, low_cpu_mem_usage, tmp_path):
+    saved(tmp_path, name)
+    changes, message = OTHER_HOSTS[other]
+    host = make_host(name, **changes)
+    before = snapshot(host)
+    for load in (
+        lambda: PeftModel.from_pretrained(host, tmp_path, low_cpu_mem_usage=low_cpu_mem_usage),
+        lambda: PeftModel.from_pretrained(
+            host, tmp_path, config=PeftConfig.from_pretrained(tmp_path), is_trainable=True
+        ),
+        lambda: host.load_adapter(str(tmp_path)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load()
+        assert adapted_layers(host) == []
+        assert snapshot(host) == before
+
+
+@pytest.mark.parametrize("other", OTHER_HOSTS)
+def test_a_second_adapter_of_another_host_leaves_the_first_alone(other, tmp_path):
+    changes, _ = OTHER_HOSTS[other]
+    saved(tmp_path, host=changes)
+    model = attach(make_host())
+    before, first = snapshot(model), run(model)
+    with pytest.raises(ValueError, match=r"made for another host.*expected .* found"):
+        model.load_adapter(tmp_path, "second")
+    assert snapshot(model) == before and torch.equal(run(model), first)
+    assert list(model.peft_config) == ["default"]
+    assert all(list(module.sdpt_prompts) == ["default"] for module in model.modules() if isinstance(module, SDPTLayer))
+    assert model.active_adapter == "default"
+
+
+@pytest.mark.parametrize("fault", ["another shape", "missing", "surplus"])
+def test_weights_that_do_not_fit_are_refused_as_a_whole(fault, tmp_path):
+    saved(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    weights = load_file(file)
+    key = f"base_model.model.{LAYERS[1]}.sdpt_prompts"
+    if fault == "another shape":
+        weights[key] = torch.zeros(5, REACHED)
+        message = rf"'{LAYERS[1]}': expected \(4, {REACHED}\), found \(5, {REACHED}\)"
+    elif fault == "missing":
+        del weights[key]
+        message = rf"'{LAYERS[1]}': expected \(4, {REACHED}\), found no prompts"
+    else:
+        weights[key.replace("layers.1", "layers.7")] = torch.zeros(4, REACHED)
+        message = r"layers\.7.*': expected no such fusion layer, found"
+    save_file(weights, file)
+    model = attach(make_host())
+    before = run(model)
+    with pytest.raises(ValueError, match=message):
+        set_peft_model_state_dict(model, weights)
+    assert torch.equal(run(model), before)
+    with pytest.raises(ValueError, match=message):
+        model.load_adapter(tmp_path, "default")
+    assert torch.equal(run(model), before)
+
+
+def test_reloading_weights_into_an_adapter(tmp_path):
+    tuned = saved(tmp_path, seed=11)
+    model = attach(make_host())
+    assert not torch.equal(run(model), tuned)
+    model.load_adapter(tmp_path, "default")
+    assert torch.equal(run(model), tuned)
+    assert "sdpt_inverse" not in " ".join(model.state_dict())

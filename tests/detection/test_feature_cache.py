@@ -1,0 +1,609 @@
+# Copyright 2026 The peft_sdpt authors
+# SPDX-License-Identifier: Apache-2.0
+"""Stored features of the frozen backbones: the same training but for rounding, whatever has become of the files."""
+
+import errno
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    AutoModelForZeroShotObjectDetection,
+    BertModel,
+    GroundingDinoForObjectDetection,
+    SwinBackbone,
+)
+
+import train_detection
+from peft_sdpt.detection import feature_cache
+from peft_sdpt.detection.feature_cache import FeatureCache
+from peft_sdpt.errors import InputError
+from tests.examples.test_train_detection import (  # noqa: F401
+    HOST,
+    Killed,
+    at_step,
+    kill,
+    main_job,
+    own_task,
+    same_prompts,
+    same_run,
+    small_task,
+)
+from tests.helpers.detectors import HOST_NAMES, attach, host_config, make_host, model_inputs
+
+
+@pytest.fixture(params=HOST_NAMES)
+def detector(request):
+    return attach(make_host(request.param)).train()
+
+
+@pytest.fixture
+def tiny():
+    return attach(make_host()).train()
+
+
+def of(config):
+    """A detector of a configuration, its weights the same each time."""
+    torch.manual_seed(0)
+    return attach(GroundingDinoForObjectDetection(config))
+
+
+def backbones(detector):
+    host = detector.get_base_model().model
+    return {"picture": host.backbone.conv_encoder.model, "prompt": host.text_backbone}
+
+
+@contextmanager
+def counted():
+    """Within, counts samples that each backbone computes, whoever has put what in place of the forward of a module."""
+    count = {"picture": 0, "prompt": 0}
+    with pytest.MonkeyPatch.context() as patch:
+        for kind, name in ((SwinBackbone, "picture"), (BertModel, "prompt")):
+
+            def call(self, first, *args, forward=kind.forward, name=name, **kwargs):
+                count[name] += len(first)
+                return forward(self, first, *args, **kwargs)
+
+            patch.setattr(kind, "forward", call)
+        yield count
+
+
+def mixed(batch=2, seed=0):
+    """A batch with a picture that is padded, and a prompt that is."""
+    inputs = model_inputs(batch, seed=seed)
+    mask = torch.ones(batch, 64, 64, dtype=torch.long)
+    mask[-1, 40:] = mask[-1, :, 52:] = 0
+    return inputs | {"pixel_mask": mask, "pixel_values": inputs["pixel_values"] * mask[:, None]}
+
+
+def trained(detector, cache=None, inputs=None):
+    """Outputs of a batch in training, and the gradients of all prompts."""
+    detector.zero_grad()
+    with cache.used() if cache else nullcontext():
+        outputs = detector(**(inputs or mixed()))
+    values = [outputs.logits.nan_to_num(neginf=0), outputs.pred_boxes, outputs.encoder_pred_boxes]
+    sum(value.square().sum() for value in values).backward()
+    gradients = [parameter.grad for parameter in detector.parameters() if parameter.grad is not None]
+    assert gradients
+    return torch.cat([value.detach().flatten() for value in (*values, *gradients)])
+
+
+def entries(folder):
+    return sorted(folder.rglob("*.safetensors"))
+
+
+def test_outputs_and_gradients_are_those_without_it_bit_for_bit(detector, tmp_path):
+    plain = trained(detector)
+    cache = FeatureCache(tmp_path, detector)
+    for computed in ({"picture": 2, "prompt": 2}, {"picture": 0, "prompt": 0}):
+        with counted() as count:
+            assert torch.equal(trained(detector, cache), plain)
+        assert count == computed
+    assert torch.equal(trained(detector), plain)
+    assert not any("forward" in vars(module) for module in backbones(detector).values())
+    assert all(module.training for module in detector.modules())
+    assert len(entries(tmp_path)) == 4 and not list(tmp_path.rglob("*.unfinished"))
+
+
+def test_prompts_that_are_never_met_again_are_not_kept(tiny, tmp_path):
+    cache = FeatureCache(tmp_path, tiny)
+    with torch.no_grad(), counted() as count, cache.used(prompts=False):
+        for _ in range(2):
+            tiny(**mixed())
+    assert count == {"picture": 2, "prompt": 4} and len(entries(tmp_path)) == 2
+
+
+def test_of_samples_that_are_alike_one_is_computed(tiny, tmp_path):
+    inputs = {name: value[:1].repeat(3, *[1] * (value.ndim - 1)) for name, value in mixed().items()}
+    cache = FeatureCache(tmp_path, tiny)
+    plain = trained(tiny, inputs=inputs)
+    with counted() as count:
+        assert torch.equal(trained(tiny, cache, inputs), plain)
+    assert count == {"picture": 1, "prompt": 1}
+
+
+def test_entries_are_the_same_in_whatever_batch_they_were_computed(tiny, tmp_path):
+    whole, single = tmp_path / "whole", tmp_path / "single"
+    trained(tiny, FeatureCache(whole, tiny))
+    cache = FeatureCache(single, tiny)
+    for row in (1, 0):
+        trained(tiny, cache, {name: value[row : row + 1] for name, value in mixed().items()})
+    there = [{path.relative_to(folder): path.read_bytes() for path in entries(folder)} for folder in (whole, single)]
+    assert there[0] == there[1]
+
+
+def wider(inputs):
+    """Padded as beside a larger picture."""
+    pad = (0, 32)
+    return inputs | {name: torch.nn.functional.pad(inputs[name], pad) for name in ("pixel_values", "pixel_mask")}
+
+
+def another_word(inputs):
+    ids = inputs["input_ids"].clone()
+    ids[0, 1] = 777
+    return inputs | {"input_ids": ids}
+
+
+def another_end_of_phrase(inputs):
+    """The same length, and other masks and positions."""
+    ids = inputs["input_ids"].clone()
+    ids[:, 2] = 1012
+    return inputs | {"input_ids": ids}
+
+
+def longer(inputs):
+    """Padded as beside a longer prompt."""
+    text = {name: torch.nn.functional.pad(inputs[name], (0, 3)) for name in ("input_ids", "attention_mask")}
+    return inputs | text | {"token_type_ids": torch.zeros_like(text["input_ids"])}
+
+
+def one_pixel(inputs):
+    pixels = inputs["pixel_values"].clone()
+    pixels[0, 0, 0, 0] += 1e-3
+    return inputs | {"pixel_values": pixels}
+
+
+@pytest.mark.parametrize(
+    ("change", "computed"),
+    [
+        (lambda inputs: inputs, (0, 0)),
+        (one_pixel, (1, 0)),
+        (lambda inputs: inputs | {"pixel_values": inputs["pixel_values"].flip(0)}, (0, 0)),
+        (lambda inputs: inputs | {"pixel_mask": torch.ones_like(inputs["pixel_mask"])}, (0, 0)),
+        (wider, (2, 0)),
+        (another_word, (0, 1)),
+        (another_end_of_phrase, (0, 2)),
+        (longer, (0, 2)),
+    ],
+)
+def test_what_is_another_picture_or_prompt_is_computed(detector, tmp_path, change, computed):
+    cache = FeatureCache(tmp_path, detector)
+    trained(detector, cache)
+    changed = change(mixed())
+    plain = trained(detector, inputs=changed)
+    with counted() as count:
+        assert torch.equal(trained(detector, cache, changed), plain)
+    assert (count["picture"], count["prompt"]) == computed
+
+
+@pytest.mark.parametrize(("part", "computed"), [("picture", (2, 0)), ("prompt", (0, 2)), ("fusion", (0, 0))])
+def test_another_weight_is_another_host(tiny, tmp_path, part, computed):
+    trained(tiny, FeatureCache(tmp_path, tiny))
+    module = backbones(tiny).get(part, tiny.get_base_model().model.encoder)
+    with torch.no_grad():
+        next(parameter for parameter in module.parameters() if parameter.ndim > 1).view(-1)[5] += 0.5
+    plain = trained(tiny)
+    with counted() as count:
+        assert torch.equal(trained(tiny, FeatureCache(tmp_path, tiny)), plain)
+    assert (count["picture"], count["prompt"]) == computed
+
+
+def test_another_configuration_is_another_host(tmp_path):
+    """What weights do not show."""
+    for activation, computed in (("gelu", 2), ("relu", 2), ("gelu", 0)):
+        config = host_config("grounding_dino")
+        config.backbone_config.hidden_act = activation
+        detector = of(config)
+        plain = trained(detector)
+        with counted() as count:
+            assert torch.equal(trained(detector, FeatureCache(tmp_path, detector)), plain)
+        assert count["picture"] == computed
+
+
+def test_another_precision_is_computed(tiny, tmp_path):
+    cache = FeatureCache(tmp_path, tiny)
+    trained(tiny, cache)
+    for computed in (4, 0):
+        with torch.autocast("cpu", torch.bfloat16), counted() as count:
+            plain = trained(tiny)
+            count.update(picture=0, prompt=0)
+            assert torch.equal(trained(tiny, cache), plain)
+        assert sum(count.values()) == computed
+
+
+def test_half_precision_is_kept_as_it_is(tmp_path):
+    detector = attach(make_host().to(torch.bfloat16))
+    inputs = mixed()
+    inputs["pixel_values"] = inputs["pixel_values"].to(torch.bfloat16)
+    cache = FeatureCache(tmp_path, detector)
+    with torch.no_grad():
+        plain = detector(**inputs).pred_boxes
+        for _ in range(2):
+            with cache.used():
+                assert torch.equal(detector(**inputs).pred_boxes, plain)
+
+
+def cut(data):
+    return data[: len(data) // 2]
+
+
+def flip(data):
+    return data[:-100] + bytes([data[-100] ^ 1]) + data[-99:]
+
+
+def flip_header(data):
+    return data[:40] + bytes([data[40] ^ 1]) + data[41:]
+
+
+@pytest.mark.parametrize("damage", [cut, flip, flip_header, lambda _: b"", lambda data: bytes(len(data))])
+def test_an_entry_that_is_damaged_is_computed_again(tiny, tmp_path, damage):
+    cache = FeatureCache(tmp_path, tiny)
+    plain = trained(tiny, cache)
+    whole = {file: file.read_bytes() for file in entries(tmp_path)}
+    for file, data in whole.items():
+        file.write_bytes(damage(data))
+    with counted() as count:
+        assert torch.equal(trained(tiny, cache), plain)
+    assert sum(count.values()) == 4
+    assert {file: file.read_bytes() for file in entries(tmp_path)} == whole
+
+
+def test_an_entry_under_the_name_of_another_is_not_taken(tiny, tmp_path):
+    cache = FeatureCache(tmp_path, tiny)
+    plain = trained(tiny, cache)
+    one, two = (file for file in entries(tmp_path) if file.parent.name.startswith("pictures-"))
+    two.write_bytes(one.read_bytes())
+    with counted() as count:
+        assert torch.equal(trained(tiny, cache), plain)
+    assert count["picture"] == 1
+
+
+def test_a_folder_that_is_cleared_at_work_is_filled_again(tiny, tmp_path):
+    cache = FeatureCache(tmp_path / "cache", tiny)
+    plain = trained(tiny, cache)
+    for file in entries(tmp_path):
+        file.unlink()
+    for folder in (*(tmp_path / "cache").iterdir(), tmp_path / "cache"):
+        folder.rmdir()
+    assert torch.equal(trained(tiny, cache), plain) and len(entries(tmp_path)) == 4
+
+
+def in_processes(count, work):
+    """Run `work(number)` in processes that start as this one is; gives their exit codes."""
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=work, args=(number,)) for number in range(count)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    return [process.exitcode for process in processes]
+
+
+def test_killed_while_it_writes_it_leaves_nothing_that_is_used(tiny, tmp_path):
+    @torch.no_grad()
+    def die_in_the_middle(_):
+        replace, calls = os.replace, []
+
+        def killing(*args):
+            calls.append(args)
+            if len(calls) == 2:
+                with open(args[0], "r+b") as file:
+                    file.truncate(os.path.getsize(args[0]) // 2)
+                os.kill(os.getpid(), signal.SIGKILL)
+            replace(*args)
+
+        feature_cache.os.replace = killing
+        with FeatureCache(tmp_path, tiny).used():
+            tiny(**mixed())
+
+    plain = trained(tiny)
+    assert in_processes(1, die_in_the_middle) == [-signal.SIGKILL]
+    (left,) = tmp_path.rglob("*.unfinished")
+    assert len(entries(tmp_path)) == 1
+    with counted() as count:
+        assert torch.equal(trained(tiny, FeatureCache(tmp_path, tiny)), plain)
+    assert sum(count.values()) == 3 and left.exists()  # another process may be writing it
+    os.utime(left, (time.time() - 2 * feature_cache.ABANDONED,) * 2)
+    FeatureCache(tmp_path, tiny)
+    assert not left.exists() and len(entries(tmp_path)) == 4
+
+
+def test_processes_share_a_folder(tiny, tmp_path):
+    barrier = multiprocessing.get_context("fork").Barrier(2)
+    with torch.no_grad():
+        plain = [tiny(**mixed(4, seed)).pred_boxes for seed in range(4)]
+
+    @torch.no_grad()
+    def work(_):
+        cache = FeatureCache(tmp_path, tiny)
+        for seed in (0, 1, 2, 3, 0, 1):
+            barrier.wait(30)
+            with cache.used():
+                assert torch.equal(tiny(**mixed(4, seed)).pred_boxes, plain[seed])
+
+    assert in_processes(2, work) == [0, 0]
+    # Of each seed four pictures, and prompts of which three are not the second.
+    assert len(list(tmp_path.glob("pictures-*/*.safetensors"))) == 16
+    assert not list(tmp_path.rglob("*.unfinished"))
+
+
+def full(*args, **kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_disk_that_fills_up_is_told_and_leaves_no_half_entry(tiny, tmp_path, monkeypatch):
+    cache = FeatureCache(tmp_path, tiny)
+    write = Path.write_bytes
+
+    def half(path, data):
+        write(path, data[: len(data) // 2])
+        full()
+
+    monkeypatch.setattr(Path, "write_bytes", half)
+    with pytest.raises(InputError, match=r"^--cache_features .*: cannot be written \(.*No space left on device\)\.$"):
+        trained(tiny, cache)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    monkeypatch.undo()
+    assert not any("forward" in vars(module) for module in backbones(tiny).values())
+    assert torch.equal(trained(tiny, cache), trained(tiny))
+
+
+def test_what_trains_below_the_fusion_layers_is_refused(tiny, tmp_path):
+    parameter = tiny.get_base_model().model.text_backbone.encoder.layer[0].output.dense.bias
+    parameter.requires_grad_(True)
+    with pytest.raises(InputError, match=r"--cache_features: encoder.layer.0.output.dense.bias of \w+ trains"):
+        FeatureCache(tmp_path, tiny)
+
+
+def test_what_trains_above_is_not(tmp_path):
+    detector = attach(make_host(), modules_to_save=["text_projection"])
+    plain = trained(detector)
+    cache = FeatureCache(tmp_path, detector)
+    assert all(torch.equal(trained(detector, cache), plain) for _ in range(2))
+
+
+def test_a_host_of_other_parts_is_refused(tmp_path):
+    with pytest.raises(InputError, match="Linear has no backbones that are known here"):
+        FeatureCache(tmp_path, torch.nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [
+        ("backbone_config", "drop_path_rate"),
+        ("backbone_config", "hidden_dropout_prob"),
+        ("backbone_config", "attention_probs_dropout_prob"),
+        ("text_config", "hidden_dropout_prob"),
+        ("text_config", "attention_probs_dropout_prob"),
+        (None, None),
+    ],
+)
+def test_features_are_without_dropout_and_it_is_known_where_there_is_some(tmp_path, part, name):
+    config = host_config("grounding_dino")
+    if part:
+        setattr(getattr(config, part), name, 0.5)
+    detector = of(config).train()
+    cache = FeatureCache(tmp_path, detector)
+    assert cache.leaves_out_dropout == bool(part)
+    for module in backbones(detector).values():
+        module.eval()
+    plain = trained(detector)
+    detector.train()
+    assert all(torch.equal(trained(detector, cache), plain) for _ in range(2))
+
+
+# ---- the main job
+
+RUN = (
+    *("--num_train_epochs", 2, "--per_device_train_batch_size", 4, "--no_augmentation", "--prompt_dropout", 0.3),
+    *("--gradient_accumulation_steps", 1, "--checkpointing_steps", 2),
+)
+
+
+@pytest.fixture
+def losses(monkeypatch):
+    """Every loss that the main job computes."""
+    values, compute = [], train_detection.GroundedDetectionLoss.__call__
+
+    def call(*args, **kwargs):
+        loss = compute(*args, **kwargs)
+        values.append(loss.item())
+        return loss
+
+    monkeypatch.setattr(train_detection.GroundedDetectionLoss, "__call__", call)
+    return values
+
+
+def same_but_for_rounding(one, two):
+    """Whether two output folders hold the same adapters as far as any CPU can tell.
+
+    A stored picture was computed alone; of a batch some CPUs round its last bits otherwise. Six steps make 4e-5 of it,
+    and other pictures 0.7.
+    """
+    return same_prompts(one, two, lambda first, second: (first - second).norm() <= 1e-3 * first.norm())
+
+
+def test_the_main_job_is_the_same_with_it(main_job, small_task, losses, tmp_path):  # noqa: F811
+    run = ("--dataset_name", small_task, *RUN, "--output_dir")
+    assert main_job(*run, tmp_path / "plain") == 0
+    plain = losses.copy()
+    for name in ("filling", "filled"):
+        losses.clear()
+        assert main_job(*run, tmp_path / name, "--cache_features", tmp_path / "cache") == 0
+        assert losses == pytest.approx(plain, rel=1e-3) and len(losses) == 6
+        assert same_but_for_rounding(tmp_path / "plain", tmp_path / name)
+    # What is read is what was computed.
+    assert same_run(tmp_path / "filling", tmp_path / "filled")
+    # Twelve pictures to train on and four to validate on; all are asked for one prompt.
+    assert len(list((tmp_path / "cache").glob("pictures-*/*"))) == 16
+    assert len(list((tmp_path / "cache").glob("prompts-*/*"))) == 1
+
+
+def test_backbones_do_not_run_in_the_second_epoch(main_job, at_step, small_task, tmp_path):  # noqa: F811
+    with counted() as count:
+        # Three steps an epoch, each at work on its loss.
+        at_step(4, lambda: count.update(picture=0, prompt=0))
+        flags = ("--cache_features", tmp_path / "cache", "--validation_steps", 3)
+        assert main_job("--dataset_name", small_task, *RUN, *flags) == 0
+    # The eight pictures that are measured in the end, outside of training.
+    assert count == {"picture": 8, "prompt": 8}
+
+
+@pytest.mark.slow
+def test_killed_with_or_without_it_is_resumed_with_or_without(main_job, at_step, small_task, tmp_path):  # noqa: F811
+    run = ("--dataset_name", small_task, *RUN, "--resume_from_checkpoint", "latest", "--output_dir")
+    cache = ("--cache_features", tmp_path / "cache")
+    assert main_job(*run, tmp_path / "whole") == 0
+    assert main_job(*run, tmp_path / "cached", *cache) == 0
+    for killed, resumed in (((), (cache,)), (cache, (cache, ()))):
+        at_step(4, kill)
+        with pytest.raises(Killed):
+            main_job(*run, tmp_path / "killed", *killed)
+        for flags in resumed:
+            shutil.copytree(tmp_path / "killed", tmp_path / "out")
+            assert main_job(*run, tmp_path / "out", *flags) == 0
+            assert same_but_for_rounding(tmp_path / "whole", tmp_path / "out")
+            if killed and flags:
+                assert same_run(tmp_path / "cached", tmp_path / "out")
+            shutil.rmtree(tmp_path / "out")
+        shutil.rmtree(tmp_path / "killed")
+
+
+def test_another_picture_under_the_same_name_is_seen(main_job, own_task, tmp_path):  # noqa: F811
+    run = ("--dataset_name", own_task, *RUN, "--output_dir")
+    cache = ("--cache_features", tmp_path / "cache")
+    assert main_job(*run, tmp_path / "before", *cache) == 0
+    for file in (own_task / "images").glob("train_*.png"):
+        Image.open(file).convert("RGB").transpose(Image.Transpose.ROTATE_180).save(file)
+    assert main_job(*run, tmp_path / "plain") == 0
+    assert main_job(*run, tmp_path / "stored", *cache) == 0
+    assert same_but_for_rounding(tmp_path / "plain", tmp_path / "stored")
+    assert not same_but_for_rounding(tmp_path / "before", tmp_path / "stored")
+
+
+def test_mixed_sizes_and_workers_change_nothing(main_job, own_task, tmp_path, capsys):  # noqa: F811
+    """Pictures of mixed sizes are padded as in the batch that they are in, which is a size of its own."""
+    for split in ("train", "val"):
+        coco = json.loads((own_task / f"{split}.json").read_text())
+        for image in coco["images"][::3]:
+            file = own_task / "images" / image["file_name"]
+            picture = Image.open(file).convert("RGB")
+            wide = Image.new("RGB", (picture.width + 40, picture.height))
+            wide.paste(picture)
+            wide.save(file)
+            image["width"] += 40
+        (own_task / f"{split}.json").write_text(json.dumps(coco))
+    cache = ("--cache_features", tmp_path / "cache")
+    run = ("--dataset_name", own_task, *RUN, "--max_train_steps", 5, "--output_dir")
+    assert main_job(*run, tmp_path / "plain") == 0
+    assert main_job(*run, tmp_path / "stored", *cache, "--dataloader_num_workers", 1) == 0
+    assert same_but_for_rounding(tmp_path / "plain", tmp_path / "stored")
+    assert "padded to the largest of their batch" in capsys.readouterr().out
+    # Alone, each is met again as it was.
+    alone = ("--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 4, "--cache_features")
+    with counted() as count:
+        assert main_job(*run, tmp_path / "alone", *alone, tmp_path / "alone-cache") == 0
+    assert "padded to the largest" not in capsys.readouterr().out
+    assert len(list((tmp_path / "alone-cache").glob("pictures-*/*"))) == 16
+    # Eight are measured before and after, and four validated after the last step.
+    assert count["picture"] == 16 + 2 * 8 + 4
+
+
+def test_dropout_in_the_backbones_makes_it_another_run(main_job, small_task, tmp_path, capsys):  # noqa: F811
+    host = AutoModelForZeroShotObjectDetection.from_pretrained(HOST)
+    host.config.backbone_config.drop_path_rate = 0.1
+    host.save_pretrained(tmp_path / "host")
+    for file in ("processor_config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "host" / file).write_bytes((HOST / file).read_bytes())
+    run = (
+        *("--dataset_name", small_task, "--model_name_or_path", tmp_path / "host", "--no_augmentation"),
+        *("--max_train_steps", 1, "--checkpointing_steps", 1),
+    )
+    cache = ("--cache_features", tmp_path / "cache")
+    assert main_job(*run, *cache) == 0
+    assert "have dropout, which stored features are without" in capsys.readouterr().out
+    assert main_job(*run, "--resume_from_checkpoint", "latest") == 2
+    assert "of another run, with dropout in backbones 'left out" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert main_job(*run, *cache, "--resume_from_checkpoint", "latest") == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--cache_features", "here"), "--cache_features: augmentation makes other pictures in each epoch"),
+        (("--cache_features", "here", "--no_augmentation", "--eval_only"), "--cache_features: is for pictures that"),
+        (("--cache_features", "", "--no_augmentation"), "--cache_features: is empty."),
+        (
+            ("--cache_features", "/proc/nowhere", "--no_augmentation"),
+            "--cache_features /proc/nowhere: cannot be written (",
+        ),
+        (
+            ("--cache_features", HOST / "config.json", "--no_augmentation"),
+            f"--cache_features {HOST / 'config.json'}: cannot be written (",
+        ),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_measured(
+    main_job,  # noqa: F811
+    small_task,  # noqa: F811
+    flags,
+    message,
+    capsys,
+    monkeypatch,
+    tmp_path,
+):
+    monkeypatch.chdir(tmp_path)
+    assert main_job("--dataset_name", small_task, *flags) == 2
+    error = capsys.readouterr().err
+    assert message in error.strip().splitlines()[-1] and "Traceback" not in error
+    assert "before" not in error and not (tmp_path / "here").exists()
+
+
+def test_a_disk_that_fills_up_ends_the_main_job_with_one_line(
+    main_job,  # noqa: F811
+    at_step,  # noqa: F811
+    small_task,  # noqa: F811
+    tmp_path,
+    capsys,
+    monkeypatch,
+):
+    at_step(1, lambda: monkeypatch.setattr(feature_cache.os, "replace", full))
+    flags = (*RUN, "--cache_features", tmp_path / "cache", "--output_dir", tmp_path / "out")
+    assert main_job("--dataset_name", small_task, *flags) == 2
+    error = capsys.readouterr().err
+    assert (
+        error.strip().splitlines()[-1].startswith(f"train_detection.py: --cache_features {tmp_path / 'cache'}: cannot")
+    )
+    assert "Traceback" not in error and not list((tmp_path / "cache").rglob("*.unfinished"))
+
+
+def test_a_trained_backbone_of_an_adapter_is_refused_before_anything_is_measured(
+    main_job,  # noqa: F811
+    small_task,  # noqa: F811
+    tmp_path,
+    capsys,
+):
+    host = AutoModelForZeroShotObjectDetection.from_pretrained(HOST)
+    attach(host, modules_to_save=["text_backbone"]).save_pretrained(tmp_path / "adapter")
+    flags = ("--adapter", tmp_path / "adapter", "--no_augmentation", "--cache_features", tmp_path / "cache")
+    assert main_job("--dataset_name", small_task, *flags) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "trains, and stored features would not follow it" in error

@@ -1,0 +1,532 @@
+# Copyright 2026 The peft_sdpt authors
+# SPDX-License-Identifier: Apache-2.0
+"""Detecting with saved adapters, run as a user runs it."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from faster_coco_eval import COCO
+from peft import LoraConfig, PeftModel, get_peft_model
+from PIL import Image, ImageOps
+from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
+
+import detect
+from peft_sdpt import SDPTConfig
+from peft_sdpt.detection import images, prediction
+from peft_sdpt.detection.grounding import split_classes
+from peft_sdpt.detection.saved_adapter import find_adapter, find_adapters, load_processor
+from tests.helpers.hub import serve, use
+
+ROOT = Path(__file__).resolve().parents[2]
+HOST = ROOT / "examples" / "host"
+NAMES = ["grinning face", "dog", "red apple"]
+# Low, because noise is what the tests' pictures show.
+THRESHOLD = 0.02
+
+
+def noise(seed: int, width: int = 120, height: int = 90) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def load_host():
+    return AutoModelForZeroShotObjectDetection.from_pretrained(HOST, dtype=torch.float32).eval()
+
+
+def save_adapter(folder: Path, seed: int, class_names=NAMES, **config) -> Path:
+    torch.manual_seed(seed)
+    get_peft_model(load_host(), SDPTConfig(**config)).save_pretrained(folder)
+    if class_names is not None:
+        (folder / "class_names.json").write_text(json.dumps(class_names))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory):
+    """Two adapters of different size and classes."""
+    folder = tmp_path_factory.mktemp("adapters")
+    return [save_adapter(folder / "one", 1), save_adapter(folder / "two", 2, NAMES[::-1][:2], num_virtual_tokens=3)]
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of three pictures, two of them of one size, and a file that is none."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for seed, (name, size) in enumerate({"c.png": (80, 120), "a.png": (120, 90), "b.png": (120, 90)}.items()):
+        noise(seed, *size).save(folder / name)
+    (folder / "notes.txt").write_text("no picture")
+    return folder
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """Run the script in this process; returns its exit code, 0 when it just returns."""
+
+    def run(*flags, output: Path = tmp_path / "out") -> int:
+        # Flags that are given again replace these.
+        arguments = ["detect.py", "--output_dir", output, "--threshold", THRESHOLD, *flags]
+        monkeypatch.setattr(sys, "argv", [*map(str, arguments)])
+        try:
+            detect.main()
+        except SystemExit as exit:
+            return exit.code
+        return 0
+
+    return run
+
+
+def read(folder: Path) -> dict:
+    return json.loads((folder / "detections.json").read_text())
+
+
+def names_of(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# ---- what is written
+
+
+def test_pictures_and_a_coco_file_that_agree_with_detect(run, photos, adapters, tmp_path, capsys):
+    assert run(photos, "--adapter", adapters[0]) == 0
+    out = tmp_path / "out"
+    assert names_of(out) == ["a.png", "b.png", "c.png", "detections.json"]
+    written = read(out)
+    assert [image["file_name"] for image in written["images"]] == ["a.png", "b.png", "c.png"]
+    assert [image["source"] for image in written["images"]] == [str(photos / n) for n in ("a.png", "b.png", "c.png")]
+    assert written["categories"] == [{"id": i + 1, "name": name} for i, name in enumerate(NAMES)]
+
+    with contextlib.redirect_stdout(None):
+        coco = COCO(str(out / "detections.json"))
+    model = PeftModel.from_pretrained(load_host(), adapters[0]).eval()
+    processor = AutoProcessor.from_pretrained(HOST)
+    chunks = split_classes(NAMES, processor.tokenizer, model.config.max_text_len)
+    for batch in (["a.png", "b.png"], ["c.png"]):
+        pictures = [Image.open(photos / name) for name in batch]
+        for name, picture, found in zip(
+            batch, pictures, prediction.detect(model, processor, pictures, NAMES, chunks), strict=True
+        ):
+            image = next(image for image in coco.dataset["images"] if image["file_name"] == name)
+            assert (image["width"], image["height"]) == picture.size == Image.open(out / name).size
+            assert Image.open(out / name).tobytes() != picture.tobytes()
+            kept = found["scores"] >= THRESHOLD
+            assert 0 < kept.sum() < len(kept)
+            annotations = coco.loadAnns(coco.getAnnIds(imgIds=[image["id"]]))
+            assert [a["score"] for a in annotations] == found["scores"][kept].tolist()
+            assert [a["bbox"] for a in annotations] == found["boxes"][kept].tolist()
+            assert [a["category_id"] - 1 for a in annotations] == found["labels"][kept].tolist()
+            assert all(a["area"] == a["bbox"][2] * a["bbox"][3] and a["iscrowd"] == 0 for a in annotations)
+    assert [a["id"] for a in written["annotations"]] == [*range(1, len(written["annotations"]) + 1)]
+    assert f"pictures: 3, objects: {len(written['annotations'])} in {out}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("threshold", ["0", "0.9"])
+def test_threshold(run, photos, adapters, tmp_path, threshold):
+    assert run(photos, "--adapter", adapters[0], "--threshold", threshold) == 0
+    objects = len(read(tmp_path / "out")["annotations"])
+    assert objects == (3 * prediction.MAX_DETECTIONS if threshold == "0" else 0)
+
+
+def test_batches_change_nothing(run, photos, adapters, tmp_path):
+    noise(7, 80, 120).save(photos / "b2.png")
+    for size in (1, 8):
+        assert run(photos, "--adapter", adapters[0], "--batch_size", size, output=tmp_path / str(size)) == 0
+    one, many = (read(tmp_path / size)["annotations"] for size in "18")
+    assert len(one) == len(many)
+    for a, b in zip(one, many, strict=True):
+        # Sums in another order. Padding, were there any, would move scores by a tenth.
+        assert a["score"] == pytest.approx(b["score"], abs=1e-5)
+
+
+def test_pictures_of_one_name_keep_apart(run, photos, adapters, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(photos, other)
+    noise(9).save(photos / "a-2.png")
+    noise(10).save(other / "A.PNG")
+    # A picture that is named twice is taken once.
+    assert run(photos, other, photos / "a.png", "--adapter", adapters[0]) == 0
+    written = read(tmp_path / "out")["images"]
+    by_source = {image["source"]: image["file_name"] for image in written}
+    assert len(by_source) == len(written) == 8
+    assert len({name.casefold() for name in by_source.values()}) == 8
+    assert by_source[str(photos / "a.png")] == "a.png" and by_source[str(photos / "a-2.png")] == "a-2.png"
+    assert by_source[str(other / "A.PNG")] == "A-3.PNG" and by_source[str(other / "a.png")] == "a-4.png"
+    assert names_of(tmp_path / "out") == sorted([*by_source.values(), "detections.json"])
+
+
+def test_photographs_are_turned_upright(run, adapters, tmp_path):
+    upright = noise(3, 90, 120)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned a quarter to the left
+    (tmp_path / "in").mkdir()
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "in" / "turned.png", exif=exif)
+    upright.save(tmp_path / "in" / "upright.png")
+    assert run(tmp_path / "in", "--adapter", adapters[0], "--batch_size", 1) == 0
+    written = read(tmp_path / "out")
+    assert [(image["width"], image["height"]) for image in written["images"]] == [(90, 120)] * 2
+    one, two = ([a["bbox"] for a in written["annotations"] if a["image_id"] == i] for i in (1, 2))
+    assert one == two and one
+    drawn = [Image.open(tmp_path / "out" / name) for name in ("turned.png", "upright.png")]
+    assert ImageOps.exif_transpose(drawn[0]).tobytes() == drawn[1].tobytes()
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".JPEG", ".png", ".webp", ".bmp", ".gif", ".tif", ".ppm", ".jp2"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "RGBA", "CMYK"])
+def test_kinds_of_pictures(suffix, mode, tmp_path):
+    """Whatever is read is written again, though not as it was stored."""
+    file = tmp_path / f"in{suffix}"
+    try:
+        noise(0).convert(mode).save(file, **({"compression": "group4"} if suffix == ".tif" and mode == "1" else {}))
+    except (OSError, ValueError):
+        pytest.skip("no such pictures")
+    results = detect.Results(tmp_path, None, ["dog"], [[0]])
+    found = {"boxes": torch.tensor([[5.0, 5.0, 60.0, 40.0]]), "scores": torch.ones(1), "labels": torch.tensor([0])}
+    name = detect.free_name(tmp_path / f"out{suffix}", set())
+    results.add(file, name, images.read_image(file, str(file)), found, 0.5)
+    with Image.open(tmp_path / f"out{suffix}") as written:
+        assert written.size == (120, 90)
+
+
+def test_a_picture_that_pillow_cannot_write_becomes_a_png():
+    taken = {"a.psd.png"}
+    assert detect.free_name(Path("in/a.psd"), taken) == "a.psd-2.png"
+    assert detect.free_name(Path("in/detections.json"), taken) == "detections.json.png"
+
+
+# ---- adapters
+
+
+def test_two_adapters_give_what_each_alone_gives(run, photos, adapters, tmp_path):
+    both = tmp_path / "both"
+    assert run(photos, "--adapter", *adapters, output=both) == 0
+    assert names_of(both) == ["one", "two"]
+    for adapter in adapters:
+        alone = tmp_path / f"{adapter.name} alone"
+        assert run(photos, "--adapter", adapter, output=alone) == 0
+        assert names_of(alone) == names_of(both / adapter.name)
+        for name in names_of(alone):
+            assert (alone / name).read_bytes() == (both / adapter.name / name).read_bytes()
+    assert read(both / "one")["annotations"] != read(both / "two")["annotations"]
+    assert [c["name"] for c in read(both / "two")["categories"]] == NAMES[::-1][:2]
+
+
+def test_without_an_adapter_the_bare_host_detects(run, photos, adapters, tmp_path):
+    assert run(photos, "--class_names", *NAMES) == 0
+    assert run(photos, "--adapter", adapters[0], "--class_names", *NAMES, output=tmp_path / "tuned") == 0
+    bare, tuned = read(tmp_path / "out"), read(tmp_path / "tuned")
+    assert bare["categories"] == tuned["categories"] and bare["annotations"] != tuned["annotations"]
+
+
+def test_names(run, photos, adapters, tmp_path, monkeypatch):
+    same = tmp_path / "v=1.5" / "one"
+    shutil.copytree(adapters[0], same)
+    monkeypatch.chdir(same)
+    # A name may have a full stop, a path an equals sign, and "." is called as the folder is.
+    assert run(photos, "--adapter", f"run.1={adapters[0]}", same.parent.parent / "v=1.5" / "one") == 0
+    assert names_of(tmp_path / "out") == ["one", "run.1"]
+    assert run(photos, "--adapter", f"first={adapters[0]}", ".", output=tmp_path / "here") == 0
+    assert names_of(tmp_path / "here") == ["first", "one"]
+    assert read(tmp_path / "here" / "one") == read(tmp_path / "out" / "run.1")
+
+
+def test_class_names_given_override(run, photos, adapters, tmp_path):
+    assert run(photos, "--adapter", *adapters, "--class_names", "red blood cell", "platelet") == 0
+    for name in ("one", "two"):
+        assert [c["name"] for c in read(tmp_path / "out" / name)["categories"]] == ["red blood cell", "platelet"]
+
+
+def test_the_adapters_own_processor(run, photos, adapters, tmp_path):
+    """Training saves one beside the adapter, with the size of pictures it was told."""
+    own = tmp_path / "own"
+    shutil.copytree(adapters[0], own)
+    processor = AutoProcessor.from_pretrained(HOST)
+    processor.image_processor.size = {"shortest_edge": 48, "longest_edge": 80}
+    processor.save_pretrained(own)
+    assert load_processor(find_adapter(str(own)), str(HOST)).image_processor.size["shortest_edge"] == 48
+    assert run(photos, "--adapter", own, f"hosts={adapters[0]}") == 0
+    assert read(tmp_path / "out" / "own")["annotations"] != read(tmp_path / "out" / "hosts")["annotations"]
+
+
+def test_host_of_the_adapters(adapters, tmp_path, monkeypatch):
+    found = find_adapters([str(adapter) for adapter in adapters])
+    assert detect.find_host(found) == detect.find_host([]) == str(HOST)
+    # One folder, two ways of writing it.
+    monkeypatch.chdir(ROOT)
+    found[0].host = "examples/host"
+    assert detect.find_host(found) == str(HOST)
+
+
+# ---- the Hub
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A server in place of the Hub."""
+    with serve() as hub:
+        use(hub, monkeypatch, tmp_path / "home")
+        yield hub
+
+
+def test_an_adapter_of_the_hub(run, photos, adapters, hub, tmp_path):
+    folder = tmp_path / "pushed"
+    shutil.copytree(adapters[0], folder)
+    AutoProcessor.from_pretrained(HOST).save_pretrained(folder)
+    (folder / "detections.png").write_bytes(b"large")
+    (folder / "checkpoint").mkdir()
+    (folder / "checkpoint" / "state.json").write_text("{}")
+    hub.add("user/adapter", folder)
+    assert run(photos, "--adapter", "user/adapter", adapters[1]) == 0
+    assert names_of(tmp_path / "out") == ["adapter", "two"]
+    fetched = {*hub.fetched()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "class_names.json", "tokenizer.json"} <= fetched
+    assert not {"detections.png", "checkpoint/state.json"} & fetched
+    assert run(photos, "--adapter", adapters[0], output=tmp_path / "local") == 0
+    assert read(tmp_path / "local") == read(tmp_path / "out" / "adapter")
+
+
+def test_an_adapter_that_the_hub_has_not(run, photos, hub, tmp_path, capsys):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "notes.txt").write_text("no adapter")
+    hub.add("user/adapter", tmp_path / "notes")
+    assert run(photos, "--adapter", "user/nosuch") == 2
+    assert "--adapter user/nosuch: no such folder, and the Hub has none" in capsys.readouterr().err
+    assert run(photos, "--adapter", "user/adapter") == 2
+    assert "--adapter user/adapter: no saved adapter" in capsys.readouterr().err
+
+
+# ---- watching
+
+
+def until(condition, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.02)
+
+
+def test_watch(run, photos, adapters, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(images, "SECONDS_BETWEEN_LOOKS", 0.05)
+    noise(5).save(tmp_path / "late.png")
+    late = (tmp_path / "late.png").read_bytes()
+    out, seen, failures = tmp_path / "out", {}, []
+
+    def written() -> list[str]:
+        return [image["file_name"] for image in read(out)["images"]] if (out / "detections.json").exists() else []
+
+    def user() -> None:
+        try:
+            until(lambda: len(written()) == 3)
+            seen["at first"] = written()
+            (photos / "late.png").write_bytes(late[: len(late) // 2])
+            (photos / "never.jpg").write_bytes(b"no picture")
+            time.sleep(0.3)
+            seen["half there"] = written()
+            (photos / "late.png").write_bytes(late)
+            until(lambda: len(written()) == 4)
+            time.sleep(0.2)
+            seen["there"] = written()
+        except BaseException as failure:
+            failures.append(failure)
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=user)
+    thread.start()
+    before = signal.getsignal(signal.SIGINT)
+    code = run(photos, "--adapter", adapters[0], "--watch")
+    thread.join()
+    assert not failures and code == 0
+    assert signal.getsignal(signal.SIGINT) is before
+    assert seen["at first"] == seen["half there"] == ["a.png", "b.png", "c.png"]
+    assert seen["there"] == written() == ["a.png", "b.png", "c.png", "late.png"]
+    output = capsys.readouterr()
+    assert output.out == f"pictures: 4, objects: {len(read(out)['annotations'])} in {out}\n"
+    assert f"left out: {photos / 'never.jpg'} did not open" in output.err and "late" not in output.err
+    assert names_of(out) == ["a.png", "b.png", "c.png", "detections.json", "late.png"]
+
+    # The same as without watching.
+    (photos / "never.jpg").unlink()
+    assert run(photos, "--adapter", adapters[0], output=tmp_path / "all") == 0
+    scores, all_scores = ([a["score"] for a in read(f)["annotations"]] for f in (out, tmp_path / "all"))
+    assert scores == pytest.approx(all_scores, abs=1e-5)
+
+
+def test_watching_ends_with_everything_written(run, photos, adapters, tmp_path, monkeypatch):
+    """Ctrl-C while the first of many pictures is at work: it ends in the file, those after it are not begun."""
+    for seed in range(20):
+        noise(seed).save(photos / f"d{seed}.png")
+    real = detect.detect
+
+    def interrupted(*args):
+        signal.raise_signal(signal.SIGINT)
+        monkeypatch.setattr(detect, "detect", real)
+        return real(*args)
+
+    monkeypatch.setattr(detect, "detect", interrupted)
+    assert run(photos, "--adapter", adapters[0], "--watch", "--batch_size", 1) == 0
+    names = [image["file_name"] for image in read(tmp_path / "out")["images"]]
+    # The next one had been read already.
+    assert names == ["a.png", "b.png"]
+    assert names_of(tmp_path / "out") == [*names, "detections.json"]
+
+
+def test_watching_an_empty_folder(run, adapters, tmp_path, monkeypatch):
+    (tmp_path / "camera").mkdir()
+    monkeypatch.setattr(images.time, "sleep", lambda _: signal.raise_signal(signal.SIGINT))
+    assert run(tmp_path / "camera", "--adapter", adapters[0], "--watch") == 0
+    written = read(tmp_path / "out")
+    assert written["images"] == written["annotations"] == [] and len(written["categories"]) == 3
+
+
+def test_a_watched_folder_that_goes_away(run, photos, adapters, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(images.time, "sleep", lambda _: shutil.rmtree(photos))
+    assert run(photos, "--adapter", adapters[0], "--watch") == 2
+    assert f"{photos}: cannot be read" in capsys.readouterr().err
+    assert len(read(tmp_path / "out")["images"]) == 3
+
+
+# ---- what is refused
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
+def refused(run, offline, tmp_path, monkeypatch, capsys):
+    """Checks that a run ends in one line and exit code 2, and before weights are loaded unless told."""
+
+    def refused(message: str, *flags, loads: bool = False, **kwargs) -> None:
+        if not loads:
+            monkeypatch.setattr(detect, "load_model", lambda *_: pytest.fail("loaded"))
+        capsys.readouterr()
+        assert run(*flags, **kwargs) == 2
+        error = capsys.readouterr().err
+        assert message in error.strip().splitlines()[-1]
+        assert "Traceback" not in error
+        assert not list(tmp_path.rglob("detections.json"))
+
+    return refused
+
+
+@pytest.mark.parametrize(
+    ("message", "flags"),
+    [
+        ("--threshold -0.1: must be", ("--threshold", -0.1)),
+        ("--threshold 1.0: must be", ("--threshold", 1)),
+        ("--threshold nan: must be", ("--threshold", "nan")),
+        ("--batch_size 0: must be", ("--batch_size", 0)),
+        ("no class names: give --class_names", ()),
+        ("no-such-folder: no detector to load", ("--model_name_or_path", "no-such-folder")),
+        ("--adapter no-such-folder: no such folder", ("--adapter", "no-such-folder")),
+        ("--adapter no/such folder: no such folder", ("--adapter", "no/such folder")),
+        ("--output_dir /proc/nowhere: cannot be written", ("--output_dir", "/proc/nowhere", "--class_names", "dog")),
+        ("has no word to prompt with", ("--class_names", "dog", "...")),
+        ("dog. cat. dog. There must be one at least, and none twice", ("--class_names", "dog", "cat", "Dog ")),
+        ("the tokenizer finds no token in '☃'", ("--class_names", "☃")),
+    ],
+)
+def test_bad_flags(refused, photos, message, flags):
+    refused(message, photos, *flags)
+
+
+def test_bad_inputs(refused, photos, adapters, tmp_path, monkeypatch, capsys, run):
+    flags = ("--adapter", adapters[0])
+    (tmp_path / "empty").mkdir()
+    refused("nosuch.jpg: no such picture or folder", photos / "nosuch.jpg", *flags)
+    refused("empty: no picture in this folder", photos, tmp_path / "empty", *flags)
+    refused("notes.txt: not a picture that opens", photos / "notes.txt", *flags)
+    refused("a.png: --watch looks into folders", photos / "a.png", "--watch", *flags)
+    refused("holds the pictures themselves", photos, *flags, output=photos)
+    refused("holds the pictures themselves", photos, "--watch", *flags, output=photos / ".." / photos.name)
+    (tmp_path / "file").write_text("")
+    refused("file: cannot be written", photos, *flags, output=tmp_path / "file")
+    (photos / "bad.jpg").write_text("no picture")
+    refused("bad.jpg: not a picture that opens", photos, *flags)
+    refused("none of the inputs opens", photos / "bad.jpg", "--skip_bad_images", *flags)
+    noise(0, 2000, 2).save(photos / "bad.jpg")
+    refused("bad.jpg: not a picture that opens (2000 x 2 pixels are too oblong", photos, *flags)
+
+
+def test_pictures_that_end_in_the_middle(refused, run, photos, adapters, tmp_path, capsys):
+    """Their headers are in order."""
+    half = (photos / "b.png").read_bytes()[:3000]
+    (photos / "b.png").write_bytes(half)
+    (photos / "bad.jpg").write_text("no picture")
+    refused("bad.jpg: not a picture", photos, "--adapter", adapters[0], loads=True)
+    (photos / "bad.jpg").unlink()
+    refused("b.png: not a picture", photos, "--adapter", adapters[0], loads=True)
+    (photos / "bad.jpg").write_text("no picture")
+    assert run(photos, "--adapter", adapters[0], "--skip_bad_images") == 0
+    assert [image["file_name"] for image in read(tmp_path / "out")["images"]] == ["a.png", "c.png"]
+    error = capsys.readouterr().err
+    assert f"skipped: {photos / 'bad.jpg'}" in error and f"skipped: {photos / 'b.png'}" in error
+
+
+def test_bad_adapters(refused, photos, adapters, tmp_path):
+    refused(
+        f"--adapter {adapters[0]} {adapters[0]}: both are called one", photos, "--adapter", adapters[0], adapters[0]
+    )
+    refused("both are called ONE", photos, "--adapter", adapters[0], f"ONE={adapters[1]}")
+    refused("'a/b' cannot name a folder", photos, "--adapter", f"a/b={adapters[0]}")
+    refused("'..' cannot name a folder", photos, "--adapter", f"..={adapters[0]}")
+    refused("no saved adapter, " + str(photos), photos, "--adapter", photos)
+
+    def changed(name: str, **changes) -> Path:
+        folder = tmp_path / name
+        shutil.copytree(adapters[0], folder)
+        file = folder / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+        return folder
+
+    nowhere = changed("nowhere", base_model_name_or_path="no/such host")
+    refused("no/such host: no detector to load", photos, "--adapter", nowhere)
+    refused("The adapter names it as its host: give --model_name_or_path.", photos, "--adapter", nowhere)
+    refused("trained on different hosts (one:", photos, "--adapter", adapters[0], nowhere)
+    refused("does not name its host", photos, "--adapter", changed("hostless", base_model_name_or_path=None))
+    refused("adapter_config.json cannot be read", photos, "--adapter", changed("strange", peft_type="NOSUCH"))
+    get_peft_model(load_host().model.text_backbone, LoraConfig(target_modules=["query"])).save_pretrained(
+        tmp_path / "lora"
+    )
+    refused("no SDPT adapter, its config is a LoraConfig", photos, "--adapter", tmp_path / "lora")
+
+    for text, message in (
+        ("{", "class_names.json: not JSON"),
+        ('{"a": 1}', "class_names.json: must be a list of names"),
+        ("[1]", "class_names.json: must be a list of names"),
+        ("[]", "There must be one at least"),
+    ):
+        shutil.rmtree(tmp_path / "named", ignore_errors=True)
+        (changed("named") / "class_names.json").write_text(text)
+        refused(message, photos, "--adapter", tmp_path / "named")
+    (tmp_path / "named" / "class_names.json").unlink()
+    refused("no class names, it has no class_names.json; give --class_names", photos, "--adapter", tmp_path / "named")
+    (tmp_path / "named" / "class_names.json").write_text('["dog"]')
+    (tmp_path / "named" / "processor_config.json").write_text("{")
+    refused(f"{tmp_path / 'named'}: no processor to load", photos, "--adapter", tmp_path / "named")
+
+
+def test_adapters_that_do_not_load_on_the_host(refused, photos, adapters, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(adapters[1], other)
+    shutil.copy(adapters[0] / "adapter_model.safetensors", other)
+    refused(f"--adapter {other}: does not load on the host", photos, "--adapter", other, loads=True)
+    refused(f"--adapter {other}: does not load", photos, "--adapter", adapters[0], other, loads=True)
+    (other / "adapter_model.safetensors").write_bytes(b"damaged")
+    refused(f"--adapter {other}: does not load", photos, "--adapter", other, loads=True)
+
+
+def test_a_host_of_another_kind(refused, photos, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "owlvit"}')
+    refused("no detector of the Grounding DINO kind", photos, "--model_name_or_path", tmp_path, "--class_names", "dog")

@@ -1,0 +1,777 @@
+# Copyright 2026 The peft_sdpt authors
+# SPDX-License-Identifier: Apache-2.0
+"""The main job, run as a user runs it: trained, measured, killed, resumed, and given bad input."""
+
+import gc
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import set_seed
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForZeroShotObjectDetection,
+    AutoProcessor,
+    OwlViTConfig,
+    OwlViTForObjectDetection,
+)
+
+import train_detection
+from peft_sdpt import SDPTConfig, SDPTLayer
+from peft_sdpt.training import checkpoints
+from tests.helpers.detectors import ROOT, attach, make_host, run_python
+from tests.helpers.small_tasks import write_small_task
+
+HOST = ROOT / "examples" / "host"
+
+
+@pytest.fixture(scope="module")
+def small_task(tmp_path_factory):
+    """The built-in task with few pictures, as a COCO folder."""
+    return write_small_task(tmp_path_factory.mktemp("task"), train=12, val=4, test=8)
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c_is_heard():
+    """Shells start what they run in the background deaf to it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def main_job(monkeypatch, tmp_path):
+    """Run the main job in this process; returns its exit code, 0 when it just returns."""
+
+    def run(*flags) -> int:
+        # Warm-up starts at a rate of zero: the first of a few steps would do nothing.
+        arguments = ["--output_dir", tmp_path / "out", "--num_warmup_steps", 0, *flags]
+        monkeypatch.setattr(sys, "argv", ["train_detection.py", *map(str, arguments)])
+        # One process, several runs: Accelerate keeps its state, precision included, for as long as a process lives.
+        AcceleratorState._reset_state(reset_partial_state=True)
+        try:
+            train_detection.main()
+        except SystemExit as exit:
+            return exit.code
+        return 0
+
+    return run
+
+
+def test_main_job_trains_measures_and_saves(main_job, small_task, tmp_path):
+    assert main_job("--dataset_name", small_task, "--max_train_steps", 2, "--per_device_train_batch_size", 4) == 0
+    out = tmp_path / "out"
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert set(metrics) == {
+        *("before", "after", "best", "trainable_parameters", "total_parameters", "train_seconds", "args"),
+    }
+    assert set(metrics["before"]) == set(metrics["after"]) == {"AP", "AP50", "AP75"}
+    prompts = load_file(out / "adapter_model.safetensors")
+    assert metrics["trainable_parameters"] == sum(p.numel() for p in prompts.values())
+    assert metrics["trainable_parameters"] < 0.005 * metrics["total_parameters"]
+    assert (out / "adapter_config.json").is_file() and (out / "detections.png").is_file()
+    assert json.loads((out / "class_names.json").read_text())[:2] == ["monkey", "horse"]
+    assert not list(out.rglob("*.unfinished"))
+
+    # The saved adapter gives the very numbers that were measured before saving.
+    assert main_job("--dataset_name", small_task, "--eval_only", "--adapter", out) == 0
+    again = json.loads((out / "eval_metrics.json").read_text())
+    assert json.loads((out / "metrics.json").read_text()) == metrics
+    assert again["before"] == metrics["before"] and again["after"] == metrics["after"]
+    assert again["trainable_parameters"] == 0
+
+
+def test_main_job_goes_on_from_a_saved_adapter(main_job, small_task, tmp_path):
+    first = tmp_path / "first"
+    assert main_job("--dataset_name", small_task, "--max_train_steps", 1, "--output_dir", first) == 0
+    assert main_job("--dataset_name", small_task, "--max_train_steps", 1, "--adapter", first) == 0
+    before, after = (load_file(f / "adapter_model.safetensors") for f in (first, tmp_path / "out"))
+    assert before.keys() == after.keys()
+    assert all(not torch.equal(before[key], after[key]) for key in before)
+    # One step of one rate moves no entry further than about that rate: it went on, it did not start anew.
+    assert max((before[key] - after[key]).abs().max() for key in before) < 0.3
+
+
+def test_main_job_is_the_same_twice(main_job, small_task, tmp_path):
+    runs = [tmp_path / "one", tmp_path / "two"]
+    for out in runs:
+        assert main_job("--dataset_name", small_task, "--max_train_steps", 2, "--output_dir", out, "--seed", 3) == 0
+    one, two = (load_file(out / "adapter_model.safetensors") for out in runs)
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_gradient_accumulation_is_the_whole_batch(small_task, main_job, tmp_path):
+    for out, flags in (("whole", (8, 1)), ("quarters", (2, 4))):
+        run = ("--dataset_name", small_task, "--max_train_steps", 2, "--output_dir", tmp_path / out)
+        sizes = ("--per_device_train_batch_size", flags[0], "--gradient_accumulation_steps", flags[1])
+        assert main_job(*run, *sizes) == 0
+    whole, quarters = (prompts(tmp_path / out) for out in ("whole", "quarters"))
+    # A step is 0.2 long in each entry; sums are rounded in another order.
+    assert all(torch.allclose(whole[key], quarters[key], atol=5e-3) for key in whole)
+
+
+def test_gradients_are_clipped(small_task, main_job, tmp_path):
+    """Adam does not see the length of gradients, but for what it adds to the root of their square."""
+    for out, norm in (("free", 1e3), ("clipped", 1e-7)):
+        flags = ("--max_train_steps", 1, "--max_grad_norm", norm, "--output_dir", tmp_path / out)
+        assert main_job("--dataset_name", small_task, *flags) == 0
+    free, clipped = (prompts(tmp_path / out) for out in ("free", "clipped"))
+    start = prompts_of_the_start()
+    moved = [sum((run[key] - start[key]).abs().sum() for key in start) for run in (free, clipped)]
+    assert 0 < moved[1] < 0.1 * moved[0]
+
+
+def prompts_of_the_start():
+    """What seed 0 gives a new adapter of the shipped host."""
+    set_seed(0)
+    model = get_peft_model(AutoModelForZeroShotObjectDetection.from_pretrained(HOST), SDPTConfig())
+    return {key: value.clone() for key, value in get_peft_model_state_dict(model).items()}
+
+
+# All that is random or kept between steps, in little time.
+EVERYTHING = (
+    *("--max_train_steps", 6, "--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2),
+    *("--prompt_dropout", 0.3, "--ema_decay", 0.7, "--validation_steps", 2, "--checkpointing_steps", 2),
+)
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing in the example gets to see it."""
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """Have something done in the middle of a training step, the first being 1, once."""
+
+    def arrange(step: int, action, accumulated: int = 1) -> None:
+        compute, calls = train_detection.GroundedDetectionLoss.__call__, 0
+
+        def call(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == step * accumulated:
+                action()
+            return compute(*args, **kwargs)
+
+        monkeypatch.setattr(train_detection.GroundedDetectionLoss, "__call__", call)
+
+    return arrange
+
+
+def kill():
+    raise Killed
+
+
+def prompts(folder):
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def same_prompts(one, two, same=torch.equal):
+    """Whether two output folders hold the same adapters, the last and the best, by what `same` takes for the same."""
+    for folder in ("", "best"):
+        first, second = prompts(one / folder), prompts(two / folder)
+        if not all(same(first[key], second[key]) for key in first | second):
+            return False
+    return True
+
+
+def same_run(one, two):
+    """Whether two output folders hold the same adapters, bit for bit, and the same results."""
+    if not same_prompts(one, two):
+        return False
+    one, two = (json.loads((out / "metrics.json").read_text()) for out in (one, two))
+    return all(one[key] == two[key] for key in ("before", "after", "best"))
+
+
+@pytest.mark.parametrize("step", [1, 3, 4, 6])
+def test_killed_at_a_step_it_goes_on_as_if_nothing_had_happened(main_job, at_step, small_task, tmp_path, step):
+    run = ("--dataset_name", small_task, *EVERYTHING, "--resume_from_checkpoint", "latest", "--output_dir")
+    assert main_job(*run, tmp_path / "whole") == 0
+    at_step(step, kill, accumulated=2)
+    with pytest.raises(Killed):
+        main_job(*run, tmp_path / "killed")
+    assert (tmp_path / "killed" / "step_2").is_dir() == (step > 2)
+    assert main_job(*run, tmp_path / "killed") == 0
+    assert same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_a_resumed_run_needs_its_random_numbers(main_job, at_step, small_task, tmp_path, monkeypatch, capsys):
+    """The check above could not fail if they did nothing; and without them nothing is resumed."""
+    run = ("--dataset_name", small_task, *EVERYTHING, "--resume_from_checkpoint", "latest", "--output_dir")
+    assert main_job(*run, tmp_path / "whole") == 0
+    at_step(4, kill, accumulated=2)
+    with pytest.raises(Killed):
+        main_job(*run, tmp_path / "killed")
+    numbers = tmp_path / "killed" / "step_2" / "random_states_0.pkl"
+    state = torch.load(numbers, weights_only=False)
+    right = numbers.read_bytes()
+    numbers.write_bytes(right[:100])
+    assert main_job(*run, tmp_path / "killed") == 2
+    assert "step_2: cannot be read" in capsys.readouterr().err
+    state["torch_manual_seed"] = torch.Generator().manual_seed(99).get_state()
+    torch.save(state, numbers)
+    assert main_job(*run, tmp_path / "killed") == 0
+    assert not same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_ctrl_c_saves_a_checkpoint_and_says_so_in_one_line(main_job, at_step, small_task, tmp_path, capsys):
+    run = ("--dataset_name", small_task, "--max_train_steps", 4, "--per_device_train_batch_size", 2, "--output_dir")
+    assert main_job(*run, tmp_path / "whole") == 0
+    at_step(3, lambda: os.kill(os.getpid(), signal.SIGINT))
+    capsys.readouterr()
+    assert main_job(*run, tmp_path / "stopped") == 130
+    error = capsys.readouterr().err.strip().splitlines()
+    assert error[-1] == ("train_detection.py: stopped after step 3 of 4; go on with --resume_from_checkpoint latest")
+    assert not (tmp_path / "stopped" / "adapter_model.safetensors").exists()
+    assert main_job(*run, tmp_path / "stopped", "--resume_from_checkpoint", tmp_path / "stopped" / "step_3") == 0
+    assert same_run(tmp_path / "whole", tmp_path / "stopped")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_ctrl_c_stops_at_once(main_job, at_step, small_task, tmp_path, capsys):
+    at_step(2, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
+    assert main_job("--dataset_name", small_task, "--max_train_steps", 4) == 130
+    assert capsys.readouterr().err.strip().splitlines()[-1] == "train_detection.py: interrupted."
+    assert not list((tmp_path / "out").glob("step_*"))
+
+
+def test_checkpoints_come_each_epoch_and_the_newest_are_kept(main_job, small_task, tmp_path):
+    flags = ("--checkpointing_steps", "epoch", "--num_train_epochs", 3, "--checkpoints_total_limit", 2)
+    assert main_job("--dataset_name", small_task, "--per_device_train_batch_size", 6, *flags) == 0
+    assert {path.name for path in (tmp_path / "out").glob("step_*")} == {"step_4", "step_6"}
+
+
+def test_a_checkpoint_is_an_adapter_as_well(main_job, small_task, tmp_path):
+    assert main_job("--dataset_name", small_task, "--max_train_steps", 2, "--checkpointing_steps", 2) == 0
+    out = tmp_path / "out"
+    assert main_job("--dataset_name", small_task, "--eval_only", "--adapter", out / "step_2") == 0
+    trained, evaluated = (json.loads((out / name).read_text()) for name in ("metrics.json", "eval_metrics.json"))
+    assert evaluated["after"] == trained["after"]
+
+
+def test_a_folder_with_checkpoints_is_not_trained_into_anew(main_job, small_task, tmp_path, capsys):
+    run = ("--dataset_name", small_task, "--max_train_steps", 1, "--checkpointing_steps", 1)
+    assert main_job(*run) == 0
+    assert main_job(*run) == 2
+    assert "has step_1 of an earlier run; go on from it with --resume_from_checkpoint latest" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--learning_rate", 0.1), "of another run, with --learning_rate '0.3' instead of '0.1'"),
+        (("--max_train_steps", 2), "of another run, with training steps 1 instead of 2"),
+        (("--shots", 1), "of another run, with training images"),
+        (("--per_device_train_batch_size", 3), "of another run, with images a step 12 instead of 3"),
+        (("--resume_from_checkpoint", "nowhere"), "--resume_from_checkpoint nowhere: no complete checkpoint"),
+    ],
+)
+def test_a_checkpoint_of_other_arguments_is_refused(main_job, small_task, capsys, flags, message):
+    run = ("--dataset_name", small_task, "--max_train_steps", 1, "--checkpointing_steps", 1)
+    assert main_job(*run) == 0
+    assert main_job(*run, "--resume_from_checkpoint", "latest", *flags) == 2
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.fixture
+def own_task(small_task, tmp_path):
+    """A copy of the task to damage."""
+    return Path(shutil.copytree(small_task, tmp_path / "own"))
+
+
+def edit(file, change):
+    coco = json.loads(file.read_text())
+    change(coco)
+    file.write_text(json.dumps(coco))
+
+
+@pytest.mark.parametrize(("split", "kind"), [("train", "training"), ("val", "validation"), ("test", "evaluation")])
+def test_data_that_changed_since_the_checkpoint_are_refused(main_job, own_task, capsys, split, kind):
+    run = ("--dataset_name", own_task, "--max_train_steps", 1, "--checkpointing_steps", 1)
+    assert main_job(*run) == 0
+    edit(own_task / f"{split}.json", lambda coco: coco["annotations"].pop())
+    assert main_job(*run, "--resume_from_checkpoint", "latest") == 2
+    assert f"is of another run, with {kind} images" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_gradients_that_are_not_finite_get_into_no_checkpoint(main_job, at_step, small_task, tmp_path, capsys):
+    def poison():
+        parameters = [p for m in gc.get_objects() if isinstance(m, SDPTLayer) for p in m.sdpt_prompts.values()]
+        for parameter in filter(lambda parameter: parameter.requires_grad, parameters):
+            parameter.register_hook(lambda gradient: gradient * float("nan"))
+
+    at_step(2, poison)
+    flags = ("--max_train_steps", 4, "--checkpointing_steps", 1, "--checkpoints_total_limit", 1)
+    assert main_job("--dataset_name", small_task, *flags) == 2
+    assert "gradients are not finite any more at step 2" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").glob("step_*")] == ["step_1"]
+    assert all(value.isfinite().all() for value in prompts(tmp_path / "out" / "step_1").values())
+
+
+def test_an_older_checkpoint_is_not_gone_on_from_beside_newer_ones(main_job, small_task, tmp_path, capsys):
+    run = ("--dataset_name", small_task, "--max_train_steps", 3, "--checkpointing_steps", 1)
+    assert main_job(*run, "--output_dir", tmp_path / "whole") == 0
+    first = ("--resume_from_checkpoint", tmp_path / "whole" / "step_1")
+    assert main_job(*run, "--output_dir", tmp_path / "whole", *first) == 2
+    assert "has step_3, which what follows would mix with" in capsys.readouterr().err
+    # Elsewhere it is, and keeps a best of its own.
+    assert main_job(*run, "--output_dir", tmp_path / "out", *first) == 0
+    assert same_run(tmp_path / "whole", tmp_path / "out") or not (tmp_path / "out" / "best").exists()
+    assert all(torch.equal(value, prompts(tmp_path / "whole")[key]) for key, value in prompts(tmp_path / "out").items())
+
+
+def test_a_model_card_that_a_user_wrote_stays(main_job, small_task, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
+    assert main_job("--dataset_name", small_task, "--max_train_steps", 1) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "# Mine" in card and "license: mit" in card and "library_name: peft" in card
+
+
+def test_an_evaluation_leaves_a_run_at_work_in_its_folder_alone(main_job, small_task, tmp_path):
+    at_work = tmp_path / "out" / "step_7.unfinished"
+    at_work.mkdir(parents=True)
+    assert main_job("--dataset_name", small_task, "--eval_only") == 0 and at_work.is_dir()
+    assert main_job("--dataset_name", small_task, "--max_train_steps", 1) == 0 and not at_work.exists()
+
+
+def test_a_picture_that_vanishes_in_mid_run_is_named_and_nothing_is_lost(
+    main_job, at_step, own_task, small_task, tmp_path, capsys
+):
+    run = (
+        *("--max_train_steps", 4, "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 3),
+        *("--prompt_dropout", 0.3, "--output_dir"),
+    )
+    assert main_job("--dataset_name", small_task, *run, tmp_path / "whole") == 0
+    aside = tmp_path / "aside"
+    at_step(2, lambda: shutil.move(own_task / "images", aside), accumulated=3)
+    assert main_job("--dataset_name", own_task, *run, tmp_path / "out") == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "/images/train_" in error and "Traceback" not in error
+    saved = next((tmp_path / "out").glob("step_*"))
+    shutil.move(aside, own_task / "images")
+    resumed = ("--dataset_name", own_task, "--resume_from_checkpoint", saved)
+    assert main_job(*resumed, *run, tmp_path / "out") == 0
+    assert same_run(tmp_path / "whole", tmp_path / "out")
+
+
+def test_a_worker_that_misses_a_picture_says_so_in_one_line(main_job, at_step, own_task, capsys):
+    at_step(1, lambda: shutil.rmtree(own_task / "images"))
+    flags = ("--max_train_steps", 40, "--per_device_train_batch_size", 1, "--dataloader_num_workers", 1)
+    assert main_job("--dataset_name", own_task, *flags) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"train_detection.py: {own_task}/images/train_") and "Traceback" not in error
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(main_job, at_step, small_task, tmp_path, capsys):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(3, lambda: patch.setattr(torch, "save", full))
+        flags = ("--max_train_steps", 4, "--checkpointing_steps", 2)
+        assert main_job("--dataset_name", small_task, *flags) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "the checkpoint of step 4 cannot be written" in error and "No space left" in error
+    assert error.endswith("step_2.") and [path.name for path in (tmp_path / "out").glob("step_*")] == ["step_2"]
+
+
+def test_workers_change_nothing(main_job, small_task, tmp_path):
+    for workers in (0, 2):
+        flags = ("--max_train_steps", 3, "--dataloader_num_workers", workers, "--output_dir", tmp_path / str(workers))
+        assert main_job("--dataset_name", small_task, "--per_device_train_batch_size", 4, *flags) == 0
+    assert same_run(tmp_path / "0", tmp_path / "2")
+
+
+def test_the_best_on_validation_is_kept_beside_the_last(main_job, small_task, tmp_path, monkeypatch):
+    scores = iter([0.5, 0.2, 0.4, 0.3, 0.6])  # before, three validations, after
+    monkeypatch.setattr(
+        train_detection, "average_precision", lambda *_: dict.fromkeys(("AP", "AP50", "AP75"), next(scores))
+    )
+    flags = ("--max_train_steps", 3, "--validation_steps", 1, "--checkpointing_steps", 1)
+    assert main_job("--dataset_name", small_task, *flags) == 0
+    out = tmp_path / "out"
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["best"] == {"AP": 0.4, "AP50": 0.4, "AP75": 0.4, "step": 2}
+    assert metrics["before"]["AP"] == 0.5 and metrics["after"]["AP"] == 0.6
+    for folder, step in (("", 3), ("best", 2)):
+        kept, then = prompts(out / folder), prompts(out / f"step_{step}")
+        assert all(torch.equal(kept[key], then[key]) for key in then)
+
+
+def test_without_a_validation_split_only_the_last_is_kept(main_job, own_task, tmp_path, capsys):
+    (own_task / "val.json").unlink()
+    assert main_job("--dataset_name", own_task, "--max_train_steps", 1) == 0
+    assert "has no split val: no best adapter is kept" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "best").exists()
+
+
+def test_a_moving_average_is_what_is_saved_and_measured(main_job, small_task, tmp_path):
+    """Over two steps of decay d the average is d p1 + (1 - d) p2."""
+    for out, flags in (("plain", ()), ("average", ("--ema_decay", 0.75))):
+        run = ("--max_train_steps", 2, "--checkpointing_steps", 1, "--output_dir", tmp_path / out)
+        assert main_job("--dataset_name", small_task, *run, *flags) == 0
+    first, second = (prompts(tmp_path / "plain" / name) for name in ("step_1", "step_2"))
+    for key, value in prompts(tmp_path / "average").items():
+        torch.testing.assert_close(value, 0.75 * first[key] + 0.25 * second[key])
+        assert torch.equal(prompts(tmp_path / "average" / "step_2")[key], second[key])
+
+
+def test_bf16_ends_near_single_precision(main_job, small_task, tmp_path):
+    for precision in ("no", "bf16"):
+        flags = ("--max_train_steps", 2, "--mixed_precision", precision, "--output_dir", tmp_path / precision)
+        assert main_job("--dataset_name", small_task, *flags) == 0
+    single, half = (prompts(tmp_path / precision) for precision in ("no", "bf16"))
+    assert {value.dtype for value in half.values()} == {torch.float32}
+    moved = torch.cat([(single[key] - half[key]).abs().flatten() for key in single])
+    assert moved.max() > 0
+    # A step is 0.2 long in each entry.
+    assert moved.median() < 0.02
+
+
+def test_tracking_logs_loss_rate_precision_and_prompt_norms(main_job, small_task, tmp_path):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    flags = ("--max_train_steps", 3, "--validation_steps", 2, "--with_tracking", "--report_to", "tensorboard")
+    assert main_job("--dataset_name", small_task, *flags) == 0
+    events = event_accumulator.EventAccumulator(str(tmp_path / "out" / "train_detection"))
+    events.Reload()
+    steps = {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert steps["loss"] == steps["learning_rate"] == steps["prompt_norm/layer_0"] == [1, 2, 3]
+    assert steps["validation/AP"] == [2, 3] and steps["before/AP50"] == [0] and steps["after/AP50"] == [3]
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert events.Scalars("after/AP50")[0].value == pytest.approx(metrics["after"]["AP50"])
+    layers = [value for key, value in prompts(tmp_path / "out").items() if "layers.0." in key]
+    norm = torch.cat(layers).norm(dim=-1).mean().item()
+    assert events.Scalars("prompt_norm/layer_0")[-1].value == pytest.approx(norm)
+
+
+def test_processes_that_accelerate_does_not_see_are_refused(main_job, small_task, capsys, monkeypatch):
+    """They would all write into one folder."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
+    assert main_job("--dataset_name", small_task) == 2
+    assert "set ACCELERATE_USE_CPU=true" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_shots_of_which_there_are_not_enough_are_told(main_job, small_task, capsys):
+    assert main_job("--dataset_name", small_task, "--shots", 11, "--max_train_steps", 1) == 0
+    assert "--shots 11: class 'monkey' is on" in capsys.readouterr().out
+
+
+def test_shots_train_on_few_images_and_write_down_which(main_job, small_task, tmp_path):
+    drawn = []
+    for out, seed in (("a", 0), ("b", 0), ("c", 1)):
+        flags = ("--shots", 1, "--seed", seed, "--max_train_steps", 1, "--output_dir", tmp_path / out)
+        assert main_job("--dataset_name", small_task, *flags) == 0
+        drawn.append(json.loads((tmp_path / out / "shots.json").read_text()))
+    assert drawn[0] == drawn[1] and drawn[0]["shots"] == 1
+    assert drawn[0]["image_ids"] != drawn[2]["image_ids"]
+    coco = json.loads((small_task / "train.json").read_text())
+    assert set(drawn[0]["image_ids"]) < {image["id"] for image in coco["images"]}
+    kept = {a["category_id"] for a in coco["annotations"] if a["image_id"] in drawn[0]["image_ids"]}
+    assert kept == {a["category_id"] for a in coco["annotations"]}
+
+
+def test_names_for_prompts_are_what_the_adapter_is_saved_with(main_job, small_task, tmp_path):
+    names = tmp_path / "names.json"
+    names.write_text(json.dumps({"monkey": "small ape"}))
+    assert main_job("--dataset_name", small_task, "--max_train_steps", 1, "--class_names_file", names) == 0
+    assert json.loads((tmp_path / "out" / "class_names.json").read_text())[:2] == ["small ape", "horse"]
+
+
+def test_images_that_do_not_open_are_left_out_only_when_asked(main_job, own_task, tmp_path, capsys):
+    for split in ("train", "val", "test"):
+        picture = own_task / "images" / f"{split}_0001.png"
+        picture.write_bytes(picture.read_bytes()[:200])
+    run = ("--dataset_name", own_task, "--max_train_steps", 1, "--output_dir")
+    assert main_job(*run, tmp_path / "strict") == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "_0001.png" in error and "--skip_bad_images" in error
+    assert main_job(*run, tmp_path / "out", "--skip_bad_images") == 0
+    output = capsys.readouterr().out
+    assert output.count("left out: ") == 3 and "test split of 7 images" in output
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--num_virtual_tokens", 0), "--num_virtual_tokens 0"),
+        (("--learning_rate", -1), "--learning_rate -1"),
+        (("--learning_rate", "inf"), "--learning_rate inf"),
+        (("--weight_decay", -1), "--weight_decay -1"),
+        (("--num_warmup_steps", -1), "--num_warmup_steps -1"),
+        (("--seed", -1), "--seed -1"),
+        (("--output_dir", "/proc/nowhere"), "--output_dir /proc/nowhere"),
+        (
+            ("--learning_rate", 1e37, "--validation_steps", 9),
+            "boxes are not finite any more at step 2: lower --learning_rate",
+        ),
+        (
+            ("--learning_rate", 1e37, "--max_train_steps", 1),
+            "scores are not finite; of a trained adapter, lower --learning_rate",
+        ),
+        (("--max_train_steps", 0), "--max_train_steps 0"),
+        (("--dataset_name", "no/such folder"), "no/such folder"),
+        (("--eval_split", "nosuch"), "no split 'nosuch'"),
+        (("--train_split", "nosuch"), "no split 'nosuch'"),
+        (("--validation_split", "nosuch"), "no split 'nosuch'"),
+        (("--shots", 0), "--shots 0"),
+        (("--image_size", 16), "--image_size 16: does not suit this host"),
+        (("--ema_decay", 1), "--ema_decay 1.0"),
+        (("--prompt_dropout", 1), "--prompt_dropout 1.0"),
+        (("--checkpointing_steps", 0), "--checkpointing_steps 0"),
+        (("--checkpointing_steps", "often"), "--checkpointing_steps often"),
+        (("--checkpoints_total_limit", 0), "--checkpoints_total_limit 0"),
+        (("--dataloader_num_workers", -1), "--dataloader_num_workers -1"),
+        (("--dataset_name", ""), "--dataset_name: is empty"),
+        (("--adapter", ""), "--adapter: is empty"),
+        (("--class_names_file", "no-such.json"), "no-such.json"),
+        (("--class_names_column", "synonym"), "no `synonym`"),
+        (("--bbox_format", "xyxy"), "--bbox_format"),
+        (("--with_tracking", "--report_to", "nosuch"), "--report_to nosuch"),
+        (("--eval_only", "--resume_from_checkpoint", "latest"), "--resume_from_checkpoint"),
+        (("--pinv_rtol", 2), "--pinv_rtol 2.0"),
+        (("--adapter", "somewhere", "--num_virtual_tokens", 5), "--num_virtual_tokens: belongs to the adapter"),
+        (("--model_name_or_path", "no-such-folder"), "--model_name_or_path no-such-folder"),
+        (("--adapter", "no-such-folder"), "--adapter no-such-folder"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(main_job, small_task, flags, message, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert main_job("--dataset_name", small_task, *flags) == 2
+    error = capsys.readouterr().err
+    assert message in error.strip().splitlines()[-1]
+    assert "Traceback" not in error
+
+
+@pytest.fixture
+def strange_host(tmp_path):
+    """A zero-shot detector without fusion layers, with a processor that loads."""
+    text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    vision = {"image_size": 32, "patch_size": 16, **text}
+    config = OwlViTConfig(text_config={"vocab_size": 1100, **text}, vision_config=vision, projection_dim=16)
+    OwlViTForObjectDetection(config).save_pretrained(tmp_path / "owlvit")
+    AutoProcessor.from_pretrained(HOST).save_pretrained(tmp_path / "owlvit")
+    return tmp_path / "owlvit"
+
+
+def test_a_model_without_fusion_layers_is_told_which_models_have_them(main_job, small_task, strange_host, capsys):
+    assert main_job("--dataset_name", small_task, "--model_name_or_path", strange_host) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"--model_name_or_path {strange_host}: " in error
+    assert "OwlViTForObjectDetection has no fusion layer" in error and "Grounding DINO, MM Grounding DINO" in error
+
+
+def test_an_adapter_of_another_host_is_refused(main_job, small_task, tmp_path, capsys):
+    attach(make_host()).save_pretrained(tmp_path / "theirs")
+    assert main_job("--dataset_name", small_task, "--adapter", tmp_path / "theirs") == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"--adapter {tmp_path / 'theirs'}: does not load on this host" in error
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda coco: coco.pop("categories"), "not a COCO file"),
+        (lambda coco: coco["images"].clear(), "is of image"),
+        (lambda coco: coco["categories"].clear(), "unknown category_id"),
+        (lambda coco: [coco[part].clear() for part in ("images", "annotations")], "has no images"),
+        (lambda coco: [coco[part].clear() for part in ("categories", "annotations")], "has no categories"),
+        (lambda coco: coco["images"].append(coco["images"][0]), "image ids are not unique"),
+        (lambda coco: coco["annotations"][0].update(category_id=999), "unknown category_id 999"),
+        (lambda coco: coco["annotations"][0].update(bbox=[0, 0, 0, 5]), "is empty"),
+        (lambda coco: coco["annotations"][0].update(bbox=[0, 0, 500, 5]), "lies outside its image"),
+        (lambda coco: coco["annotations"][0].update(bbox=[0, float("nan"), 5, 5]), "must be four finite numbers"),
+        (lambda coco: coco["images"][0].update(file_name="gone.png"), "gone.png: no such image"),
+        (lambda coco: coco["categories"][0].update(name="ape"), "name different classes: only test has 'ape'"),
+    ],
+)
+def test_bad_annotations_are_one_line_and_exit_code_2(main_job, own_task, change, message, capsys):
+    edit(own_task / "test.json", change)
+    assert main_job("--dataset_name", own_task) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("train_detection.py: ") and message in error
+
+
+def test_an_annotation_file_that_is_not_json_is_one_line(main_job, own_task, capsys):
+    (own_task / "train.json").write_text("images:")
+    assert main_job("--dataset_name", own_task) == 2
+    assert "train.json: not JSON" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_a_vocabulary_as_large_as_that_of_lvis_takes_the_memory_of_one_prompt(small_task, tmp_path):
+    """1203 classes against 300, which fill several prompts too: sampled in training, in chunks in evaluation."""
+    words = json.loads((HOST / "tokenizer.json").read_text())["model"]["vocab"]
+    words = [word for word in words if word.isalpha() and word.isascii()]
+    peaks = []
+    for num_classes in (300, 1203):
+        data, out = tmp_path / f"{num_classes}", tmp_path / f"{num_classes}-out"
+        shutil.copytree(small_task, data)
+        for file in data.glob("*.json"):
+
+            def enlarge(coco, more=num_classes - 40):
+                pairs = itertools.islice(itertools.permutations(words, 2), more)
+                coco["categories"] += [{"id": 1000 + i, "name": " ".join(pair)} for i, pair in enumerate(pairs)]
+
+            edit(file, enlarge)
+        command = ("-c", PEAK_MEMORY, SCRIPT, "--dataset_name", data, "--max_train_steps", 1, "--output_dir", out)
+        process = launched(command, stdout=subprocess.PIPE, text=True)
+        peaks.append(int(process.communicate(timeout=400)[0].strip().splitlines()[-1]))
+        assert process.returncode == 0
+        assert len(json.loads((out / "class_names.json").read_text())) == num_classes
+    assert peaks[1] < 1.1 * peaks[0]
+
+
+# Runs a script and prints the most memory that it had, kB.
+PEAK_MEMORY = """
+import resource, runpy, sys
+sys.argv = sys.argv[1:]
+sys.path.insert(0, sys.argv[0].rpartition("/")[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+SCRIPT = ROOT / "examples" / "train_detection.py"
+# More kills for a soak: KILLS=20 python -m pytest -k soak
+KILLS = int(os.environ.get("KILLS", 3))
+
+
+def launched(command, **options):
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, *map(str, command)], env=environment, **options)
+
+
+@pytest.mark.slow
+def test_soak_killed_at_random_instants_it_ends_in_the_same_prompts(small_task, tmp_path):
+    # Enough that none ends before it is killed.
+    steps = 60 + 3 * KILLS
+    run = (
+        *(SCRIPT, "--dataset_name", small_task, *EVERYTHING, "--max_train_steps", steps, "--checkpointing_steps", 1),
+        *("--checkpoints_total_limit", 2, "--resume_from_checkpoint", "latest", "--output_dir"),
+    )
+    assert launched([*run, tmp_path / "whole"]).wait(timeout=600) == 0
+    out, chance = tmp_path / "killed", random.Random(0)
+
+    def newest():
+        return int(folder.name.removeprefix("step_")) if (folder := checkpoints.latest(out)) else 0
+
+    for kill in range(KILLS):
+        process, first = launched([*run, out], stderr=subprocess.DEVNULL), newest()
+        # Every third while it starts, loads and measures, the others after some steps.
+        further, deadline = (0, 3, 1)[kill % 3], time.monotonic() + 120
+        while further and newest() < first + further and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0, 0.5 if further else 8))
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    assert 0 < newest() <= steps
+    assert launched([*run, out]).wait(timeout=600) == 0
+    assert same_run(tmp_path / "whole", out)
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_measure_as_one_does(small_task, tmp_path):
+    # torchrun, because `accelerate launch --cpu --num_processes 2` starts one process (accelerate 1.15).
+    for processes in (1, 2):
+        command = (
+            *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, SCRIPT),
+            *("--dataset_name", small_task, "--max_train_steps", 2, "--num_warmup_steps", 0, "--ema_decay", 0.5),
+            *("--gradient_accumulation_steps", 2, "--per_device_train_batch_size", 4 // processes),
+            *("--checkpointing_steps", 1, "--output_dir", tmp_path / str(processes)),
+        )
+        assert launched(command).wait(timeout=240) == 0
+    one, two = (json.loads((tmp_path / n / "metrics.json").read_text()) for n in "12")
+    assert one["before"] == pytest.approx(two["before"], abs=2e-4)
+    assert one["after"] == pytest.approx(two["after"], abs=2e-2)
+    # The same global batches, but for the order in which their losses are summed. A step is 0.2.
+    for folder in ("", "step_1", "step_2"):
+        one, two = (prompts(tmp_path / n / folder) for n in "12")
+        assert all(torch.allclose(one[key], two[key], atol=5e-3) for key in one)
+    files = [{str(path.relative_to(tmp_path / n)) for path in (tmp_path / n).rglob("*")} for n in "12"]
+    # Each process has random numbers of its own; all else is written once.
+    assert files[1] - files[0] == {f"step_{step}/random_states_1.pkl" for step in (1, 2)} and files[0] < files[1]
+
+
+@pytest.mark.slow
+def test_two_processes_are_stopped_and_resumed_together(small_task, tmp_path):
+    run = (
+        *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, SCRIPT, "--dataset_name", small_task),
+        *("--max_train_steps", 12, "--per_device_train_batch_size", 1, "--prompt_dropout", 0.3),
+        *("--checkpointing_steps", 2, "--validation_steps", 6, "--resume_from_checkpoint", "latest", "--output_dir"),
+    )
+    assert launched([*run, tmp_path / "whole"]).wait(timeout=240) == 0
+    process = launched([*run, tmp_path / "stopped"], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "stopped" / "step_2").is_dir() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)  # torchrun passes it on to both
+    assert "go on with --resume_from_checkpoint latest" in process.communicate(timeout=120)[1]
+    assert not (tmp_path / "stopped" / "metrics.json").exists()
+    assert launched([*run, tmp_path / "stopped"]).wait(timeout=240) == 0
+    assert same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
+LEFT_WORKER = """
+import multiprocessing, sys
+from torch.utils.data import DataLoader
+from peft_sdpt.training.interruption import leave_signals_to_the_main_process
+
+batches = iter(DataLoader(range(4), num_workers=1, worker_init_fn=leave_signals_to_the_main_process))
+next(batches)
+multiprocessing.kept = batches  # as the traceback of an error may keep it, to the very end
+"""
+
+
+def test_a_worker_that_is_left_at_the_end_does_not_hold_it_up():
+    result = run_python(LEFT_WORKER, str(ROOT / "examples"))
+    assert result.returncode == 0 and not result.stderr
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_whole_group_leaves_workers_at_work(small_task, tmp_path):
+    run = (SCRIPT, "--dataset_name", small_task, "--max_train_steps", 60, "--per_device_train_batch_size", 1)
+    process = launched(
+        [*run, "--dataloader_num_workers", 2, "--checkpointing_steps", 2, "--output_dir", tmp_path],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "step_2").is_dir() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGTERM)
+    error = process.communicate(timeout=120)[1]
+    assert process.returncode == 130 and "go on with --resume_from_checkpoint latest" in error
+
+
+@pytest.mark.slow
+def test_a_launcher_that_starts_one_process_instead_of_two_is_not_passed_over(small_task, tmp_path):
+    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", 2)
+    command = (*launcher, SCRIPT, "--dataset_name", small_task, "--eval_only", "--output_dir", tmp_path)
+    process = launched(command, stderr=subprocess.PIPE, text=True)
+    assert "For N on the CPU: ACCELERATE_USE_CPU=true torchrun" in process.communicate(timeout=120)[1]
+    assert process.returncode == 0
+
+
+@pytest.mark.skipif(not (ROOT.parent / "shared" / "datasets" / "bccd").is_dir(), reason="the photographs are not here")
+def test_real_photographs_go_through_training(main_job, tmp_path):
+    bccd = ROOT.parent / "shared" / "datasets" / "bccd"
+    assert main_job("--dataset_name", bccd, "--max_train_steps", 1, "--eval_split", "val") == 0
+    assert (
+        PeftModel.from_pretrained(AutoModelForZeroShotObjectDetection.from_pretrained(HOST), tmp_path / "out")
+        .peft_config["default"]
+        .num_virtual_tokens
+        == 20
+    )
