@@ -474,10 +474,10 @@ def report(setup: Setup, after: dict[str, Any] | None) -> None:
     }
     shown = [held_out.open_image(image) for image in range(min(NUM_SHOWN_IMAGES, len(held_out)))]
     detections = {"before": progress.before["shown"]} | ({"after": after["shown"]} if after else {})
-    size = f"{len(held_out)} images, {len(held_out.class_names)} classes"
+    size = f"{len(held_out)} images of {len(held_out.class_names)} classes"
     card = None
     if not args.eval_only:
-        data = f"`{public_name(args.dataset_name)}`, split `{setup.eval_split}` ({size})"
+        data = f"`{public_name(args.dataset_name)}`, split `{setup.eval_split}`, {size}"
         card = describe_last(data, progress.step, record)
     write_report(args.output_dir, record, shown, detections, held_out.class_names, card)
     print_report(args.output_dir, f"{args.dataset_name}, {setup.eval_split} split of {size}", record)

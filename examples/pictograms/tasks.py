@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from peft_sdpt.files import whole_file
+from peft_sdpt.files import UNFINISHED, whole_file
 
 from . import SceneStyle, read_categories, scene_split
 
@@ -60,6 +60,8 @@ def write_task(name: str, folder: Path, size: int = 96, disable_progress: bool =
     task = TASKS[name]
     classes = task.classes()
     (folder / "images").mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(f"*{UNFINISHED}"):  # by a process that was killed
+        left.unlink()
     for split in splits:
         seeds = [(zlib.crc32(name.encode()), splits.index(split), index) for index in range(getattr(task, split))]
         data = scene_split(seeds, classes, size, task.look)

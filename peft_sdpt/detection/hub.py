@@ -99,7 +99,7 @@ def _classes(
     if class_names_column is None and category.dtype not in ("string", "large_string"):
         raise InputError(
             f"{dataset_name}: `objects.category` has no class names; if another field of `objects` has them, say "
-            f"which with class_names_column=... please."
+            f"which with class_names_column=... ."
         )
     names: dict[Any, str] = {}
     for split, rows in found.items():

@@ -437,7 +437,7 @@ def test_the_main_job_writes_results_into_its_cards(train, small_task, tmp_path)
     assert train()[0] == 0
     metrics = json.loads((out / "metrics.json").read_text())
     last, best = ((out / name / "README.md").read_text() for name in ("", "best"))
-    for name, row in (("before", "before, the host alone"), ("after", "after")):
+    for name, row in (("before", "before, the base model alone"), ("after", "after")):
         assert f"| {row} | {' | '.join(f'{metrics[name][key]:.3f}' for key in ('AP', 'AP50', 'AP75'))} |" in last
     assert f"`{small_task.name}`" in last and "split `test`, 8 images of 40 classes" in last and MADE_BY_US in last
     assert "(detections.png)" in last and "# My own words" in last and "license: mit" in last
@@ -470,7 +470,7 @@ def test_a_push_that_fails_at_the_end_loses_nothing(train, hub, tmp_path):
     hub.refused = {"/commit/": 500}
     code, _, error = train(*PUSH)
     assert code == 2
-    assert error[0].startswith("train_detection.py: --push_to_hub: the upload to user/adapter failed (")
+    assert error[0].startswith("train_detection.py: --hub_model_id user/adapter: the upload failed (")
     assert f"Nothing is lost, all is in {tmp_path / 'out'}" in error[0] and "hf upload user/adapter" in error[0]
     assert (tmp_path / "out" / WEIGHTS).is_file() and (tmp_path / "out" / "metrics.json").is_file()
     assert not hub.repositories[REPO].commits
@@ -484,7 +484,7 @@ def test_a_push_that_fails_at_the_end_loses_nothing(train, hub, tmp_path):
         (("--push_to_hub", "--hub_model_id", "name"), "--hub_model_id name: must be user/name."),
         (("--hub_model_id", REPO), f"--hub_model_id {REPO}: nothing is uploaded without --push_to_hub."),
         ((*PUSH, "--eval_only"), "--push_to_hub: uploads what training makes, and --eval_only does not train."),
-        (("--push_to_hub", "--hub_model_id", REPO), "--push_to_hub: there is no token; log in with `hf auth login`"),
+        (("--push_to_hub", "--hub_model_id", REPO), "--hub_token: there is no token; log in with `hf auth login`"),
         ((*PUSH[:3], "--hub_token", READER), f"--hub_model_id {REPO}: cannot be pushed to (403"),
         ((*PUSH[:3], "--hub_token", "wrong"), f"--hub_model_id {REPO}: cannot be pushed to (Client error '401"),
         ((*PUSH, "--hub_model_id", "other/name"), "--hub_model_id other/name: cannot be pushed to ("),

@@ -433,9 +433,9 @@ def test_xyxy_boxes_are_kept_as_xywh(folder, coco):
 
 def test_boxes_of_the_other_format(folder, coco):
     """Some boxes fit as both; what counts is that all fit as the other."""
-    with pytest.raises(InputError, match=r"image 7: box \[10, 50, 10, 10\] is empty; .*--bbox_format xywh"):
+    with pytest.raises(InputError, match=r"image 7: box \[10, 50, 10, 10\] is empty; .*bbox_format='xywh'"):
         load(folder, coco, bbox_format="xyxy")
-    with pytest.raises(InputError, match=r"image 7: box \[10, 50, 20, 60\] lies outside .*--bbox_format xyxy"):
+    with pytest.raises(InputError, match=r"image 7: box \[10, 50, 20, 60\] lies outside .*bbox_format='xyxy'"):
         load(folder, as_xyxy(coco))
 
 
@@ -443,7 +443,7 @@ def test_a_bad_box_is_not_taken_for_another_format(folder, coco):
     coco["annotations"][0]["bbox"] = [1, 2, 30, 4]
     with pytest.raises(InputError, match="lies outside") as error:
         load(folder, coco)
-    assert "--bbox_format" not in str(error.value)
+    assert "bbox_format" not in str(error.value)
 
 
 def test_bad_boxes_are_left_out_only_when_asked(folder, coco):
@@ -453,7 +453,7 @@ def test_bad_boxes_are_left_out_only_when_asked(folder, coco):
     coco["annotations"][:0] = [
         {"id": 50 + i, "image_id": 7, "category_id": 3, "bbox": box} for i, box in enumerate(bad)
     ]
-    with pytest.raises(InputError, match=r"box \[1, 2, 0, 4\] is empty; .*; --skip_bad_boxes leaves such boxes out"):
+    with pytest.raises(InputError, match=r"box \[1, 2, 0, 4\] is empty; .*; skip_bad_boxes=True leaves such boxes out"):
         load(folder, coco)
     data = load(folder, coco, skip_bad_boxes=True)
     assert [data.boxes, data.labels, data.crowds] == [kept.boxes, kept.labels, kept.crowds]
@@ -465,7 +465,7 @@ def test_bad_boxes_are_left_out_only_when_asked(folder, coco):
 
 
 def test_unknown_box_format(folder, coco):
-    with pytest.raises(InputError, match=r"--bbox_format 'cxcywh': must be one of xywh, xyxy"):
+    with pytest.raises(InputError, match=r"bbox_format='cxcywh': must be one of xywh, xyxy"):
         load(folder, coco, bbox_format="cxcywh")
 
 
@@ -823,7 +823,7 @@ def test_hub_without_such_data(monkeypatch):
         raise FileNotFoundError("nothing here")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(InputError, match=r"--dataset_name 'no/such', split 'train': no such folder.*nothing here"):
+    with pytest.raises(InputError, match=r"dataset_name='no/such', split 'train': no such folder.*nothing here"):
         load_split("no/such", "train")
 
 
@@ -915,7 +915,7 @@ def test_a_hub_that_does_not_answer_changes_no_choice_of_splits(monkeypatch):
         raise ConnectionError("timed out")
 
     monkeypatch.setattr(datasets, "get_dataset_split_names", refuse)
-    with pytest.raises(InputError, match=r"--dataset_name 'some/data': no such folder, .*\(timed out\)"):
+    with pytest.raises(InputError, match=r"dataset_name='some/data': no such folder, .*\(timed out\)"):
         has_split("some/data", "test")
 
 
@@ -1029,7 +1029,7 @@ def test_bad_class_names_column_of_the_hub(monkeypatch):
         load_split("someone/some-data", "train", class_names_column="label_text")
     with pytest.raises(InputError, match=r"`objects` has no `text`; it has .*'label_text'"):
         load_split("someone/some-data", "train", class_names_column="text")
-    with pytest.raises(InputError, match=r"has no class names; .*--class_names_column"):
+    with pytest.raises(InputError, match=r"has no class names; .*class_names_column=..."):
         load_split("someone/some-data", "train")
 
 

@@ -310,8 +310,9 @@ def test_killed_while_it_writes_it_leaves_nothing_that_is_used(tiny, tmp_path):
                 os.kill(os.getpid(), signal.SIGKILL)
             replace(*args)
 
-        feature_cache.os.replace = killing
-        with FeatureCache(tmp_path, tiny).used():
+        cache = FeatureCache(tmp_path, tiny)
+        os.replace = killing
+        with cache.used():
             tiny(**mixed())
 
     plain = trained(tiny)
@@ -358,7 +359,7 @@ def test_a_disk_that_fills_up_is_told_and_leaves_no_half_entry(tiny, tmp_path, m
         full()
 
     monkeypatch.setattr(Path, "write_bytes", half)
-    with pytest.raises(InputError, match=r"^--cache_features .*: cannot be written \(.*No space left on device\)\.$"):
+    with pytest.raises(InputError, match=r"^cache_folder='.*': cannot be written \(.*No space left on device\)\.$"):
         trained(tiny, cache)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
     monkeypatch.undo()
@@ -369,7 +370,7 @@ def test_a_disk_that_fills_up_is_told_and_leaves_no_half_entry(tiny, tmp_path, m
 def test_what_trains_below_the_fusion_layers_is_refused(tiny, tmp_path):
     parameter = tiny.get_base_model().model.text_backbone.encoder.layer[0].output.dense.bias
     parameter.requires_grad_(True)
-    with pytest.raises(InputError, match=r"--cache_features: encoder.layer.0.output.dense.bias of \w+ trains"):
+    with pytest.raises(InputError, match=r"cache_folder=...: encoder.layer.0.output.dense.bias of \w+ trains"):
         FeatureCache(tmp_path, tiny)
 
 
@@ -539,7 +540,7 @@ def test_dropout_in_the_backbones_makes_it_another_run(main_job, small_task, tmp
     )
     cache = ("--cache_features", tmp_path / "cache")
     assert main_job(*run, *cache) == 0
-    assert "have dropout, which stored features are without" in capsys.readouterr().out
+    assert "have dropout, and stored features are computed without it" in capsys.readouterr().out
     assert main_job(*run, "--resume_from_checkpoint", "latest") == 2
     assert "of another run, with dropout in backbones 'left out" in capsys.readouterr().err.strip().splitlines()[-1]
     assert main_job(*run, *cache, "--resume_from_checkpoint", "latest") == 0

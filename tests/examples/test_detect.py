@@ -3,6 +3,7 @@
 """Detecting with saved adapters, run as a user runs it."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -24,7 +25,7 @@ import detect
 from peft_sdpt import SDPTConfig
 from peft_sdpt.detection import images, prediction
 from peft_sdpt.detection.grounding import split_classes
-from peft_sdpt.detection.saved_adapter import find_adapter, find_adapters, load_processor
+from peft_sdpt.detection.saved_adapter import common_base_model, find_adapter, find_adapters, load_processor
 from tests.helpers.hub import serve, use
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -258,11 +259,11 @@ def test_the_adapters_own_processor(run, photos, adapters, tmp_path):
 
 def test_host_of_the_adapters(adapters, tmp_path, monkeypatch):
     found = find_adapters([str(adapter) for adapter in adapters])
-    assert detect.find_host(found) == detect.find_host([]) == str(HOST)
+    assert common_base_model(found) == str(HOST)
     # One folder, two ways of writing it.
     monkeypatch.chdir(ROOT)
-    found[0].host = "examples/host"
-    assert detect.find_host(found) == str(HOST)
+    found[0] = dataclasses.replace(found[0], base_model="examples/host")
+    assert common_base_model(found) == str(HOST)
 
 
 # ---- the Hub
@@ -409,7 +410,7 @@ def refused(run, offline, tmp_path, monkeypatch, capsys):
 
     def refused(message: str, *flags, loads: bool = False, **kwargs) -> None:
         if not loads:
-            monkeypatch.setattr(detect, "load_model", lambda *_: pytest.fail("loaded"))
+            monkeypatch.setattr(detect, "load_detector", lambda *_: pytest.fail("loaded"))
         capsys.readouterr()
         assert run(*flags, **kwargs) == 2
         error = capsys.readouterr().err
@@ -493,7 +494,7 @@ def test_bad_adapters(refused, photos, adapters, tmp_path):
     nowhere = changed("nowhere", base_model_name_or_path="no/such host")
     refused("no/such host: no detector to load", photos, "--adapter", nowhere)
     refused("The adapter names it as its host: give --model_name_or_path.", photos, "--adapter", nowhere)
-    refused("trained on different hosts (one:", photos, "--adapter", adapters[0], nowhere)
+    refused("trained on different base models (one:", photos, "--adapter", adapters[0], nowhere)
     refused("does not name its host", photos, "--adapter", changed("hostless", base_model_name_or_path=None))
     refused("adapter_config.json cannot be read", photos, "--adapter", changed("strange", peft_type="NOSUCH"))
     get_peft_model(load_host().model.text_backbone, LoraConfig(target_modules=["query"])).save_pretrained(
@@ -521,7 +522,7 @@ def test_adapters_that_do_not_load_on_the_host(refused, photos, adapters, tmp_pa
     other = tmp_path / "other"
     shutil.copytree(adapters[1], other)
     shutil.copy(adapters[0] / "adapter_model.safetensors", other)
-    refused(f"--adapter {other}: does not load on the host", photos, "--adapter", other, loads=True)
+    refused(f"--adapter {other}: does not load on the base model", photos, "--adapter", other, loads=True)
     refused(f"--adapter {other}: does not load", photos, "--adapter", adapters[0], other, loads=True)
     (other / "adapter_model.safetensors").write_bytes(b"damaged")
     refused(f"--adapter {other}: does not load", photos, "--adapter", other, loads=True)

@@ -273,7 +273,7 @@ def test_a_folder_with_checkpoints_is_not_trained_into_anew(main_job, small_task
         (("--learning_rate", 0.1), "of another run, with --learning_rate '0.3' instead of '0.1'"),
         (("--max_train_steps", 2), "of another run, with training steps 1 instead of 2"),
         (("--shots", 1), "of another run, with training images"),
-        (("--per_device_train_batch_size", 3), "of another run, with images a step 12 instead of 3"),
+        (("--per_device_train_batch_size", 3), "of another run, with images per step 12 instead of 3"),
         (("--resume_from_checkpoint", "nowhere"), "--resume_from_checkpoint nowhere: no complete checkpoint"),
     ],
 )
@@ -527,7 +527,7 @@ def test_images_that_do_not_open_are_left_out_only_when_asked(main_job, own_task
         (("--train_split", "nosuch"), "no split 'nosuch'"),
         (("--validation_split", "nosuch"), "no split 'nosuch'"),
         (("--shots", 0), "--shots 0"),
-        (("--image_size", 16), "--image_size 16: does not suit this host"),
+        (("--image_size", 16), "--image_size 16: does not suit this base model"),
         (("--ema_decay", 1), "--ema_decay 1.0"),
         (("--prompt_dropout", 1), "--prompt_dropout 1.0"),
         (("--checkpointing_steps", 0), "--checkpointing_steps 0"),
@@ -578,7 +578,7 @@ def test_an_adapter_of_another_host_is_refused(main_job, small_task, tmp_path, c
     attach(make_host()).save_pretrained(tmp_path / "theirs")
     assert main_job("--dataset_name", small_task, "--adapter", tmp_path / "theirs") == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert f"--adapter {tmp_path / 'theirs'}: does not load on this host" in error
+    assert f"--adapter {tmp_path / 'theirs'}: does not load on this base model" in error
 
 
 @pytest.mark.parametrize(
@@ -735,8 +735,8 @@ multiprocessing.kept = batches  # as the traceback of an error may keep it, to t
 
 
 def test_a_worker_that_is_left_at_the_end_does_not_hold_it_up():
-    result = run_python(LEFT_WORKER, str(ROOT / "examples"))
-    assert result.returncode == 0 and not result.stderr
+    result = run_python(LEFT_WORKER)
+    assert result.returncode == 0 and "DataLoader" not in result.stderr
 
 
 @pytest.mark.slow

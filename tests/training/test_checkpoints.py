@@ -153,7 +153,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoints_and_says_which(tmp_path, mon
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     make_run(tmp_path)[-1].save(1)
     other = make_run(tmp_path, RUN | {"--learning_rate": "0.1"})[-1]
-    with pytest.raises(InputError, match=r"step_1: is of another run, with --learning_rate '0.2' instead of '0.1'"):
+    with pytest.raises(InputError, match=r"step_1': is of another run, with --learning_rate '0.2' instead of '0.1'"):
         other.load(tmp_path / "step_1")
 
 
@@ -172,7 +172,7 @@ def test_what_is_no_whole_checkpoint_is_refused(tmp_path, damage):
         name["random"] = "random_states_0.pkl"
         file = folder / name[damage.split()[0]]
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    with pytest.raises(InputError, match=f"--resume_from_checkpoint .*{folder.name}: (no complete|cannot be read)"):
+    with pytest.raises(InputError, match=f"checkpoint='.*{folder.name}': (no complete|cannot be read)"):
         make_run(tmp_path)[-1].load(folder)
 
 
