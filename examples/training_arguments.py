@@ -14,34 +14,28 @@ from peft_sdpt.errors import InputError
 from pictograms.tasks import TASKS
 
 HERE = Path(__file__).resolve().parent
-# Flags that make a new adapter; a field that is not asked for keeps the default of `SDPTConfig`.
+# Flags for reading the data, which are arguments of `load_splits` with the same names.
+DATA_FLAGS = ("bbox_format", "class_names_file", "class_names_column", "skip_bad_boxes", "skip_bad_images")
+# Flags for a new adapter, which are fields of `SDPTConfig`. A flag that is not given keeps the default of the field.
 ADAPTER_FLAGS = ("num_virtual_tokens", "pinv_rtol", "prompt_dropout")
-# Flags that a resumed run may change: they say where and how, not what. Those on data are told by the data itself.
+# Flags that a resumed run may change, because they do not change its result, or because a checkpoint holds their effect
+# in another form: fingerprints of the data, and numbers of steps, images and processes.
 FREE_FLAGS = (
     *("output_dir", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "validation_steps"),
     *("with_tracking", "report_to", "per_device_eval_batch_size", "dataloader_num_workers"),
     "cache_features",
     *("push_to_hub", "hub_model_id"),
-    *("skip_bad_images", "skip_bad_boxes"),
-    *("dataset_name", "train_split", "validation_split", "eval_split", "bbox_format", "shots"),
-    *("class_names_file", "class_names_column"),
-    # As what they come to below.
+    *("dataset_name", "train_split", "validation_split", "eval_split", "shots", *DATA_FLAGS),
     *("num_train_epochs", "max_train_steps", "per_device_train_batch_size", "mixed_precision"),
 )
-# Arguments of the library, with the flags that set them.
-LIBRARY_ARGUMENTS = {
-    **{
-        name: name
-        for name in ("dataset_name", "bbox_format", "class_names_column", "skip_bad_images", "skip_bad_boxes")
-    },
-    **{name: name for name in ("adapter", "model_name_or_path", "mixed_precision", "output_dir")},
-    "resume_from_checkpoint": "resume_from_checkpoint",
+# Arguments of the library whose flags have other names.
+RENAMED = {
     "cache_folder": "cache_features",
     "checkpoint": "resume_from_checkpoint",
     "repo_id": "hub_model_id",
     "token": "hub_token",
 }
-# Those of transformers that need nothing but a number of steps.
+# The schedulers of transformers that need only a number of steps.
 SCHEDULERS = (
     "linear",
     "cosine",
@@ -53,119 +47,196 @@ SCHEDULERS = (
 )
 
 
-def parse_args(description: str) -> argparse.Namespace:
-    class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        """Shows the defaults, and the text above as it stands."""
-
+def parse_args(description: str | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description, formatter_class=Help, allow_abbrev=False)
-    data = parser.add_argument_group("data")
-    data.add_argument(
-        "--dataset_name",
-        default="twemoji",
-        help="A folder with boxes in COCO format (of its own, a Roboflow export, ODinW or COCO itself), a Hub id with "
-        f"the columns image and objects, or a built-in task: {', '.join(TASKS)}.",
-    )
-    data.add_argument("--train_split", default="train", help="Split to train on.")
-    data.add_argument(
-        "--validation_split", help="Split that tells which adapter is the best. If not given: val, if there is one."
-    )
-    data.add_argument(
-        "--eval_split", help="Split to measure on. If not given: test if the data has one, else the validation split."
-    )
-    data.add_argument(
-        "--bbox_format",
-        default="xywh",
-        choices=("xywh", "xyxy"),
-        help="What the four numbers of a box are: its corner, width and height as in COCO, or two corners. In pixels.",
-    )
-    data.add_argument("--class_names_file", help='JSON with names for prompts: {"RBC": "red blood cell"}.')
-    data.add_argument(
-        "--class_names_column", help="Field of the categories (COCO) or the objects (Hub) to take class names from."
-    )
-    data.add_argument("--shots", type=int, help="Train on this many images a class, drawn with --seed.")
-    data.add_argument("--skip_bad_images", action="store_true", help="Leave out images that do not open.")
-    data.add_argument("--skip_bad_boxes", action="store_true", help="Leave out boxes that are empty or outside.")
-    data.add_argument(
-        "--no_augmentation", action="store_true", help="No flips, scale jitter and crops of the training images."
-    )
-    data.add_argument("--image_size", type=int, help="Shorter side in pixels. If not given: the processor's own.")
-    data.add_argument("--dataloader_num_workers", type=int, default=0, help="Processes that read images.")
-
-    host = parser.add_argument_group("host and adapter")
-    host.add_argument(
-        "--model_name_or_path",
-        default=str(HERE / "host"),
-        help="Folder or Hub id of a Grounding DINO kind of detector.",
-    )
-    host.add_argument("--adapter", help="Folder or Hub id of a saved adapter to evaluate or to go on from.")
-    host.add_argument(
-        "--num_virtual_tokens",
-        type=int,
-        help="Unified prototype tokens a fusion layer. If not given: that of SDPTConfig, as the next two.",
-    )
-    host.add_argument(
-        "--pinv_rtol",
-        type=float,
-        help="Drop singular values of the frozen projections below this share of the largest when inverting them.",
-    )
-    host.add_argument("--prompt_dropout", type=float, help="Dropout probability on the prototype tokens.")
-
-    train = parser.add_argument_group("training")
-    train.add_argument("--num_train_epochs", type=int, default=3, help="Times through the training images.")
-    train.add_argument("--max_train_steps", type=int, help="Optimizer steps in all; overrides --num_train_epochs.")
-    train.add_argument("--per_device_train_batch_size", type=int, default=12, help="Images a process and batch.")
-    train.add_argument("--per_device_eval_batch_size", type=int, default=16, help="Images a process and batch.")
-    train.add_argument("--gradient_accumulation_steps", type=int, default=1, help="Batches a step.")
-    train.add_argument(
-        "--learning_rate", type=float, default=0.3, help="Prompts want rates two orders above those of weights."
-    )
-    train.add_argument("--weight_decay", type=float, default=0.0, help="Of AdamW.")
-    train.add_argument("--max_grad_norm", type=float, default=1.0, help="Gradients are clipped to this norm.")
-    train.add_argument("--lr_scheduler_type", default="cosine", choices=SCHEDULERS, help="One of transformers.")
-    train.add_argument("--num_warmup_steps", type=int, default=10, help="Steps in which the learning rate rises.")
-    train.add_argument(
-        "--ema_decay",
-        type=float,
-        help="Evaluate and save the exponential moving average of the prompts, with this decay a step.",
-    )
-    train.add_argument(
-        "--mixed_precision", choices=("no", "fp16", "bf16"), help="If not given: what `accelerate config` says."
-    )
-    train.add_argument(
-        "--cache_features",
-        metavar="FOLDER",
-        help="Keep there what the frozen backbones make of each picture and prompt, and compute it once. Needs "
-        "--no_augmentation.",
-    )
-    train.add_argument("--seed", type=int, default=0, help="Of everything that is random.")
-
-    output = parser.add_argument_group("output")
-    output.add_argument("--output_dir", type=Path, default=Path("sdpt-detection"), help="Where all of it goes.")
-    output.add_argument(
-        "--validation_steps", type=int, help="Validate every so many optimizer steps. If not given: each epoch."
-    )
-    output.add_argument(
-        "--checkpointing_steps",
-        help="Save a checkpoint to resume from, the folder step_N, every so many optimizer steps, or each `epoch`.",
-    )
-    output.add_argument("--checkpoints_total_limit", type=int, help="Keep the newest so many.")
-    output.add_argument(
-        "--resume_from_checkpoint", help="A folder step_N, or `latest`: the newest of --output_dir, if there is one."
-    )
-    output.add_argument("--with_tracking", action="store_true", help="Log loss, learning rate, AP and prompt norms.")
-    output.add_argument("--report_to", default="tensorboard", help="A tracker that Accelerate knows, or `all`.")
-    output.add_argument(
-        "--push_to_hub", action="store_true", help="Upload the adapters, last and best, to the Hub at the end."
-    )
-    output.add_argument("--hub_model_id", help="The repository to push to, user/name. It is made if it is not there.")
-    output.add_argument("--hub_token", help="A token that may write there. If not given: that of `hf auth login`.")
-    output.add_argument(
-        "--eval_only", action="store_true", help="Measure the host, and --adapter on it, without training."
-    )
+    add_data_flags(parser.add_argument_group("data"))
+    add_model_flags(parser.add_argument_group("base model and adapter"))
+    add_training_flags(parser.add_argument_group("training"))
+    add_output_flags(parser.add_argument_group("output"))
     return parser.parse_args()
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and keeps the line breaks of the description."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        # The help of a flag without a value says itself what its default is.
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+def add_data_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--dataset_name",
+        default="twemoji",
+        help="A folder with boxes in COCO format (also as exported by Roboflow, or as in ODinW and COCO), the Hub id "
+        f"of a data set with the columns image and objects, or a built-in task: {', '.join(TASKS)}.",
+    )
+    group.add_argument("--train_split", default="train", help="Split to train on.")
+    group.add_argument(
+        "--validation_split", help="Split for choosing the best adapter. Default: val, if the data set has it."
+    )
+    group.add_argument(
+        "--eval_split",
+        help="Split for measuring AP before and after training. Default: test, if the data set has it, else the "
+        "validation split.",
+    )
+    group.add_argument(
+        "--bbox_format",
+        default="xywh",
+        choices=("xywh", "xyxy"),
+        help="Format of the boxes in pixels: corner, width and height as in COCO, or two corners.",
+    )
+    group.add_argument(
+        "--class_names_file",
+        help='JSON file that maps class names of the data set to names for prompts: {"RBC": "red blood cell"}.',
+    )
+    group.add_argument(
+        "--class_names_column",
+        help="Field with the class names, in the categories of a COCO file or in the objects of a Hub data set.",
+    )
+    group.add_argument("--shots", type=int, help="Number of training images per class, drawn with --seed.")
+    group.add_argument("--skip_bad_images", action="store_true", help="Leave out images that cannot be opened.")
+    group.add_argument(
+        "--skip_bad_boxes", action="store_true", help="Leave out boxes that are empty or outside their image."
+    )
+    group.add_argument(
+        "--no_augmentation",
+        action="store_true",
+        help="Train without random flips, scale jitter and crops of the images.",
+    )
+    group.add_argument(
+        "--image_size", type=int, help="Shorter side of the resized images in pixels. Default: that of the processor."
+    )
+    group.add_argument("--dataloader_num_workers", type=int, default=0, help="Number of processes that read images.")
+
+
+def add_model_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--model_name_or_path",
+        default=str(HERE / "host"),
+        help="Folder or Hub id of the base model, a Grounding DINO or MM Grounding DINO.",
+    )
+    group.add_argument(
+        "--adapter", help="Folder or Hub id of a saved adapter to evaluate, or to continue training from."
+    )
+    group.add_argument(
+        "--num_virtual_tokens",
+        type=int,
+        help="Number of unified prototype tokens per fusion layer. This flag and the next two have the defaults of "
+        "SDPTConfig.",
+    )
+    group.add_argument(
+        "--pinv_rtol",
+        type=float,
+        help="Singular values of the frozen projections below this fraction of the largest one are dropped in the "
+        "inverse.",
+    )
+    group.add_argument("--prompt_dropout", type=float, help="Dropout probability of the prototype tokens.")
+
+
+def add_training_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--num_train_epochs", type=int, default=3, help="Number of training epochs.")
+    group.add_argument(
+        "--max_train_steps", type=int, help="Total number of optimizer steps. Overrides --num_train_epochs."
+    )
+    group.add_argument(
+        "--per_device_train_batch_size", type=int, default=12, help="Batch size per device for training."
+    )
+    group.add_argument(
+        "--per_device_eval_batch_size", type=int, default=16, help="Batch size per device for evaluation."
+    )
+    group.add_argument(
+        "--gradient_accumulation_steps",
+        type=int,
+        default=1,
+        help="Number of batches to accumulate per optimizer step.",
+    )
+    group.add_argument(
+        "--learning_rate",
+        type=float,
+        default=0.3,
+        help="Initial learning rate, after warmup. Prompts need rates about a hundred times higher than weights.",
+    )
+    group.add_argument("--weight_decay", type=float, default=0.0, help="Weight decay of AdamW.")
+    group.add_argument("--max_grad_norm", type=float, default=1.0, help="Maximum gradient norm, for clipping.")
+    group.add_argument(
+        "--lr_scheduler_type", default="cosine", choices=SCHEDULERS, help="Learning rate scheduler of transformers."
+    )
+    group.add_argument(
+        "--num_warmup_steps", type=int, default=10, help="Number of steps in which the learning rate rises."
+    )
+    group.add_argument(
+        "--ema_decay",
+        type=float,
+        help="Evaluate and save the exponential moving average of the prompts, with this decay per step.",
+    )
+    group.add_argument(
+        "--mixed_precision",
+        choices=("no", "fp16", "bf16"),
+        help="Mixed precision. Default: the setting of `accelerate config`.",
+    )
+    group.add_argument(
+        "--cache_features",
+        metavar="FOLDER",
+        help="Store the features of the frozen backbones for each image and prompt in this folder, and compute them "
+        "only once. Needs --no_augmentation.",
+    )
+    group.add_argument("--seed", type=int, default=0, help="Seed for reproducible training.")
+
+
+def add_output_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--output_dir", type=Path, default=Path("sdpt-detection"), help="Folder for all results.")
+    group.add_argument(
+        "--validation_steps", type=int, help="Number of optimizer steps between validations. Default: one epoch."
+    )
+    group.add_argument(
+        "--checkpointing_steps",
+        help="Number of optimizer steps between checkpoints, or `epoch`. Checkpoints are folders step_N. Default: save "
+        "no checkpoints.",
+    )
+    group.add_argument(
+        "--checkpoints_total_limit", type=int, help="Maximum number of checkpoints. The oldest are removed."
+    )
+    group.add_argument(
+        "--resume_from_checkpoint",
+        help="Resume from a folder step_N, or from `latest`: the newest checkpoint in --output_dir, if there is one.",
+    )
+    group.add_argument(
+        "--with_tracking", action="store_true", help="Log the loss, the learning rate, AP and the norms of the prompts."
+    )
+    group.add_argument(
+        "--report_to", default="tensorboard", help="Tracker to log to: one that Accelerate knows, or `all`."
+    )
+    group.add_argument(
+        "--push_to_hub", action="store_true", help="Upload the last and the best adapter to the Hub after training."
+    )
+    group.add_argument("--hub_model_id", help="Repository to push to, user/name. It is created if it does not exist.")
+    group.add_argument(
+        "--hub_token", help="Token with write access to the repository. Default: the token of `hf auth login`."
+    )
+    group.add_argument(
+        "--eval_only",
+        action="store_true",
+        help="Only measure AP of the base model, and of --adapter on it, without training.",
+    )
+
+
+def flags_of(args: argparse.Namespace) -> dict[str, str]:
+    """Maps arguments of the library to flags, for error messages."""
+    return {name: name for name in vars(args)} | RENAMED
+
+
+def describe_run(args: argparse.Namespace) -> dict[str, str]:
+    """The flags that determine the result of a run. It can resume only from checkpoints with the same values."""
+    return {f"--{name}": str(value) for name, value in vars(args).items() if name not in FREE_FLAGS}
+
+
 def check_args(args: argparse.Namespace) -> None:
+    """Check the flags, and convert `--checkpointing_steps` to a number.
+
+    Raises:
+        InputError: The value of a flag is not allowed, or flags contradict each other.
+    """
     if args.checkpointing_steps not in (None, "epoch"):
         try:
             args.checkpointing_steps = int(args.checkpointing_steps)
@@ -173,6 +244,17 @@ def check_args(args: argparse.Namespace) -> None:
             raise InputError(
                 f"--checkpointing_steps {args.checkpointing_steps}: must be a number of steps or `epoch`."
             ) from None
+    check_values(args)
+    check_combinations(args)
+    trackers = [*map(str, get_available_trackers()), "all"]
+    if args.with_tracking and args.report_to not in trackers:
+        raise InputError(
+            f"--report_to {args.report_to}: is not installed (`pip install {args.report_to}`) or unknown to "
+            f"Accelerate; must be one of {', '.join(trackers)}."
+        )
+
+
+def check_values(args: argparse.Namespace) -> None:
     for name in ("num_train_epochs", "max_train_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
                  "gradient_accumulation_steps", "num_virtual_tokens", "image_size", "shots", "validation_steps",
                  "checkpointing_steps", "checkpoints_total_limit"):  # fmt: skip
@@ -182,11 +264,11 @@ def check_args(args: argparse.Namespace) -> None:
     for name in ("learning_rate", "max_grad_norm"):
         if not 0 < getattr(args, name) < math.inf:
             raise InputError(f"--{name} {getattr(args, name)}: must be positive and finite.")
-    for name, most in (("weight_decay", math.inf), ("num_warmup_steps", math.inf), ("seed", 2**32),
-                       ("dataloader_num_workers", math.inf), ("prompt_dropout", 1)):  # fmt: skip
+    for name, limit in (("weight_decay", math.inf), ("num_warmup_steps", math.inf), ("seed", 2**32),
+                        ("dataloader_num_workers", math.inf), ("prompt_dropout", 1)):  # fmt: skip
         value = getattr(args, name)
-        if value is not None and not 0 <= value < most:
-            raise InputError(f"--{name} {value}: must be at least 0 and below {most}.")
+        if value is not None and not 0 <= value < limit:
+            raise InputError(f"--{name} {value}: must be at least 0 and below {limit}.")
     for name in ("pinv_rtol", "ema_decay"):
         value = getattr(args, name)
         if value is not None and not 0 < value < 1:
@@ -195,28 +277,28 @@ def check_args(args: argparse.Namespace) -> None:
                  "cache_features"):  # fmt: skip
         if getattr(args, name) == "":
             raise InputError(f"--{name}: is empty.")
+    if args.hub_model_id and args.hub_model_id.count("/") != 1:
+        raise InputError(f"--hub_model_id {args.hub_model_id}: must be user/name.")
+
+
+def check_combinations(args: argparse.Namespace) -> None:
     for name in ADAPTER_FLAGS:
         if args.adapter and getattr(args, name) is not None:
-            raise InputError(f"--{name}: belongs to the adapter, and --adapter {args.adapter} brings its own.")
+            raise InputError(f"--{name}: cannot be changed, because --adapter {args.adapter} has its own value.")
     if args.eval_only and args.resume_from_checkpoint:
-        raise InputError("--resume_from_checkpoint: goes on training; to evaluate a checkpoint pass it as --adapter.")
+        raise InputError(
+            "--resume_from_checkpoint: cannot be used with --eval_only; to evaluate a checkpoint, pass it as --adapter."
+        )
     if args.cache_features and args.eval_only:
-        raise InputError("--cache_features: is for pictures that are seen again, and --eval_only sees each once.")
+        raise InputError("--cache_features: cannot be used with --eval_only, which reads each image only once.")
     if args.cache_features and not args.no_augmentation:
         raise InputError(
-            "--cache_features: augmentation makes other pictures in each epoch, which are never seen again; give "
-            "--no_augmentation, or leave it out."
+            "--cache_features: augmentation changes the images in each epoch, so stored features would never be used "
+            "again; add --no_augmentation, or remove this flag."
         )
     if args.push_to_hub and not args.hub_model_id:
         raise InputError("--push_to_hub: needs --hub_model_id user/name.")
-    if args.hub_model_id and args.hub_model_id.count("/") != 1:
-        raise InputError(f"--hub_model_id {args.hub_model_id}: must be user/name.")
     if args.push_to_hub and args.eval_only:
-        raise InputError("--push_to_hub: uploads what training makes, and --eval_only does not train.")
+        raise InputError("--push_to_hub: cannot be used with --eval_only, which trains no adapter.")
     if args.hub_model_id and not args.push_to_hub:
         raise InputError(f"--hub_model_id {args.hub_model_id}: nothing is uploaded without --push_to_hub.")
-    if args.with_tracking and args.report_to not in (there := [*map(str, get_available_trackers()), "all"]):
-        raise InputError(
-            f"--report_to {args.report_to}: not installed (`pip install {args.report_to}`) or unknown to Accelerate; "
-            f"there is {there}."
-        )

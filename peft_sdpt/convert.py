@@ -1,12 +1,12 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints of the released SDPT code (wuyongjianCODE/SDPT, made of GLIP) as adapters of this package.
+"""Converting checkpoints of the released SDPT code (wuyongjianCODE/SDPT, based on GLIP) to adapters of this package.
 
     python -m peft_sdpt.convert CHECKPOINT.pth OUTPUT_DIR [--base_model_name_or_path NAME]
 
-What is read, as `maskrcnn_benchmark/utils/checkpoint.py` and `fuse_helper.py` of that code write it: under `"model"`
-the state dict of the whole detector, with `module.` before all names where it was trained in several processes, and in
-it `rpn.head.dyhead_tower.{i}.b_attn.attn.cpt_input` of each fusion layer that has tokens.
+The format of the checkpoints is that of `maskrcnn_benchmark/utils/checkpoint.py` and `fuse_helper.py` in the released
+code. `"model"` is the state dict of the whole detector. All names start with `module.` if it was trained in several
+processes. Each fusion layer with tokens has `rpn.head.dyhead_tower.{i}.b_attn.attn.cpt_input`.
 """
 
 from __future__ import annotations
@@ -31,61 +31,62 @@ from .files import publish_folder
 from .hosts import GLIP
 from .model_card import CARD
 
-# A parameter of zeros that is appended to the text mask: what hides prompts from the image.
+# A parameter of zeros that the released code appends to the text mask. It hides prompts from the image.
 _MASK = "cpt_maskpad"
 _TOKENS = "cpt_input"
 _INDEPENDENT = ("cpt_vinput", "cpt_linput")
-_HOST_KEYS = {
+_BASE_MODEL_KEYS = {
     f"{projection}.{part}"
     for projection in (*GLIP.image_projections, *GLIP.text_projections)
     for part in ("weight", "bias")
 }
-# `complete_card` puts its section behind this.
+# `complete_card` adds its section after this text.
 _CARD = """---
 library_name: peft
 ---
 
-Converted by `python -m peft_sdpt.convert` from a checkpoint of the released SDPT code. The host is GLIP, as its own
-code builds it, with the other weights of that checkpoint.
+Converted by `python -m peft_sdpt.convert` from a checkpoint of the released SDPT code. The base model is GLIP, built by
+its own code, with the other weights of that checkpoint.
 """
 
 
 def convert(
     checkpoint: str | os.PathLike, output_dir: str | os.PathLike, base_model_name_or_path: str | None = None
 ) -> SDPTConfig:
-    """Write the tokens of a checkpoint of the released code as an adapter for `PeftModel.from_pretrained`.
+    """Convert the tokens in a checkpoint of the released code to an adapter for `PeftModel.from_pretrained`.
 
-    The tokens `(1, N, E)` of each layer become prompts `(N, E)` in float32, under the full name of the attention in
-    GLIP. The config asks for the released function: the full inverse, and prompts that only text tokens see. All
-    weights of the host stay behind; those outside of the fusion layers were perhaps trained too.
+    The tokens of each layer, shape (1, N, E), become prompts of shape (N, E) in float32, under the full name of the
+    attention in GLIP. The config selects the method as released: the full inverse, and prompts that only text tokens
+    attend to. The weights of the base model are not converted. Some outside the fusion layers may have been trained.
 
     Args:
-        checkpoint: a `.pth` file. It is read by `torch.load` with `weights_only=True`, so no code in it runs.
-        output_dir: a folder that is new or empty. It gets its name once all of it is written.
-        base_model_name_or_path: what the adapter's config is to say of its host.
+        checkpoint: A `.pth` file. It is read by `torch.load` with `weights_only=True`, so it cannot run code.
+        output_dir: A new or empty folder. It gets its name only after all files are written.
+        base_model_name_or_path: Name or path of the base model for the adapter's config.
 
     Returns:
-        The config that was written.
+        The config of the adapter.
 
     Raises:
-        ValueError: the checkpoint cannot be read so, has no tokens, or has some that are not of this form or not of
-            `prompt_mode="unified"`; all that is wrong is named. The independent mode of the released code has two sets
-            of query and key rows without values, another function than ours.
-        FileExistsError: `output_dir` is a file or holds something.
-        OSError: something cannot be opened or written.
+        ValueError: The checkpoint cannot be read, has no tokens, or has tokens of another shape or of the independent
+            mode. The message lists all problems. The independent mode of the released code has two sets of tokens that
+            serve as queries and keys without values, unlike `prompt_mode="independent"` here.
+        FileExistsError: `output_dir` is a file, or is not empty.
+        OSError: A file cannot be opened or written.
     """
     output = Path(output_dir).resolve()
     present = sorted(os.listdir(output)) if output.is_dir() else []
     if present or output.is_file():
-        there = CONFIG_NAME if CONFIG_NAME in present else present[0] if present else "a file of this name"
-        raise FileExistsError(f"output_dir '{output_dir}' must be new or empty; there is {there}")
+        content = CONFIG_NAME if CONFIG_NAME in present else present[0] if present else ""
+        problem = f"it has {content}" if content else "it is a file"
+        raise FileExistsError(f"output_dir={str(output_dir)!r}: must be a new or empty folder, but {problem}.")
 
     tokens, faults = _tokens(_state_dict(checkpoint))
     if faults:
-        raise ValueError(f"checkpoint '{checkpoint}' cannot be converted: {'; '.join(faults)}")
+        raise ValueError(f"checkpoint={str(checkpoint)!r}: cannot be converted: {'; '.join(faults)}.")
     config = SDPTConfig(
         num_virtual_tokens=len(next(iter(tokens.values()))),
-        # Whole names, so that layers of GLIP without tokens stay as they are.
+        # Full names, so that layers of GLIP without tokens are not adapted.
         target_modules=list(tokens),
         prompt_space="aligned",
         pinv_rtol=None,
@@ -99,30 +100,32 @@ def convert(
 
 
 def _state_dict(checkpoint: str | os.PathLike) -> Any:
-    """What the checkpoint has of the model, or all of it where that is a state dict; the released code reads both."""
+    """The state dict in a checkpoint, or the checkpoint if it is a state dict. The released code reads both."""
     try:
-        # Only what is used is brought into memory: a checkpoint of GLIP-L has gigabytes.
+        # Mapped, so that only the tokens are read into memory: a checkpoint of GLIP-L has gigabytes.
         mapped = zipfile.is_zipfile(checkpoint)
         content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception as error:  # of pickle, zip, torch
-        # Without a name it is of what is in the file, which is cut off perhaps.
+    except Exception as error:  # pickle, zipfile and torch raise many kinds of errors
+        # Without a file name, the error is about the content of the file, which may be cut off.
         if isinstance(error, OSError) and error.filename:
             raise
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        reason = (
-            f"an object of {found[1]}" if found else f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        )
+        name = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"an object of {name[1]}" if name else f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise ValueError(
-            f"checkpoint '{checkpoint}' must be readable by torch.load with weights_only=True, which takes tensors and "
-            f"plain values and runs no code in them; got {reason}"
+            f"checkpoint={str(checkpoint)!r}: must be readable by torch.load with weights_only=True, which accepts "
+            f"tensors and plain values and runs no code; got {reason}."
         ) from error
     return content.get("model", content) if isinstance(content, Mapping) else content
 
 
 def _tokens(state: Any) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Full name of each attention that has tokens with these, `(N, E)`; and what is wrong, in words."""
+    """Collect the tokens in a state dict.
+
+    Returns:
+        Maps the full name of each attention to its tokens, shape (N, E). And a list of all problems.
+    """
     if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
-        return {}, [f"it, or its 'model', must be a state dict, names to tensors; got {type(state).__name__}"]
+        return {}, [f"it, or its 'model', must be a state dict that maps names to tensors, got {type(state).__name__}"]
     if all(key.startswith("module.") for key in state):
         state = {key.removeprefix("module."): value for key, value in state.items()}
     tokens: dict[str, torch.Tensor] = {}
@@ -133,62 +136,64 @@ def _tokens(state: Any) -> tuple[dict[str, torch.Tensor], list[str]]:
         if not leaf.startswith("cpt_"):
             continue
         if not name:
-            faults.append(f"{key} is of no module")
+            faults.append(f"{key} belongs to no module")
         elif leaf in _INDEPENDENT:
             independent.append(key)
             other = _INDEPENDENT[leaf == _INDEPENDENT[0]]
             if f"{name}.{_TOKENS}" in state:
-                faults.append(f"{name} has {_TOKENS} and {leaf}, tokens of two modes")
+                faults.append(f"{name} has {_TOKENS} and {leaf}, which belong to different modes")
             if f"{name}.{other}" not in state:
-                faults.append(f"{key} without {name}.{other}")
+                faults.append(f"{key} needs {name}.{other}, which is missing")
         elif leaf not in (_TOKENS, _MASK):
-            faults.append(f"{key} is unknown; known are {_TOKENS}, {', '.join(_INDEPENDENT)} and {_MASK}")
+            faults.append(f"{key} is unknown; the known keys are {_TOKENS}, {', '.join(_INDEPENDENT)} and {_MASK}")
         elif fault := _fault(key, value):
             faults.append(fault)
         elif leaf == _TOKENS:
             tokens[name] = value.detach()[0].to(torch.float32, copy=True).contiguous()
     if independent:
         faults.append(
-            f"{', '.join(independent)}: two sets, which the released code uses as rows of queries and keys without "
-            "values; prompt_mode='independent' gives its tokens values, which is another function"
+            f"{', '.join(independent)} belong to the independent mode, where the released code uses tokens as queries "
+            "and keys without values; prompt_mode='independent' gives tokens values, which is a different method"
         )
     elif not tokens and not faults:
-        faults.append(f"no key ends with '.{_TOKENS}'; it was trained without vpt_only -4")
+        faults.append(f"no key ends with '.{_TOKENS}', so it was trained without vpt_only -4")
     if len({len(value) for value in tokens.values()}) > 1:
         counts = ", ".join(f"{len(value)} in {name}.{_TOKENS}" for name, value in tokens.items())
-        faults.append(f"there must be as many tokens in each layer, got {counts}")
-    # Adapters and LoRA, which the released code can train beside tokens: without them the function is another.
-    strangers = [
+        faults.append(f"all layers must have the same number of tokens, got {counts}")
+    # The released code can also train adapters and LoRA in the same layers. Without them, the results would differ.
+    other_keys = [
         key
         for name in tokens
         for key in state
-        if key.startswith(f"{name}.") and not key.startswith(f"{name}.cpt_") and key[len(name) + 1 :] not in _HOST_KEYS
+        if key.startswith(f"{name}.")
+        and not key.startswith(f"{name}.cpt_")
+        and key[len(name) + 1 :] not in _BASE_MODEL_KEYS
     ]
-    if strangers:
-        faults.append(f"tokens must be all that GLIP's attention got, and it has {', '.join(strangers)} as well")
+    if other_keys:
+        faults.append(f"tokens must be the only addition to GLIP's attention, but it also has {', '.join(other_keys)}")
     return tokens, faults
 
 
 def _fault(key: str, value: Any) -> str | None:
-    """What is wrong with tokens, or with the mask beside them."""
+    """What is wrong with tokens or with their mask, or None."""
     if not isinstance(value, torch.Tensor):
         return f"{key} must be a tensor, got {type(value).__name__}"
     if key.endswith(_MASK):
-        return f"{key} must be zeros, which hide prompts from the image; got others" if value.any() else None
+        return f"{key} must be zeros, which hide prompts from the image" if value.any() else None
     if value.dim() != 3 or len(value) != 1 or value.numel() == 0:
-        return f"{key} must be (1, N, E), tokens and width, both at least 1; got {tuple(value.shape)}"
+        return f"{key} must be (1, N, E) with N tokens of dimension E, both at least 1, got {tuple(value.shape)}"
     if not value.is_floating_point():
-        return f"{key} must be of floating point, got {value.dtype}"
+        return f"{key} must have a floating-point dtype, got {value.dtype}"
     if not value.to(torch.float32).isfinite().all():
         return f"{key} has values that are not finite"
     return None
 
 
 def _write(output: Path, tokens: Mapping[str, torch.Tensor], config: SDPTConfig) -> None:
-    """Write the adapter beside `output` and move it there: a name stands for all of it, or is not there."""
+    """Write the adapter next to `output` and then rename it, so that `output` is complete or does not exist."""
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as unfinished:
-        # A folder within, because a temporary one is closed to other users and would stay so.
+        # In a new folder, because other users cannot read the temporary one, also after it is renamed.
         folder = Path(unfinished, "adapter")
         folder.mkdir()
         (folder / CARD).write_text(_CARD, encoding="utf-8")
@@ -202,15 +207,15 @@ def _write(output: Path, tokens: Mapping[str, torch.Tensor], config: SDPTConfig)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command. Errors are one line on stderr and exit code 2."""
+    """Run the command. An error prints one line on stderr and ends with exit code 2."""
     parser = argparse.ArgumentParser(
         prog="python -m peft_sdpt.convert",
-        description="Turn a training checkpoint of the released SDPT code, made of GLIP, into an adapter for PEFT.",
+        description="Convert a training checkpoint of the released SDPT code, based on GLIP, to an adapter for PEFT.",
     )
-    parser.add_argument("checkpoint", help="A .pth file that the released code has written.")
-    parser.add_argument("output_dir", help="Folder for the adapter; new or empty.")
+    parser.add_argument("checkpoint", help="A .pth file from the released code.")
+    parser.add_argument("output_dir", help="New or empty folder for the adapter.")
     parser.add_argument(
-        "--base_model_name_or_path", help="What adapter_config.json is to say of the host: a name or a path of GLIP."
+        "--base_model_name_or_path", help="Name or path of the base model, GLIP, to write to adapter_config.json."
     )
     args = parser.parse_args(arguments)
     try:
@@ -222,10 +227,10 @@ def main(arguments: list[str] | None = None) -> None:
     widths = " or ".join(str(width) for width in sorted(set(layers.values())))
     size = os.path.getsize(os.path.join(args.output_dir, SAFETENSORS_WEIGHTS_NAME))
     print(
-        f"{args.output_dir}: {len(layers)} fusion layer{'s' * (len(layers) > 1)}, {config.num_virtual_tokens} tokens a "
-        f"layer, {widths} wide; {SAFETENSORS_WEIGHTS_NAME} has {size:,} bytes.",
+        f"{args.output_dir}: {len(layers)} fusion layer{'s' * (len(layers) > 1)}, {config.num_virtual_tokens} tokens "
+        f"per layer, embedding dimension {widths}; {SAFETENSORS_WEIGHTS_NAME} has {size:,} bytes.",
         *(f"  {name}" for name in layers),
-        f"Weights of the host were not taken: those stay in {args.checkpoint}.",
+        f"The weights of the base model were not converted; they are in {args.checkpoint}.",
         sep="\n",
     )
 

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""The error that the library raises for input it cannot use, and how a command prints it."""
+"""The error for arguments, files and data that cannot be used, and how a command prints it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping
 class InputError(ValueError):
     """An argument, a file or a data set cannot be used.
 
-    The message names the argument, its value and the rule. It writes arguments as Python does (`split='train'`), so
-    that `one_line_errors` can show them as the flags of a command.
+    The message names the argument, its value and the rule. It writes an argument as in Python (`split='train'`), so
+    that `one_line_errors` can show it as a flag of a command.
     """
 
 
@@ -25,13 +25,13 @@ def one_line_errors(program: str, flags: Mapping[str, str] | None = None) -> Ite
     The exit code is 2 for an `InputError` and 130 for Ctrl-C. Any other exception passes through.
 
     Args:
-        program: Name that the line starts with.
-        flags: Maps an argument of the library to the flag that sets it, without dashes.
+        program: Name of the program, which starts the line.
+        flags: Maps arguments of the library to flags without dashes, as in `with_flags`.
     """
     try:
         yield
     except InputError as error:
-        # A DataLoader worker passes its error on with a traceback in front of the message.
+        # An error from a DataLoader worker has a traceback in front of its message.
         message = str(error).rpartition("InputError: ")[2]
         print(f"{program}: {' '.join(with_flags(message, flags or {}).split())}", file=sys.stderr)
         sys.exit(2)
@@ -44,19 +44,19 @@ def with_flags(message: str, flags: Mapping[str, str]) -> str:
     """Write the arguments in a message as flags.
 
     Args:
-        message: Text with arguments written as `name=value`.
-        flags: Maps an argument to its flag, without dashes. Other arguments stay as they are.
+        message: A text with arguments as `name=value`. `name=True` becomes the flag alone, as does `name=...`, which
+            stands for any value.
+        flags: Maps each argument to its flag, without dashes. Other arguments stay as they are.
 
     Example:
         >>> with_flags("split='tset' is unknown; skip_bad_boxes=True helps", {"split": "eval_split"})
-        "--eval_split tset is unknown; skip_bad_boxes=True helps"
+        '--eval_split tset is unknown; skip_bad_boxes=True helps'
         >>> with_flags("skip_bad_boxes=True skips it", {"skip_bad_boxes": "skip_bad_boxes"})
         '--skip_bad_boxes skips it'
     """
 
     def as_flag(match: re.Match) -> str:
         name, quoted, plain = match["name"], match["quoted"], match["plain"]
-        # True switches a flag on, and `name=...` stands for any value.
         value = "" if plain in ("True", "...") else plain if quoted is None else quoted[1:-1]
         return f"--{flags[name]} {value}".rstrip()
 

@@ -1,8 +1,8 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""Files and folders that are written whole or not at all.
+"""Writing files and folders completely or not at all.
 
-Each gets its name only when all of it is on the disk, so a process can be killed at any time.
+A file or folder gets its final name only after all of it is on the disk. So a process may be killed at any time.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from safetensors import SafetensorError
 
 from .errors import InputError
 
-# Ends the name of everything that is still being written.
+# The names of unfinished files and folders end with this.
 UNFINISHED = ".unfinished"
-# What torch, safetensors and Pillow raise for a full disk or a file that cannot be written.
+# The errors of torch, safetensors and Pillow if the disk is full or a file cannot be written.
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 
 
@@ -28,11 +28,12 @@ WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 def whole_file(file: str | os.PathLike, *, durable: bool = True) -> Iterator[Path]:
     """Yield a temporary path, and move what is written there to `file` at the end.
 
-    Of two processes that write the same file, the later one wins.
+    If two processes write the same file, the later one wins.
 
     Args:
         file: Path of the file. Its folder is made if it does not exist.
-        durable: Whether to wait until the disk has the file. False is faster; after a power cut the file may be empty.
+        durable: Whether to wait until the file is on the disk. False is faster, but a power cut may leave the file
+            empty.
 
     Raises:
         InputError: The file cannot be written.
@@ -48,16 +49,19 @@ def whole_file(file: str | os.PathLike, *, durable: bool = True) -> Iterator[Pat
     except WRITE_ERRORS as error:
         raise InputError(f"{file}: cannot be written ({error}).") from error
     finally:
-        # After an error and after Ctrl-C.
+        # Removes what an error or Ctrl-C left.
         with contextlib.suppress(OSError):
             unfinished.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def whole_files(folder: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary folder, and move each file that is written there into `folder` at the end.
+    """Yield a temporary folder, and move the files that are written there into `folder` at the end.
 
-    Files of the same name are replaced, and other files in `folder` stay.
+    Files with the same name are replaced. Other files in `folder` stay.
+
+    Args:
+        folder: The folder. It is made if it does not exist.
 
     Raises:
         InputError: A file cannot be written.
@@ -78,23 +82,23 @@ def whole_files(folder: str | os.PathLike) -> Iterator[Path]:
 
 
 def publish_folder(unfinished: Path, folder: Path) -> None:
-    """Give a folder that is complete its name.
+    """Rename a complete folder to its final name.
 
     Args:
-        unfinished: The folder, on the same file system as `folder`.
-        folder: The new name. It must not exist, or be an empty folder.
+        unfinished: The complete folder, on the same file system as `folder`.
+        folder: The final name. It must not exist, or be an empty folder.
 
     Raises:
         OSError: The folder cannot be flushed or renamed.
     """
     flush(unfinished)
     if folder.is_dir():
-        folder.rmdir()  # Windows does not replace an empty folder
+        folder.rmdir()  # on Windows, renaming does not replace an empty folder
     os.replace(unfinished, folder)
 
 
 def flush(path: Path) -> None:
-    """Wait until the disk has a file, or a folder and the files in it."""
+    """Wait until a file, or a folder with the files in it, is on the disk."""
     for each in (*path.iterdir(), path) if path.is_dir() else (path,):
         descriptor = os.open(each, os.O_RDONLY)
         try:

@@ -1,9 +1,9 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""The model card beside a saved adapter: what it is, what it belongs to, and how it is loaded.
+"""The model card of a saved adapter: what it is, its base model, and how to load it.
 
-PEFT writes a card with every adapter, but for tags and the host's name a form that nobody has filled in. Sections of
-ours are kept between comments, so that they can be written anew while the text of the adapter's author stays.
+PEFT saves a card with each adapter, but it is an empty form apart from the tags and the name of the base model. This
+module adds sections between two comments. They can be rewritten while the text of the adapter's author stays.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import re
 import shutil
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import peft
 import yaml
@@ -33,20 +33,20 @@ TAGS = ("prompt-tuning", "sdpt")
 DETECTION_TAG = "open-vocabulary-detection"
 _DETECTOR = "AutoModelForZeroShotObjectDetection"
 _PAPER = "https://arxiv.org/abs/2407.11414"
-_TAG_OF_HOST = "base_model:adapter:"
+_BASE_MODEL_TAG = "base_model:adapter:"
 _VERSIONS = "### Framework versions"
 
 
 def complete_card(folder: str | os.PathLike, config: SDPTConfig) -> None:
-    """Complete the `README.md` in a folder, if it is a card of PEFT's or an unfilled form; no other is touched.
+    """Complete the model card in a folder, if it is a card of PEFT or an empty form. Other files are left alone.
 
-    Metadata: library, pipeline, tags, and the host where it is one of the Hub. A `license` that is there stays, and
-    none is guessed. Text: an unfilled form is replaced, what somebody wrote stays and gets a section behind it, which
-    is written anew each time.
+    The metadata gets the library, the pipeline, the tags, and the base model if it is on the Hub. A `license` stays,
+    and none is guessed. An empty form is replaced by our text. A text that somebody wrote stays, and our section is
+    added after it, or replaced where it is.
 
     Args:
-        folder: where the adapter is saved.
-        config: of the adapter.
+        folder: Folder of the saved adapter.
+        config: Config of the adapter.
     """
     file = Path(folder) / CARD
     if not file.is_file():
@@ -56,41 +56,42 @@ def complete_card(folder: str | os.PathLike, config: SDPTConfig) -> None:
         if not re.match(r"\s*---\s*\n", content):
             return
         card = ModelCard(content, ignore_metadata_errors=True)
-    except (OSError, ValueError, yaml.YAMLError) as error:  # the adapter itself is in order
-        warnings.warn(f"{file}: not completed, it cannot be read as a model card ({error}).", stacklevel=3)
+    except (OSError, ValueError, yaml.YAMLError) as error:  # only a warning, because the adapter itself is saved
+        warnings.warn(f"{file}: not completed, because it cannot be read as a model card ({error}).", stacklevel=3)
         return
+    # `ModelCard` declares the class of all cards, of which this one is a subclass.
+    data = cast(ModelCardData, card.data)
     unfilled = _is_unfilled(card.text)
-    if not unfilled and card.data.library_name != "peft":
+    if not unfilled and data.library_name != "peft":
         return
 
-    host = _hub_id(config.base_model_name_or_path)
-    data = card.data
+    base_model = _hub_id(config.base_model_name_or_path)
     data.library_name = "peft"
-    tags = {tag for tag in data.tags or () if not tag.startswith(_TAG_OF_HOST)} | set(TAGS)
-    if _class_of_host(config) == _DETECTOR:
+    tags = {tag for tag in data.tags or () if not tag.startswith(_BASE_MODEL_TAG)} | set(TAGS)
+    if _auto_class(config) == _DETECTOR:
         data.pipeline_tag = data.pipeline_tag or PIPELINE_TAG
         tags.add(DETECTION_TAG)
-    data.tags = sorted(tags | ({_TAG_OF_HOST + host} if host else set()))
-    if host:
-        data.base_model = host
+    data.tags = sorted(tags | ({_BASE_MODEL_TAG + base_model} if base_model else set()))
+    if base_model:
+        data.base_model = base_model
     elif isinstance(data.base_model, str) and not _hub_id(data.base_model):
-        data.base_model = None  # a path, which the Hub refuses
+        data.base_model = None  # the Hub rejects a path
 
     text = f"# SDPT adapter for {_name(config)}\n" if unfilled else _without_versions_of_peft(card.text)
-    card.text = "\n" + with_section(text, "adapter", _describe(config, host))
+    card.text = "\n" + with_section(text, "adapter", _describe(config, base_model))
     card.save(file)
 
 
 def with_section(text: str, name: str, body: str | None) -> str:
-    """Put a section of ours into the text of a card.
+    """Write one of our sections into the text of a model card.
 
     Args:
-        text: of the card, or all of it.
-        name: of the section.
-        body: what it says; None takes it out.
+        text: Text of the card, with or without its metadata.
+        name: Name of the section.
+        body: Text of the section. None removes it.
 
     Returns:
-        The text with the section in the place that it had, at the end if it had none.
+        The text with the section, in its old place or at the end.
 
     Example:
         >>> print(with_section("# Mine", "results", "AP 0.5"))
@@ -105,15 +106,15 @@ def with_section(text: str, name: str, body: str | None) -> str:
     """
     begin = f"<!-- {name}: begin. Written by a program; what you write above or below stays. -->"
     end = f"<!-- {name}: end -->"
-    # The wording of another version, or one that was edited, marks the same place.
-    found = re.search(rf"<!-- {name}: begin.*?-->(?:.*?{end})?", text, re.DOTALL)
-    before, after = (text[: found.start()], text[found.end() :]) if found else (text, "")
+    # Other versions may word the rest of the comment differently, and somebody may have edited it.
+    old = re.search(rf"<!-- {name}: begin.*?-->(?:.*?{end})?", text, re.DOTALL)
+    before, after = (text[: old.start()], text[old.end() :]) if old else (text, "")
     parts = [before, *([f"{begin}\n\n{body.strip()}\n\n{end}"] if body is not None else []), after]
     return "\n\n".join(part.strip("\n") for part in parts if part.strip()) + "\n"
 
 
 def carry_card(folder: Path, other: Path) -> None:
-    """Copy the model card of a folder, if it has one that can be read, to another folder, where PEFT completes it."""
+    """Copy the model card of a folder to another folder, if it exists and can be read. PEFT then completes it there."""
     try:
         ModelCard.load(folder / CARD)
         shutil.copyfile(folder / CARD, other / CARD)
@@ -122,18 +123,18 @@ def carry_card(folder: Path, other: Path) -> None:
 
 
 def write_results(card: Path, results: str | None) -> None:
-    """Put results into a model card, in place of those it has; None takes them out."""
+    """Write the section with results into a model card. None removes it."""
     card.write_text(with_section(card.read_text(encoding="utf-8"), "results", results), encoding="utf-8")
 
 
 def _name(config: SDPTConfig) -> str:
-    """What to call the host: of a folder, its last part, since where it lay is nobody's business."""
-    name = config.base_model_name_or_path
-    return name if _hub_id(name) else Path(name or "").name or "the host"
+    """Name of the base model for a reader: its Hub id, or the last part of its path, which keeps the path private."""
+    name = config.base_model_name_or_path or ""
+    return _hub_id(name) or Path(name).name or "the base model"
 
 
 def _hub_id(name: str | None) -> str | None:
-    """The name, if it can be one of the Hub and is no folder here."""
+    """The name if it can be a Hub id and is not a local path, else None."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -141,56 +142,62 @@ def _hub_id(name: str | None) -> str | None:
     return name if name and not os.path.exists(name) else None
 
 
-def _describe(config: SDPTConfig, host: str | None) -> str:
-    link = f"[{host}](https://huggingface.co/{host})" if host else f"`{_name(config)}`"
+def _describe(config: SDPTConfig, base_model: str | None) -> str:
+    """The section on an adapter.
+
+    Args:
+        config: Config of the adapter.
+        base_model: Hub id of the base model, or None.
+    """
+    link = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else f"`{_name(config)}`"
     lines = [
         f"Tokens for [SDPT, Synchronous Dual Prompt Tuning]({_PAPER}), a tuner that the package `peft_sdpt` adds to "
-        f"PEFT. They belong to {link}, whose own weights are not in here and stay as they are.",
+        f"PEFT. They were trained on the base model {link}. Its weights are not part of this repository.",
         "",
         "| | |",
         "|---|---|",
     ]
     widths = list((config.fusion_layers or {}).values())
-    tokens = f"{config.num_virtual_tokens} a layer" + (" and modality" if config.prompt_mode == "independent" else "")
+    tokens = f"{config.num_virtual_tokens} per layer" + (" and modality" if config.prompt_mode == "independent" else "")
     if widths:
         size = sum(math.prod(config.prompt_shape(width)) for width in widths)
         wide = " or ".join(f"{width}" for width in sorted(set(widths)))
         lines += [
-            f"| tokens | {tokens}, {size:,} numbers in all |",
-            f"| fusion layers | {len(widths)}, tokens of {wide} numbers; `fusion_layers` in `adapter_config.json` "
-            "names them |",
+            f"| tokens | {tokens}, {size:,} parameters in total |",
+            f"| fusion layers | {len(widths)}, with the embedding dimension {wide}; `fusion_layers` in "
+            "`adapter_config.json` lists them |",
         ]
     else:
         lines += [f"| tokens | {tokens} |"]
-    usual = {each.name: each.default for each in dataclasses.fields(config)}
+    defaults = {each.name: each.default for each in dataclasses.fields(config)}
     for name in ("prompt_mode", "prompt_space", "image_attends_prompts", "pinv_rtol"):
-        if (value := getattr(config, name)) != usual[name]:
+        if (value := getattr(config, name)) != defaults[name]:
             lines.append(f"| `{name}` | {value} |")
     if config.modules_to_save:
-        lines.append(f"| trained whole | {', '.join(f'`{name}`' for name in config.modules_to_save)} |")
+        lines.append(f"| fully trained modules | {', '.join(f'`{name}`' for name in config.modules_to_save)} |")
     revision = f', revision="{config.revision}"' if config.revision else ""
-    name = _class_of_host(config)
+    auto_class = _auto_class(config)
     lines += [
         "",
         "## How to load it",
         "",
         "```python",
-        "import peft_sdpt  # first: without it, PEFT ends in KeyError: 'SDPT'",
+        "import peft_sdpt  # first; without it, PEFT raises KeyError: 'SDPT'",
         "from peft import PeftModel",
-        *([f"from transformers import {name}"] if name else []),
+        *([f"from transformers import {auto_class}"] if auto_class else []),
         "",
-        f'host = {name}.from_pretrained("{host or _name(config)}"{revision})'
-        if name
-        else "host = ...  # the model that these tokens belong to, built by the code it comes from",
-        'model = PeftModel.from_pretrained(host, "user/repository")  # this one, or a folder',
+        f'base_model = {auto_class}.from_pretrained("{base_model or _name(config)}"{revision})'
+        if auto_class
+        else "base_model = ...  # the model that these tokens belong to, built by its own code",
+        'model = PeftModel.from_pretrained(base_model, "user/repository")  # this repository, or a folder',
         "```",
         "",
         *(
             []
-            if name
+            if auto_class
             else [
-                "A host whose fusion layers `peft_sdpt` does not know by itself is declared first, in each process "
-                "that loads this adapter: `peft_sdpt.register_host`.",
+                "If `peft_sdpt` does not know the fusion layers of the base model, register a spec for them by "
+                "`peft_sdpt.register_host`, in each process that loads this adapter.",
                 "",
             ]
         ),
@@ -202,8 +209,8 @@ def _describe(config: SDPTConfig, host: str | None) -> str:
     return "\n".join(lines)
 
 
-def _class_of_host(config: SDPTConfig) -> str | None:
-    """What loads the host in transformers; None where it is of another library, or nobody told."""
+def _auto_class(config: SDPTConfig) -> str | None:
+    """Name of the class in transformers that loads the base model. None for other libraries, or if it is not known."""
     known = config.auto_mapping or {}
     if not str(known.get("parent_library", "")).startswith("transformers."):
         return None
@@ -212,12 +219,13 @@ def _class_of_host(config: SDPTConfig) -> str | None:
 
 
 def _is_unfilled(text: str) -> bool:
-    """Whether all lines are those of the form that PEFT and transformers save, in this version of huggingface_hub."""
+    """Whether a text is the empty form that PEFT and transformers save with this version of huggingface_hub."""
     return {line.strip() for line in text.splitlines()} <= _form() | {_VERSIONS, f"- PEFT {peft.__version__}"}
 
 
 @functools.cache
 def _form() -> frozenset[str]:
+    """All lines of the empty forms."""
     description = (
         "This is the model card of a 🤗 transformers model that has been pushed on the Hub. This model card has been "
         "automatically generated."
@@ -227,5 +235,5 @@ def _form() -> frozenset[str]:
 
 
 def _without_versions_of_peft(text: str) -> str:
-    """The text without what PEFT puts at its end where it does not find its version; our section has it."""
+    """Remove the version that PEFT adds at the end of the text. Our section has it."""
     return re.sub(rf"\n*{_VERSIONS}\n+(- PEFT \S+\n*)+\Z", "\n", text.rstrip("\n") + "\n")

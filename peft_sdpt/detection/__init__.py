@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training and evaluating grounded detectors: data, prompts, loss, detection and average precision.
 
-It serves any training loop. It needs the extra `detection`: `pip install peft_sdpt[detection]`.
+These parts work with any training loop. Install them by `pip install peft_sdpt[detection]`.
 """
 
 try:
@@ -22,8 +22,8 @@ from .grounding import class_prompt, class_scores, class_token_maps, phrase_leng
 from .loading import has_split, load_split, load_splits
 from .loss import GroundedDetectionLoss, mean_boxes_per_process
 from .metrics import average_precision, evaluate
-from .prediction import detect, detect_split, result_of, rows_of
-from .samples import TrainingSamples, augment
+from .prediction import Detections, check_image_size, detect, detect_split, result_of, rows_of
+from .samples import Sample, TrainingSamples, augment
 from .saved_adapter import (
     SavedAdapter,
     common_base_model,
@@ -32,6 +32,8 @@ from .saved_adapter import (
     load_base_model,
     load_detector,
     load_processor,
+    load_trainable,
+    publish_adapter,
     read_class_names,
     save_adapter,
     set_image_size,
@@ -39,14 +41,17 @@ from .saved_adapter import (
 
 __all__ = [
     "DetectionSplit",
+    "Detections",
     "FeatureCache",
     "GroundedDetectionLoss",
     "InputError",
+    "Sample",
     "SavedAdapter",
     "TrainingSamples",
     "augment",
     "average_precision",
     "centre_boxes",
+    "check_image_size",
     "check_images",
     "class_prompt",
     "class_scores",
@@ -65,8 +70,10 @@ __all__ = [
     "load_processor",
     "load_split",
     "load_splits",
+    "load_trainable",
     "mean_boxes_per_process",
     "phrase_lengths",
+    "publish_adapter",
     "read_class_names",
     "require_same_classes",
     "result_of",

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""A split of a detection data set, as one small class that training and evaluation read."""
+"""`DetectionSplit`: one split of a detection data set, for training and evaluation."""
 
 from __future__ import annotations
 
@@ -27,15 +27,16 @@ class DetectionSplit:
     """One split of a detection data set.
 
     Attributes:
-        class_names: names of the classes; a label is an index into them.
-        image_ids: an id an image, unique.
-        sizes: (width, height) of each image, pixels.
-        boxes: of each image a list of (x, y, width, height), pixels.
-        labels: of each image a class index a box.
-        crowds: of each image whether each box stands for a crowd: ignored in evaluation, left out of training.
-        open_image: index -> RGB picture; raises `InputError` for one that is missing, damaged or of another size.
-            Of data that was loaded it can be pickled, so that workers of a DataLoader may be spawned.
-        left_out: what was wrong with each box that was left out.
+        class_names: Names of the classes. A label is an index into this list.
+        image_ids: A unique id for each image.
+        sizes: (width, height) of each image in pixels.
+        boxes: For each image, a list of (x, y, width, height) in pixels.
+        labels: For each image, the class index of each box.
+        crowds: For each image, whether each box marks a crowd. Such boxes are ignored in evaluation and not used for
+            training.
+        open_image: Maps an index to the image in RGB. It raises `InputError` if the image is missing, damaged or has
+            another size. `load_split` gives one that can be pickled, for DataLoader workers that are spawned.
+        left_out: For each box that was left out, what was wrong with it.
     """
 
     class_names: list[str]
@@ -51,17 +52,17 @@ class DetectionSplit:
         return len(self.image_ids)
 
     def has_objects(self) -> bool:
-        """Whether there is a box that is not a crowd's."""
+        """Whether any box marks a single object, not a crowd."""
         return not all(crowd for crowds in self.crowds for crowd in crowds)
 
     def as_coco(self) -> dict:
-        """The split as a COCO annotation file, ids being indices."""
-        annotations = []
+        """The split as the content of a COCO annotation file. Its image and category ids are indices."""
+        annotations: list[dict[str, Any]] = []
         for image, (boxes, labels, crowds) in enumerate(zip(self.boxes, self.labels, self.crowds, strict=True)):
             for box, label, crowd in zip(boxes, labels, crowds, strict=True):
                 annotations.append(
                     {
-                        # COCO evaluation takes id 0 for "no match".
+                        # Starts at 1, because COCO evaluation uses id 0 for "no match".
                         "id": len(annotations) + 1,
                         "image_id": image,
                         "category_id": label,
@@ -77,7 +78,7 @@ class DetectionSplit:
         }
 
     def subset(self, indices: Sequence[int]) -> DetectionSplit:
-        """Some of the images, in the order of `indices`; the classes stay."""
+        """A split of some of the images, in the order of `indices`, with the same classes."""
         per_image = ("image_ids", "sizes", "boxes", "labels", "crowds")
         return replace(
             self,
@@ -86,7 +87,7 @@ class DetectionSplit:
         )
 
     def fingerprint(self) -> str:
-        """16 hex digits of all but the pictures' pixels: the same again means that a resumed run has the same data."""
+        """A hash of everything but the pixels, 16 hex digits. A resumed run compares it to check its data."""
         fields = [self.class_names, self.image_ids, self.sizes, self.boxes, self.labels, self.crowds]
         return hashlib.sha256(json.dumps(fields).encode()).hexdigest()[:16]
 
@@ -96,30 +97,35 @@ def _open_nth(open_image: Callable[[int], Image.Image], indices: list[int], inde
 
 
 def centre_boxes(boxes: list[Box], size: tuple[int, int]) -> torch.Tensor:
-    """Boxes (x, y, width, height) in pixels as a detector takes them: centre, width and height as shares of the image.
+    """Convert boxes to the format of a detector: centre, width and height as fractions of the image size.
 
     Args:
-        boxes: n boxes, perhaps none.
-        size: (width, height) of the image, pixels.
+        boxes: n boxes (x, y, width, height) in pixels. n may be 0.
+        size: (width, height) of the image in pixels.
 
     Returns:
-        (n, 4), float32.
+        Tensor of shape (n, 4), float32.
     """
     shares = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4) / torch.tensor([*size, *size])
     return torch.cat([shares[:, :2] + shares[:, 2:] / 2, shares[:, 2:]], dim=1)
 
 
 def few_shot(data: DetectionSplit, shots: int, seed: int) -> list[int]:
-    """Choose images for few-shot training as GLIP does for ODinW (`few_shot` of its `COCODataset`).
+    """Choose images for few-shot training as GLIP does for ODinW (`few_shot` in its `COCODataset`).
 
-    Images come in a random order, and one is taken while any of its classes has been seen on fewer than `shots` taken
-    images. So a class is on at least `shots` of them, or on all its images if it has fewer; frequent classes are on
-    more. Boxes of crowds do not count. More shots with one seed add images to those of fewer shots.
+    The function goes through the images in random order. It takes an image if any class on it is on fewer than `shots`
+    of the images taken so far. So each class is on at least `shots` images, or on all its images if it has fewer.
+    Frequent classes are on more. Crowds do not count.
+
+    Args:
+        data: The split to choose from.
+        shots: Number of images per class.
+        seed: Seed of the random order. With the same seed, more shots add images to those of fewer shots.
 
     Returns:
-        Sorted indices into `data`; they depend on the arguments alone.
+        Sorted indices into `data`. They depend on the arguments alone.
     """
-    # Like GLIP, which sorts by id and leaves out images without a box before it shuffles.
+    # GLIP also sorts by id and drops images without boxes before it shuffles.
     order = [index for index, boxes in enumerate(data.boxes) if boxes]
     order.sort(key=lambda index: (isinstance(data.image_ids[index], str), data.image_ids[index]))
     random.Random(seed).shuffle(order)
@@ -138,16 +144,16 @@ def few_shot(data: DetectionSplit, shots: int, seed: int) -> list[int]:
 def check_images(
     data: DetectionSplit, images: Sequence[int] | None = None, cores: int = 1, disable_progress: bool = False
 ) -> dict[int, str]:
-    """Open and decode pictures.
+    """Open and decode images of a split.
 
     Args:
-        data: their split.
-        images: indices of those to check; None for all.
-        cores: how many are decoded at a time.
-        disable_progress: show no bar.
+        data: The split.
+        images: Indices of the images to check. None for all.
+        cores: Number of images to decode at the same time.
+        disable_progress: Whether to hide the progress bar.
 
     Returns:
-        Index -> what is wrong, naming the file, of the pictures that `open_image` refuses.
+        Maps the index of each image that `open_image` rejects to what is wrong. The text names the file.
     """
 
     def problem(index: int) -> str | None:
@@ -160,29 +166,30 @@ def check_images(
     images = range(len(data)) if images is None else images
     pool = ThreadPoolExecutor(cores)
     try:
-        problems = pool.map(problem, images)
-        problems = list(tqdm(problems, desc="checking pictures", total=len(images), disable=disable_progress))
+        results = pool.map(problem, images)
+        problems = list(tqdm(results, desc="checking images", total=len(images), disable=disable_progress))
     finally:
-        # Whoever interrupts this does not wait for the rest of the pictures.
+        # After Ctrl-C, does not wait for the remaining images.
         pool.shutdown(cancel_futures=True)
     return {index: text for index, text in zip(images, problems, strict=True) if text}
 
 
 def require_same_classes(splits: dict[str, DetectionSplit], dataset_name: str) -> None:
-    """Refuse splits whose labels do not mean the same.
+    """Check that all splits have the same classes in the same order.
 
     Args:
-        splits: name -> split.
-        dataset_name: what the error names.
+        splits: The splits by name.
+        dataset_name: Name of the data set, for the error message.
 
     Raises:
-        InputError: saying which classes only one of two splits has, or where their order differs.
+        InputError: Two splits differ. The message lists the classes that only one of them has, or the first class
+            where their order differs.
     """
     (first, one), *others = splits.items()
     for second, other in others:
         if one.class_names == other.class_names:
             continue
-        where = f"{dataset_name}: the splits {first} and {second} name"
+        where = f"{dataset_name}: the splits {first} and {second} have"
         only = [
             f"only {name} has {listed(names)}"
             for name, names in (
@@ -193,15 +200,15 @@ def require_same_classes(splits: dict[str, DetectionSplit], dataset_name: str) -
         ]
         if only:
             raise InputError(f"{where} different classes: {'; '.join(only)}.")
-        # No name is there twice, so both lists are of one length.
+        # Class names are unique, so both lists have the same length.
         index = next(i for i, name in enumerate(one.class_names) if name != other.class_names[i])
         raise InputError(
-            f"{where} their classes in different orders: class {index} is {one.class_names[index]!r} in {first} and "
+            f"{where} the same classes in different orders: class {index} is {one.class_names[index]!r} in {first} and "
             f"{other.class_names[index]!r} in {second}."
         )
 
 
 def listed(names: list[str]) -> str:
-    """Names as an error lists them: LVIS has 1203."""
+    """Names for an error message, at most ten: LVIS has 1203 classes."""
     more = [f"{len(names) - 10} more"] if len(names) > 10 else []
     return ", ".join([*map(repr, names[:10]), *more])

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of detections: one at its own size, or before and after side by side."""
+"""Drawing detections on images, one image alone or the results of several models side by side."""
 
 from __future__ import annotations
 
@@ -8,42 +8,46 @@ import colorsys
 
 from PIL import Image, ImageDraw, ImageFont
 
-# Pixels.
+from .prediction import Detections
+
+# Width of an image, gap between images and height of the headings in `side_by_side`, in pixels.
 SIDE, GAP, HEADER = 320, 6, 26
 GROUPS_PER_ROW = 2
 
 
 def draw_detections(
-    picture: Image.Image, detections: dict, class_names: list[str], threshold: float, width: int | None = None
+    image: Image.Image, detections: Detections, class_names: list[str], threshold: float, width: int | None = None
 ) -> Image.Image:
-    """A copy of a picture with the boxes that score at least `threshold`.
+    """Draw the boxes with a score of at least `threshold` on a copy of an image.
 
     Args:
-        picture: RGB.
-        detections: `boxes` (n, 4) as x, y, width, height in pixels of the picture, `scores` (n,) and `labels` (n,).
-        class_names: names of the classes.
-        threshold: lowest score shown.
-        width: of the copy, pixels. Default: the picture's own.
+        image: The image, RGB.
+        detections: Its detections, from `detect`.
+        class_names: Names of the classes.
+        threshold: Lowest score to draw.
+        width: Width of the copy in pixels. None for the width of the image.
     """
-    scale = (width or picture.width) / picture.width
-    size = (round(picture.width * scale), max(1, round(picture.height * scale)))
-    canvas = picture.copy() if size == picture.size else picture.resize(size, Image.Resampling.LANCZOS)
+    scale = (width or image.width) / image.width
+    size = (round(image.width * scale), max(1, round(image.height * scale)))
+    canvas = image.copy() if size == image.size else image.resize(size, Image.Resampling.LANCZOS)
     draw = ImageDraw.Draw(canvas)
-    # As the root of the side: a large photograph is looked at both whole and enlarged.
+    # Grows as the square root of the image size, because people view large photos both scaled down and enlarged.
     letters = max(10, round(0.85 * (canvas.width * canvas.height) ** 0.25))
     line = round(letters / 5)
     font = ImageFont.load_default(letters)
-    # The best last, on top of what it overlaps.
+    # Draws the best detection last, on top of those that it overlaps.
     order = detections["scores"].argsort()
-    columns = (detections[key][order].tolist() for key in ("boxes", "scores", "labels"))
-    for box, score, label in zip(*columns, strict=True):
+    boxes, scores, labels = (
+        values[order].tolist() for values in (detections["boxes"], detections["scores"], detections["labels"])
+    )
+    for box, score, label in zip(boxes, scores, labels, strict=True):
         if score < threshold:
             continue
         colour = tuple(round(255 * c) for c in colorsys.hsv_to_rgb(label * 0.618 % 1, 0.75, 0.95))
         x, y, box_width, box_height = (value * scale for value in box)
         draw.rectangle((x, y, x + box_width, y + box_height), outline=colour, width=line)
         text = f"{class_names[label]} {score:.2f}"
-        # Above the box, but inside the picture as far as it is long enough.
+        # The text goes above the box, but inside the image where it fits.
         left = max(0, min(x, canvas.width - draw.textlength(text, font) - 2 * line))
         place = (left + line, max(0, y - 1.2 * letters))
         corner = draw.textbbox(place, text, font)
@@ -53,22 +57,22 @@ def draw_detections(
 
 
 def side_by_side(
-    pictures: list[Image.Image],
-    columns: dict[str, list[dict]],
+    images: list[Image.Image],
+    columns: dict[str, list[Detections]],
     class_names: list[str],
     threshold: float = 0.3,
 ) -> Image.Image:
-    """One sheet on which each picture stands once a model, side by side; two pictures a row.
+    """Draw the detections of several models side by side for each image, with two images per row.
 
     Args:
-        pictures: RGB images.
-        columns: heading -> detections of each picture, as `draw_detections` takes them.
-        class_names: names of the classes.
-        threshold: lowest score shown.
+        images: The images, RGB.
+        columns: Maps a heading, for instance the name of a model, to its detections in each image.
+        class_names: Names of the classes.
+        threshold: Lowest score to draw.
     """
     groups = [
-        [draw_detections(picture, found[i], class_names, threshold, SIDE) for found in columns.values()]
-        for i, picture in enumerate(pictures)
+        [draw_detections(image, detections[i], class_names, threshold, SIDE) for detections in columns.values()]
+        for i, image in enumerate(images)
     ]
     rows = [groups[i : i + GROUPS_PER_ROW] for i in range(0, len(groups), GROUPS_PER_ROW)]
     group_width = len(columns) * (SIDE + GAP) + GAP
@@ -78,9 +82,9 @@ def side_by_side(
     y = HEADER
     for row, height in zip(rows, heights, strict=True):
         for place, group in enumerate(row):
-            for column, (heading, picture) in enumerate(zip(columns, group, strict=True)):
+            for column, (heading, image) in enumerate(zip(columns, group, strict=True)):
                 x = place * group_width + column * (SIDE + GAP)
                 draw.text((x + 4, 3), heading, fill="black", font=ImageFont.load_default(16))
-                sheet.paste(picture, (x, y))
+                sheet.paste(image, (x, y))
         y += height
     return sheet

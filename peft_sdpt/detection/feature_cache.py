@@ -1,15 +1,15 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""What a host's frozen backbones make of pictures and prompts, computed once and kept on disk.
+"""Features of images and prompts from the frozen backbones of a detector, computed once and stored on disk.
 
-While only prompts of the fusion layers train, these features are the same in every epoch. Here the forward of the
-backbone and of the text encoder is stood in for by one that reads them; all that is above, masks, position embeddings
-and projections included, is the host's own and runs as ever.
+If only prompts of the fusion layers train, these features are the same in every epoch. `FeatureCache` replaces the
+forward of the image backbone and of the text encoder by one that reads stored features. Everything above them runs as
+usual, including masks, position embeddings and projections.
 
-An entry is what a module in evaluation mode makes of one sample alone, and its key is a hash of all that goes into it:
-weights, configuration and what the module is called with, which is the picture as the processor gave it, padded as its
-batch is, or the prompt's tokens with their masks. So nothing has to be told that a picture, a name or a size has
-changed, and an entry is the same in whatever batch it is computed; kinds of CPU differ in its last bits.
+An entry holds the output of a module in evaluation mode for one sample alone. Its key is a hash of everything that
+determines it: weights, config and inputs. The inputs are the processed image, padded as in its batch, or the tokens of
+the prompt with their masks. So a changed image, class name or size needs no action, and an entry does not depend on the
+batch. Its last bits depend on the kind of CPU.
 """
 
 from __future__ import annotations
@@ -36,84 +36,90 @@ from transformers.modeling_outputs import BackboneOutput, BaseModelOutput
 from ..errors import InputError
 from ..files import UNFINISHED, whole_file
 
-# Seconds after which an unfinished entry is one of a killed process. Writing takes far less than one.
+# Unfinished entries older than this many seconds come from killed processes. Writing takes far less than a second.
 ABANDONED = 3600
 
 
 class FeatureCache:
     """Stored features of the frozen backbones of a Grounding DINO or MM Grounding DINO.
 
-    Several processes may share a folder, and it may be removed at any time.
+    Several processes may share a folder, and the folder may be removed at any time.
 
     Args:
-        cache_folder: where they are kept; made if it is not there.
-        detector: with its adapter, on its device.
+        cache_folder: Folder for the features. It is made if it does not exist.
+        detector: The detector with its adapter, on its device.
+
+    Attributes:
+        leaves_out_dropout: Whether the backbones have dropout, which stored features are computed without.
 
     Raises:
-        InputError: the folder cannot be written, the host has other parts, or something below the fusion layers trains.
+        InputError: The folder cannot be written, the base model has other backbones, or a part of them trains.
     """
 
     def __init__(self, cache_folder: str | os.PathLike, detector: nn.Module):
-        host = detector.get_base_model() if hasattr(detector, "get_base_model") else detector
+        # Any, because these are attributes of one family of models, which `nn.Module` does not declare.
+        unwrapped: Any = detector
+        base_model: Any = unwrapped.get_base_model() if hasattr(detector, "get_base_model") else detector
         try:
-            vision, text = host.model.backbone, host.model.text_backbone
-            pictures = vision.conv_encoder.model
+            vision, text = base_model.model.backbone, base_model.model.text_backbone
+            image_backbone = vision.conv_encoder.model
         except AttributeError:
             raise InputError(
-                f"cache_folder=...: {type(host).__name__} has no backbones that are known here; leave it out."
+                f"cache_folder=...: only works with Grounding DINO and MM Grounding DINO, got "
+                f"{type(base_model).__name__}."
             ) from None
         for part in (vision, text):
             for name, parameter in part.named_parameters():
                 if parameter.requires_grad:
                     raise InputError(
-                        f"cache_folder=...: {name} of {type(part).__name__} trains, and stored features would not "
-                        "follow it; leave it out."
+                        f"cache_folder=...: {name} of {type(part).__name__} trains, so its stored features would "
+                        "become outdated."
                     )
         folder = Path(cache_folder)
         _make(folder)
         self._stored = {
-            "pictures": _Stored(pictures, folder, "pictures", lambda maps: BackboneOutput(feature_maps=tuple(maps))),
-            "prompts": _Stored(text, folder, "prompts", lambda states: BaseModelOutput(last_hidden_state=states[0])),
+            "pictures": _Stored(image_backbone, folder, "pictures", _backbone_output),
+            "prompts": _Stored(text, folder, "prompts", _text_output),
         }
-        # Features are of evaluation mode, and a host may be set to drop some of them at random in training.
         self.leaves_out_dropout = any(_drops(stored.module) for stored in self._stored.values())
 
     @contextlib.contextmanager
     def used(self, prompts: bool = True) -> Iterator[None]:
-        """Within, the detector takes features from the folder, and puts there what is missing.
+        """A context in which the detector reads features from the folder, and stores features that are missing.
 
-        A forward raises `InputError` where that cannot be written.
+        A forward raises `InputError` if it cannot store a feature.
 
         Args:
-            prompts: whether to keep those of prompts; prompts that are drawn at random are never met again.
+            prompts: Whether to use stored features of prompts. False is for random prompts, which do not come back.
         """
         with self._stored["pictures"].in_place(), self._stored["prompts"].in_place() if prompts else nullcontext():
             yield
 
 
 class _Stored:
-    """The forward of a frozen module by stored results, each of one sample of a batch.
+    """The forward of a frozen module, with stored features for each sample of a batch.
 
     Args:
-        module: takes tensors with a sample in each row, and returns features of each that do not depend on the others.
-        folder: of all entries.
-        name: of this module's among them.
-        as_output: makes what the host expects of the module of the features, a batch each.
+        module: The module. It takes tensors with one row per sample. The features of a sample do not depend on others.
+        folder: Folder of all entries.
+        name: Name for the entries of this module.
+        as_output: Makes the output of the module from its features, each a batch.
     """
 
     def __init__(self, module: nn.Module, folder: Path, name: str, as_output: Callable[[list[Tensor]], Any]):
         self.module, self.as_output = module, as_output
-        # What else decides the numbers; the call itself adds its part.
-        self.host = _digest(itertools.chain(_configuration(module), _weights(module)))
-        self.folder = folder / f"{name}-{self.host[:16]}"
+        # The part of the keys that all calls share.
+        self.module_key = _digest(itertools.chain(_configuration(module), _weights(module)))
+        self.folder = folder / f"{name}-{self.module_key[:16]}"
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        # As an attribute of the module, which `nn.Module` calls in place of the method of its class: the module stays
-        # where it is, with its parameters and under its name.
+        """A context in which calls of the module use stored features."""
+        # `nn.Module` prefers an attribute `forward` to the method of the class. So the module stays in the model, with
+        # its parameters and its name.
         before = vars(self.module).get("forward")
         self._compute = self.module.forward
-        self.module.forward = self._forward
+        self.module.forward = self._forward  # type: ignore[method-assign]  # replaced on purpose, see above
         try:
             yield
         finally:
@@ -125,29 +131,29 @@ class _Stored:
         arguments = [*args, *kwargs.values()]
         device = next(value.device for value in arguments if torch.is_tensor(value))
         keys = self._keys(arguments, list(kwargs), device)
-        found: dict[str, list[Tensor]] = {}
+        features_of: dict[str, list[Tensor]] = {}
         for row, key in enumerate(keys):
-            if key not in found:
+            if key not in features_of:
                 file = self.folder / f"{key}.safetensors"
                 features = _read(file, key)
                 if features is None:
-                    features = self._features_of(row, args, kwargs)
+                    features = self._compute_row(row, args, kwargs)
                     _write(file, key, features)
-                found[key] = features
-        levels = zip(*(found[key] for key in keys), strict=True)
+                features_of[key] = features
+        levels = zip(*(features_of[key] for key in keys), strict=True)
         return self.as_output([torch.stack(features).to(device) for features in levels])
 
     def _keys(self, arguments: list, names: list[str], device: torch.device) -> list[str]:
-        """A key a row."""
+        """The key of each row."""
         autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
-        common = [self.host, torch.__version__, transformers.__version__, device.type, str(autocast), str(names)]
+        common = [self.module_key, torch.__version__, transformers.__version__, device.type, str(autocast), str(names)]
         tensors = [value.cpu() for value in arguments if torch.is_tensor(value)]
         common += [repr(value) for value in arguments if not torch.is_tensor(value)]
         return [_digest([*common, *(tensor[row] for tensor in tensors)]) for row in range(len(tensors[0]))]
 
     @torch.no_grad()
-    def _features_of(self, row: int, args: tuple, kwargs: dict) -> list[Tensor]:
-        """Of one sample alone, on the CPU: with others beside it, the last bits might be theirs."""
+    def _compute_row(self, row: int, args: tuple, kwargs: dict) -> list[Tensor]:
+        """Compute the features of one sample, on the CPU. It runs alone, because others could change its last bits."""
 
         def one(value: Any) -> Any:
             return value[row : row + 1] if torch.is_tensor(value) else value
@@ -162,11 +168,21 @@ class _Stored:
         return [feature[0].contiguous().cpu() for feature in features]
 
 
+def _backbone_output(features: list[Tensor]) -> BackboneOutput:
+    return BackboneOutput(feature_maps=tuple(features))  # type: ignore[arg-type]  # declared as a tuple of one
+
+
+def _text_output(features: list[Tensor]) -> BaseModelOutput:
+    return BaseModelOutput(last_hidden_state=features[0])
+
+
 def _configuration(module: nn.Module) -> list[str]:
-    """What a module is, but for its weights and where they came from."""
-    config = module.config.to_dict()
+    """What the module computes, apart from its weights."""
+    # Any, because `nn.Module` does not declare the config of a model of transformers.
+    model_config: Any = module.config
+    config = model_config.to_dict()
     config.pop("_name_or_path", None)
-    attention = str(getattr(module.config, "_attn_implementation", None))
+    attention = str(getattr(model_config, "_attn_implementation", None))
     return [type(module).__qualname__, attention, json.dumps(config, sort_keys=True, default=str)]
 
 
@@ -179,10 +195,9 @@ def _weights(module: nn.Module) -> Iterator[str | Tensor]:
 def _digest(parts: Iterable[str | Tensor]) -> str:
     digest = hashlib.sha256()
     for part in parts:
-        tensor = torch.is_tensor(part)
-        data = _bytes(part) if tensor else part.encode()
-        # With its kind and length, or the end of one part could be the start of the next.
-        digest.update(f"{_kind(part) if tensor else 'text'} {len(data)} ".encode())
+        kind, data = ("text", part.encode()) if isinstance(part, str) else (_kind(part), _bytes(part))
+        # With kind and length, so that the end of one part cannot be taken for the start of the next.
+        digest.update(f"{kind} {len(data)} ".encode())
         digest.update(data)
     return digest.hexdigest()
 
@@ -191,36 +206,37 @@ def _kind(tensor: Tensor) -> str:
     return f"{tensor.dtype} {tuple(tensor.shape)}"
 
 
-def _bytes(tensor: Tensor) -> memoryview:
-    # By way of uint8, because NumPy has no bfloat16.
-    return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
+def _bytes(tensor: Tensor) -> Any:
+    """The memory of a tensor on the CPU, for a hash or a checksum: an array of uint8, which serves as a buffer."""
+    # As uint8, because NumPy has no bfloat16.
+    return tensor.contiguous().flatten().view(torch.uint8).numpy()
 
 
 def _about(key: str, features: list[Tensor]) -> dict[str, str]:
-    """What an entry says of itself."""
+    """Metadata of an entry: its key and a checksum of its features."""
     checksum = 0
     for feature in features:
         checksum = zlib.crc32(_bytes(feature), zlib.crc32(_kind(feature).encode(), checksum))
-    # One value, because several come in any order, and the same features should make the same file.
+    # A single value, because the order of several is random and the same features should give the same file.
     return {"entry": f"{key} {checksum}"}
 
 
 def _read(file: Path, key: str) -> list[Tensor] | None:
-    """Features of an entry, mapped into memory; None where there is none, or one that is not whole."""
+    """Features of an entry, mapped into memory. None if it does not exist or is damaged."""
     try:
         with safe_open(file, framework="pt") as entry:
             about = entry.metadata()
             features = [entry.get_tensor(str(level)) for level in range(len(entry.keys()))]
     except (OSError, ValueError, RuntimeError, SafetensorError):
         return None
-    # A length alone would not tell a file whose blocks never reached the disk.
+    # The checksum also detects a file of the right length whose blocks never reached the disk.
     return features if about == _about(key, features) else None
 
 
 def _write(file: Path, key: str, features: list[Tensor]) -> None:
     data = save({str(level): feature for level, feature in enumerate(features)}, metadata=_about(key, features))
     try:
-        # Not durable: an entry that a power cut has damaged does not match its checksum.
+        # Need not be durable, because the checksum detects an entry that a power cut damaged.
         with whole_file(file, durable=False) as unfinished:
             unfinished.write_bytes(data)
     except InputError as error:
@@ -228,7 +244,7 @@ def _write(file: Path, key: str, features: list[Tensor]) -> None:
 
 
 def _make(folder: Path) -> None:
-    """Make the folder, find out whether it can be written, and clear away what killed processes left."""
+    """Make the folder, check that it can be written, and remove unfinished entries of killed processes."""
     try:
         with whole_file(folder / "probe", durable=False) as unfinished:
             unfinished.write_bytes(b"")
@@ -248,7 +264,7 @@ def _cannot_be_written(folder: Path, cause: BaseException | None) -> InputError:
 
 
 def _drops(module: nn.Module) -> bool:
-    """Whether a module in training mode leaves out something at random: dropout, DropPath, that of an attention."""
+    """Whether a module has dropout in training mode, including DropPath and the dropout of attention."""
 
     def rates(part: nn.Module) -> list[Any]:
         return [value for name, value in vars(part).items() if "drop" in name or name == "p"]

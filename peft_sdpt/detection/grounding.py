@@ -1,14 +1,14 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""Class names in, class scores out: the text side of training and evaluating a grounded detector.
+"""Prompts from class names, and class scores from token scores.
 
-A grounded detector reads its classes from a prompt, "red blood cell. platelet.", and scores text *tokens*. These
-functions write prompts from class names, split a long list over several prompts, and turn token scores into class
-scores.
+A grounded detector reads its classes from a prompt such as "red blood cell. platelet." and scores text *tokens*. These
+functions write prompts from class names, split a long list of classes into several prompts, and turn token scores into
+class scores.
 
-`post_process_grounded_object_detection` of transformers 5.24 scores a box by the best of *all* tokens, the separators
-included, and names it by text cut from the prompt. COCO metrics need a score of each class, so here a class is scored
-by its own tokens.
+`post_process_grounded_object_detection` of transformers 5.24 scores a box by the best of *all* tokens, including the
+separators, and cuts the name of its class from the prompt. COCO metrics need a score for each class, so these functions
+score a class by its own tokens.
 """
 
 from __future__ import annotations
@@ -19,72 +19,76 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# [CLS], [SEP], ".", "?" and [PAD]: transformers' Grounding DINO hard-codes these ids as the borders of phrases.
+from ..errors import InputError
+
+# [CLS], [SEP], ".", "?" and [PAD]: Grounding DINO in transformers hard-codes these ids as the borders of phrases.
 BORDER_TOKEN_IDS = (101, 102, 1012, 1029, 0)
 
 
 def class_prompt(class_names: Sequence[str]) -> str:
-    """Write the prompt of some classes, one phrase a class, each closed by a full stop.
+    """Write a prompt with one phrase per class. A full stop ends each phrase.
 
     Full stops and question marks inside a name would split its phrase in two, so they become spaces. The last phrase
-    needs its full stop as well: transformers' phrase masks let the tokens of an open phrase see only themselves.
+    needs its full stop too: with the masks of transformers, the tokens of an open phrase attend only to themselves.
 
     Raises:
-        ValueError: if there is no name, or a name has no word in it.
+        InputError: There are no names, or a name has no word.
 
-    >>> class_prompt(["Red Blood Cell", "st. bernard"])
-    'red blood cell. st bernard.'
+    Example:
+        >>> class_prompt(["Red Blood Cell", "st. bernard"])
+        'red blood cell. st bernard.'
     """
     phrases = []
     for name in class_names:
         phrase = " ".join(name.lower().replace(".", " ").replace("?", " ").split())
         if not phrase:
-            raise ValueError(f"class_names: {name!r} has no word to prompt with; every class needs a name.")
+            raise InputError(f"class_names: {name!r} has no word for a prompt; every class needs a name.")
         phrases.append(phrase)
     if not phrases:
-        raise ValueError("class_names: the list is empty; a prompt needs at least one class name.")
+        raise InputError("class_names: the list is empty; a prompt needs at least one class name.")
     return " ".join(f"{phrase}." for phrase in phrases)
 
 
 def phrase_lengths(class_names: Sequence[str], tokenizer: Any) -> list[int]:
-    """Tokens that each class takes of a prompt, its full stop included.
+    """Number of tokens of each class in a prompt, including its full stop.
 
     Raises:
-        ValueError: if the tokenizer knows nothing of a name: the classes after it would be taken for one another.
+        InputError: The tokenizer knows no word of a name. Such a class would have no tokens of its own, and the classes
+            after it would be mixed up.
     """
     tokens = [tokenizer(class_prompt([name]), add_special_tokens=False)["input_ids"] for name in class_names]
     for name, ids in zip(class_names, tokens, strict=True):
-        # All but the closing full stop.
+        # Without the full stop at the end.
         if set(ids[:-1]) <= {tokenizer.unk_token_id}:
-            raise ValueError(
-                f"class_names: the tokenizer finds no token in {name!r}; every class needs a word it knows."
+            raise InputError(
+                f"class_names: the tokenizer knows no word of {name!r}; every class needs a word that it knows."
             )
     return [len(ids) for ids in tokens]
 
 
 def split_classes(class_names: Sequence[str], tokenizer: Any, max_text_len: int) -> list[list[int]]:
-    """Split classes over as few prompts as their order allows, none longer than `max_text_len` tokens.
+    """Split classes into as few prompts of at most `max_text_len` tokens as their order allows.
 
-    Longer prompts are cut by the host's base model and crash its detection head (transformers 5.24).
+    Grounding DINO in transformers 5.24 cuts longer prompts, and its detection head then fails.
 
     Args:
-        class_names: names of all classes.
-        tokenizer: the host's tokenizer.
-        max_text_len: the host's `config.max_text_len`, [CLS] and [SEP] included.
+        class_names: Names of all classes.
+        tokenizer: Tokenizer of the detector.
+        max_text_len: The detector's `config.max_text_len`. It includes [CLS] and [SEP].
 
     Returns:
-        Indices into `class_names`, a list a prompt.
+        For each prompt, a list of indices into `class_names`.
 
     Raises:
-        ValueError: if one name alone does not fit, or has no token.
+        InputError: A single name does not fit into a prompt, or the tokenizer knows no word of it.
     """
     chunks: list[list[int]] = []
     room = 0
     for index, length in enumerate(phrase_lengths(class_names, tokenizer)):
         if length > max_text_len - 2:
-            raise ValueError(
-                f"class_names: {class_names[index]!r} takes {length} tokens; the host reads at most {max_text_len - 2} "
-                "a prompt."
+            raise InputError(
+                f"class_names: {class_names[index]!r} has {length} tokens, but a prompt takes at most "
+                f"{max_text_len - 2}."
             )
         if length > room:
             chunks.append([])
@@ -95,18 +99,18 @@ def split_classes(class_names: Sequence[str], tokenizer: Any, max_text_len: int)
 
 
 def class_token_maps(input_ids: Tensor, num_tokens: int | None = None) -> list[Tensor]:
-    """Find the tokens of each class in prompts that `class_prompt` wrote.
+    """Find the tokens of each class in prompts from `class_prompt`.
 
     Args:
-        input_ids: (B, L).
-        num_tokens: width of the maps; the detector's logits are as wide as its `max_text_len`. Defaults to L.
+        input_ids: Token ids of shape (B, L).
+        num_tokens: Width of the maps. None for L. The detector's logits are `config.max_text_len` wide.
 
     Returns:
-        B boolean tensors (C_b, num_tokens), a row a class in the prompt's order; prompts may differ in their number of
-        classes.
+        For each prompt, a boolean tensor of shape (number of its classes, num_tokens). Its rows are in the order of
+        the classes in the prompt.
     """
     is_border = torch.isin(input_ids, input_ids.new_tensor(BORDER_TOKEN_IDS))
-    # A phrase starts at each word token that follows a border; what it is numbered is how many started so far.
+    # A phrase starts at each word token after a border. The sum numbers the phrases from 1.
     starts = ~is_border & torch.cat([is_border.new_ones(len(input_ids), 1), is_border[:, :-1]], dim=1)
     phrase = starts.cumsum(dim=1).masked_fill(is_border, 0)
     if num_tokens is not None:
@@ -118,11 +122,11 @@ def class_scores(logits: Tensor, token_maps: Sequence[Tensor]) -> list[Tensor]:
     """Score each class by the mean probability of its own tokens.
 
     Args:
-        logits: (B, Q, T), the detector's token logits, -inf at padding.
-        token_maps: from `class_token_maps(input_ids, T)`.
+        logits: The detector's token logits of shape (B, queries, T), -inf at padding.
+        token_maps: The result of `class_token_maps(input_ids, T)`.
 
     Returns:
-        B tensors (Q, C_b) of scores in [0, 1].
+        For each image, a tensor of shape (queries, number of its classes) with scores in [0, 1].
     """
     return [
         row.sigmoid() @ (token_map / token_map.sum(-1, keepdim=True)).to(row.dtype).T

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures from files, folders, and folders in which new ones arrive."""
+"""Images from files, from folders, and from folders in which new images arrive."""
 
 from __future__ import annotations
 
@@ -11,114 +11,129 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
 from ..errors import InputError
 
-# Those that Pillow both reads and writes in full colour.
+# The formats that Pillow can both read and write in full colour.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
-# Scaled to a host's size the shorter side must keep some pixels.
-MOST_OBLONG = 100
+# When a processor resizes an image, the shorter side must keep some pixels.
+MAX_ASPECT_RATIO = 100
 SECONDS_BETWEEN_LOOKS = 0.5
 
 
-def read_image(source: Any, where: str, size: tuple[int, int] | None = None) -> Image.Image:
-    """The whole picture as RGB, turned as its EXIF says unless it is stored in `size`.
+def read_image(source: str | Path | IO[bytes], where: str, size: tuple[int, int] | None = None) -> Image.Image:
+    """Read an image as RGB, turned as its EXIF data says.
 
-    Cameras store a turned picture as it left the sensor, and annotations may be of either.
+    Cameras store a turned image as it left the sensor, and annotations may belong to the stored or the turned one. So
+    an image that is stored in the expected `size` is not turned.
 
     Args:
-        source: a path or a file object.
-        where: what the error names.
-        size: (width, height), pixels.
+        source: A path or a file object.
+        where: Name of the image for error messages.
+        size: The expected (width, height) in pixels. None if it is not known.
 
     Raises:
-        InputError: if it is no picture, a damaged one, or a line that no host can scale.
+        InputError: The file is not an image, is damaged, or is too oblong for a detector.
     """
-    with opened(source, where) as picture:
-        return (picture if picture.size == size else ImageOps.exif_transpose(picture)).convert("RGB")
+    with opened(source, where) as image:
+        return (image if image.size == size else ImageOps.exif_transpose(image)).convert("RGB")
 
 
 @contextmanager
-def opened(source: Any, where: str) -> Iterator[Image.Image]:
-    """A picture whose header is read.
+def opened(source: str | Path | IO[bytes], where: str) -> Iterator[Image.Image]:
+    """Open an image and read its header only.
 
     Raises:
-        InputError: as `read_image`, also when reading on in this context finds a part damaged or missing.
+        InputError: As in `read_image`. Also if the code in this context reads on and finds damaged data.
     """
     try:
-        with Image.open(source) as picture:
-            if max(picture.size) > MOST_OBLONG * min(picture.size):
-                raise ValueError(f"{picture.width} x {picture.height} pixels are too oblong for a host")
-            yield picture
-    except Exception as error:  # Pillow's many readers raise many kinds
-        raise InputError(f"{where}: not a picture that opens ({error}).") from None
+        with Image.open(source) as image:
+            if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
+                raise ValueError(f"{image.width} x {image.height} pixels are too oblong for a detector")
+            yield image
+    except Exception as error:  # the readers of Pillow raise many kinds of errors
+        raise InputError(f"{where}: cannot be opened as an image ({error}).") from None
 
 
 def images_in(folder: Path) -> list[Path]:
-    """The files of a folder that look like pictures by their suffix, sorted."""
+    """The files in a folder with the suffix of an image, sorted.
+
+    Raises:
+        InputError: The folder cannot be read.
+    """
     try:
-        # Hidden ones are no photographs: files that are still being copied, or what macOS keeps beside a photograph.
+        # Skips hidden files: files that are still being copied, or files that macOS stores beside a photo.
         return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
     except OSError as error:
         raise InputError(f"{folder}: cannot be read ({error}).") from None
 
 
 def find_images(inputs: list[Path], skip_bad_images: bool) -> list[Path]:
-    """All pictures of the inputs, each once; their headers are read already.
+    """Find all images in files and folders, each once, and check their headers.
+
+    Args:
+        inputs: Files and folders.
+        skip_bad_images: Whether to skip files that are not images, instead of raising.
 
     Raises:
-        InputError: a folder has none; a file is none, unless such are skipped; none is left.
+        InputError: A folder has no images, a file is not an image, or no image is left.
     """
     paths = []
     for path in inputs:
-        found = images_in(path) if path.is_dir() else [path]
-        if not found:
-            raise InputError(f"{path}: no picture in this folder.")
-        paths += found
-    kept = []
+        images = images_in(path) if path.is_dir() else [path]
+        if not images:
+            raise InputError(f"{path}: no image in this folder.")
+        paths += images
+    good = []
     for path in {os.path.abspath(path): path for path in paths}.values():
         try:
             with opened(path, str(path)):
-                kept.append(path)
+                good.append(path)
         except InputError as error:
             skip_or_raise(error, skip_bad_images)
-    if not kept:
-        raise InputError("none of the inputs opens as a picture.")
-    return kept
+    if not good:
+        raise InputError("inputs: none of them can be opened as an image.")
+    return good
 
 
 def skip_or_raise(error: InputError, skip_bad_images: bool) -> None:
+    """Print an error on stderr, or raise it."""
     if not skip_bad_images:
         raise error
     tqdm.write(f"skipped: {error}", file=sys.stderr)
 
 
 def read_images(paths: list[Path], skip_bad_images: bool) -> Iterator[tuple[Path, Image.Image]]:
+    """Yield each path with its image in RGB.
+
+    Raises:
+        InputError: An image cannot be opened and `skip_bad_images` is False.
+    """
     for path in paths:
         try:
-            picture = read_image(path, str(path))
+            image = read_image(path, str(path))
         except InputError as error:
             skip_or_raise(error, skip_bad_images)
         else:
-            yield path, picture
+            yield path, image
 
 
 def watch(folders: list[Path]) -> Iterator[Iterator[tuple[Path, Image.Image]]]:
-    """Look into folders time and again until Ctrl-C; gives, of each look, the pictures that were not given before.
+    """Look into folders again and again until Ctrl-C. Each look yields the new images with their paths.
 
-    A picture that is still being written does not open in full; it is tried again once the file has changed.
+    An image that is still being written cannot be opened completely. The next look tries again if the file has changed.
     """
-    # Of each file that was tried its size and time of change, None once it was given.
+    # Maps each file to its size and modification time when it was tried last, or to None once it was yielded.
     tried: dict[Path, tuple[int, int] | None] = {}
     interrupted = False
 
     def interrupt(*_) -> None:
-        # What is at work is finished and written. A second Ctrl-C does not wait for it.
+        # The current image is finished and its results written first. A second Ctrl-C does not wait for that.
         nonlocal interrupted
         interrupted = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -128,17 +143,17 @@ def watch(folders: list[Path]) -> Iterator[Iterator[tuple[Path, Image.Image]]]:
             if interrupted:
                 return
             try:
-                # Before it is opened: what is written meanwhile is a change.
+                # Before opening the file, so that anything written meanwhile counts as a change.
                 stat = path.stat()
                 state = (stat.st_size, stat.st_mtime_ns)
                 if path in tried and tried[path] in (None, state):
                     continue
                 tried[path] = state
-                picture = read_image(path, str(path))
-            except (OSError, InputError):  # gone again, or not there in full
+                image = read_image(path, str(path))
+            except (OSError, InputError):  # the file was removed, or is not complete yet
                 continue
             tried[path] = None
-            yield path, picture
+            yield path, image
 
     handler_before = signal.signal(signal.SIGINT, interrupt)
     try:
@@ -149,20 +164,20 @@ def watch(folders: list[Path]) -> Iterator[Iterator[tuple[Path, Image.Image]]]:
         signal.signal(signal.SIGINT, handler_before)
     for path, state in tried.items():
         if state is not None:
-            print(f"left out: {path} did not open as a picture.", file=sys.stderr)
+            print(f"skipped: {path} cannot be opened as an image.", file=sys.stderr)
 
 
-def batches(pictures: Iterable[tuple[Path, Image.Image]], size: int) -> Iterator[list[tuple[Path, Image.Image]]]:
-    """At most `size` pictures at a time, in order, all as large as one another.
+def batches(images: Iterable[tuple[Path, Image.Image]], size: int) -> Iterator[list[tuple[Path, Image.Image]]]:
+    """Group consecutive images of the same size into batches of at most `size`.
 
-    Unequal ones would be padded, and a host scores a padded picture differently: what is found in a picture must not
-    depend on its neighbours.
+    Images of different sizes would be padded, and padding changes the scores of a detector. The detections in an image
+    must not depend on the other images in its batch.
     """
     batch: list[tuple[Path, Image.Image]] = []
-    for path, picture in pictures:
-        if batch and (len(batch) == size or picture.size != batch[0][1].size):
+    for path, image in images:
+        if batch and (len(batch) == size or image.size != batch[0][1].size):
             yield batch
             batch = []
-        batch.append((path, picture))
+        batch.append((path, image))
     if batch:
         yield batch

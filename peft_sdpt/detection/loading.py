@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""Reading a split from a folder in COCO format or from the Hub, and checking it."""
+"""Reading and checking the splits of a folder in COCO format or of a data set on the Hub."""
 
 from __future__ import annotations
 
@@ -18,12 +18,16 @@ from .coco import find_layout, load_coco_folder, read_json, split_names
 from .data import Box, DetectionSplit, check_images, listed, require_same_classes
 from .grounding import class_prompt
 
-# What the four numbers of a box are, by the name of their format.
+# The four numbers of a box in each format.
 BOX_FORMATS = {"xywh": "x, y, width, height", "xyxy": "x0, y0, x1, y1"}
 
 
 def has_split(dataset_name: str, split: str) -> bool:
-    """Whether `load_split` finds a split in a local folder or in a data set on the Hub."""
+    """Whether a local folder, or a data set on the Hub, has a split.
+
+    Raises:
+        InputError: The Hub does not answer.
+    """
     folder = Path(dataset_name)
     if folder.exists():
         return find_layout(folder, split) is not None
@@ -32,9 +36,9 @@ def has_split(dataset_name: str, split: str) -> bool:
 
     try:
         return not set(split_names(split)).isdisjoint(get_dataset_split_names(dataset_name))
-    except DatasetNotFoundError:  # `load_split` says so.
+    except DatasetNotFoundError:  # `load_split` raises the error
         return False
-    except Exception as error:  # A Hub that does not answer must not change what is measured.
+    except Exception as error:  # a failing connection must not change which split is measured
         raise InputError(
             f"dataset_name={dataset_name!r}: no such folder, and its splits on the Hub cannot be read ({error})."
         ) from None
@@ -48,21 +52,26 @@ def load_split(
     class_names_column: str | None = None,
     skip_bad_boxes: bool = False,
 ) -> DetectionSplit:
-    """Read a split of a local folder in COCO format, or of a data set on the Hub. Opens no picture of a folder.
+    """Read a split of a local folder in COCO format, or of a data set on the Hub.
+
+    The images of a folder are not opened; see `check_images` and `load_splits`.
 
     Args:
-        dataset_name: a folder in one of `coco_folder.LAYOUTS` (`<split>.json` and `images/`, or as Roboflow, ODinW or
-            COCO itself have it), or a Hub id whose rows have `image` and `objects` (`bbox`, `category`).
-        split: "train", "val", "test", "train2017", ... The names val, valid and validation are one split.
-        bbox_format: "xywh", which is COCO's, or "xyxy"; pixels. What is returned is xywh.
-        class_names_file: a JSON object of old names -> names to prompt with, for instance `{"RBC": "red blood cell"}`.
-            Comes after `class_names_column`.
-        class_names_column: the field of COCO's `categories`, or of the Hub's `objects`, that holds the names; of a
-            list, as LVIS's `synonyms`, the first is taken. Default: `name`, or the names of `objects.category`.
-        skip_bad_boxes: leave out boxes that are empty, not finite or outside their image, instead of raising.
+        dataset_name: A folder in one of `coco.LAYOUTS`: `<split>.json` and `images/`, or the layout of Roboflow, ODinW
+            or COCO. Or a Hub id of a data set with the columns `image` and `objects`, which has `bbox` and `category`.
+        split: For instance "train", "val", "test" or "train2017". "val", "valid" and "validation" are the same split.
+        bbox_format: Format of the boxes in the data set, in pixels: "xywh" as in COCO, or "xyxy". The returned boxes
+            are "xywh".
+        class_names_file: A JSON object that maps names of the data set to names for prompts, for instance
+            `{"RBC": "red blood cell"}`. It applies to the names that `class_names_column` gives.
+        class_names_column: Field of `categories` in COCO, or of `objects` on the Hub, with the class names. If a value
+            is a list, such as `synonyms` in LVIS, its first name is used. None for `name` in COCO, and for
+            `objects.category` on the Hub.
+        skip_bad_boxes: Whether to leave out boxes that are empty, not finite or outside their image, instead of
+            raising.
 
     Raises:
-        InputError: naming the file and the image, annotation or category that cannot be used.
+        InputError: The split cannot be used. The message names the file and the image, annotation or category.
     """
     if bbox_format not in BOX_FORMATS:
         raise InputError(f"bbox_format={bbox_format!r}: must be one of {', '.join(BOX_FORMATS)}.")
@@ -71,11 +80,11 @@ def load_split(
         if folder.exists():
             fields, source = load_coco_folder(folder, split, class_names_column)
         else:
-            # Here, because `datasets` takes its time to import and a folder does without.
+            # Imported here, because `datasets` is slow to import and not needed for a folder.
             from .hub import load_hub_split
 
             fields, source = load_hub_split(dataset_name, split, class_names_column)
-    except (TypeError, KeyError, AttributeError) as error:  # a list where a number should be, and the like
+    except (TypeError, KeyError, AttributeError) as error:  # for instance, a list in the place of a number
         raise InputError(f"{dataset_name}: split {split!r} is not in COCO format ({error!r}).") from None
     data = DetectionSplit(**fields)
     if not len(data):
@@ -87,7 +96,7 @@ def load_split(
         data.class_names = rename_classes(data.class_names, Path(class_names_file))
     _check_phrases(data.class_names, f"{dataset_name}: split {split!r}")
     if not data.has_objects():
-        raise InputError(f"{dataset_name}: split {split!r} has no boxes but those of crowds.")
+        raise InputError(f"{dataset_name}: split {split!r} has no boxes except crowds.")
     return data
 
 
@@ -101,12 +110,13 @@ def load_splits(
 ) -> dict[str, DetectionSplit]:
     """Read splits of one data set, and open all their images once.
 
-    All processes of a launch call this together. Each opens a share of the images, and all leave out the same.
+    All processes of a launch call this together. Each process opens a share of the images, and all processes leave out
+    the same images.
 
     Args:
         dataset_name: See `load_split`.
         splits: Names of the splits.
-        accelerator: The accelerator of the launch. It prints what is left out.
+        accelerator: The accelerator of the launch. Its main process prints what is left out.
         skip_bad_images: Leave out images that do not open, instead of raising.
         options: Other arguments of `load_split`.
 
@@ -125,7 +135,9 @@ def load_splits(
         bad = dict(sorted(gather_object(list(problems.items()))))
         if bad and not skip_bad_images:
             first = next(iter(bad.values()))
-            raise InputError(f"{first} {len(bad)} such in split {split!r}; skip_bad_images=True leaves them out.")
+            raise InputError(
+                f"{first} Split {split!r} has {len(bad)} such images; skip_bad_images=True leaves them out."
+            )
         for problem in (*images.left_out, *bad.values()):
             accelerator.print(f"left out: {problem}")
         data[split] = images.subset([image for image in range(len(images)) if image not in bad])
@@ -135,29 +147,36 @@ def load_splits(
 
 
 def rename_classes(class_names: list[str], file: Path) -> list[str]:
-    """The names with those replaced that a JSON object of old -> new names lists.
+    """Replace the class names that a JSON file lists.
+
+    Args:
+        class_names: All class names.
+        file: A JSON object that maps old names to new names.
+
+    Returns:
+        All class names, in the same order.
 
     Raises:
-        InputError: naming the file and the entry that is no string or renames no class.
+        InputError: The file cannot be read, a new name is not a string, or an old name is not a class.
     """
     new = read_json(file)
     if not isinstance(new, dict):
-        raise InputError(f"{file}: must be a JSON object of old names -> new names.")
+        raise InputError(f"{file}: must be a JSON object that maps old names to new names.")
     for old, name in new.items():
         if not isinstance(name, str):
-            raise InputError(f"{file}: the new name of {old!r} is {name!r}, which is not a string.")
+            raise InputError(f"{file}: the new name of {old!r} must be a string, got {name!r}.")
         if old not in class_names:
-            raise InputError(f"{file}: there is no class {old!r}; there are {listed(class_names)}.")
+            raise InputError(f"{file}: there is no class {old!r}; the classes are {listed(class_names)}.")
     return [new.get(name, name) for name in class_names]
 
 
 def _check_phrases(class_names: list[str], where: str) -> None:
-    """Refuse names that make no phrase of a prompt, or the same phrase."""
+    """Raise an `InputError` for names that make no phrase in a prompt, or the same phrase."""
     names: dict[str, list[str]] = {}
     for name in class_names:
         try:
             names.setdefault(class_prompt([name]).rstrip("."), []).append(name)
-        except ValueError as error:
+        except InputError as error:
             raise InputError(f"{where}: {error}") from None
     twice = [f"{phrase} ({', '.join(map(repr, same))})" for phrase, same in sorted(names.items()) if len(same) > 1]
     if twice:
@@ -165,15 +184,25 @@ def _check_phrases(class_names: list[str], where: str) -> None:
 
 
 def _read_boxes(data: DetectionSplit, bbox_format: str, source: str, skip_bad_boxes: bool) -> None:
-    """Make the split's boxes (x, y, width, height), each checked to be one and to lie in its image."""
+    """Check the boxes of a split and convert them to (x, y, width, height).
+
+    Args:
+        data: The split, which is changed.
+        bbox_format: Format of its boxes.
+        source: Name of the split for error messages.
+        skip_bad_boxes: Whether to leave out bad boxes, instead of raising.
+
+    Raises:
+        InputError: A box is not four finite numbers, is empty or lies outside its image.
+    """
     other = "xyxy" if bbox_format == "xywh" else "xywh"
-    fitting = []
+    good: list[list[int]] = []
     for image_id, size, boxes in zip(data.image_ids, data.sizes, data.boxes, strict=True):
-        fitting.append([])
+        good.append([])
         for index, box in enumerate(boxes):
             problem = _box_problem(box, size, bbox_format)
             if problem is None:
-                fitting[-1].append(index)
+                good[-1].append(index)
                 continue
             problem = f"{source}: image {image_id!r}: box {box!r} {problem}"
             if skip_bad_boxes:
@@ -189,17 +218,17 @@ def _read_boxes(data: DetectionSplit, bbox_format: str, source: str, skip_bad_bo
                 problem += "; skip_bad_boxes=True leaves such boxes out"
             raise InputError(f"{problem}.")
     data.boxes = [
-        [_as_xywh(boxes[index], bbox_format) for index in kept] for boxes, kept in zip(data.boxes, fitting, strict=True)
+        [_as_xywh(boxes[index], bbox_format) for index in indices]
+        for boxes, indices in zip(data.boxes, good, strict=True)
     ]
-    for name in ("labels", "crowds"):
-        values = [[values[index] for index in kept] for values, kept in zip(getattr(data, name), fitting, strict=True)]
-        setattr(data, name, values)
+    data.labels = [[labels[index] for index in indices] for labels, indices in zip(data.labels, good, strict=True)]
+    data.crowds = [[crowds[index] for index in indices] for crowds, indices in zip(data.crowds, good, strict=True)]
 
 
 def _box_problem(box: Any, size: tuple[int, int], bbox_format: str) -> str | None:
-    """What is wrong with a box of an image of `size`, if anything is."""
+    """What is wrong with a box in an image of this (width, height), or None."""
     try:
-        # A string of four digits would pass for four numbers.
+        # Without this check, a string of four digits would count as four numbers.
         x, y, width, height = _as_xywh(None if isinstance(box, str) else box, bbox_format)
     except (TypeError, ValueError):
         x = y = width = height = math.nan
@@ -209,12 +238,13 @@ def _box_problem(box: Any, size: tuple[int, int], bbox_format: str) -> str | Non
         if bbox_format == "xyxy":
             return "is empty; x1 and y1 must be greater than x0 and y0"
         return "is empty; width and height must be positive"
-    # One pixel of grace: annotation tools round.
+    # Allows one pixel, because annotation tools round.
     if x < -1 or y < -1 or x + width > size[0] + 1 or y + height > size[1] + 1:
         return f"lies outside its image of {size[0]} x {size[1]} pixels"
     return None
 
 
 def _as_xywh(box: Any, bbox_format: str) -> Box:
+    """A box as (x, y, width, height). Raises TypeError or ValueError if it is not four numbers."""
     x, y, a, b = map(float, box)
     return (x, y, a, b) if bbox_format == "xywh" else (x, y, a - x, b - y)

@@ -1,19 +1,19 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""The training loss of a grounded detector, for Grounding DINO and MM Grounding DINO.
+"""The training loss of Grounding DINO and MM Grounding DINO.
 
-Hungarian matching, focal loss on tokens, L1 and generalised IoU on boxes are those of transformers. Two of its parts
-are wrong in transformers 5.24 and are put right here:
+The Hungarian matching, the focal loss on tokens, and the L1 and generalised IoU losses on boxes come from transformers.
+This module corrects three errors of the loss in transformers 5.24:
 
-* With `two_stage`, its encoder term scores the learned queries against the text *before* fusion, on detached boxes: it
-  trains neither prompts nor proposals. Here, as in the paper (arXiv 2303.05499, section 3.3) and its released code, the
-  term takes the best proposals of the fused encoder output, with their gradients.
-* Its one-hot labels are offset by the class count of the image itself instead of the sum over the images before it:
-  wrong labels, or an IndexError, when the prompts of a batch have different classes.
-
-A third part matters with several processes: transformers divides by the mean number of boxes a process and then by the
-number of processes once more, which multiplies the loss by that number. Here it is the mean a process, so that the mean
-over processes, which is what DDP takes, is the loss of the whole batch.
+* The encoder term with `two_stage`. In transformers, it scores the learned queries against the text *before* fusion,
+  with detached boxes, so it trains neither prompts nor proposals. Here, the term uses the best proposals of the fused
+  encoder output, with their gradients, as in the paper (arXiv 2303.05499, section 3.3) and its released code.
+* The one-hot labels. In transformers, they are offset by the number of classes of the image itself, instead of the sum
+  over the images before it. If the prompts of a batch have different classes, the labels are wrong, or an IndexError is
+  raised.
+* The number of boxes with several processes. In transformers, the loss is divided by the mean number of boxes per
+  process and then again by the number of processes. Here, it is divided by the mean per process only. DDP then takes
+  the mean over processes, which gives the loss of the whole batch.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .grounding import class_token_maps
 
 
 class _TokenLoss(GroundingDinoImageLoss):
-    """transformers' set loss with one-hot labels that are right for any mix of prompts."""
+    """The set loss of transformers, with one-hot labels that are correct for any mix of prompts."""
 
     def _get_target_classes_one_hot(self, outputs: dict, targets: list[dict], indices: list[tuple]) -> Tensor:
         one_hot = torch.zeros_like(outputs["logits"])
@@ -43,14 +43,15 @@ class _TokenLoss(GroundingDinoImageLoss):
 class GroundedDetectionLoss:
     """Loss of a grounded detector from its outputs and labels.
 
-    Call it with the model's output and labels; it suits `Trainer(compute_loss_func=...)` as it is. With gradient
-    accumulation, set `trainer.loss_is_scaled_for_ga = False` as well: the `Trainer` takes the loss of a
-    `compute_loss_func` to be divided by the number of accumulated batches already, and this one is a mean of one batch.
+    Call it with the model's outputs and labels. It can be passed to `Trainer(compute_loss_func=...)` as it is. With
+    gradient accumulation, also set `trainer.loss_is_scaled_for_ga = False`: the `Trainer` expects that a
+    `compute_loss_func` divides by the number of accumulated batches, and this loss is a mean over one batch.
 
     Args:
-        config: the host's config; costs, coefficients and `focal_alpha` are read from it.
-        class_coefficient: weight of the focal loss on tokens (2 in transformers and in the released Grounding DINO).
-        encoder_coefficient: weight of the encoder's proposals against the last decoder layer. 0 leaves them out.
+        config: Config of the base model. The costs, coefficients and `focal_alpha` are read from it.
+        class_coefficient: Weight of the focal loss on tokens. It is 2 in transformers and in the released Grounding
+            DINO.
+        encoder_coefficient: Weight of the encoder's proposals relative to the last decoder layer. 0 leaves them out.
     """
 
     def __init__(self, config: Any, class_coefficient: float = 2.0, encoder_coefficient: float = 1.0):
@@ -70,18 +71,19 @@ class GroundedDetectionLoss:
         )
 
     def __call__(self, outputs: Any, labels: list[dict[str, Tensor]], num_items_in_batch: Any = None) -> Tensor:
-        """
+        """Compute the loss.
+
         Args:
-            outputs: what the detector returns: `logits` (B, Q, T), `pred_boxes` (B, Q, 4), `input_ids` (B, L) and, of a
-                two-stage host, `enc_outputs_class` (B, S, T) and `enc_outputs_coord_logits` (B, S, 4).
-            labels: B dicts of `class_labels` (n,), indices of the phrases of the image's own prompt, and `boxes`
-                (n, 4), centre, width and height as shares of the image. n may be 0.
-            num_items_in_batch: what the loss is divided by; None for `mean_boxes_per_process(labels)`. Where gradients
-                accumulate, that of the labels of all accumulated batches makes the sum of their losses the loss of
-                one large batch. (The `Trainer` of transformers 5.24 finds no items in labels like these: None.)
+            outputs: Outputs of the detector: `logits` (B, Q, T), `pred_boxes` (B, Q, 4), `input_ids` (B, L) and, with
+                `two_stage`, `enc_outputs_class` (B, S, T) and `enc_outputs_coord_logits` (B, S, 4).
+            labels: For each image, `class_labels` (n,), indices of phrases in the prompt of the image, and `boxes`
+                (n, 4), centre, width and height as fractions of the image size. n may be 0.
+            num_items_in_batch: The number that the loss is divided by. None for `mean_boxes_per_process(labels)`. With
+                gradient accumulation, pass the number for the labels of all accumulated batches; then their losses add
+                up to the loss of one large batch. (The `Trainer` of transformers 5.24 passes None for such labels.)
 
         Returns:
-            The weighted sum, a scalar.
+            The weighted sum of the losses, a scalar.
         """
         stages = [(outputs.logits, outputs.pred_boxes, 1.0)]
         if outputs.enc_outputs_class is not None and self.encoder_coefficient:
@@ -98,7 +100,7 @@ class GroundedDetectionLoss:
                 "logits": token_logits.float(),
                 "pred_boxes": boxes.float(),
                 "label_maps": token_maps,
-                # Tokens of no phrase are -inf in the host; NaN must stay in the loss and be seen.
+                # Masks padding, whose logits are -inf. NaN is not masked, so that it shows in the loss.
                 "text_mask": token_logits != float("-inf"),
             }
             matches = self.set_loss.matcher(stage, labels)
@@ -109,16 +111,18 @@ class GroundedDetectionLoss:
 
 
 def mean_boxes_per_process(labels: list[dict[str, Tensor]]) -> float:
-    """Boxes of some images, or their mean over the processes of a launch, which all must call this.
+    """Number of boxes in a batch: the mean over the processes of a launch, and at least 1 in all processes together.
+
+    All processes of a launch call this together.
 
     Args:
-        labels: as `GroundedDetectionLoss` takes them.
+        labels: Labels as in `GroundedDetectionLoss`.
     """
-    num_boxes, num_processes = sum(len(label["class_labels"]) for label in labels), 1
-    # Outside of Accelerate there is one process, and asking PartialState would start a distributed run.
+    num_boxes, num_processes = float(sum(len(label["class_labels"]) for label in labels)), 1
+    # Without Accelerate there is one process. Making a PartialState here would start a distributed run.
     if PartialState._shared_state:
         device = labels[0]["boxes"].device
-        num_boxes = float(reduce(torch.tensor(float(num_boxes), device=device), reduction="sum"))
+        num_boxes = float(reduce(torch.tensor(num_boxes, device=device), reduction="sum"))
         num_processes = PartialState().num_processes
-    # At least one box in the whole batch, not one a process: that would shrink the loss of a batch with fewer.
-    return max(float(num_boxes), 1.0) / num_processes
+    # At least one box in the whole batch. At least one per process would shrink the loss of a batch with fewer boxes.
+    return max(num_boxes, 1.0) / num_processes

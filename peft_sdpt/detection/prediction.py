@@ -1,15 +1,18 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""Detecting classes in pictures with a grounded detector."""
+"""Detecting objects in images with a grounded detector."""
 
 from __future__ import annotations
 
 import functools
 import itertools
+from typing import Any, TypedDict
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from PIL import Image
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -18,34 +21,62 @@ from ..training.interruption import leave_signals_to_the_main_process
 from .data import DetectionSplit
 from .grounding import class_prompt, class_scores, class_token_maps, split_classes
 
-# COCO counts the 100 best detections of an image.
+# COCO counts the 100 best detections in an image.
 MAX_DETECTIONS = 100
+# A detection: image index, x, y, width, height, score, class index.
+Row = tuple[int, float, float, float, float, float, int]
 
 
-def detect(model, processor, pictures: list, class_names: list[str], chunks: list[list[int]]) -> list[dict]:
-    """Detect all classes in some pictures.
+class Detections(TypedDict):
+    """Detections in one image.
+
+    Attributes:
+        boxes: Shape (n, 4), x, y, width and height in pixels.
+        scores: Shape (n,).
+        labels: Shape (n,), class indices.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+
+
+def detect(
+    model: nn.Module, processor: Any, images: list[Image.Image], class_names: list[str], chunks: list[list[int]]
+) -> list[Detections]:
+    """Detect all classes in some images.
 
     Args:
-        model: the detector, in eval mode.
-        processor: its processor.
-        pictures: B PIL images.
-        class_names: names of the C classes.
-        chunks: from `split_classes`; a forward pass each, so the vocabulary may be longer than one prompt.
+        model: The detector, in evaluation mode.
+        processor: Its processor.
+        images: The images, RGB.
+        class_names: Names of the classes.
+        chunks: The result of `split_classes`. Each chunk takes one forward pass, so the classes need not fit into one
+            prompt.
 
     Returns:
-        B dicts of the `MAX_DETECTIONS` best of all pairs of query and class: `boxes` (n, 4) as x, y, width, height in
-        pixels of the picture, `scores` (n,), `labels` (n,) indices into `class_names`.
+        For each image, the `MAX_DETECTIONS` best of all pairs of query and class.
     """
-    pixels = processor.image_processor(pictures, return_tensors="pt")
-    return _detect(model, processor.tokenizer, pixels, [p.size for p in pictures], class_names, chunks)
+    pixels = processor.image_processor(images, return_tensors="pt")
+    return _detect(model, processor.tokenizer, pixels, [image.size for image in images], class_names, chunks)
 
 
 @torch.no_grad()
-def _detect(model, tokenizer, pixels, sizes: list[tuple[int, int]], class_names: list[str], chunks) -> list[dict]:
-    """`detect` in B pictures of these sizes that an image processor has been through."""
-    best = [{"scores": torch.empty(0), "labels": torch.empty(0, dtype=torch.long), "boxes": torch.empty(0, 4)}] * len(
-        sizes
-    )
+def _detect(
+    model: nn.Module,
+    tokenizer: Any,
+    pixels: Any,
+    sizes: list[tuple[int, int]],
+    class_names: list[str],
+    chunks: list[list[int]],
+) -> list[Detections]:
+    """`detect` in images of these sizes, given as the output of the image processor."""
+    none: Detections = {
+        "boxes": torch.empty(0, 4),
+        "scores": torch.empty(0),
+        "labels": torch.empty(0, dtype=torch.long),
+    }
+    best = [none] * len(sizes)
     device = next(model.parameters()).device
     pixels = pixels.to(device)
     for chunk in chunks:
@@ -60,36 +91,61 @@ def _detect(model, tokenizer, pixels, sizes: list[tuple[int, int]], class_names:
             centre_x, centre_y, w, h = outputs.pred_boxes[image, query].float().unbind(-1)
             x0, x1 = (((centre_x + side * w / 2) * width).clamp(0, width) for side in (-1, 1))
             y0, y1 = (((centre_y + side * h / 2) * height).clamp(0, height) for side in (-1, 1))
-            found = {
-                "scores": top.values,
-                "labels": torch.tensor(chunk, device=device)[label],
-                "boxes": torch.stack([x0, y0, x1 - x0, y1 - y0], dim=-1),
-            }
-            merged = {key: torch.cat([best[image][key], found[key].cpu()]) for key in found}
-            order = merged["scores"].argsort(descending=True)[:MAX_DETECTIONS]
-            best[image] = {key: value[order] for key, value in merged.items()}
+            boxes = torch.stack([x0, y0, x1 - x0, y1 - y0], dim=-1)
+            earlier = best[image]
+            boxes = torch.cat([earlier["boxes"], boxes.cpu()])
+            all_scores = torch.cat([earlier["scores"], top.values.cpu()])
+            labels = torch.cat([earlier["labels"], torch.tensor(chunk)[label.cpu()]])
+            order = all_scores.argsort(descending=True)[:MAX_DETECTIONS]
+            best[image] = {"boxes": boxes[order], "scores": all_scores[order], "labels": labels[order]}
     return best
 
 
+def check_image_size(model: nn.Module, processor: Any, image_size: int) -> None:
+    """Detect in a blank square image to check that a model supports an image size.
+
+    Args:
+        model: The detector. It is put into evaluation mode.
+        processor: Its processor, which resizes images to this size.
+        image_size: Width and height in pixels.
+
+    Raises:
+        InputError: The model fails, for instance because the image has fewer positions than the model has queries.
+    """
+    try:
+        detect(model.eval(), processor, [Image.new("RGB", (image_size, image_size))], ["object"], [[0]])
+    except RuntimeError as error:
+        raise InputError(f"image_size={image_size}: does not suit this base model ({error}).") from None
+
+
 def detect_split(
-    model,
-    processor,
+    model: nn.Module,
+    processor: Any,
     data: DetectionSplit,
     batch_size: int,
     accelerator: Accelerator,
     label: str = "evaluating",
     num_workers: int = 0,
-) -> list[tuple]:
-    """Detect all classes in all pictures of a split, each picture once, in one of the processes of a launch.
+) -> list[Row]:
+    """Detect all classes in all images of a split. All processes of a launch call this together.
 
-    A batch has pictures of one size: padding changes scores, and what is found in a picture must not depend on its
-    neighbours, which other batch sizes and numbers of processes would change.
+    Each process takes a share of the images. All images of a batch have the same size: padding changes scores, and the
+    detections in an image must not depend on the batch size or the number of processes.
+
+    Args:
+        model: The detector.
+        processor: Its processor.
+        data: The split.
+        batch_size: Batch size per device.
+        accelerator: The accelerator of the launch.
+        label: Text of the progress bar.
+        num_workers: Number of processes that read images.
 
     Returns:
-        In every process the rows of all pictures, as `rows_of` makes them.
+        The rows of all images, in each process.
 
     Raises:
-        InputError: if scores are not finite.
+        InputError: The scores are not finite.
     """
     was_training = model.training
     model.eval()
@@ -97,43 +153,51 @@ def detect_split(
     chunks = split_classes(data.class_names, processor.tokenizer, detector.config.max_text_len)
     mine = sorted(range(len(data)), key=data.sizes.__getitem__)[accelerator.process_index :: accelerator.num_processes]
     batches = []
-    for _, images in itertools.groupby(mine, key=data.sizes.__getitem__):
-        images = list(images)
+    for _, group in itertools.groupby(mine, key=data.sizes.__getitem__):
+        images = list(group)
         batches += [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
-    loader = DataLoader(
-        range(len(data)),
+    loader: DataLoader = DataLoader(
+        range(len(data)),  # type: ignore[arg-type]  # any sequence serves as a Dataset
         batch_sampler=batches,
         collate_fn=functools.partial(_process, data, processor.image_processor),
         num_workers=num_workers,
         worker_init_fn=leave_signals_to_the_main_process,
-        # Its own: starting a loader draws from its generator.
+        # Starting a loader draws from its generator. The default one belongs to training.
         generator=torch.Generator(),
     )
-    rows: list[tuple] = []
+    rows: list[Row] = []
     for images, pixels in tqdm(loader, desc=label, leave=False, disable=not accelerator.is_local_main_process):
         sizes = [data.sizes[image] for image in images]
         with accelerator.autocast():
-            found = _detect(detector, processor.tokenizer, pixels, sizes, data.class_names, chunks)
-        for image, result in zip(images, found, strict=True):
+            results = _detect(detector, processor.tokenizer, pixels, sizes, data.class_names, chunks)
+        for image, result in zip(images, results, strict=True):
             if not result["scores"].isfinite().all():
-                raise InputError(f"{label}: scores are not finite; of a trained adapter, lower --learning_rate.")
+                raise InputError(
+                    f"{label}: the scores are not finite. If training caused this, lower the learning rate."
+                )
             rows += rows_of(image, result)
     model.train(was_training)
     return gather_object(rows)
 
 
-def _process(data: DetectionSplit, image_processor, images: list[int]) -> tuple:
+def _process(data: DetectionSplit, image_processor: Any, images: list[int]) -> tuple[list[int], Any]:
+    """The indices of some images, and the output of the image processor for these images."""
     return images, image_processor([data.open_image(image) for image in images], return_tensors="pt")
 
 
-def rows_of(image: int, result: dict) -> list[tuple]:
-    """What `detect` found in one picture, as rows of image index, x, y, width, height, score, class index."""
+def rows_of(image: int, result: Detections) -> list[Row]:
+    """The detections in one image as rows.
+
+    Args:
+        image: Index of the image.
+        result: Its detections, from `detect`.
+    """
     columns = (result["boxes"].tolist(), result["scores"].tolist(), result["labels"].tolist())
     return [(image, *box, score, label) for box, score, label in zip(*columns, strict=True)]
 
 
-def result_of(image: int, rows: list[tuple]) -> dict:
-    """The detections of one picture back from rows, as `detect` gave them."""
+def result_of(image: int, rows: list[Row]) -> Detections:
+    """The detections in one image from the rows of all images: the inverse of `rows_of`."""
     mine = [row for row in rows if row[0] == image]
     return {
         "boxes": torch.tensor([row[1:5] for row in mine], dtype=torch.float32).reshape(-1, 4),

@@ -1,82 +1,99 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""What a training run sees: which picture when, how it is augmented, what it is asked for.
+"""The samples of a training run: the order of the images, their augmentation and their prompts.
 
-All of it follows from the seed and the number of the sample alone. So a run sees the same on any number of processes
-and DataLoader workers, and one that was killed goes on with what it would have seen.
+Everything depends only on the seed and the number of the sample. So a run has the same samples with any number of
+processes and DataLoader workers, and a run that was killed resumes with the samples that it would have had.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
+from ..training.interruption import leave_signals_to_the_main_process
 from .data import DetectionSplit, centre_boxes
 from .grounding import class_prompt, phrase_lengths
 
-# "Standard" scale jitter of arXiv 2012.07177: stronger jitter is for training from scratch.
+# The "standard" scale jitter of arXiv 2012.07177. The stronger jitter there is for training from scratch.
 SCALES = (0.8, 1.25)
-# Of a box that is cut at least this share of its area must remain, or it is no object any more.
+# A box that the crop cuts is kept if at least this fraction of its area remains.
 MIN_VISIBLE = 0.25
-# What stands around a picture that was made smaller, RGB: the mean of ImageNet, which is zero to a detector.
+# RGB colour around an image that was made smaller: the mean of ImageNet, which processors map to zero.
 GREY = (124, 116, 104)
 
 
-def augment(picture: Image.Image, boxes: Tensor, generator: torch.Generator) -> tuple[Image.Image, Tensor, Tensor]:
-    """Flip a picture left to right, every other time, and look at it through a window of random size and place.
+class Sample(TypedDict):
+    """One sample of `TrainingSamples`.
 
-    A window smaller than the picture is a crop, in which objects look larger; a larger one has a grey border. What is
-    seen has the size of the picture: a batch would be padded to its largest, and padding is seen by the detector.
+    Attributes:
+        image: The image, RGB.
+        prompt: The prompt with the classes of the sample.
+        labels: `class_labels` (n,), indices of phrases in the prompt, and `boxes` (n, 4), as in
+            `GroundedDetectionLoss`.
+    """
+
+    image: Image.Image
+    prompt: str
+    labels: dict[str, Tensor]
+
+
+def augment(image: Image.Image, boxes: Tensor, generator: torch.Generator) -> tuple[Image.Image, Tensor, Tensor]:
+    """Apply a random flip, and resize a window of random size and place to the size of the image.
+
+    The flip is horizontal with probability 0.5. A window smaller than the image is a crop and makes objects larger. A
+    larger window has a grey border and makes objects smaller. The size of the image stays, because images of different
+    sizes would be padded, and the detector sees padding.
 
     Args:
-        picture: RGB.
-        boxes: (n, 4) as x, y, width, height in pixels.
-        generator: on the CPU.
+        image: The image, RGB.
+        boxes: Tensor of shape (n, 4), x, y, width and height in pixels.
+        generator: Random generator on the CPU.
 
     Returns:
-        The new picture, the boxes in it, cut at its edges, and which boxes remain, (n,) boolean: those with
-        `MIN_VISIBLE` of their area in the picture.
+        The new image. The boxes in it, cut at its edges, shape (n, 4). A boolean mask of shape (n,) of the boxes that
+        still have `MIN_VISIBLE` of their area in the image.
     """
-    width, height = picture.size
+    width, height = image.size
     flip, scale, left, top = torch.rand(4, generator=generator).tolist()
     if flip < 0.5:
-        picture = ImageOps.mirror(picture)
+        image = ImageOps.mirror(image)
         boxes = torch.cat([width - boxes[:, :1] - boxes[:, 2:3], boxes[:, 1:]], dim=1)
     scale = SCALES[0] + scale * (SCALES[1] - SCALES[0])
     size = (max(1, round(width / scale)), max(1, round(height / scale)))
     corner = (round(left * (width - size[0])), round(top * (height - size[1])))
     window = Image.new("RGB", size, GREY)
-    window.paste(picture, (-corner[0], -corner[1]))
+    window.paste(image, (-corner[0], -corner[1]))
     low = boxes[:, :2] - torch.tensor(corner)
     high = low + boxes[:, 2:]
     low, high = (torch.minimum(edge.clamp(min=0), torch.tensor(size)) for edge in (low, high))
     cut = torch.cat([low, high - low], dim=1)
-    kept = cut[:, 2:].prod(1) >= MIN_VISIBLE * boxes[:, 2:].prod(1)
+    is_visible = cut[:, 2:].prod(1) >= MIN_VISIBLE * boxes[:, 2:].prod(1)
     zoom = torch.tensor([width / size[0], height / size[1]])
-    return window.resize((width, height), Image.Resampling.BILINEAR), cut * zoom.repeat(2), kept
+    return window.resize((width, height), Image.Resampling.BILINEAR), cut * zoom.repeat(2), is_visible
 
 
-class TrainingSamples(Dataset):
-    """All samples of a run in their order: the pictures of an epoch shuffled, then those of the next.
+class TrainingSamples(Dataset[Sample]):
+    """All samples of a run in order: the shuffled images of the first epoch, then those of the next epoch, and so on.
 
-    Where the classes do not all fit one prompt, a sample is asked for the classes in its picture and as many random
-    others as fit, so a vocabulary of any size trains in the memory of one prompt.
+    If the classes do not all fit into one prompt, a sample has the classes in its image and as many random others as
+    fit. So a vocabulary of any size trains in the memory of one prompt.
 
     Args:
-        data: the training split.
-        num_samples: in the whole run.
-        processor: the detector's.
-        max_text_len: the detector's `config.max_text_len`.
-        seed: 0 <= seed < 2**32.
-        augmentation: whether to `augment` the pictures.
+        data: The training split.
+        num_samples: Number of samples in the whole run.
+        processor: Processor of the detector.
+        max_text_len: The detector's `config.max_text_len`.
+        seed: Seed, 0 <= seed < 2**32.
+        augmentation: Whether to `augment` the images.
 
     Attributes:
-        asks_all: whether all classes fit one prompt, so that each sample is asked for the same.
+        has_one_prompt: Whether all classes fit into one prompt, so that all samples have the same prompt.
     """
 
     def __init__(
@@ -89,68 +106,94 @@ class TrainingSamples(Dataset):
         augmentation: bool = True,
     ):
         self.data, self.processor, self.num_samples = data, processor, num_samples
-        # [CLS] and [SEP] have their place too.
+        # [CLS] and [SEP] also take a token each.
         self.room = max_text_len - 2
         self.lengths = phrase_lengths(data.class_names, processor.tokenizer)
-        self.asks_all = sum(self.lengths) <= self.room
+        self.has_one_prompt = sum(self.lengths) <= self.room
         self.seed, self.augmentation = seed, augmentation
         self._shuffled: tuple[int, list[int]] = (-1, [])
 
     def __len__(self) -> int:
         return self.num_samples
 
-    def __getitem__(self, number: int) -> dict:
+    def __getitem__(self, number: int) -> Sample:
         epoch, place = divmod(number, len(self.data))
-        image = self._order(epoch)[place]
+        index = self._order(epoch)[place]
         generator = _generator(self.seed, number)
-        picture = self.data.open_image(image)
-        boxes = torch.tensor(self.data.boxes[image], dtype=torch.float32).reshape(-1, 4)
-        kept = torch.tensor([not crowd for crowd in self.data.crowds[image]], dtype=torch.bool)
+        image = self.data.open_image(index)
+        boxes = torch.tensor(self.data.boxes[index], dtype=torch.float32).reshape(-1, 4)
+        is_object = torch.tensor([not crowd for crowd in self.data.crowds[index]], dtype=torch.bool)
         if self.augmentation:
-            picture, boxes, visible = augment(picture, boxes, generator)
-            kept &= visible
-        present = [c for c, keep in zip(self.data.labels[image], kept.tolist(), strict=True) if keep]
-        asked = self._ask(present, generator)
-        position = {c: i for i, c in enumerate(asked)}
-        objects = [(box, position[c]) for box, c in zip(boxes[kept].tolist(), present, strict=True) if c in position]
+            image, boxes, is_visible = augment(image, boxes, generator)
+            is_object &= is_visible
+        present = [c for c, keep in zip(self.data.labels[index], is_object.tolist(), strict=True) if keep]
+        prompted = self._choose_classes(present, generator)
+        position = {c: i for i, c in enumerate(prompted)}
+        objects = [
+            (box, position[c]) for box, c in zip(boxes[is_object].tolist(), present, strict=True) if c in position
+        ]
         return {
-            "picture": picture,
-            "prompt": class_prompt([self.data.class_names[c] for c in asked]),
+            "image": image,
+            "prompt": class_prompt([self.data.class_names[c] for c in prompted]),
             "labels": {
                 "class_labels": torch.tensor([c for _, c in objects], dtype=torch.long),
-                "boxes": centre_boxes([box for box, _ in objects], picture.size),
+                "boxes": centre_boxes([box for box, _ in objects], image.size),
             },
         }
 
-    def collate(self, samples: list[dict]) -> tuple[dict, list[dict]]:
-        """Samples as a batch: what the detector takes, and its labels in the order of each prompt."""
-        inputs = self.processor.image_processor([sample["picture"] for sample in samples], return_tensors="pt")
+    def collate(self, samples: list[Sample]) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+        """Make a batch of samples.
+
+        Returns:
+            The inputs of the detector, and the labels of each image.
+        """
+        inputs = self.processor.image_processor([sample["image"] for sample in samples], return_tensors="pt")
         prompts = [sample["prompt"] for sample in samples]
         inputs |= self.processor.tokenizer(prompts, padding=True, return_tensors="pt")
         return dict(inputs), [sample["labels"] for sample in samples]
 
+    def loader(self, batch_size: int, num_workers: int = 0) -> DataLoader:
+        """Make a `DataLoader` of batches in order. Accelerate can prepare it.
+
+        Args:
+            batch_size: Batch size per device.
+            num_workers: Number of processes that read images. They ignore Ctrl-C, which the main process handles.
+        """
+        return DataLoader(
+            self,
+            batch_size=batch_size,
+            collate_fn=self.collate,
+            num_workers=num_workers,
+            worker_init_fn=leave_signals_to_the_main_process,
+            # Starting a loader draws from its generator. The default one also drives dropout, and a resumed run would
+            # draw from it once more.
+            generator=torch.Generator(),
+        )
+
     def _order(self, epoch: int) -> list[int]:
+        """The images in the order of an epoch."""
         if self._shuffled[0] != epoch:
             order = torch.randperm(len(self.data), generator=_generator(self.seed, epoch, of_epochs=True))
             self._shuffled = (epoch, order.tolist())
         return self._shuffled[1]
 
-    def _ask(self, present: list[int], generator: torch.Generator) -> list[int]:
-        if self.asks_all:
+    def _choose_classes(self, present: list[int], generator: torch.Generator) -> list[int]:
+        """The classes of a prompt: those in the image and as many random others as fit."""
+        if self.has_one_prompt:
             return list(range(len(self.lengths)))
         shuffled = torch.randperm(len(self.lengths), generator=generator).tolist()
-        present = set(present)
-        asked, room = [], self.room
-        for c in sorted(shuffled, key=lambda c: c not in present):
+        in_image = set(present)
+        chosen, room = [], self.room
+        for c in sorted(shuffled, key=lambda c: c not in in_image):
             if self.lengths[c] > room:
                 break
-            asked.append(c)
+            chosen.append(c)
             room -= self.lengths[c]
-        # In the order of evaluation: its place in a prompt must not tell whether a class is in the picture.
-        return sorted(asked)
+        # Sorted as in evaluation. The place of a class in the prompt must not tell whether it is in the image.
+        return sorted(chosen)
 
 
 def _generator(seed: int, number: int, of_epochs: bool = False) -> torch.Generator:
-    """One for each sample of each seed, and others for the order of each epoch."""
-    # torch reads no more than the lower 32 bits of a seed, so the three are hashed into them.
+    """A random generator for a sample, or for the order of an epoch."""
+    # torch uses only the lower 32 bits of a seed, so the three numbers are hashed into them.
     return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, of_epochs, number)).generate_state(1)[0]))

@@ -19,6 +19,8 @@ from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 
 from ..config import SDPTConfig
 from ..errors import InputError
+from ..files import whole_files
+from ..model_card import CARD, carry_card, write_results
 
 CLASS_NAMES_FILE = "class_names.json"
 
@@ -28,9 +30,9 @@ class SavedAdapter:
     """A saved SDPT adapter.
 
     Attributes:
-        source: What the user asked for: `path`, `hub/id` or `name=` and either.
+        source: The path or Hub id as the user gave it, perhaps with `name=` in front.
         name: Name of the adapter: the one given in `source`, or the last part of the path or id.
-        folder: Folder with its files.
+        folder: Folder with the files of the adapter.
         base_model: Folder or Hub id of the base model it was trained on. None if its config does not say.
     """
 
@@ -56,23 +58,23 @@ def find_adapter(adapter: str) -> SavedAdapter:
     folder = Path(source)
     if not folder.is_dir():
         try:
-            # Fetched first and at once, so that the rest of the code knows only local folders.
+            # Downloads all files here, so that the rest of the code handles only local folders.
             patterns = ["*.json", "*.txt", "adapter_model.safetensors"]
             folder = Path(snapshot_download(source, allow_patterns=patterns, ignore_patterns="*/*"))
-        except Exception as error:  # `huggingface_hub` raises many kinds when something is not there
-            raise InputError(f"{where}: no such folder, and the Hub has none ({error}).") from None
+        except Exception as error:  # `huggingface_hub` raises many kinds of errors
+            raise InputError(f"{where}: no such folder, and no such repository on the Hub ({error}).") from None
     name = name or Path(source).resolve().name
     if name in ("", "..") or Path(name).name != name:
-        raise InputError(f"{where}: {name!r} cannot name a folder of results; write name=path.")
+        raise InputError(f"{where}: {name!r} cannot be the name of a folder; write NAME=ADAPTER.")
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / file).is_file():
-            raise InputError(f"{where}: no saved adapter, {folder} has no {file}.")
+            raise InputError(f"{where}: is not a saved adapter, because {folder} has no {file}.")
     try:
         config = PeftConfig.from_pretrained(str(folder))
     except Exception as error:  # a damaged file can raise anything
         raise InputError(f"{where}: adapter_config.json cannot be read ({error!r}).") from None
     if not isinstance(config, SDPTConfig):
-        raise InputError(f"{where}: no SDPT adapter, its config is a {type(config).__name__}.")
+        raise InputError(f"{where}: is not an SDPT adapter, because its config is a {type(config).__name__}.")
     return SavedAdapter(adapter, name, folder, config.base_model_name_or_path)
 
 
@@ -82,15 +84,15 @@ def find_adapters(adapters: Sequence[str]) -> list[SavedAdapter]:
     Raises:
         InputError: One of them cannot be used, or two have the same name.
     """
-    found = [find_adapter(adapter) for adapter in adapters]
+    saved = [find_adapter(adapter) for adapter in adapters]
     named: dict[str, SavedAdapter] = {}
-    for adapter in found:
+    for adapter in saved:
         # Some file systems do not distinguish upper and lower case.
         other = named.setdefault(adapter.name.casefold(), adapter)
         if other is not adapter:
             sources = f"{other.source} {adapter.source}"
-            raise InputError(f"adapter={sources!r}: both are called {adapter.name}; write name=path.")
-    return found
+            raise InputError(f"adapter={sources!r}: both are called {adapter.name}; write NAME=ADAPTER.")
+    return saved
 
 
 def common_base_model(adapters: Sequence[SavedAdapter]) -> str:
@@ -107,13 +109,14 @@ def common_base_model(adapters: Sequence[SavedAdapter]) -> str:
         base_model = adapter.base_model
         if not base_model:
             raise InputError(
-                f"adapter={adapter.source!r}: does not name its base model; give model_name_or_path=... yourself."
+                f"adapter={adapter.source!r}: does not name its base model; pass model_name_or_path=... as well."
             )
         base_models[str(Path(base_model).resolve()) if Path(base_model).is_dir() else base_model] = adapter
     if len(base_models) > 1:
         named = "; ".join(f"{adapter.name}: {base_model}" for base_model, adapter in base_models.items())
         raise InputError(
-            f"adapter=...: they were trained on different base models ({named}); give model_name_or_path=... yourself."
+            f"adapter=...: the adapters were trained on different base models ({named}); pass "
+            "model_name_or_path=... to choose one."
         )
     return next(iter(base_models))
 
@@ -123,8 +126,8 @@ def load_detector(model_name_or_path: str | os.PathLike, adapters: Sequence[Save
 
     Args:
         model_name_or_path: Folder or Hub id of the base model.
-        adapters: Their names in the model are "adapter0", "adapter1" and so on, because a name of their own may hold
-            characters that names of modules may not. The first is active.
+        adapters: The adapters. Their names in the model are "adapter0", "adapter1" and so on, because their own names
+            may have characters that are not allowed in the name of a module. The first adapter is active.
 
     Returns:
         The base model if there are no adapters, else a `PeftModel`.
@@ -141,10 +144,25 @@ def load_detector(model_name_or_path: str | os.PathLike, adapters: Sequence[Save
             else:
                 model = PeftModel.from_pretrained(model, folder, adapter_name=name)
         except Exception as error:  # a damaged folder can raise anything
-            raise InputError(
-                f"adapter={adapter.source!r}: does not load on the base model {model_name_or_path} ({error})."
-            ) from None
+            raise _does_not_load(adapter, model_name_or_path, error) from None
     return model.eval()
+
+
+def load_trainable(model_name_or_path: str | os.PathLike, adapter: SavedAdapter) -> PeftModel:
+    """Load a base model in float32 with a saved adapter on it that trains. Its name in the model is "default".
+
+    Raises:
+        InputError: The base model or the adapter cannot be loaded.
+    """
+    model = load_base_model(model_name_or_path)
+    try:
+        return PeftModel.from_pretrained(model, str(adapter.folder), is_trainable=True)
+    except Exception as error:  # a damaged folder can raise anything
+        raise _does_not_load(adapter, model_name_or_path, error) from None
+
+
+def _does_not_load(adapter: SavedAdapter, model_name_or_path: str | os.PathLike, error: Exception) -> InputError:
+    return InputError(f"adapter={adapter.source!r}: cannot be loaded on the base model {model_name_or_path} ({error}).")
 
 
 def load_base_model(model_name_or_path: str | os.PathLike) -> nn.Module:
@@ -156,7 +174,9 @@ def load_base_model(model_name_or_path: str | os.PathLike) -> nn.Module:
     try:
         return AutoModelForZeroShotObjectDetection.from_pretrained(model_name_or_path, dtype=torch.float32)
     except (OSError, ValueError) as error:
-        raise InputError(f"model_name_or_path={str(model_name_or_path)!r}: no detector to load ({error}).") from None
+        raise InputError(
+            f"model_name_or_path={str(model_name_or_path)!r}: cannot be loaded as a detector ({error})."
+        ) from None
 
 
 def load_processor(adapter: SavedAdapter | None, model_name_or_path: str | os.PathLike) -> Any:
@@ -172,15 +192,15 @@ def load_processor(adapter: SavedAdapter | None, model_name_or_path: str | os.Pa
     try:
         processor = AutoProcessor.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise InputError(f"{where}: no processor to load ({error}).") from None
+        raise InputError(f"{where}: has no processor that can be loaded ({error}).") from None
     if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
         raise InputError(f"{where}: the processor must have both a tokenizer and an image processor.")
     return processor
 
 
 def set_image_size(processor: Any, shorter_edge: int) -> None:
-    """Make a detector's processor resize images to this shorter edge, in pixels."""
-    # 800 by 1333 is the ratio that detectors are trained with.
+    """Make the processor of a detector resize images to this shorter edge in pixels."""
+    # Detectors are trained with images of at most 800 by 1333 pixels.
     longest_edge = round(shorter_edge * 1333 / 800)
     processor.image_processor.size = {"shortest_edge": shorter_edge, "longest_edge": longest_edge}
 
@@ -194,20 +214,56 @@ def read_class_names(adapter: SavedAdapter) -> list[str]:
     file = adapter.folder / CLASS_NAMES_FILE
     if not file.is_file():
         raise InputError(
-            f"adapter={adapter.source!r}: no class names, it has no {file.name}; give class_names=... too."
+            f"adapter={adapter.source!r}: was saved without class names ({file.name}); pass class_names=... as well."
         )
     try:
         class_names = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{file}: not JSON ({error}).") from None
     if not isinstance(class_names, list) or not all(isinstance(name, str) for name in class_names):
-        raise InputError(f"{file}: must be a list of names.")
+        raise InputError(f"{file}: must be a JSON list of names.")
     return class_names
 
 
 def save_adapter(folder: str | os.PathLike, model: PeftModel, processor: Any, class_names: Sequence[str]) -> None:
-    """Save an adapter with everything that is needed to detect with it: its processor and its class names."""
+    """Save an adapter with everything that detecting with it needs: its processor and its class names.
+
+    Args:
+        folder: Folder to write to.
+        model: The model with the adapter.
+        processor: The processor of the model.
+        class_names: Names of the classes that the adapter was trained on.
+    """
     model.save_pretrained(str(folder))
     processor.save_pretrained(folder)
     text = json.dumps(list(class_names), indent=2, ensure_ascii=False) + "\n"
     (Path(folder) / CLASS_NAMES_FILE).write_text(text, encoding="utf-8")
+
+
+def publish_adapter(
+    folder: str | os.PathLike,
+    model: PeftModel,
+    processor: Any,
+    class_names: Sequence[str],
+    results: str | None = None,
+) -> list[str]:
+    """Save an adapter as `save_adapter` does, completely or not at all, and keep the model card of the folder.
+
+    Args:
+        folder: Folder to write to. It is made if it does not exist.
+        model: The model with the adapter.
+        processor: The processor of the model.
+        class_names: Names of the classes that the adapter was trained on.
+        results: Section on results for the model card, in Markdown. None removes this section.
+
+    Returns:
+        The sorted names of the files.
+
+    Raises:
+        InputError: The folder cannot be written.
+    """
+    with whole_files(folder) as unfinished:
+        carry_card(Path(folder), unfinished)
+        save_adapter(unfinished, model, processor, class_names)
+        write_results(unfinished / CARD, results)
+        return sorted(path.name for path in unfinished.iterdir())

@@ -1,36 +1,43 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""The trained parameters of a model, and their moving average in their place."""
+"""The trained parameters of a model, and their moving average."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a model that require gradients, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 @contextlib.contextmanager
-def averaged(model: torch.nn.Module, average: torch.optim.swa_utils.AveragedModel | None) -> Iterator[None]:
-    """A model whose trained parameters are those of their moving average, if there is one, for a while."""
+def averaged(model: nn.Module, average: AveragedModel | None) -> Iterator[None]:
+    """A context in which the trained parameters of a model have the values of their moving average.
+
+    Args:
+        model: The model.
+        average: The average of an `nn.ParameterList` of the model's trained parameters. With None, nothing happens.
+    """
     if average is None:
         yield
         return
-    trained = trained_parameters(model)
-    kept = [parameter.detach().clone() for parameter in trained]
+    trained = list(trained_parameters(model).values())
+    before = [parameter.detach().clone() for parameter in trained]
     try:
-        _copy(average.module, trained)
+        _copy(average.module.parameters(), trained)
         yield
     finally:
-        _copy(kept, trained)
+        _copy(before, trained)
 
 
 @torch.no_grad()
-def _copy(source: Any, target: list[torch.nn.Parameter]) -> None:
+def _copy(source: Iterable[torch.Tensor], target: list[nn.Parameter]) -> None:
     for parameter, value in zip(target, source, strict=True):
         parameter.copy_(value)
-
-
-def trained_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]

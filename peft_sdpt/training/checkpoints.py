@@ -1,8 +1,8 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""Saving a run: checkpoints to resume from, and adapters to use, each written whole or not at all.
+"""Checkpoints of a training run, and the state of the run that they hold.
 
-A folder or a file gets its name only once all of it is on the disk, so a run can be killed at any instant.
+A checkpoint gets its name only after all of it is on the disk. So a run may be killed at any time.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -28,38 +29,39 @@ RUN_FILE = "run.json"
 
 @dataclass
 class Progress:
-    """How far a run has come; a part of its checkpoints.
+    """The progress of a run, which its checkpoints hold.
 
     Attributes:
-        step: optimizer steps taken.
-        seconds: time spent in training steps.
-        before: metrics and shown detections of the bare host.
-        validated: step of the last validation.
-        best: metrics on the validation split of the best adapter so far, and its `step`.
+        step: Number of optimizer steps so far.
+        seconds: Time spent in training steps.
+        before: Results of the base model without an adapter.
+        validated: Step of the last validation.
+        best: Metrics of the best adapter so far on the validation split, and its `step`.
     """
 
     step: int = 0
     seconds: float = 0.0
-    before: dict = field(default_factory=dict)
+    before: dict[str, Any] = field(default_factory=dict)
     validated: int = 0
-    best: dict = field(default_factory=dict)
+    best: dict[str, Any] = field(default_factory=dict)
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         return dict(vars(self))
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
 
 
 class Checkpoints:
-    """The folders `step_N` of a run, as `Accelerator.save_state` writes them, with the adapter in place of the model.
+    """The checkpoints of a run: folders `step_N` from `Accelerator.save_state`, with the adapter instead of the model.
 
     Args:
-        accelerator: with the model prepared, and everything that a checkpoint holds prepared or registered.
-        folder: where the folders `step_N` are.
-        write_adapter: writes the adapter, and what belongs to it, into a folder.
-        run: what makes the run the run it is; one that differs in any of it cannot be resumed from these.
-        total_limit: how many to keep, the newest; None keeps all.
+        accelerator: The accelerator. Everything that a checkpoint holds must be prepared or registered with it.
+        folder: Folder of the checkpoints.
+        write_adapter: Writes the adapter and its other files into a folder.
+        run: Everything that determines the result of the run. A run can only resume from checkpoints with the same
+            values.
+        total_limit: Number of checkpoints to keep; older ones are removed. None keeps all.
     """
 
     def __init__(
@@ -67,7 +69,7 @@ class Checkpoints:
         accelerator: Accelerator,
         folder: Path,
         write_adapter: Callable[[Path], None],
-        run: dict,
+        run: dict[str, Any],
         total_limit: int | None = None,
     ):
         self.accelerator, self.folder, self.write_adapter = accelerator, folder, write_adapter
@@ -76,7 +78,7 @@ class Checkpoints:
         accelerator.register_load_state_pre_hook(self._load_adapter)
 
     def _save_adapter(self, models: list, weights: list, folder: str) -> None:
-        # Without the host's weights: they are frozen, and may be thousand times larger.
+        # The weights of the base model are left out: they are frozen and may be a thousand times larger.
         weights.clear()
         if self.accelerator.is_main_process:
             self.write_adapter(Path(folder))
@@ -86,10 +88,11 @@ class Checkpoints:
         set_peft_model_state_dict(model, load_peft_weights(folder, device="cpu"))
 
     def save(self, step: int) -> None:
-        """Write `step_<step>`, unless this run has done so already.
+        """Write the checkpoint `step_<step>`, unless it exists. All processes of a launch call this together.
 
         Raises:
-            InputError: in every process, if it cannot be written in one; the earlier checkpoints are as they were.
+            InputError: A process cannot write its part. All processes raise it, and earlier checkpoints stay as they
+                are.
         """
         final = self.folder / f"step_{step}"
         if final.is_dir():
@@ -114,69 +117,93 @@ class Checkpoints:
                 shutil.rmtree(unfinished, ignore_errors=True)
             raise InputError(
                 f"the checkpoint of step {step} cannot be written ({problem[0]}); "
-                f"the last complete one is {latest(self.folder) or 'none'}."
+                f"the last complete checkpoint is {latest(self.folder) or 'none'}."
             )
 
-    def load(self, checkpoint: Path) -> None:
-        """Go on from a checkpoint.
+    def resume(self, resume_from_checkpoint: str | os.PathLike | None) -> Path | None:
+        """Load a checkpoint, if there is one. All processes of a launch call this together.
+
+        Args:
+            resume_from_checkpoint: Folder of a checkpoint. "latest" for the newest one of this run, if it has one. None
+                for no checkpoint.
+
+        Returns:
+            The folder of the loaded checkpoint, or None.
 
         Raises:
-            InputError: if it is no complete checkpoint, one of another run, or cannot be read; or where this run
-                would write are checkpoints that are not before it.
+            InputError: The checkpoint cannot be loaded; see `load`.
+        """
+        latest_one = resume_from_checkpoint == "latest"
+        checkpoint = latest(self.folder) if latest_one else resume_from_checkpoint
+        if checkpoint is None:
+            if latest_one:
+                self.accelerator.print(f"{self.folder} has no checkpoint yet: starting from the beginning")
+            return None
+        self.load(Path(checkpoint))
+        self.accelerator.print(f"resuming from {checkpoint}")
+        return Path(checkpoint)
+
+    def load(self, checkpoint: Path) -> None:
+        """Load a checkpoint. All processes of a launch call this together.
+
+        Raises:
+            InputError: The folder is not a complete checkpoint, belongs to another run, or cannot be read. Or the
+                folder of this run has newer checkpoints.
         """
         where = f"checkpoint={str(checkpoint)!r}"
         try:
             run = json.loads((checkpoint / RUN_FILE).read_text())
         except (OSError, ValueError) as error:
-            raise InputError(f"{where}: no complete checkpoint ({error}).") from None
+            raise InputError(f"{where}: is not a complete checkpoint ({error}).") from None
         newest = latest(self.folder)
         if newest and newest.resolve() != checkpoint.resolve():
             raise InputError(
-                f"{where}: {self.folder} has {newest.name}, which what follows would mix with; remove the checkpoints "
-                "after it, or choose another output folder."
+                f"{where}: {self.folder} has {newest.name}, which the checkpoints of the resumed run would mix with; "
+                "remove the newer checkpoints or choose another output folder."
             )
         for name, value in self.run.items():
-            # As JSON, because that is how it was written: a tuple has become a list.
+            # Compared as JSON, which turns a tuple into a list.
             if (then := run.get(name)) != json.loads(json.dumps(value)):
-                raise InputError(f"{where}: is of another run, with {name} {then!r} instead of {value!r}.")
+                raise InputError(f"{where}: belongs to another run, with {name} {then!r} instead of {value!r}.")
         try:
-            # Accelerate passes over random numbers that it cannot read.
+            # Read here first, because Accelerate ignores random states that it cannot read.
             torch.load(checkpoint / f"random_states_{self.accelerator.process_index}.pkl", weights_only=False)
             self.accelerator.load_state(str(checkpoint))
-        except Exception as error:  # a damaged file can bring up anything
+        except Exception as error:  # a damaged file can raise anything
             raise InputError(f"{where}: cannot be read ({error}).") from None
 
     def _remove_old(self) -> None:
         for _, folder in _complete(self.folder)[: -self.total_limit] if self.total_limit else []:
-            # First out of sight: half a removal must not look like a checkpoint.
+            # Renamed first, because a partly removed folder must not look like a checkpoint.
             doomed = folder.with_name(folder.name + UNFINISHED)
             os.replace(folder, doomed)
             shutil.rmtree(doomed)
 
 
 def latest(folder: Path) -> Path | None:
-    """The complete checkpoint of most steps in a folder."""
-    found = _complete(folder)
-    return found[-1][1] if found else None
+    """The complete checkpoint with the highest step in a folder, or None."""
+    checkpoints = _complete(folder)
+    return checkpoints[-1][1] if checkpoints else None
 
 
 def _complete(folder: Path) -> list[tuple[int, Path]]:
-    """Complete checkpoints with their steps, in order."""
+    """The steps and folders of all complete checkpoints in a folder, sorted by step."""
     return sorted((int(m[1]), path) for path in folder.glob("step_*") if (m := re.fullmatch(r"step_(\d+)", path.name)))
 
 
 def claim_output_dir(output_dir: Path, accelerator: Accelerator, resuming: bool) -> None:
-    """Check before any work that a run can write its results, and that they would not mix with those of another run.
+    """Check that a run can write its results, and that they would not mix with those of another run.
 
-    Clears away what a killed run was about to write. All processes of a launch call this together.
+    The function also removes the unfinished files of a killed run. All processes of a launch call it together, before
+    the run does any work.
 
     Args:
         output_dir: Folder for the results. It is made if it does not exist.
         accelerator: The accelerator of the launch.
-        resuming: Whether the run goes on from a checkpoint.
+        resuming: Whether the run resumes from a checkpoint.
 
     Raises:
-        InputError: The folder cannot be written, or holds checkpoints and the run does not resume.
+        InputError: The folder cannot be written, or it has checkpoints and the run does not resume.
     """
     if accelerator.is_main_process:
         check_writable(output_dir)
@@ -185,16 +212,16 @@ def claim_output_dir(output_dir: Path, accelerator: Accelerator, resuming: bool)
     earlier = latest(output_dir)
     if earlier and not resuming:
         raise InputError(
-            f"output_dir={str(output_dir)!r}: has {earlier.name} of an earlier run; go on from it with "
+            f"output_dir={str(output_dir)!r}: has {earlier.name} of an earlier run; resume it by "
             "resume_from_checkpoint='latest', or choose another folder."
         )
 
 
 def check_writable(output_dir: Path) -> None:
-    """Make a folder, if it does not exist, and check that it can be written.
+    """Check that files can be written to a folder. It is made if it does not exist.
 
     Raises:
-        InputError: It cannot.
+        InputError: The folder cannot be written.
     """
     try:
         with whole_files(output_dir):
@@ -204,7 +231,7 @@ def check_writable(output_dir: Path) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Clear away what a killed run was about to write."""
+    """Remove the unfinished checkpoints and files that a killed run left in a folder."""
     places = (folder, folder / "best")
     for path in (*folder.glob(f"step_*{UNFINISHED}"), *(place / f"files{UNFINISHED}" for place in places)):
         shutil.rmtree(path, ignore_errors=True)

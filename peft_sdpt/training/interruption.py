@@ -1,6 +1,9 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""Ctrl-C, and the SIGTERM of schedulers and launchers, in a training loop: heard when a step is complete."""
+"""Ctrl-C and SIGTERM in a training loop: the current step is completed first.
+
+Schedulers and launchers stop a program by SIGTERM.
+"""
 
 from __future__ import annotations
 
@@ -17,46 +20,56 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interruption:
-    """A context in which the first signal is noted, to be asked for, and a second one ends the program at once."""
+    """A context that notes the first signal. A second signal ends the program at once.
+
+    Args:
+        accelerator: The accelerator of the launch.
+    """
 
     def __init__(self, accelerator: Accelerator):
-        self.accelerator, self.heard = accelerator, False
+        self.accelerator = accelerator
+        self.received = False
 
     def __enter__(self) -> Interruption:
-        self._before = {number: signal.signal(number, self._hear) for number in SIGNALS}
+        self._handlers_before = {number: signal.signal(number, self._receive) for number in SIGNALS}
         return self
 
     def __exit__(self, *_) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._handlers_before.items():
             signal.signal(number, handler)
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
-        self.heard = True
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
         self.__exit__()
         if self.accelerator.is_local_main_process:
-            print("\nstopping after this step; once more to stop at once", file=sys.stderr)
+            print("\nstopping after this step; press Ctrl-C again to stop at once", file=sys.stderr)
 
     def asked_for(self) -> bool:
-        """Whether any process of the launch has heard a signal. All must ask together."""
+        """Whether any process of the launch has received a signal. All processes call this together."""
         if self.accelerator.num_processes == 1:
-            return self.heard
-        heard = torch.tensor(int(self.heard), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(heard, reduction="sum"))
+            return self.received
+        received = torch.tensor(int(self.received), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(received, reduction="sum"))
 
 
 def leave_signals_to_the_main_process(worker: int) -> None:
-    """For DataLoader workers: signals to the whole group reach them as well, and the step at hand needs its images."""
+    """Ignore Ctrl-C and SIGTERM: a `worker_init_fn` for DataLoader workers.
+
+    A signal to the whole process group also reaches the workers, but the current step still needs their images.
+    """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 @atexit.register
 def _end_workers() -> None:
-    """Of a run that failed, workers may be left at the end. `multiprocessing` ends them by SIGTERM, which they leave
-    to the main process, and waits for them: for ever."""
+    """Kill DataLoader workers that are left after a failed run.
+
+    At exit, `multiprocessing` sends them SIGTERM, which they ignore, and would wait for them forever.
+    """
     workers = [child for child in multiprocessing.active_children() if child.daemon]
     if workers:
-        # By this torch tells of workers that died when they should not have.
+        # The handler of torch would report the killed workers as an error.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for worker in workers:
         worker.kill()

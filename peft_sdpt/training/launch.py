@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""Starting a training script: its `Accelerator`, and the cores that each process may use."""
+"""Launching a training script: its `Accelerator`, and the CPU cores of each process."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from ..errors import InputError
 
 
 def make_accelerator(mixed_precision: str | None = None, **options: Any) -> Accelerator:
-    """Make the `Accelerator` of a script, and check that it sees all processes that were launched.
+    """Make the `Accelerator` of a script, and check that it knows all processes that were launched.
 
     Args:
-        mixed_precision: `"no"`, `"fp16"` or `"bf16"`; None for what `accelerate config` says.
+        mixed_precision: "no", "fp16" or "bf16". None for the setting of `accelerate config`.
         options: Other arguments of `Accelerator`.
 
     Raises:
         InputError: The device does not support `mixed_precision`, or the launcher started more processes than
-            Accelerate sees.
+            Accelerate knows.
     """
     try:
         accelerator = Accelerator(mixed_precision=mixed_precision, **options)
@@ -31,14 +31,14 @@ def make_accelerator(mixed_precision: str | None = None, **options: Any) -> Acce
         raise InputError(f"mixed_precision={mixed_precision!r}: {error}") from None
     if int(os.environ.get("WORLD_SIZE", 1)) > accelerator.num_processes:
         raise InputError(
-            f"the launcher started {os.environ['WORLD_SIZE']} processes, and Accelerate sees "
-            f"{accelerator.num_processes}: on the CPU, set ACCELERATE_USE_CPU=true."
+            f"the launcher started {os.environ['WORLD_SIZE']} processes, but Accelerate knows only "
+            f"{accelerator.num_processes}; on the CPU, set ACCELERATE_USE_CPU=true."
         )
     launched = {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ
     if launched and accelerator.device.type == "cpu":
-        # accelerate 1.15 has no launcher for several processes on the CPU of one machine.
+        # accelerate 1.15 cannot launch several processes on the CPU of one machine.
         print(
-            "`accelerate launch --cpu --num_processes N` starts one process. For N on the CPU: "
+            "`accelerate launch --cpu --num_processes N` starts only one process. To start N processes on the CPU: "
             f"ACCELERATE_USE_CPU=true torchrun --nproc_per_node N {sys.argv[0]}",
             file=sys.stderr,
         )
@@ -47,16 +47,16 @@ def make_accelerator(mixed_precision: str | None = None, **options: Any) -> Acce
 
 
 def use_all_cores(accelerator: Accelerator) -> None:
-    """Share the cores of this machine among its processes, if the launcher gave each a single thread.
+    """Divide the cores of this machine among its processes, if the launcher gave each process a single thread.
 
     `accelerate launch` (1.15) sets one thread unless `--num_cpu_threads_per_process` is given. A user who asks for
-    exactly one thread looks the same, and gets all cores too.
+    exactly one thread cannot be told apart and also gets all cores.
     """
     if os.environ.get("OMP_NUM_THREADS") == "1" and "ACCELERATE_MIXED_PRECISION" in os.environ:
         torch.set_num_threads(cores_per_process(accelerator))
 
 
 def cores_per_process(accelerator: Accelerator) -> int:
-    """Number of cores of this machine for each of its processes, at least 1."""
+    """Number of CPU cores for each process on this machine, at least 1."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes)))

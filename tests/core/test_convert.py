@@ -277,11 +277,14 @@ WRONG = {
     "a matrix": (change_model(__cpt_input=lambda t: t[0]), rf"{FIRST} must be \(1, N, E\).*got \({N}, {WIDTH}\)"),
     "two sets": (change_model(__cpt_input=lambda t: t.repeat(2, 1, 1)), rf"{FIRST} must be .*got \(2, {N}, {WIDTH}\)"),
     "none": (change_model(__cpt_input=lambda t: t[:, :0]), rf"{FIRST} must be .*got \(1, 0, {WIDTH}\)"),
-    "integers": (change_model(__cpt_input=lambda t: t.long()), rf"{FIRST} must be of floating point, got torch.int64"),
+    "integers": (
+        change_model(__cpt_input=lambda t: t.long()),
+        rf"{FIRST} must have a floating-point dtype, got torch.int64",
+    ),
     "no tensor": (change_model(__cpt_input=[1.0]), rf"{FIRST} must be a tensor, got list"),
     "other numbers of tokens": (
         change_model(__cpt_input=lambda t: t[:, :2]),
-        rf"as many tokens in each layer, got 2 in {FIRST}, {N} in {SECOND}",
+        rf"the same number of tokens, got 2 in {FIRST}, {N} in {SECOND}",
     ),
     "not a number": (change_model(__cpt_input=spoil(float("nan"))), rf"{FIRST} has values that are not finite"),
     "infinite": (change_model(__cpt_input=spoil(float("inf"))), rf"{FIRST} has values that are not finite"),
@@ -291,12 +294,12 @@ WRONG = {
     ),
     "independent": (
         independent,
-        rf"{ADAPTED[0]}\.cpt_vinput.*{ADAPTED[1]}\.cpt_linput.*prompt_mode='independent'.* another function",
+        rf"{ADAPTED[0]}\.cpt_vinput.*{ADAPTED[1]}\.cpt_linput.*prompt_mode='independent'.* a different method",
     ),
-    "one of two sets": (image_set_alone, rf"{ADAPTED[1]}\.cpt_vinput without {ADAPTED[1]}\.cpt_linput"),
+    "one of two sets": (image_set_alone, rf"{ADAPTED[1]}\.cpt_vinput needs {ADAPTED[1]}\.cpt_linput"),
     "the other of two sets": (
         change_model(__cpt_linput=torch.zeros(1, N, WIDTH)),
-        rf"{ADAPTED[0]}\.cpt_linput without {ADAPTED[0]}\.cpt_vinput",
+        rf"{ADAPTED[0]}\.cpt_linput needs {ADAPTED[0]}\.cpt_vinput",
     ),
     "both modes": (
         change_model(__cpt_vinput=torch.zeros(1, N, WIDTH)),
@@ -312,7 +315,7 @@ WRONG = {
         rf"{ADAPTED[0]}\.adaptera\.fc1\.weight",
     ),
     "LoRA as well": (change_model(**{"__v_proj.lora_A": torch.zeros(2, 2)}), rf"{ADAPTED[0]}\.v_proj\.lora_A"),
-    "no module": (change_model(cpt_input=torch.zeros(1, N, WIDTH)), "cpt_input is of no module"),
+    "no module": (change_model(cpt_input=torch.zeros(1, N, WIDTH)), "cpt_input belongs to no module"),
     "a list": (lambda checkpoint: [1, 2], "must be a state dict.*got list"),
     "no model": (lambda checkpoint: checkpoint.update(model=3), "must be a state dict.*got int"),
     "numbers for names": (lambda checkpoint: {0: torch.zeros(1)}, "must be a state dict"),
@@ -332,7 +335,7 @@ def test_a_wrong_checkpoint_is_refused_in_one_line(change, message, saved, tmp_p
         main([str(file), str(tmp_path / "adapter")])
     assert ended.value.code == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.startswith("peft_sdpt.convert: checkpoint ") and err.count("\n") == 1
+    assert out == "" and err.startswith("peft_sdpt.convert: checkpoint=") and err.count("\n") == 1
     assert str(file) in err
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
 
@@ -347,7 +350,7 @@ def test_all_that_is_wrong_is_named(saved, tmp_path):
 def test_a_file_that_is_no_checkpoint(content, tmp_path):
     file = tmp_path / "model.pth"
     file.write_bytes(content)
-    with pytest.raises(ValueError, match=r"model\.pth' must be readable by torch\.load"):
+    with pytest.raises(ValueError, match=r"model\.pth': must be readable by torch\.load"):
         convert(file, tmp_path / "adapter")
 
 
@@ -356,7 +359,7 @@ def test_a_checkpoint_that_is_cut_off(share, saved, tmp_path):
     file = saved()
     content = file.read_bytes()
     file.write_bytes(content[: int(share * len(content))])
-    with pytest.raises(ValueError, match=r"model_final\.pth' must be readable by torch\.load"):
+    with pytest.raises(ValueError, match=r"model_final\.pth': must be readable by torch\.load"):
         convert(file, tmp_path / "adapter")
 
 
@@ -377,7 +380,9 @@ def test_an_adapter_that_is_there_is_left_alone(saved, tmp_path, capsys):
     file = saved()
     convert(file, tmp_path / "adapter")
     before = {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
-    with pytest.raises(FileExistsError, match=r"'.*adapter' must be new or empty; there is adapter_config\.json"):
+    with pytest.raises(
+        FileExistsError, match=r"'.*adapter': must be a new or empty folder, but it has adapter_config\.json"
+    ):
         convert(file, tmp_path / "adapter")
     with pytest.raises(SystemExit) as ended:
         main([str(file), str(tmp_path / "adapter")])
@@ -389,9 +394,9 @@ def test_a_folder_in_use_and_a_file_are_left_alone(saved, tmp_path):
     file = saved()
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match=r"notes' must be new or empty; there is notes\.txt"):
+    with pytest.raises(FileExistsError, match=r"notes': must be a new or empty folder, but it has notes\.txt"):
         convert(file, tmp_path / "notes")
-    with pytest.raises(FileExistsError, match="must be new or empty; there is a file of this name"):
+    with pytest.raises(FileExistsError, match="must be a new or empty folder, but it is a file"):
         convert(file, file)
     assert (tmp_path / "notes" / "notes.txt").read_text() == "mine"
 
@@ -436,12 +441,19 @@ def test_command(saved, tmp_path):
     done = command(file, folder, "--base_model_name_or_path", "somebody/glip-large")
     assert done.returncode == 0, done.stderr
     size = (folder / "adapter_model.safetensors").stat().st_size
-    for part in (*ADAPTED, "2 fusion layers", f"{N} tokens a layer", f"{WIDTH} wide", f"{size:,} bytes", str(folder)):
+    for part in (
+        *ADAPTED,
+        "2 fusion layers",
+        f"{N} tokens per layer",
+        f"embedding dimension {WIDTH}",
+        f"{size:,} bytes",
+        str(folder),
+    ):
         assert part in done.stdout
     assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "somebody/glip-large"
     again = command(file, folder)
     assert again.returncode == 2 and again.stdout == ""
-    assert again.stderr.splitlines()[-1].startswith("peft_sdpt.convert: output_dir ")
+    assert again.stderr.splitlines()[-1].startswith("peft_sdpt.convert: output_dir=")
 
 
 def test_help_says_what_it_takes(capsys):

@@ -302,12 +302,12 @@ def test_the_card(tmp_path):
     assert "More Information Needed" not in card.text
     for text in (
         "# SDPT adapter for IDEA-Research/grounding-dino-tiny",
-        "import peft_sdpt  # first: without it, PEFT ends in KeyError: 'SDPT'",
+        "import peft_sdpt  # first; without it, PEFT raises KeyError: 'SDPT'",
         'from_pretrained("IDEA-Research/grounding-dino-tiny")',
-        "| tokens | 4 a layer, 512 numbers in all |",
-        "| fusion layers | 2, tokens of 64 numbers;",
+        "| tokens | 4 per layer, 512 parameters in total |",
+        "| fusion layers | 2, with the embedding dimension 64;",
         "| `pinv_rtol` | 0.2 |",
-        "| trained whole | `text_projection` |",
+        "| fully trained modules | `text_projection` |",
         f"- peft_sdpt {__version__}",
     ):
         assert text in card.text
@@ -324,7 +324,7 @@ def test_the_card_of_a_host_from_a_folder_does_not_tell_where_that_was(tmp_path)
     data = ModelCard(card).data
     assert data.base_model is None and not [tag for tag in data.tags if tag.startswith("base_model")]
     attach(make_host()).save_pretrained(tmp_path / "nameless")
-    assert "SDPT adapter for the host" in (tmp_path / "nameless" / "README.md").read_text()
+    assert "SDPT adapter for the base model" in (tmp_path / "nameless" / "README.md").read_text()
 
 
 def test_the_card_of_a_host_of_another_kind_says_how_that_is_loaded(tmp_path):
@@ -334,9 +334,10 @@ def test_the_card_of_a_host_of_another_kind_says_how_that_is_loaded(tmp_path):
     of_lxmert, of_glip = (ModelCard.load(tmp_path / name / "README.md") for name in ("lxmert", "glip"))
     name = type(lxmert.make()).__name__
     assert (
-        f"from transformers import {name}\n" in of_lxmert.text and f"host = {name}.from_pretrained(" in of_lxmert.text
+        f"from transformers import {name}\n" in of_lxmert.text
+        and f"base_model = {name}.from_pretrained(" in of_lxmert.text
     )
-    assert "host = ...  # the model that these tokens belong to" in of_glip.text
+    assert "base_model = ...  # the model that these tokens belong to" in of_glip.text
     for card in (of_lxmert, of_glip):
         assert card.data.pipeline_tag is None and "open-vocabulary-detection" not in card.data.tags
 
@@ -374,7 +375,7 @@ def test_files_that_are_no_card_of_an_adapter_are_left_alone(tmp_path):
         SDPTConfig().save_pretrained(tmp_path)
         assert file.read_text() == text
     file.write_text("---\nbroken: [\n---\n# A model\n")
-    with pytest.warns(UserWarning, match="not completed, it cannot be read as a model card"):
+    with pytest.warns(UserWarning, match="not completed, because it cannot be read as a model card"):
         SDPTConfig().save_pretrained(tmp_path)
     assert (tmp_path / "adapter_config.json").is_file()
     file.unlink()
@@ -471,7 +472,7 @@ def test_a_push_that_fails_at_the_end_loses_nothing(train, hub, tmp_path):
     code, _, error = train(*PUSH)
     assert code == 2
     assert error[0].startswith("train_detection.py: --hub_model_id user/adapter: the upload failed (")
-    assert f"Nothing is lost, all is in {tmp_path / 'out'}" in error[0] and "hf upload user/adapter" in error[0]
+    assert f"All files are still in {tmp_path / 'out'}" in error[0] and "hf upload user/adapter" in error[0]
     assert (tmp_path / "out" / WEIGHTS).is_file() and (tmp_path / "out" / "metrics.json").is_file()
     assert not hub.repositories[REPO].commits
 
@@ -483,8 +484,8 @@ def test_a_push_that_fails_at_the_end_loses_nothing(train, hub, tmp_path):
         (("--push_to_hub", "--hub_model_id", ""), "--hub_model_id: is empty."),
         (("--push_to_hub", "--hub_model_id", "name"), "--hub_model_id name: must be user/name."),
         (("--hub_model_id", REPO), f"--hub_model_id {REPO}: nothing is uploaded without --push_to_hub."),
-        ((*PUSH, "--eval_only"), "--push_to_hub: uploads what training makes, and --eval_only does not train."),
-        (("--push_to_hub", "--hub_model_id", REPO), "--hub_token: there is no token; log in with `hf auth login`"),
+        ((*PUSH, "--eval_only"), "--push_to_hub: cannot be used with --eval_only, which trains no adapter."),
+        (("--push_to_hub", "--hub_model_id", REPO), "--hub_token: there is no token; log in by `hf auth login`"),
         ((*PUSH[:3], "--hub_token", READER), f"--hub_model_id {REPO}: cannot be pushed to (403"),
         ((*PUSH[:3], "--hub_token", "wrong"), f"--hub_model_id {REPO}: cannot be pushed to (Client error '401"),
         ((*PUSH, "--hub_model_id", "other/name"), "--hub_model_id other/name: cannot be pushed to ("),

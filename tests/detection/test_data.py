@@ -194,11 +194,11 @@ def test_missing_split_says_what_is_there(folder, coco):
     assert str(folder) in message and "'test'" in message
     for file in ("test.json", "test/_annotations.coco.json", "annotations/instances_test.json"):
         assert file in message
-    assert "There is annotations/instances_val2017.json, extra/_annotations.coco.json, train.json." in message
+    assert "The folder has annotations/instances_val2017.json, extra/_annotations.coco.json, train.json." in message
 
 
 def test_missing_split_of_an_empty_folder(tmp_path):
-    with pytest.raises(InputError, match=r"no split 'train'.* There is none\."):
+    with pytest.raises(InputError, match=r"no split 'train'.* The folder has none\."):
         load_split(str(tmp_path), "train")
 
 
@@ -219,7 +219,7 @@ def test_a_file_name_may_leave_the_folder(folder, coco):
 
 def test_missing_file(folder, coco):
     load(folder, coco)
-    with pytest.raises(InputError, match=r"no split 'val'; looked for val\.json, .*There is train\.json\."):
+    with pytest.raises(InputError, match=r"no split 'val'; looked for val\.json, .*The folder has train\.json\."):
         load_split(str(folder), "val")
 
 
@@ -269,7 +269,7 @@ def test_entry_without_a_field(folder, coco, part, key):
 
 def test_unknown_image_id(folder, coco):
     coco["annotations"][1]["image_id"] = 8
-    with pytest.raises(InputError, match="annotation 9 is of image 8"):
+    with pytest.raises(InputError, match="annotation 9 has the unknown image_id 8"):
         load(folder, coco)
 
 
@@ -363,14 +363,22 @@ def test_split_without_categories(folder, coco):
 @pytest.mark.parametrize(
     ("part", "value", "message"),
     [
-        ("images", {"id": 1}, "`images` is not a list"),
-        ("categories", "cat", "`categories` is not a list"),
-        ("annotations", [1], r"annotations\[0\] is not an object but 1"),
-        ("categories", [{"id": [1], "name": "a"}], r"categories\[0\] has the `id` \[1\]"),
-        ("images", [{"id": 1, "file_name": "a", "width": "9", "height": 9}], r"images\[0\] has the `width` '9'"),
-        ("images", [{"id": 1, "file_name": "a", "width": 9, "height": None}], r"images\[0\] has the `height` None"),
-        ("images", [{"id": 1, "file_name": 3, "width": 9, "height": 9}], r"images\[0\] has the `file_name` 3"),
-        ("categories", [{"id": 90, "name": None}], "`name` of category 90 is None"),
+        ("images", {"id": 1}, "`images` must be a list"),
+        ("categories", "cat", "`categories` must be a list"),
+        ("annotations", [1], r"annotations\[0\] must be an object, got 1"),
+        ("categories", [{"id": [1], "name": "a"}], r"categories\[0\]: `id` must be .*, got \[1\]"),
+        (
+            "images",
+            [{"id": 1, "file_name": "a", "width": "9", "height": 9}],
+            r"images\[0\]: `width` must be .*, got '9'",
+        ),
+        (
+            "images",
+            [{"id": 1, "file_name": "a", "width": 9, "height": None}],
+            r"images\[0\]: `height` must be .*, got None",
+        ),
+        ("images", [{"id": 1, "file_name": 3, "width": 9, "height": 9}], r"images\[0\]: `file_name` must be .*, got 3"),
+        ("categories", [{"id": 90, "name": None}], "`name` of category 90 must be .*, got None"),
     ],
 )
 def test_wrong_types_name_the_entry(folder, coco, part, value, message):
@@ -403,7 +411,7 @@ def test_categories_of_one_phrase_are_listed(folder, coco):
 @pytest.mark.parametrize("name", ["", " ", "?."])
 def test_category_without_a_word(folder, coco, name):
     coco["categories"][2]["name"] = name
-    with pytest.raises(InputError, match=r"split 'train': .* has no word to prompt with"):
+    with pytest.raises(InputError, match=r"split 'train': .* has no word for a prompt"):
         load(folder, coco)
 
 
@@ -485,9 +493,9 @@ def test_class_names_file_may_swap_names(folder, coco):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"Dog": "hound"}, r"there is no class 'Dog'; there are 'White Cell', 'dog', 'cat'"),
-        ({"dog": 3}, "the new name of 'dog' is 3"),
-        ({"dog": None}, "the new name of 'dog' is None"),
+        ({"Dog": "hound"}, r"there is no class 'Dog'; the classes are 'White Cell', 'dog', 'cat'"),
+        ({"dog": 3}, "the new name of 'dog' must be a string, got 3"),
+        ({"dog": None}, "the new name of 'dog' must be a string, got None"),
         (["dog"], "must be a JSON object"),
     ],
 )
@@ -557,8 +565,8 @@ def damage(folder: Path) -> None:
 
 DAMAGES = (
     r"b\.png: \(41, 30\) pixels, but train\.json says \(40, 30\)",
-    r"a\.png: not a picture that opens",
-    r"c\.png: not a picture that opens",
+    r"a\.png: cannot be opened as an image",
+    r"c\.png: cannot be opened as an image",
 )
 
 
@@ -584,7 +592,7 @@ def test_check_images(folder, coco):
 
 def test_check_images_shows_its_progress(folder, coco, capsys):
     check_images(load(folder, coco), disable_progress=False)
-    assert "checking pictures" in capsys.readouterr().err
+    assert "checking images" in capsys.readouterr().err
 
 
 def test_an_interrupted_check_ends(folder, coco):
@@ -726,7 +734,7 @@ def test_same_classes(folder, coco):
 )
 def test_other_classes(folder, coco, names, message):
     data = load(folder, coco)
-    with pytest.raises(InputError, match=rf"pets: the splits train and val name .*{message}\."):
+    with pytest.raises(InputError, match=rf"pets: the splits train and val have .*{message}\."):
         require_same_classes({"train": data, "val": dataclasses.replace(data, class_names=names)}, "pets")
 
 
@@ -927,7 +935,7 @@ def test_sizes_come_from_headers(monkeypatch, kind):
     hub(monkeypatch, columns, features)
     data = load_split("someone/some-data", "train")
     assert data.sizes == [(30, 20), (80, 90)]
-    with pytest.raises(InputError, match=r"someone/some-data \(train\): image 1: not a picture that opens"):
+    with pytest.raises(InputError, match=r"someone/some-data \(train\): image 1: cannot be opened as an image"):
         data.open_image(1)
     assert list(check_images(data, disable_progress=True)) == [1]
 
@@ -963,10 +971,10 @@ def test_pictures_on_the_disk(monkeypatch, tmp_path):
     data = load_split("someone/some-data", "train")
     assert data.sizes[0] == data.open_image(0).size == (30, 20)
     picture(31, 20).save(tmp_path / "a.png")
-    with pytest.raises(InputError, match=r"image 0: \(31, 20\) pixels, but its header said \(30, 20\)"):
+    with pytest.raises(InputError, match=r"image 0: \(31, 20\) pixels, but its header says \(30, 20\)"):
         data.open_image(0)
     (tmp_path / "a.png").unlink()
-    with pytest.raises(InputError, match=r"image 0: not a picture that opens .*a\.png"):
+    with pytest.raises(InputError, match=r"image 0: cannot be opened as an image .*a\.png"):
         data.open_image(0)
 
 
@@ -974,7 +982,7 @@ def test_column_of_other_things(monkeypatch):
     columns, features = hub_rows("list of dicts")
     columns["image"], features["image"] = ["a.png", "b.png"], datasets.Value("string")
     hub(monkeypatch, columns, features)
-    with pytest.raises(InputError, match="the column image holds no pictures"):
+    with pytest.raises(InputError, match="the column image has no images"):
         load_split("someone/some-data", "train")
 
 
@@ -1025,7 +1033,7 @@ def test_first_of_a_list_of_names_of_the_hub(monkeypatch):
 
 def test_bad_class_names_column_of_the_hub(monkeypatch):
     hub(monkeypatch, *named_rows([1, 1], ["a", "b"], datasets.Value("int64")))
-    with pytest.raises(InputError, match=r"image 0: category 1 is named 'b', and 'a' before"):
+    with pytest.raises(InputError, match=r"image 0: category 1 is named 'b' here and 'a' before"):
         load_split("someone/some-data", "train", class_names_column="label_text")
     with pytest.raises(InputError, match=r"`objects` has no `text`; it has .*'label_text'"):
         load_split("someone/some-data", "train", class_names_column="text")
@@ -1053,7 +1061,7 @@ def test_objects_of_several_lengths(monkeypatch, category):
     features["objects"] = {"bbox": datasets.Sequence(OBJECT["bbox"]), "category": datasets.Sequence(category)}
     columns["objects"] = [{"bbox": [[1, 2, 3, 4]], "category": ["cat", "dog"]}, {"bbox": [], "category": []}]
     hub(monkeypatch, columns, features)
-    with pytest.raises(InputError, match=r"\(train\): image 0: the fields of `objects` are not of one length"):
+    with pytest.raises(InputError, match=r"\(train\): image 0: the fields of `objects` have different lengths"):
         load_split("someone/some-data", "train")
 
 

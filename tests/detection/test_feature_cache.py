@@ -382,7 +382,7 @@ def test_what_trains_above_is_not(tmp_path):
 
 
 def test_a_host_of_other_parts_is_refused(tmp_path):
-    with pytest.raises(InputError, match="Linear has no backbones that are known here"):
+    with pytest.raises(InputError, match="MM Grounding DINO, got Linear"):
         FeatureCache(tmp_path, torch.nn.Linear(1, 1))
 
 
@@ -540,17 +540,23 @@ def test_dropout_in_the_backbones_makes_it_another_run(main_job, small_task, tmp
     )
     cache = ("--cache_features", tmp_path / "cache")
     assert main_job(*run, *cache) == 0
-    assert "have dropout, and stored features are computed without it" in capsys.readouterr().out
+    assert "have dropout; stored features are computed without it" in capsys.readouterr().out
     assert main_job(*run, "--resume_from_checkpoint", "latest") == 2
-    assert "of another run, with dropout in backbones 'left out" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert (
+        "belongs to another run, with dropout in backbones 'left out"
+        in capsys.readouterr().err.strip().splitlines()[-1]
+    )
     assert main_job(*run, *cache, "--resume_from_checkpoint", "latest") == 0
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--cache_features", "here"), "--cache_features: augmentation makes other pictures in each epoch"),
-        (("--cache_features", "here", "--no_augmentation", "--eval_only"), "--cache_features: is for pictures that"),
+        (("--cache_features", "here"), "--cache_features: augmentation changes the images in each epoch"),
+        (
+            ("--cache_features", "here", "--no_augmentation", "--eval_only"),
+            "--cache_features: cannot be used with --eval_only",
+        ),
         (("--cache_features", "", "--no_augmentation"), "--cache_features: is empty."),
         (
             ("--cache_features", "/proc/nowhere", "--no_augmentation"),
@@ -607,4 +613,4 @@ def test_a_trained_backbone_of_an_adapter_is_refused_before_anything_is_measured
     flags = ("--adapter", tmp_path / "adapter", "--no_augmentation", "--cache_features", tmp_path / "cache")
     assert main_job("--dataset_name", small_task, *flags) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "trains, and stored features would not follow it" in error
+    assert "trains, so its stored features would become outdated" in error

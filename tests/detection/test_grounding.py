@@ -83,14 +83,14 @@ def test_split_classes_uses_the_last_token_of_a_prompt(tokenizer):
 def test_split_classes_refuses_a_name_longer_than_a_prompt(tokenizer):
     name = "a b c d e"  # and its full stop
     assert split_classes(["dog", name], tokenizer, 8) == [[0], [1]]
-    with pytest.raises(ValueError, match=r"'a b c d e f' takes 7 tokens; the host reads at most 6"):
+    with pytest.raises(ValueError, match=r"'a b c d e f' has 7 tokens, but a prompt takes at most 6"):
         split_classes(["dog", "a b c d e f"], tokenizer, 8)
 
 
 # A zero-width space is a character to Python and nothing to the tokenizer; all that it does not know is one [UNK].
 @pytest.mark.parametrize("name", ["\u200b", "\u732b", "\u732b \u9d09"])
 def test_a_name_without_known_tokens_is_refused(tokenizer, name):
-    with pytest.raises(ValueError, match="finds no token in"):
+    with pytest.raises(ValueError, match="knows no word of"):
         split_classes(["dog", name], tokenizer, 32)
 
 

@@ -57,7 +57,7 @@ def samples(processor, data=None, num_samples=15, seed=0, augmentation=False, ma
 
 
 def shown(dataset):
-    return [dataset[k]["picture"].getpixel((0, 0))[0] for k in range(len(dataset))]
+    return [dataset[k]["image"].getpixel((0, 0))[0] for k in range(len(dataset))]
 
 
 def generator(seed=0):
@@ -140,7 +140,7 @@ def test_a_sample_follows_from_seed_and_number_alone(processor):
     torch.manual_seed(2)
     backward = [two[k] for k in reversed(range(100))][::-1]
     for a, b in zip(forward, backward, strict=True):
-        assert a["prompt"] == b["prompt"] and a["picture"].tobytes() == b["picture"].tobytes()
+        assert a["prompt"] == b["prompt"] and a["image"].tobytes() == b["image"].tobytes()
         assert torch.equal(a["labels"]["boxes"], b["labels"]["boxes"])
     assert len({sample["prompt"] for sample in forward}) > 50
 
@@ -189,7 +189,7 @@ def test_many_classes_are_asked_in_part_with_those_of_the_picture_among_others(p
         sample = dataset[number]
         phrases = sample["prompt"].rstrip(".").split(". ")
         assert len(processor.tokenizer(sample["prompt"])["input_ids"]) == 42
-        picture = sample["picture"].getpixel((0, 0))[0]
+        picture = sample["image"].getpixel((0, 0))[0]
         assert [phrases[c] for c in sample["labels"]["class_labels"]] == [names[c] for c in data.labels[picture]]
         assert phrases == sorted(phrases, key=names.index)
         asked += phrases

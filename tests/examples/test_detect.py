@@ -447,17 +447,17 @@ def test_bad_inputs(refused, photos, adapters, tmp_path, monkeypatch, capsys, ru
     (tmp_path / "empty").mkdir()
     refused("nosuch.jpg: no such picture or folder", photos / "nosuch.jpg", *flags)
     refused("empty: no picture in this folder", photos, tmp_path / "empty", *flags)
-    refused("notes.txt: not a picture that opens", photos / "notes.txt", *flags)
+    refused("notes.txt: cannot be opened as an image", photos / "notes.txt", *flags)
     refused("a.png: --watch looks into folders", photos / "a.png", "--watch", *flags)
     refused("holds the pictures themselves", photos, *flags, output=photos)
     refused("holds the pictures themselves", photos, "--watch", *flags, output=photos / ".." / photos.name)
     (tmp_path / "file").write_text("")
     refused("file: cannot be written", photos, *flags, output=tmp_path / "file")
     (photos / "bad.jpg").write_text("no picture")
-    refused("bad.jpg: not a picture that opens", photos, *flags)
+    refused("bad.jpg: cannot be opened as an image", photos, *flags)
     refused("none of the inputs opens", photos / "bad.jpg", "--skip_bad_images", *flags)
     noise(0, 2000, 2).save(photos / "bad.jpg")
-    refused("bad.jpg: not a picture that opens (2000 x 2 pixels are too oblong", photos, *flags)
+    refused("bad.jpg: cannot be opened as an image (2000 x 2 pixels are too oblong", photos, *flags)
 
 
 def test_pictures_that_end_in_the_middle(refused, run, photos, adapters, tmp_path, capsys):

@@ -232,7 +232,7 @@ def test_ctrl_c_saves_a_checkpoint_and_says_so_in_one_line(main_job, at_step, sm
     capsys.readouterr()
     assert main_job(*run, tmp_path / "stopped") == 130
     error = capsys.readouterr().err.strip().splitlines()
-    assert error[-1] == ("train_detection.py: stopped after step 3 of 4; go on with --resume_from_checkpoint latest")
+    assert error[-1] == ("train_detection.py: stopped after step 3 of 4; resume by --resume_from_checkpoint latest")
     assert not (tmp_path / "stopped" / "adapter_model.safetensors").exists()
     assert main_job(*run, tmp_path / "stopped", "--resume_from_checkpoint", tmp_path / "stopped" / "step_3") == 0
     assert same_run(tmp_path / "whole", tmp_path / "stopped")
@@ -264,17 +264,17 @@ def test_a_folder_with_checkpoints_is_not_trained_into_anew(main_job, small_task
     run = ("--dataset_name", small_task, "--max_train_steps", 1, "--checkpointing_steps", 1)
     assert main_job(*run) == 0
     assert main_job(*run) == 2
-    assert "has step_1 of an earlier run; go on from it with --resume_from_checkpoint latest" in capsys.readouterr().err
+    assert "has step_1 of an earlier run; resume it by --resume_from_checkpoint latest" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--learning_rate", 0.1), "of another run, with --learning_rate '0.3' instead of '0.1'"),
-        (("--max_train_steps", 2), "of another run, with training steps 1 instead of 2"),
-        (("--shots", 1), "of another run, with training images"),
-        (("--per_device_train_batch_size", 3), "of another run, with images per step 12 instead of 3"),
-        (("--resume_from_checkpoint", "nowhere"), "--resume_from_checkpoint nowhere: no complete checkpoint"),
+        (("--learning_rate", 0.1), "belongs to another run, with --learning_rate '0.3' instead of '0.1'"),
+        (("--max_train_steps", 2), "belongs to another run, with training steps 1 instead of 2"),
+        (("--shots", 1), "belongs to another run, with training images"),
+        (("--per_device_train_batch_size", 3), "belongs to another run, with images per step 12 instead of 3"),
+        (("--resume_from_checkpoint", "nowhere"), "--resume_from_checkpoint nowhere: is not a complete checkpoint"),
     ],
 )
 def test_a_checkpoint_of_other_arguments_is_refused(main_job, small_task, capsys, flags, message):
@@ -302,7 +302,7 @@ def test_data_that_changed_since_the_checkpoint_are_refused(main_job, own_task, 
     assert main_job(*run) == 0
     edit(own_task / f"{split}.json", lambda coco: coco["annotations"].pop())
     assert main_job(*run, "--resume_from_checkpoint", "latest") == 2
-    assert f"is of another run, with {kind} images" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"belongs to another run, with {kind} images" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def test_gradients_that_are_not_finite_get_into_no_checkpoint(main_job, at_step, small_task, tmp_path, capsys):
@@ -324,7 +324,7 @@ def test_an_older_checkpoint_is_not_gone_on_from_beside_newer_ones(main_job, sma
     assert main_job(*run, "--output_dir", tmp_path / "whole") == 0
     first = ("--resume_from_checkpoint", tmp_path / "whole" / "step_1")
     assert main_job(*run, "--output_dir", tmp_path / "whole", *first) == 2
-    assert "has step_3, which what follows would mix with" in capsys.readouterr().err
+    assert "has step_3, which the checkpoints of the resumed run would mix with" in capsys.readouterr().err
     # Elsewhere it is, and keeps a best of its own.
     assert main_job(*run, "--output_dir", tmp_path / "out", *first) == 0
     assert same_run(tmp_path / "whole", tmp_path / "out") or not (tmp_path / "out" / "best").exists()
@@ -413,7 +413,7 @@ def test_the_best_on_validation_is_kept_beside_the_last(main_job, small_task, tm
 def test_without_a_validation_split_only_the_last_is_kept(main_job, own_task, tmp_path, capsys):
     (own_task / "val.json").unlink()
     assert main_job("--dataset_name", own_task, "--max_train_steps", 1) == 0
-    assert "has no split val: no best adapter is kept" in capsys.readouterr().out
+    assert "has no split val: only the last adapter is saved" in capsys.readouterr().out
     assert not (tmp_path / "out" / "best").exists()
 
 
@@ -519,7 +519,7 @@ def test_images_that_do_not_open_are_left_out_only_when_asked(main_job, own_task
         ),
         (
             ("--learning_rate", 1e37, "--max_train_steps", 1),
-            "scores are not finite; of a trained adapter, lower --learning_rate",
+            "the scores are not finite. If training caused this, lower the learning rate.",
         ),
         (("--max_train_steps", 0), "--max_train_steps 0"),
         (("--dataset_name", "no/such folder"), "no/such folder"),
@@ -542,7 +542,10 @@ def test_images_that_do_not_open_are_left_out_only_when_asked(main_job, own_task
         (("--with_tracking", "--report_to", "nosuch"), "--report_to nosuch"),
         (("--eval_only", "--resume_from_checkpoint", "latest"), "--resume_from_checkpoint"),
         (("--pinv_rtol", 2), "--pinv_rtol 2.0"),
-        (("--adapter", "somewhere", "--num_virtual_tokens", 5), "--num_virtual_tokens: belongs to the adapter"),
+        (
+            ("--adapter", "somewhere", "--num_virtual_tokens", 5),
+            "--num_virtual_tokens: cannot be changed, because --adapter",
+        ),
         (("--model_name_or_path", "no-such-folder"), "--model_name_or_path no-such-folder"),
         (("--adapter", "no-such-folder"), "--adapter no-such-folder"),
     ],
@@ -578,14 +581,14 @@ def test_an_adapter_of_another_host_is_refused(main_job, small_task, tmp_path, c
     attach(make_host()).save_pretrained(tmp_path / "theirs")
     assert main_job("--dataset_name", small_task, "--adapter", tmp_path / "theirs") == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert f"--adapter {tmp_path / 'theirs'}: does not load on this base model" in error
+    assert f"--adapter {tmp_path / 'theirs'}: cannot be loaded on the base model" in error
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda coco: coco.pop("categories"), "not a COCO file"),
-        (lambda coco: coco["images"].clear(), "is of image"),
+        (lambda coco: coco["images"].clear(), "has the unknown image_id"),
         (lambda coco: coco["categories"].clear(), "unknown category_id"),
         (lambda coco: [coco[part].clear() for part in ("images", "annotations")], "has no images"),
         (lambda coco: [coco[part].clear() for part in ("categories", "annotations")], "has no categories"),
@@ -595,7 +598,7 @@ def test_an_adapter_of_another_host_is_refused(main_job, small_task, tmp_path, c
         (lambda coco: coco["annotations"][0].update(bbox=[0, 0, 500, 5]), "lies outside its image"),
         (lambda coco: coco["annotations"][0].update(bbox=[0, float("nan"), 5, 5]), "must be four finite numbers"),
         (lambda coco: coco["images"][0].update(file_name="gone.png"), "gone.png: no such image"),
-        (lambda coco: coco["categories"][0].update(name="ape"), "name different classes: only test has 'ape'"),
+        (lambda coco: coco["categories"][0].update(name="ape"), "have different classes: only test has 'ape'"),
     ],
 )
 def test_bad_annotations_are_one_line_and_exit_code_2(main_job, own_task, change, message, capsys):
@@ -717,7 +720,7 @@ def test_two_processes_are_stopped_and_resumed_together(small_task, tmp_path):
     while not (tmp_path / "stopped" / "step_2").is_dir() and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)  # torchrun passes it on to both
-    assert "go on with --resume_from_checkpoint latest" in process.communicate(timeout=120)[1]
+    assert "resume by --resume_from_checkpoint latest" in process.communicate(timeout=120)[1]
     assert not (tmp_path / "stopped" / "metrics.json").exists()
     assert launched([*run, tmp_path / "stopped"]).wait(timeout=240) == 0
     assert same_run(tmp_path / "whole", tmp_path / "stopped")
@@ -753,7 +756,7 @@ def test_a_signal_to_the_whole_group_leaves_workers_at_work(small_task, tmp_path
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGTERM)
     error = process.communicate(timeout=120)[1]
-    assert process.returncode == 130 and "go on with --resume_from_checkpoint latest" in error
+    assert process.returncode == 130 and "resume by --resume_from_checkpoint latest" in error
 
 
 @pytest.mark.slow
@@ -761,7 +764,7 @@ def test_a_launcher_that_starts_one_process_instead_of_two_is_not_passed_over(sm
     launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", 2)
     command = (*launcher, SCRIPT, "--dataset_name", small_task, "--eval_only", "--output_dir", tmp_path)
     process = launched(command, stderr=subprocess.PIPE, text=True)
-    assert "For N on the CPU: ACCELERATE_USE_CPU=true torchrun" in process.communicate(timeout=120)[1]
+    assert "To start N processes on the CPU: ACCELERATE_USE_CPU=true torchrun" in process.communicate(timeout=120)[1]
     assert process.returncode == 0
 
 

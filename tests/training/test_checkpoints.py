@@ -30,7 +30,7 @@ def make_run(folder, run=RUN, total_limit=None):
     accelerator = Accelerator(cpu=True)
     torch.manual_seed(0)
     model = attach(make_host())
-    optimizer = torch.optim.AdamW(trained_parameters(model), 0.1)
+    optimizer = torch.optim.AdamW(trained_parameters(model).values(), 0.1)
     model, optimizer = accelerator.prepare(model, optimizer)
     progress = Progress()
     accelerator.register_for_checkpointing(progress)
@@ -38,14 +38,14 @@ def make_run(folder, run=RUN, total_limit=None):
 
 
 def take_step(model, optimizer, progress):
-    for parameter in trained_parameters(model):
+    for parameter in trained_parameters(model).values():
         parameter.grad = torch.randn_like(parameter)
     optimizer.step()
     progress.step += 1
 
 
 def state(model, optimizer, progress):
-    return [*(p.detach().clone() for p in trained_parameters(model)), torch.get_rng_state(), progress.step]
+    return [*(p.detach().clone() for p in trained_parameters(model).values()), torch.get_rng_state(), progress.step]
 
 
 def same(one, two):
@@ -153,7 +153,9 @@ def test_a_full_disk_leaves_the_earlier_checkpoints_and_says_which(tmp_path, mon
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     make_run(tmp_path)[-1].save(1)
     other = make_run(tmp_path, RUN | {"--learning_rate": "0.1"})[-1]
-    with pytest.raises(InputError, match=r"step_1': is of another run, with --learning_rate '0.2' instead of '0.1'"):
+    with pytest.raises(
+        InputError, match=r"step_1': belongs to another run, with --learning_rate '0.2' instead of '0.1'"
+    ):
         other.load(tmp_path / "step_1")
 
 
@@ -172,7 +174,7 @@ def test_what_is_no_whole_checkpoint_is_refused(tmp_path, damage):
         name["random"] = "random_states_0.pkl"
         file = folder / name[damage.split()[0]]
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    with pytest.raises(InputError, match=f"checkpoint='.*{folder.name}': (no complete|cannot be read)"):
+    with pytest.raises(InputError, match=f"checkpoint='.*{folder.name}': (is not a complete|cannot be read)"):
         make_run(tmp_path)[-1].load(folder)
 
 
@@ -190,7 +192,7 @@ def test_files_arrive_whole_or_not_at_all(tmp_path):
 
 def test_an_average_is_in_place_for_a_while():
     model = attach(make_host())
-    trained = torch.nn.ParameterList(trained_parameters(model))
+    trained = torch.nn.ParameterList(trained_parameters(model).values())
     average = AveragedModel(trained, multi_avg_fn=get_ema_multi_avg_fn(0.9))
     start = [p.detach().clone() for p in trained]
     average.update_parameters(trained)
@@ -199,12 +201,12 @@ def test_an_average_is_in_place_for_a_while():
             parameter += 1.0
     average.update_parameters(trained)
     with averaged(model, average):
-        for parameter, first in zip(trained_parameters(model), start, strict=True):
+        for parameter, first in zip(trained_parameters(model).values(), start, strict=True):
             torch.testing.assert_close(parameter.detach(), first + 0.1)
-    for parameter, first in zip(trained_parameters(model), start, strict=True):
+    for parameter, first in zip(trained_parameters(model).values(), start, strict=True):
         torch.testing.assert_close(parameter.detach(), first + 1.0)
     with averaged(model, None):
-        assert torch.equal(trained_parameters(model)[0], trained[0])
+        assert torch.equal(next(iter(trained_parameters(model).values())), trained[0])
 
 
 def test_run_files_are_readable(tmp_path):
