@@ -1,14 +1,15 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""Detect objects in your pictures with the adapters that `train_detection.py` made.
+"""Detect objects in your images with the adapters that `train_detection.py` saved.
 
     python examples/detect.py photo.jpg --adapter my-adapter
     python examples/detect.py folder/of/photos --adapter my-adapter user/other-adapter --threshold 0.4
     python examples/detect.py camera/ --adapter my-adapter --watch
 
-Writes each picture with its boxes drawn, under its own name, and `detections.json`, a COCO file whose annotations have
-a `score`. Several adapters are loaded on one host; each detects in every picture and has a folder of results.
-Photographs that a camera stored turned are turned upright first: boxes are in pixels of the upright picture.
+The script writes each image with its boxes drawn, under the name of the image, and `detections.json`, a COCO file whose
+annotations have a `score`. Several adapters are loaded on one base model. Each adapter detects in every image, and has
+its own folder of results. Photos with an EXIF orientation are turned upright first, and the boxes are in pixels of the
+upright image.
 """
 
 from __future__ import annotations
@@ -18,13 +19,17 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from PIL import Image
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig
 
 from peft_sdpt.detection import (
+    Detections,
+    SavedAdapter,
     class_prompt,
     common_base_model,
     detect,
@@ -40,39 +45,42 @@ from peft_sdpt.errors import InputError, one_line_errors
 from peft_sdpt.files import whole_files
 
 HERE = Path(__file__).resolve().parent
-# Arguments of the library, with the flags that set them.
-LIBRARY_ARGUMENTS = {name: name for name in ("adapter", "class_names", "model_name_or_path", "skip_bad_images")}
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("inputs", nargs="+", type=Path, help="Pictures, and folders whose pictures are all taken.")
+    parser.add_argument("inputs", nargs="+", type=Path, help="Images, and folders of images.")
     parser.add_argument(
         "--adapter",
         nargs="+",
         default=[],
         metavar="[NAME=]ADAPTER",
-        help="Folders or Hub ids of saved adapters. A name is what its folder in --output_dir is called; default: the "
-        "last part of the folder or id. Without any, the bare host detects.",
+        help="Folders or Hub ids of saved adapters. With several adapters, each has a folder NAME in --output_dir. The "
+        "default name is the last part of the folder or id. Without any adapter, the base model detects.",
     )
     parser.add_argument(
         "--model_name_or_path",
-        help="Folder or Hub id of the host. Default: the one that the adapters were trained on, or the shipped one.",
+        help="Folder or Hub id of the base model. Default: the one that the adapters were trained on, or "
+        "examples/host without any adapter.",
     )
     parser.add_argument(
         "--class_names",
         nargs="+",
         metavar="NAME",
-        help='What to look for, such as "red blood cell" platelet. Default: the classes each adapter was trained on.',
+        help='Classes to detect, such as "red blood cell" platelet. Default: the classes each adapter was trained on.',
     )
-    parser.add_argument("--threshold", type=float, default=0.3, help="Lowest score that counts as a detection.")
-    parser.add_argument("--batch_size", type=int, default=4, help="Pictures at a time, where they are of one size.")
-    parser.add_argument("--output_dir", type=Path, default=Path("detections"))
+    parser.add_argument("--threshold", type=float, default=0.3, help="Lowest score of a detection. Default: 0.3.")
     parser.add_argument(
-        "--watch", action="store_true", help="Go on looking for new pictures in the folders, until Ctrl-C."
+        "--batch_size", type=int, default=4, help="Batch size, for consecutive images of the same size. Default: 4."
     )
     parser.add_argument(
-        "--skip_bad_images", action="store_true", help="Leave out what does not open as a picture, and say so."
+        "--output_dir", type=Path, default=Path("detections"), help="Folder for the results. Default: detections."
+    )
+    parser.add_argument(
+        "--watch", action="store_true", help="Keep looking for new images in the folders, until Ctrl-C."
+    )
+    parser.add_argument(
+        "--skip_bad_images", action="store_true", help="Skip files that cannot be opened as images, with a message."
     )
     return parser.parse_args()
 
@@ -84,54 +92,56 @@ def check_args(args: argparse.Namespace) -> None:
         raise InputError(f"--batch_size {args.batch_size}: must be at least 1.")
     for path in args.inputs:
         if not path.exists():
-            raise InputError(f"{path}: no such picture or folder.")
+            raise InputError(f"{path}: no such image or folder.")
         if args.watch and not path.is_dir():
-            raise InputError(f"{path}: --watch looks into folders, and this is none.")
+            raise InputError(f"{path}: is not a folder, which --watch needs.")
 
 
 @dataclass
 class Results:
-    """What is found with one adapter: a folder with the pictures and their COCO file.
+    """The results of one adapter: a folder with the images and their COCO file.
 
     Attributes:
-        folder: where it is written.
-        processor: with which pictures go in.
-        class_names: names of the classes.
-        chunks: from `split_classes`.
-        images, annotations: of the COCO file. All ids count from 1; a category's is its place in `class_names` plus 1.
+        folder: Folder to write to.
+        processor: Processor of the images.
+        class_names: Names of the classes.
+        chunks: Class indices of each prompt, from `split_classes`.
+        images, annotations: Entries of the COCO file. All ids start at 1. The id of a category is its index in
+            `class_names` plus 1.
     """
 
     folder: Path
-    processor: object
+    processor: Any
     class_names: list[str]
     chunks: list[list[int]]
     images: list[dict] = field(default_factory=list)
     annotations: list[dict] = field(default_factory=list)
 
-    def add(self, source: Path, name: str, picture: Image.Image, found: dict, threshold: float) -> None:
-        """Write a picture with its boxes, and keep those boxes for the COCO file.
+    def add(self, source: Path, name: str, image: Image.Image, detections: Detections, threshold: float) -> None:
+        """Write an image with its boxes, and add them to the entries of the COCO file.
 
         Args:
-            source: where the picture came from.
-            name: file name to write it under.
-            picture: RGB.
-            found: from `detect`.
-            threshold: lowest score that counts.
+            source: Path of the image.
+            name: Name of the file to write.
+            image: The image, RGB.
+            detections: Its detections.
+            threshold: Lowest score of a detection.
         """
-        drawn = draw_detections(picture, found, self.class_names, threshold)
-        # How the file was stored, such as a compression for black and white, is not how this one can be.
+        drawn = draw_detections(image, detections, self.class_names, threshold)
+        # Properties of the source file, such as a compression for black and white, may not suit the new image.
         drawn.info.clear()
         with whole_files(self.folder) as folder:
             drawn.save(folder / name, quality=95)
-        width, height = picture.size
-        image = {"id": len(self.images) + 1, "file_name": name, "width": width, "height": height}
-        self.images.append({**image, "source": str(source)})
-        for box, score, label in zip(*(found[key].tolist() for key in ("boxes", "scores", "labels")), strict=True):
+        width, height = image.size
+        entry = {"id": len(self.images) + 1, "file_name": name, "width": width, "height": height}
+        self.images.append({**entry, "source": str(source)})
+        columns = (detections["boxes"].tolist(), detections["scores"].tolist(), detections["labels"].tolist())
+        for box, score, label in zip(*columns, strict=True):
             if score >= threshold:
                 self.annotations.append(
                     {
                         "id": len(self.annotations) + 1,
-                        "image_id": image["id"],
+                        "image_id": entry["id"],
                         "category_id": label + 1,
                         "bbox": box,
                         "area": box[2] * box[3],
@@ -141,6 +151,7 @@ class Results:
                 )
 
     def write(self) -> None:
+        """Write the COCO file."""
         coco = {
             "images": self.images,
             "annotations": self.annotations,
@@ -151,7 +162,7 @@ class Results:
 
 
 def free_name(path: Path, taken: set[str]) -> str:
-    """A file name that is not taken yet, and takes it: the picture's own if that can be, or `photo-2.jpg` and so on."""
+    """A new file name for the results of an image: its own name, or `photo-2.jpg` and so on. Added to `taken`."""
     stem, suffix = (path.stem, path.suffix) if path.suffix.lower() in SUFFIXES else (path.name, ".png")
     name, number = stem + suffix, 1
     while name.casefold() in taken:
@@ -161,20 +172,50 @@ def free_name(path: Path, taken: set[str]) -> str:
     return name
 
 
+def read_max_text_len(args: argparse.Namespace, base_model: str) -> int:
+    """The most tokens that a prompt of the base model may have. Only its config is loaded."""
+    try:
+        max_text_len = getattr(AutoConfig.from_pretrained(base_model), "max_text_len", None)
+    except (OSError, ValueError) as error:
+        hint = "" if args.model_name_or_path else " The adapter names this base model; pass --model_name_or_path."
+        raise InputError(f"{base_model}: cannot be loaded as a detector ({error}).{hint}") from None
+    if max_text_len is None:
+        raise InputError(f"{base_model}: is not a Grounding DINO or MM Grounding DINO.")
+    return max_text_len
+
+
+def prepare_results(args: argparse.Namespace, base_model: str, adapters: list[SavedAdapter]) -> list[Results]:
+    """Load the processor and the class names of each adapter, or those for the base model if there are no adapters."""
+    max_text_len = read_max_text_len(args, base_model)
+    results = []
+    for adapter in adapters or [None]:
+        if not args.class_names and adapter is None:
+            raise InputError("--class_names: is needed without an --adapter that has class names.")
+        class_names = args.class_names or read_class_names(adapter)
+        processor = load_processor(adapter, base_model)
+        phrases = [class_prompt([name]) for name in class_names]
+        chunks = split_classes(class_names, processor.tokenizer, max_text_len)
+        if not phrases or len(set(phrases)) < len(phrases):
+            raise InputError(f"class names: must be at least one, and no name twice; got {' '.join(phrases) or 'none'}")
+        folder = args.output_dir / adapter.name if len(adapters) > 1 else args.output_dir
+        results.append(Results(folder, processor, class_names, chunks))
+    return results
+
+
 def make_folders(folders: list[Path], inputs: Iterable[Path]) -> None:
-    """Make the folders of the results.
+    """Make the folders of the results, unless they exist, and check that they can be written.
 
     Args:
-        folders: to be made, if they are not there.
-        inputs: folders that pictures are taken from.
+        folders: Folders of the results.
+        inputs: Folders that images are read from.
 
     Raises:
-        InputError: one cannot be written, or is an input.
+        InputError: A folder cannot be written, or is also read from.
     """
-    read = {folder.resolve() for folder in inputs}
+    sources = {folder.resolve() for folder in inputs}
     for folder in folders:
-        if folder.resolve() in read:
-            raise InputError(f"--output_dir: {folder} holds the pictures themselves, which would be overwritten.")
+        if folder.resolve() in sources:
+            raise InputError(f"--output_dir: {folder} has the input images, which would be overwritten.")
         try:
             with whole_files(folder):
                 pass
@@ -182,64 +223,59 @@ def make_folders(folders: list[Path], inputs: Iterable[Path]) -> None:
             raise InputError(f"--output_dir {error}") from None
 
 
-def run(args: argparse.Namespace) -> None:
-    # What can be found wrong is, before the weights are loaded.
-    check_args(args)
-    paths = [] if args.watch else find_images(args.inputs, args.skip_bad_images)
-    adapters = find_adapters(args.adapter)
-    host = args.model_name_or_path or (common_base_model(adapters) if adapters else str(HERE / "host"))
-    try:
-        max_text_len = getattr(AutoConfig.from_pretrained(host), "max_text_len", None)
-    except (OSError, ValueError) as error:
-        hint = "" if args.model_name_or_path else " The adapter names it as its host: give --model_name_or_path."
-        raise InputError(f"{host}: no detector to load ({error}).{hint}") from None
-    if max_text_len is None:
-        raise InputError(f"{host}: no detector of the Grounding DINO kind.")
-    results = []
-    for adapter in adapters or [None]:
-        if not args.class_names and adapter is None:
-            raise InputError("no class names: give --class_names, or an --adapter that was saved with its own.")
-        class_names = args.class_names or read_class_names(adapter)
-        processor = load_processor(adapter, host)
-        try:
-            phrases = [class_prompt([name]) for name in class_names]
-            chunks = split_classes(class_names, processor.tokenizer, max_text_len)
-        except ValueError as error:
-            raise InputError(str(error)) from None
-        if not phrases or len(set(phrases)) < len(phrases):
-            raise InputError(f"class names: {' '.join(phrases) or 'none'} There must be one at least, and none twice.")
-        folder = args.output_dir / adapter.name if len(adapters) > 1 else args.output_dir
-        results.append(Results(folder, processor, class_names, chunks))
-    make_folders([result.folder for result in results], args.inputs if args.watch else {p.parent for p in paths})
+def detect_all(args: argparse.Namespace, paths: list[Path], model: nn.Module, results: list[Results]) -> int:
+    """Detect in all images, and write the results. Returns the number of images.
 
-    model = load_detector(host, adapters).to(Accelerator().device)
-    taken, written = set(), None
-    bar = tqdm(total=None if args.watch else len(paths), desc="watching" if args.watch else "detecting", unit="picture")
-    for pictures in watch(args.inputs) if args.watch else [read_images(paths, args.skip_bad_images)]:
-        for batch in batches(pictures, args.batch_size):
+    Args:
+        args: The flags.
+        paths: The images, unless `--watch` looks for them.
+        model: The base model, with the adapters in the order of `results`.
+        results: The results to add to.
+    """
+    taken: set[str] = set()
+    num_written = None
+    bar = tqdm(total=None if args.watch else len(paths), desc="watching" if args.watch else "detecting", unit="image")
+    for images in watch(args.inputs) if args.watch else [read_images(paths, args.skip_bad_images)]:
+        for batch in batches(images, args.batch_size):
             names = [free_name(path, taken) for path, _ in batch]
             for number, result in enumerate(results):
-                if adapters:
+                if args.adapter:
                     model.set_adapter(f"adapter{number}")
-                found = detect(
-                    model, result.processor, [picture for _, picture in batch], result.class_names, result.chunks
+                all_detections = detect(
+                    model, result.processor, [image for _, image in batch], result.class_names, result.chunks
                 )
-                for (path, picture), name, found_here in zip(batch, names, found, strict=True):
-                    result.add(path, name, picture, found_here, args.threshold)
+                for (path, image), name, detections in zip(batch, names, all_detections, strict=True):
+                    result.add(path, name, image, detections, args.threshold)
             bar.update(len(batch))
-        # Watching: after each look that found something, and the first, so that there is a file in any case.
-        if len(taken) != written:
-            written = len(taken)
+        # With --watch, after the first look, so that the file exists in any case, and after each look with new images.
+        if len(taken) != num_written:
+            num_written = len(taken)
             for result in results:
                 result.write()
     bar.close()
+    return len(taken)
+
+
+def run(args: argparse.Namespace) -> None:
+    # Everything that may be wrong is checked before the weights are loaded.
+    check_args(args)
+    paths = [] if args.watch else find_images(args.inputs, args.skip_bad_images)
+    adapters = find_adapters(args.adapter)
+    base_model = args.model_name_or_path or (common_base_model(adapters) if adapters else str(HERE / "host"))
+    results = prepare_results(args, base_model, adapters)
+    sources = args.inputs if args.watch else {path.parent for path in paths}
+    make_folders([result.folder for result in results], sources)
+
+    model = load_detector(base_model, adapters).to(Accelerator().device)
+    num_images = detect_all(args, paths, model, results)
     objects = ", ".join(f"{len(result.annotations)} in {result.folder}" for result in results)
-    print(f"pictures: {len(taken)}, objects: {objects}")
+    print(f"images: {num_images}, objects: {objects}")
 
 
 def main() -> None:
-    with one_line_errors("detect.py", LIBRARY_ARGUMENTS):
-        run(parse_args())
+    args = parse_args()
+    with one_line_errors("detect.py", {name: name for name in vars(args)}):
+        run(args)
 
 
 if __name__ == "__main__":

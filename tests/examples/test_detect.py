@@ -127,7 +127,7 @@ def test_pictures_and_a_coco_file_that_agree_with_detect(run, photos, adapters, 
             assert [a["category_id"] - 1 for a in annotations] == found["labels"][kept].tolist()
             assert all(a["area"] == a["bbox"][2] * a["bbox"][3] and a["iscrowd"] == 0 for a in annotations)
     assert [a["id"] for a in written["annotations"]] == [*range(1, len(written["annotations"]) + 1)]
-    assert f"pictures: 3, objects: {len(written['annotations'])} in {out}" in capsys.readouterr().out
+    assert f"images: 3, objects: {len(written['annotations'])} in {out}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("threshold", ["0", "0.9"])
@@ -299,9 +299,9 @@ def test_an_adapter_that_the_hub_has_not(run, photos, hub, tmp_path, capsys):
     (tmp_path / "notes" / "notes.txt").write_text("no adapter")
     hub.add("user/adapter", tmp_path / "notes")
     assert run(photos, "--adapter", "user/nosuch") == 2
-    assert "--adapter user/nosuch: no such folder, and the Hub has none" in capsys.readouterr().err
+    assert "--adapter user/nosuch: no such folder, and no such repository on the Hub" in capsys.readouterr().err
     assert run(photos, "--adapter", "user/adapter") == 2
-    assert "--adapter user/adapter: no saved adapter" in capsys.readouterr().err
+    assert "--adapter user/adapter: is not a saved adapter" in capsys.readouterr().err
 
 
 # ---- watching
@@ -350,8 +350,8 @@ def test_watch(run, photos, adapters, tmp_path, monkeypatch, capsys):
     assert seen["at first"] == seen["half there"] == ["a.png", "b.png", "c.png"]
     assert seen["there"] == written() == ["a.png", "b.png", "c.png", "late.png"]
     output = capsys.readouterr()
-    assert output.out == f"pictures: 4, objects: {len(read(out)['annotations'])} in {out}\n"
-    assert f"left out: {photos / 'never.jpg'} did not open" in output.err and "late" not in output.err
+    assert output.out == f"images: 4, objects: {len(read(out)['annotations'])} in {out}\n"
+    assert f"skipped: {photos / 'never.jpg'} cannot be opened" in output.err and "late" not in output.err
     assert names_of(out) == ["a.png", "b.png", "c.png", "detections.json", "late.png"]
 
     # The same as without watching.
@@ -428,14 +428,14 @@ def refused(run, offline, tmp_path, monkeypatch, capsys):
         ("--threshold 1.0: must be", ("--threshold", 1)),
         ("--threshold nan: must be", ("--threshold", "nan")),
         ("--batch_size 0: must be", ("--batch_size", 0)),
-        ("no class names: give --class_names", ()),
-        ("no-such-folder: no detector to load", ("--model_name_or_path", "no-such-folder")),
+        ("--class_names: is needed without an --adapter", ()),
+        ("no-such-folder: cannot be loaded as a detector", ("--model_name_or_path", "no-such-folder")),
         ("--adapter no-such-folder: no such folder", ("--adapter", "no-such-folder")),
         ("--adapter no/such folder: no such folder", ("--adapter", "no/such folder")),
         ("--output_dir /proc/nowhere: cannot be written", ("--output_dir", "/proc/nowhere", "--class_names", "dog")),
-        ("has no word to prompt with", ("--class_names", "dog", "...")),
-        ("dog. cat. dog. There must be one at least, and none twice", ("--class_names", "dog", "cat", "Dog ")),
-        ("the tokenizer finds no token in '☃'", ("--class_names", "☃")),
+        ("has no word for a prompt", ("--class_names", "dog", "...")),
+        ("must be at least one, and no name twice; got dog. cat. dog.", ("--class_names", "dog", "cat", "Dog ")),
+        ("the tokenizer knows no word of '☃'", ("--class_names", "☃")),
     ],
 )
 def test_bad_flags(refused, photos, message, flags):
@@ -445,17 +445,17 @@ def test_bad_flags(refused, photos, message, flags):
 def test_bad_inputs(refused, photos, adapters, tmp_path, monkeypatch, capsys, run):
     flags = ("--adapter", adapters[0])
     (tmp_path / "empty").mkdir()
-    refused("nosuch.jpg: no such picture or folder", photos / "nosuch.jpg", *flags)
-    refused("empty: no picture in this folder", photos, tmp_path / "empty", *flags)
+    refused("nosuch.jpg: no such image or folder", photos / "nosuch.jpg", *flags)
+    refused("empty: no image in this folder", photos, tmp_path / "empty", *flags)
     refused("notes.txt: cannot be opened as an image", photos / "notes.txt", *flags)
-    refused("a.png: --watch looks into folders", photos / "a.png", "--watch", *flags)
-    refused("holds the pictures themselves", photos, *flags, output=photos)
-    refused("holds the pictures themselves", photos, "--watch", *flags, output=photos / ".." / photos.name)
+    refused("a.png: is not a folder, which --watch needs", photos / "a.png", "--watch", *flags)
+    refused("has the input images", photos, *flags, output=photos)
+    refused("has the input images", photos, "--watch", *flags, output=photos / ".." / photos.name)
     (tmp_path / "file").write_text("")
     refused("file: cannot be written", photos, *flags, output=tmp_path / "file")
     (photos / "bad.jpg").write_text("no picture")
     refused("bad.jpg: cannot be opened as an image", photos, *flags)
-    refused("none of the inputs opens", photos / "bad.jpg", "--skip_bad_images", *flags)
+    refused("none of them can be opened", photos / "bad.jpg", "--skip_bad_images", *flags)
     noise(0, 2000, 2).save(photos / "bad.jpg")
     refused("bad.jpg: cannot be opened as an image (2000 x 2 pixels are too oblong", photos, *flags)
 
@@ -465,9 +465,9 @@ def test_pictures_that_end_in_the_middle(refused, run, photos, adapters, tmp_pat
     half = (photos / "b.png").read_bytes()[:3000]
     (photos / "b.png").write_bytes(half)
     (photos / "bad.jpg").write_text("no picture")
-    refused("bad.jpg: not a picture", photos, "--adapter", adapters[0], loads=True)
+    refused("bad.jpg: cannot be opened as an image", photos, "--adapter", adapters[0], loads=True)
     (photos / "bad.jpg").unlink()
-    refused("b.png: not a picture", photos, "--adapter", adapters[0], loads=True)
+    refused("b.png: cannot be opened as an image", photos, "--adapter", adapters[0], loads=True)
     (photos / "bad.jpg").write_text("no picture")
     assert run(photos, "--adapter", adapters[0], "--skip_bad_images") == 0
     assert [image["file_name"] for image in read(tmp_path / "out")["images"]] == ["a.png", "c.png"]
@@ -480,9 +480,9 @@ def test_bad_adapters(refused, photos, adapters, tmp_path):
         f"--adapter {adapters[0]} {adapters[0]}: both are called one", photos, "--adapter", adapters[0], adapters[0]
     )
     refused("both are called ONE", photos, "--adapter", adapters[0], f"ONE={adapters[1]}")
-    refused("'a/b' cannot name a folder", photos, "--adapter", f"a/b={adapters[0]}")
-    refused("'..' cannot name a folder", photos, "--adapter", f"..={adapters[0]}")
-    refused("no saved adapter, " + str(photos), photos, "--adapter", photos)
+    refused("'a/b' cannot be the name of a folder", photos, "--adapter", f"a/b={adapters[0]}")
+    refused("'..' cannot be the name of a folder", photos, "--adapter", f"..={adapters[0]}")
+    refused(f"is not a saved adapter, because {photos}", photos, "--adapter", photos)
 
     def changed(name: str, **changes) -> Path:
         folder = tmp_path / name
@@ -492,42 +492,42 @@ def test_bad_adapters(refused, photos, adapters, tmp_path):
         return folder
 
     nowhere = changed("nowhere", base_model_name_or_path="no/such host")
-    refused("no/such host: no detector to load", photos, "--adapter", nowhere)
-    refused("The adapter names it as its host: give --model_name_or_path.", photos, "--adapter", nowhere)
+    refused("no/such host: cannot be loaded as a detector", photos, "--adapter", nowhere)
+    refused("The adapter names this base model; pass --model_name_or_path.", photos, "--adapter", nowhere)
     refused("trained on different base models (one:", photos, "--adapter", adapters[0], nowhere)
-    refused("does not name its host", photos, "--adapter", changed("hostless", base_model_name_or_path=None))
+    refused("does not name its base model", photos, "--adapter", changed("hostless", base_model_name_or_path=None))
     refused("adapter_config.json cannot be read", photos, "--adapter", changed("strange", peft_type="NOSUCH"))
     get_peft_model(load_host().model.text_backbone, LoraConfig(target_modules=["query"])).save_pretrained(
         tmp_path / "lora"
     )
-    refused("no SDPT adapter, its config is a LoraConfig", photos, "--adapter", tmp_path / "lora")
+    refused("is not an SDPT adapter, because its config is a LoraConfig", photos, "--adapter", tmp_path / "lora")
 
     for text, message in (
         ("{", "class_names.json: not JSON"),
-        ('{"a": 1}', "class_names.json: must be a list of names"),
-        ("[1]", "class_names.json: must be a list of names"),
-        ("[]", "There must be one at least"),
+        ('{"a": 1}', "class_names.json: must be a JSON list of names"),
+        ("[1]", "class_names.json: must be a JSON list of names"),
+        ("[]", "must be at least one"),
     ):
         shutil.rmtree(tmp_path / "named", ignore_errors=True)
         (changed("named") / "class_names.json").write_text(text)
         refused(message, photos, "--adapter", tmp_path / "named")
     (tmp_path / "named" / "class_names.json").unlink()
-    refused("no class names, it has no class_names.json; give --class_names", photos, "--adapter", tmp_path / "named")
+    refused("saved without class names (class_names.json); pass --class_names as well", photos, "--adapter", tmp_path / "named")
     (tmp_path / "named" / "class_names.json").write_text('["dog"]')
     (tmp_path / "named" / "processor_config.json").write_text("{")
-    refused(f"{tmp_path / 'named'}: no processor to load", photos, "--adapter", tmp_path / "named")
+    refused(f"{tmp_path / 'named'}: has no processor that can be loaded", photos, "--adapter", tmp_path / "named")
 
 
 def test_adapters_that_do_not_load_on_the_host(refused, photos, adapters, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(adapters[1], other)
     shutil.copy(adapters[0] / "adapter_model.safetensors", other)
-    refused(f"--adapter {other}: does not load on the base model", photos, "--adapter", other, loads=True)
-    refused(f"--adapter {other}: does not load", photos, "--adapter", adapters[0], other, loads=True)
+    refused(f"--adapter {other}: cannot be loaded on the base model", photos, "--adapter", other, loads=True)
+    refused(f"--adapter {other}: cannot be loaded", photos, "--adapter", adapters[0], other, loads=True)
     (other / "adapter_model.safetensors").write_bytes(b"damaged")
-    refused(f"--adapter {other}: does not load", photos, "--adapter", other, loads=True)
+    refused(f"--adapter {other}: cannot be loaded", photos, "--adapter", other, loads=True)
 
 
 def test_a_host_of_another_kind(refused, photos, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "owlvit"}')
-    refused("no detector of the Grounding DINO kind", photos, "--model_name_or_path", tmp_path, "--class_names", "dog")
+    refused("is not a Grounding DINO or MM Grounding DINO", photos, "--model_name_or_path", tmp_path, "--class_names", "dog")
