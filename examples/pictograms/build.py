@@ -5,8 +5,8 @@
     npm install emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0
     python -m examples.pictograms.build node_modules
 
-Both packages draw the same keys in two vendors' styles. For each vendor one sheet of 64 x 64 pixel RGBA tiles is
-written, a tile a category, in the order of `categories.txt`, row by row.
+Both packages have pictograms for the same keys, in the styles of two vendors. The script writes one sheet per vendor,
+with one RGBA tile of 64 x 64 pixels per category, row by row in the order of `categories.txt`.
 """
 
 import json
@@ -21,6 +21,7 @@ FOLDER = Path(__file__).resolve().parent
 
 
 def build_sheet(node_modules: Path, vendor: str, package: str) -> None:
+    """Write the sheet of a vendor from a folder of npm packages."""
     catalogue = {
         entry["short_name"]: entry for entry in json.loads((node_modules / package / "emoji.json").read_text())
     }

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""The built-in downstream tasks: generated scenes that are not those of pre-training, as COCO folders.
+"""The built-in downstream tasks: COCO folders of generated scenes that pre-training does not use.
 
 python -m examples.pictograms.tasks twemoji path/to/folder
 """
@@ -22,7 +22,14 @@ from . import SceneStyle, read_categories, scene_split
 
 @dataclass(frozen=True)
 class Task:
-    """Scenes of every `every`-th category, of those of the host's pre-training or of those kept out of it."""
+    """A downstream task.
+
+    Attributes:
+        look: How the scenes look.
+        every: The task uses every `every`-th category.
+        seen: Whether its categories are those of pre-training or the others.
+        train, val, test: Number of images in each split.
+    """
 
     look: SceneStyle
     every: int
@@ -37,22 +44,28 @@ class Task:
 
 
 TASKS = {
-    # Known names in another vendor's style.
+    # Known names in the style of another vendor.
     "twemoji": Task(SceneStyle("twemoji"), every=9),
-    # The same style without its colours, smaller and more of them.
+    # The same style without colours, with smaller and more pictograms.
     "twemoji-small-grey": Task(SceneStyle("twemoji", smallest=0.1, largest=0.3, most=10, grey=True), every=9),
-    # Small and crowded alone, and drawings without colours.
+    # Small and crowded pictograms only, and line drawings without colours.
     "twemoji-crowded": Task(SceneStyle("twemoji", smallest=0.1, largest=0.3, most=12), every=9),
     "twemoji-line-art": Task(SceneStyle("twemoji", grey=True, line_art=True), every=9),
-    # Names that the host has never been taught, in the style that it knows.
+    # Names that pre-training does not use, in its style.
     "noto-new": Task(SceneStyle("noto"), every=1, seen=False),
 }
 
 
 def write_task(name: str, folder: Path, size: int = 96, disable_progress: bool = False) -> None:
-    """Write a task as a COCO folder: `train.json`, `val.json`, `test.json` and `images/`. Always the same files.
+    """Write a task as a COCO folder: `train.json`, `val.json`, `test.json` and `images/`.
 
-    A folder that is complete is left as it is.
+    A complete folder is not changed.
+
+    Args:
+        name: A key of `TASKS`.
+        folder: Folder to write to.
+        size: Width and height of the images in pixels.
+        disable_progress: Whether to hide the progress bar.
     """
     splits = ("train", "val", "test")
     if all((folder / f"{split}.json").is_file() for split in splits):
@@ -60,8 +73,8 @@ def write_task(name: str, folder: Path, size: int = 96, disable_progress: bool =
     task = TASKS[name]
     classes = task.classes()
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(f"*{UNFINISHED}"):  # by a process that was killed
-        left.unlink()
+    for unfinished in folder.glob(f"*{UNFINISHED}"):  # left by a process that was killed
+        unfinished.unlink()
     for split in splits:
         seeds = [(zlib.crc32(name.encode()), splits.index(split), index) for index in range(getattr(task, split))]
         data = scene_split(seeds, classes, size, task.look)
@@ -69,7 +82,7 @@ def write_task(name: str, folder: Path, size: int = 96, disable_progress: bool =
         for image in tqdm(coco["images"], desc=f"drawing {name} {split}", disable=disable_progress):
             image["file_name"] = f"{split}_{image['id']:04d}.png"
             data.open_image(image["id"]).save(folder / "images" / image["file_name"], compress_level=1)
-        # Last and in one move: a split whose file is there has all its images.
+        # Written last, so that a split with this file has all its images.
         with whole_file(folder / f"{split}.json") as unfinished:
             unfinished.write_text(json.dumps(coco))
 
