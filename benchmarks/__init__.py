@@ -1,6 +1,10 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""Measurements, from the root of the repository: `python -m benchmarks.speed` and `python -m benchmarks.transfer`."""
+"""Benchmarks, to run from the root of the repository.
+
+python -m benchmarks.speed
+python -m benchmarks.transfer
+"""
 
 from pathlib import Path
 

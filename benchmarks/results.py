@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""What the commands have in common: files of results that a run goes on with, and pages that show them."""
+"""Common parts of the commands: files of results that a run can resume from, and pages that show results."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the defaults, and the text above as it stands."""
+    """Shows defaults, and keeps the line breaks of the description."""
 
 
 def cpu_name() -> str:
@@ -39,14 +39,15 @@ def cpu_name() -> str:
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    there = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=there, help="A GPU when one is at hand.")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=default, help="Device to run on.")
 
 
 def check_device(device: str) -> None:
-    """
+    """Check that a device exists.
+
     Raises:
-        ValueError: it is not there.
+        ValueError: It does not exist.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no GPU here")
@@ -57,7 +58,7 @@ def device_name(device: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of the libraries that all results depend on."""
+    """Versions of the libraries that all results depend on."""
     return {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -67,13 +68,14 @@ def versions() -> dict[str, str]:
 
 
 def earlier(file: Path, machine: dict[str, Any]) -> dict[str, Any]:
-    """Results to go on with; none are there at first.
+    """Read the results of an earlier run to resume from. Without a file, there are none.
 
     Args:
-        machine: what results depend on, which must not differ within a file.
+        file: File with the results.
+        machine: Everything that all results in a file must have in common.
 
     Raises:
-        ValueError: they are of something else.
+        ValueError: The file is not JSON, or its results have other values in `machine`.
     """
     if not file.exists():
         return {"machine": machine, "cells": {}}
@@ -89,21 +91,22 @@ def earlier(file: Path, machine: dict[str, Any]) -> dict[str, Any]:
 
 
 def write(file: Path, text: str) -> None:
-    """Whole or not at all: a run may be killed at any time."""
+    """Write a file completely or not at all, because a run may be killed at any time."""
     with whole_file(file) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
 
 
 def table(head: list[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def put_into(page: Path, text: str) -> None:
-    """Replace what is between the two marks of a page.
+    """Replace the text between the two marks of a page.
 
     Raises:
-        ValueError: the page does not have them, once each and in this order.
+        ValueError: The page does not have each mark once and in this order.
     """
     before = page.read_text(encoding="utf-8")
     pattern = re.compile(f"(?s){re.escape(BEGIN)}.*{re.escape(END)}")

@@ -1,10 +1,10 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""Visual prompt tuning of a Swin backbone (arXiv 2203.12119), deep: new prompts for each block.
+"""Deep visual prompt tuning of a Swin backbone (arXiv 2203.12119), with new prompts for each block.
 
-As in its released code, prompts join the tokens of every window, and take no part in merging patches. In each block
-they go through the block's first norm; what they become in it is replaced by the next block's prompts, so that their
-rows need not be computed: they are keys and values of every window.
+As in its released code, the prompts join the tokens of every window and take no part in merging patches. In each block,
+they go through the first norm of the block. The next block replaces them by its own prompts, so their outputs need not
+be computed. They only serve as keys and values of every window.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from transformers.models.swin.modeling_swin import SwinAttention, SwinLayer, eag
 
 
 class PromptedWindows(nn.Module):
-    """Window attention of a block with `prompts`, `(P, C)`."""
+    """Window attention of a block with `prompts`, shape (P, C)."""
 
     def __init__(self, attention: SwinAttention, norm: nn.LayerNorm, num_tokens: int) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class PromptedWindows(nn.Module):
         if attention_mask is not None:
             samples = len(windows) // len(attention_mask)
             bias = bias + attention_mask[:, None].repeat(samples, 1, 1, 1)
-        # The host's own kernel, for the comparison to be one of methods.
+        # The attention kernel of the base model, so that the comparison is about methods.
         interface = ALL_ATTENTION_FUNCTIONS.get_interface(
             attention.config._attn_implementation, eager_attention_forward
         )
@@ -57,7 +57,7 @@ class PromptedWindows(nn.Module):
 
 
 def attach_window_prompts(host: nn.Module, num_tokens: int = 10) -> nn.Module:
-    """Give every block of a frozen host's backbone prompts of its own."""
+    """Give every block in the backbone of a frozen base model its own prompts."""
     for block in [module for module in host.modules() if isinstance(module, SwinLayer)]:
         block.attention = PromptedWindows(block.attention, block.layernorm_before, num_tokens)
     return host

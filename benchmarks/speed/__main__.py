@@ -1,14 +1,15 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""Measure time, memory and size of SDPT and its peers, as ratios in one run.
+"""Measure time, memory and size of SDPT and other methods, as ratios in one run.
 
     python -m benchmarks.speed
 
-Hosts have their full size and random weights. Each cell (a host, an image size, a length of prompt and a task) is
-measured in turns: every method once a round, so that what disturbs one disturbs all, and ratios are taken within a
-round. With no flags it takes what a CPU of two cores can do in about an hour, and says what it left out; on a GPU, all.
-Results go to results.json after each cell; the same command goes on where it was stopped. Tables are in report.md,
-the picture in report.svg. It needs the extra `benchmarks`.
+The base models have their full size and random weights. A cell is a base model, an image size, a prompt length and a
+task. Its methods are measured in rounds, each method once per round, so that disturbances affect all methods. Ratios
+are taken within a round. Without flags, the command measures on a CPU what two cores can do in about an hour, and lists
+what it left out. On a GPU, it measures everything. Results are saved in results.json after each cell, and the same
+command resumes a run that was stopped. Tables are in report.md, and a plot in report.svg. The command needs the extra
+`benchmarks`.
 """
 
 from __future__ import annotations
@@ -41,33 +42,38 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.speed", description=__doc__, formatter_class=Help, allow_abbrev=False
     )
-    parser.add_argument("--output_dir", type=Path, default=Path("benchmark-results"), help="Where results go.")
-    parser.add_argument("--only", help="Measure the cells whose names match, for instance '*-fusion-*-inference'.")
-    parser.add_argument("--all", action="store_true", help="The whole grid on a CPU too: many hours.")
-    parser.add_argument("--repeats", type=int, default=LEAST_REPEATS, help="Rounds of a cell; quick cells take more.")
+    parser.add_argument("--output_dir", type=Path, default=Path("benchmark-results"), help="Folder for the results.")
+    parser.add_argument(
+        "--only", help="Measure only cells whose names match this pattern, for instance '*-fusion-*-inference'."
+    )
+    parser.add_argument("--all", action="store_true", help="Measure everything on a CPU too, which takes many hours.")
+    parser.add_argument(
+        "--repeats", type=int, default=LEAST_REPEATS, help="Minimum number of rounds per cell. Quick cells take more."
+    )
     add_device(parser)
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="Of the hosts.")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="Dtype of the base models.")
     parser.add_argument(
         "--render", type=Path, nargs="+", metavar="FILE",
-        help="Measure nothing: put the tables and pictures of these results.json into docs/performance.md.",
+        help="Measure nothing. Put the tables and plots of these results.json into docs/performance.md.",
     )  # fmt: skip
     return parser.parse_args()
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """
+    """Check the flags.
+
     Raises:
-        ValueError: a flag asks for what cannot be.
+        ValueError: The value of a flag is not allowed.
     """
     if args.repeats < LEAST_REPEATS:
-        raise ValueError(f"--repeats {args.repeats}: is below {LEAST_REPEATS}, too few for a median with a spread")
+        raise ValueError(f"--repeats {args.repeats}: must be at least {LEAST_REPEATS}, for quartiles")
     check_device(args.device)
     for file in args.render or ():
         if not file.is_file():
-            raise ValueError(f"--render {file}: is not there")
+            raise ValueError(f"--render {file}: no such file")
     if args.only is not None and not chosen(args):
-        there = ", ".join(cell.key for cell in grid(args))
-        raise ValueError(f"--only {args.only}: matches no cell; there are {there}")
+        names = ", ".join(cell.key for cell in grid(args))
+        raise ValueError(f"--only {args.only}: matches no cell; the cells are {names}")
 
 
 def grid(args: argparse.Namespace) -> list[Cell]:
@@ -79,7 +85,7 @@ def chosen(args: argparse.Namespace) -> list[Cell]:
 
 
 def machine(args: argparse.Namespace) -> dict[str, Any]:
-    """What results depend on, which must not differ within a file."""
+    """Everything that all results in a file must have in common."""
     return {
         "device": args.device,
         "name": device_name(args.device),
@@ -122,29 +128,29 @@ def run(args: argparse.Namespace) -> None:
             }
             write(args.output_dir / RESULTS, json.dumps(results, indent=1) + "\n")
             progress.update()
-            # A host of the next cell comes before that of this one is gone, otherwise.
+            # Frees the base model of this cell before the next one is made.
             del measured
             gc.collect()
     write(args.output_dir / "report.md", report(results, "report.svg"))
     write(args.output_dir / "report.svg", draw(results))
-    print(f"Results: {args.output_dir}/{RESULTS}, tables: report.md, picture: report.svg. Not measured:")
+    print(f"Results: {args.output_dir}/{RESULTS}, tables: report.md, plot: report.svg. Not measured:")
     print(left_out(results), end="")
 
 
 def render(files: list[Path]) -> None:
-    """Tables and pictures of some results into the page on performance."""
+    """Put the tables and plots of some results into the page on performance."""
     texts = []
     for file in files:
         results = json.loads(file.read_text(encoding="utf-8"))
-        picture = f"performance-{results['machine']['device']}.svg"
-        (DOCS / picture).write_text(draw(results), encoding="utf-8")
-        texts.append(report(results, picture))
+        plot = f"performance-{results['machine']['device']}.svg"
+        (DOCS / plot).write_text(draw(results), encoding="utf-8")
+        texts.append(report(results, plot))
     put_into(DOCS / "performance.md", "\n".join(texts))
 
 
 def main() -> None:
     args = parse_args()
-    # Of transformers, at what PEFT asks of a host; nothing to do with what is measured.
+    # A warning of transformers about a call in PEFT, which does not affect the results.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     try:
         check_args(args)
@@ -156,7 +162,7 @@ def main() -> None:
         print(f"benchmarks.speed: {error}.", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("benchmarks.speed: interrupted; the same command goes on.", file=sys.stderr)
+        print("benchmarks.speed: interrupted; the same command resumes the run.", file=sys.stderr)
         sys.exit(130)
 
 

@@ -1,15 +1,15 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""What is measured: each cell is a host, an image size, a length of prompt and a task."""
+"""The cells to measure: each is a base model, an image size, a prompt length and a task."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Height and width in pixels; the second is what the processors of Grounding DINO make of most photographs.
+# Height and width in pixels. The processors of Grounding DINO resize most photos to the second size.
 SMALL, LARGE = (480, 640), (800, 1333)
-SHORT, LONG = 32, 256  # text tokens; 256 is the most that Grounding DINO takes
-# Methods that the cells of the default run on a CPU which take minutes a method are limited to.
+SHORT, LONG = 32, 256  # text tokens; Grounding DINO takes at most 256
+# The methods that the default run on a CPU measures in cells that take minutes per method.
 FEW = ("host", "sdpt", "lora")
 
 LABELS = {
@@ -18,23 +18,23 @@ LABELS = {
     "mm-grounding-dino-tiny": "MM Grounding DINO Tiny",
     "grounding-dino-fusion": "Grounding DINO",
     "glip-l-fusion": "GLIP-L",
-    "small-host": "the small host of the main job, 96x96, 40 names",
+    "small-host": "examples/host, 96x96, 40 names",
 }
-# Tasks of a cell that has no image size and no length of prompt of its own.
+# Tasks of cells without an image size and a prompt length.
 SHAPELESS = ("attach", "epoch")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Measured in one process, all methods in turns.
+    """A measurement of several methods, in one process.
 
     Attributes:
-        host: a key of `full_hosts.MODELS` or `full_hosts.FUSIONS`.
-        task: "inference"; "training", which is a step with its optimizer of a model, and forward and backward of a
-            fusion layer; "attach", the making of an adapter; "epoch", an epoch of training on the data of `epochs`.
-        size: of the image, in pixels.
-        tokens: of the text.
-        methods: keys of `methods.METHODS`; None for all that suit.
+        host: Name of the base model, a key of `full_hosts.MODELS` or `full_hosts.FUSIONS`.
+        task: "inference". "training": a step with its optimizer for a model, forward and backward for a fusion layer.
+            "attach": making an adapter. "epoch": an epoch of training on the data of `epochs`.
+        size: Height and width of the image in pixels.
+        tokens: Number of text tokens.
+        methods: Keys of `methods.METHODS`. None for all that suit the task.
     """
 
     host: str
@@ -59,7 +59,7 @@ class Cell:
 
 
 def everything() -> list[Cell]:
-    """The whole grid, quick cells first."""
+    """All cells, quick ones first."""
     shapes = [(size, tokens) for size in (SMALL, LARGE) for tokens in (SHORT, LONG)]
     tasks = ("inference", "training")
     cells = [Cell("grounding-dino-tiny", "attach"), Cell("small-host", "epoch")]
@@ -71,11 +71,11 @@ def everything() -> list[Cell]:
 
 
 def affordable() -> list[Cell]:
-    """What a CPU of two cores measures in about an hour: whole models in full at one size, others with few methods."""
+    """The cells that two CPU cores measure in about an hour. Larger sizes and models have only a few methods."""
     tiny = "grounding-dino-tiny"
     tasks = ("inference", "training")
     whole = {(tiny, task, SMALL, tokens) for task in tasks for tokens in (SHORT, LONG)}
-    # A step of LoRA's at the larger size holds about ten gigabytes.
+    # A step of LoRA at the larger size needs about ten gigabytes.
     few = {(tiny, task, LARGE, tokens) for task in tasks for tokens in (SHORT, LONG)}
     few |= {(host, task, SMALL, SHORT) for task in tasks for host in ("mm-grounding-dino-tiny", "grounding-dino-base")}
     cells = []

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""An epoch of the main job on the small host, with features of its frozen backbones computed and read from the disk."""
+"""An epoch of training the small base model, with features of its frozen backbones computed or read from the disk."""
 
 from __future__ import annotations
 
@@ -19,26 +19,27 @@ from peft_sdpt import SDPTConfig
 from peft_sdpt.detection.feature_cache import FeatureCache
 from peft_sdpt.detection.loss import GroundedDetectionLoss
 from peft_sdpt.detection.samples import TrainingSamples
+from peft_sdpt.training import trained_parameters
 
 from .. import EXAMPLES
-from ..peers import PUBLISHED, trained_parameters
+from ..peers import PUBLISHED
 from .measuring import in_turns
 
-PICTURES, BATCH = 120, 12
+NUM_IMAGES, BATCH_SIZE = 120, 12
 
 
 def measure_epochs(repeats: int, device: str, tick: Callable[[str], None] = lambda _: None) -> dict[str, dict]:
-    """Seconds of each round of `sdpt` and of `cached`, whose features were all put on the disk before.
+    """Measure the seconds of each round of `sdpt` and of `cached`, whose features were all stored before.
 
-    Pictures are read, processed and batched within an epoch, as in training; they are generated before.
+    The images are generated before. An epoch processes and batches them, as in training.
     """
     host = AutoModelForZeroShotObjectDetection.from_pretrained(EXAMPLES / "host", dtype=torch.float32)
     model = get_peft_model(host, SDPTConfig(**PUBLISHED)).to(device).train()
     task = TASKS["twemoji"]
-    data = scene_split([(1, number) for number in range(PICTURES)], task.classes(), look=task.look)
+    data = scene_split([(1, number) for number in range(NUM_IMAGES)], task.classes(), look=task.look)
     processor = AutoProcessor.from_pretrained(EXAMPLES / "host")
-    samples = TrainingSamples(data, PICTURES, processor, model.config.max_text_len, seed=0, augmentation=False)
-    loader = DataLoader(samples, BATCH, collate_fn=samples.collate)
+    samples = TrainingSamples(data, NUM_IMAGES, processor, model.config.max_text_len, seed=0, augmentation=False)
+    loader = DataLoader(samples, BATCH_SIZE, collate_fn=samples.collate)
     loss_function = GroundedDetectionLoss(model.config)
     trained = list(trained_parameters(model).values())
     optimizer = torch.optim.AdamW(trained, lr=1e-7)

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""Hosts of full size with random weights, what they are fed, and copies of them that share their weights."""
+"""Base models of full size with random weights, their inputs, and copies that share their weights."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SWIN_BASE = {"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 
 
 
 def detector(model_class: type, config_class: type, swin: dict[str, Any], **changes: Any) -> nn.Module:
-    """A detector whose prompts show in its outputs: a fresh one scales its fusion by 1e-4 and never moves a box."""
+    """A detector whose outputs depend on prompts. A fresh one scales its fusion by 1e-4 and never moves a box."""
     backbone = SwinConfig(image_size=384, out_features=["stage2", "stage3", "stage4"], **swin)
     host = model_class(config_class(backbone_config=backbone, **changes))
     with torch.no_grad():
@@ -51,7 +51,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 
 class Fusion(nn.Module):
-    """One fusion layer as a host."""
+    """A single fusion layer as a base model."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class Fusion(nn.Module):
 
     def forward(self, image: torch.Tensor, text: torch.Tensor, **masks: torch.Tensor) -> tuple[torch.Tensor, ...]:
         image, text = self.layers[0](image, text, **masks)
-        # That of Grounding DINO returns weights as well.
+        # The layer of Grounding DINO also returns attention weights.
         return tuple(part[0] if isinstance(part, tuple) else part for part in (image, text))
 
 
@@ -78,7 +78,7 @@ FUSIONS: dict[str, Callable[[], nn.Module]] = {
     "grounding-dino-fusion": grounding_dino_fusion,
     "glip-l-fusion": glip_fusion,
 }
-# Width of image and text tokens, and strides of the image's pyramid.
+# Embedding dimension of image and text tokens, and strides of the feature levels of the image.
 FUSION_SHAPES = {
     "grounding-dino-fusion": (256, 256, (8, 16, 32, 64)),
     "glip-l-fusion": (256, 768, (8, 16, 32, 64, 128)),
@@ -86,13 +86,13 @@ FUSION_SHAPES = {
 
 
 def make_host(name: str, device: str, dtype: torch.dtype) -> nn.Module:
-    """A host in evaluation mode, the same weights at each call."""
+    """A base model in evaluation mode, with the same weights in each call."""
     torch.manual_seed(0)
     return {**MODELS, **FUSIONS}[name]().to(device, dtype).eval()
 
 
 def image_tokens(size: tuple[int, int], strides: tuple[int, ...]) -> int:
-    """Tokens of an image; each level halves the one before, rounding up.
+    """Number of tokens of an image. Each level has half the height and width of the one before, rounded up.
 
     Example:
         >>> image_tokens((480, 640), (8, 16, 32, 64)), image_tokens((800, 1333), (8, 16, 32, 64))
@@ -102,7 +102,7 @@ def image_tokens(size: tuple[int, int], strides: tuple[int, ...]) -> int:
 
 
 def fusion_inputs(name: str, size: tuple[int, int], tokens: int, device: str, dtype: torch.dtype) -> dict[str, Any]:
-    """What a fusion layer gets from its model, masks included: no padding in a single image."""
+    """Inputs of a fusion layer as its model makes them, with masks: a single image without padding."""
     image_width, text_width, strides = FUSION_SHAPES[name]
     generator = torch.Generator().manual_seed(0)
     count = image_tokens(size, strides)
@@ -117,9 +117,9 @@ def fusion_inputs(name: str, size: tuple[int, int], tokens: int, device: str, dt
 
 
 def model_inputs(size: tuple[int, int], tokens: int, device: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """An image of noise and a prompt of `tokens` tokens: classes of three words, each with its period."""
+    """An image of noise, and a prompt of `tokens` tokens with classes of three words, each with its period."""
     generator = torch.Generator().manual_seed(0)
-    # Below the vocabulary of the small hosts of tests, too, and above that of single letters.
+    # Above the ids of single letters, and inside the vocabulary of the small models in tests.
     ids = torch.randint(PERIOD + 1, PERIOD + 80, (1, tokens), generator=generator)
     ids[:, 4:-2:4] = PERIOD
     ids[:, 0], ids[:, -2], ids[:, -1] = CLS, PERIOD, SEP
@@ -133,7 +133,7 @@ def model_inputs(size: tuple[int, int], tokens: int, device: str, dtype: torch.d
 
 
 def labels(inputs: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-    """Ten boxes of the prompt's classes, spread over the image."""
+    """Ten boxes with classes of the prompt, spread over the image."""
     classes = int((inputs["input_ids"] == PERIOD).sum())
     places = (torch.arange(BOXES) + 0.5) / BOXES
     boxes = torch.stack([places, places.flip(0), 0.1 + 0.2 * places, 0.3 - 0.2 * places], dim=1)
@@ -142,7 +142,7 @@ def labels(inputs: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
 
 
 def sharing_copy(host: nn.Module) -> nn.Module:
-    """Modules and parameters of its own in the host's memory, frozen: a method each, and the weights once."""
+    """A frozen copy of a base model that shares its memory, so that several methods need the weights only once."""
     memo: dict[int, Any] = {id(buffer): buffer for buffer in host.buffers()}
     for parameter in host.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.data, requires_grad=False)

@@ -1,10 +1,10 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""Fusion layer of GLIP-L (microsoft/GLIP), written from what it does: GLIP itself does not install any more.
+"""The fusion layer of GLIP-L (microsoft/GLIP), written anew because GLIP itself cannot be installed any more.
 
-Attribute and argument names are the host's, which is what SDPT and the other methods find it by.
+The names of attributes and arguments are those of GLIP, by which SDPT and the other methods find the layer.
 """
-# ruff: noqa: E741 - `l` is what the host calls its text tokens.
+# ruff: noqa: E741 - GLIP calls its text tokens `l`.
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 
 
 class BiMultiHeadAttention(nn.Module):
-    """Both directions from one matrix of logits; every weight is made, as in the host."""
+    """Attention in both directions from one matrix of logits. All weights are computed, as in GLIP."""
 
     def __init__(self, v_dim: int, l_dim: int, embed_dim: int, num_heads: int, dropout: float):
         super().__init__()
@@ -25,7 +25,7 @@ class BiMultiHeadAttention(nn.Module):
         self.out_v_proj, self.out_l_proj = nn.Linear(embed_dim, v_dim), nn.Linear(embed_dim, l_dim)
 
     def _heads(self, states: torch.Tensor) -> torch.Tensor:
-        """`(B, L, E)` to `(B * heads, L, head_dim)`."""
+        """From shape (B, L, E) to (B * heads, L, head_dim)."""
         return states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2).flatten(0, 1).contiguous()
 
     def _joined(self, states: torch.Tensor) -> torch.Tensor:
@@ -49,7 +49,7 @@ class BiMultiHeadAttention(nn.Module):
 
 
 class GlipFusionLayer(nn.Module):
-    """Norms, attention and layer scale around it; of GLIP-L, where nothing else is said."""
+    """Norms, attention and layer scale. The defaults are those of GLIP-L."""
 
     def __init__(
         self, v_dim: int = 256, l_dim: int = 768, embed_dim: int = 2048, num_heads: int = 8, dropout: float = 0.1

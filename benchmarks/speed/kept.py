@@ -1,11 +1,11 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""What a training step keeps between forward and backward, by part of the detector: what holds its peak memory.
+"""Measure the memory that a training step keeps between forward and backward, for each part of the detector.
 
     python -m benchmarks.speed.kept
 
-Prints a table in MB, of tensors that autograd saves, each counted once and at its first part; weights are left out. No
-times: it says the same on every machine.
+The command prints a table in MB of the tensors that autograd saves. Each tensor is counted once, for the first part
+that saves it. Weights are not counted. The result is the same on every machine.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from peft_sdpt.detection.loss import GroundedDetectionLoss
 from .full_hosts import MODELS, labels, make_host, model_inputs, sharing_copy
 from .methods import METHODS, suitable
 
-# Names of modules, and the part that they and all within them are.
+# Names of modules, and the part that they and their submodules belong to.
 PARTS = {
     r"text_backbone$": "text backbone",
     r"\bbackbone$": "image backbone",
@@ -38,17 +38,23 @@ REST = "heads, proposals and loss"
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--host", choices=tuple(MODELS), default="grounding-dino-tiny", help="The detector.")
+    parser.add_argument("--host", choices=tuple(MODELS), default="grounding-dino-tiny", help="The base model.")
     parser.add_argument(
-        "--methods", nargs="+", choices=suitable("training", False), default=["sdpt", "lora"], help="Columns."
+        "--methods",
+        nargs="+",
+        choices=suitable("training", False),
+        default=["sdpt", "lora"],
+        help="Methods to measure, one column each.",
     )
-    parser.add_argument("--size", type=int, nargs=2, default=(480, 640), help="Of the image: height and width.")
-    parser.add_argument("--tokens", type=int, default=32, help="Of the text.")
+    parser.add_argument(
+        "--size", type=int, nargs=2, default=(480, 640), help="Height and width of the image in pixels."
+    )
+    parser.add_argument("--tokens", type=int, default=32, help="Number of text tokens.")
     return parser.parse_args()
 
 
 def kept(model: nn.Module, inputs: dict[str, torch.Tensor]) -> Counter[str]:
-    """Bytes that one step keeps in each part."""
+    """Bytes that one step keeps for each part."""
     entered, bytes_of, seen = [REST], Counter(), []
     known = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
 
@@ -56,7 +62,7 @@ def kept(model: nn.Module, inputs: dict[str, torch.Tensor]) -> Counter[str]:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in known:
             known.add(storage.data_ptr())
-            seen.append(tensor)  # or its memory would be used, and counted, again
+            seen.append(tensor)  # keeps its memory alive, which could otherwise be reused and counted again
             bytes_of[entered[-1]] += storage.nbytes()
         return tensor
 
@@ -83,7 +89,7 @@ def main() -> None:
     print("| --- |" + " --- |" * len(columns))
     for part in [*PARTS.values(), REST]:
         print(f"| {part} | {' | '.join(f'{column[part] / 1e6:.0f}' for column in columns)} |")
-    print(f"| in all | {' | '.join(f'{column.total() / 1e6:.0f}' for column in columns)} |")
+    print(f"| total | {' | '.join(f'{column.total() / 1e6:.0f}' for column in columns)} |")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""Time and memory of a cell: all its methods in turns, in one process."""
+"""Measuring time and memory of all methods of a cell, in one process."""
 
 from __future__ import annotations
 
@@ -19,32 +19,35 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from peft_sdpt.detection.loss import GroundedDetectionLoss
+from peft_sdpt.training import trained_parameters
 
-from ..peers import trained_parameters
 from .cells import Cell
 from .full_hosts import fusion_inputs, labels, make_host, model_inputs, sharing_copy
 from .methods import METHODS, saved_bytes, suitable
 
-# Cells that are quick get more rounds than were asked for, until they took so long or are so many.
+# Quick cells get more rounds than requested, up to this total time or this number of rounds.
 SECONDS, MOST_ROUNDS = 20.0, 40
 
-# What a method does in a cell: called, it prepares and returns what is to be timed.
+# A call prepares a method and returns the function to time.
 Subject = Callable[[], Callable[[], Any]]
 
 
 def measure(
     cell: Cell, repeats: int, device: str, dtype: torch.dtype, tick: Callable[[str], None] = lambda _: None
 ) -> dict[str, dict[str, Any]]:
-    """Seconds of each round, bytes and numbers of each method of a cell.
+    """Measure time, memory and size of each method of a cell.
 
     Args:
-        cell: what to measure.
-        repeats: rounds at least, after a warm-up and a measurement of memory.
-        tick: called with a method's name before each of its calls.
+        cell: The cell.
+        repeats: Minimum number of rounds, after a warm-up and a measurement of memory.
+        device: Device to measure on.
+        dtype: Dtype of the base model.
+        tick: Called with the name of a method before each of its calls.
 
     Returns:
-        For each method `seconds`, a list; `trained`, a number of parameters; `saved_bytes`; `held_bytes`, those of
-        weights, buffers and optimizer; `peak_bytes`, with what is allocated on top of these in a call.
+        For each method: `seconds` of each round; `trained`, the number of trained parameters; `saved_bytes`, the size
+        of the adapter on the disk; `held_bytes`, the memory of weights, buffers and optimizer; `peak_bytes`, this
+        memory plus the peak of what a call allocates.
     """
     host = make_host(cell.host, device, dtype)
     subjects, results = {}, {}
@@ -59,7 +62,7 @@ def measure(
         run, state = _runs(cell, model, device, dtype)
         subjects[name] = partial(_as_it_is, run)
         tick(name)
-        run()  # warm-up; it also makes the optimizer's state, which is there in every other step
+        run()  # warm-up, which also makes the state of the optimizer
         held = sum(_sizes([*model.parameters(), *model.buffers(), *state()]).values())
         tick(name)
         results[name] = {
@@ -85,7 +88,7 @@ def _attaching(host: nn.Module, name: str) -> Callable[[], Any]:
 def _runs(
     cell: Cell, model: nn.Module, device: str, dtype: torch.dtype
 ) -> tuple[Callable[[], Any], Callable[[], list[torch.Tensor]]]:
-    """What is timed, and the tensors of its optimizer."""
+    """The function to time, and a function that returns the tensors of its optimizer."""
     if cell.is_fusion:
         inputs = fusion_inputs(cell.host, cell.size, cell.tokens, device, dtype)
     else:
@@ -100,7 +103,7 @@ def _runs(
 
     trained = list(trained_parameters(model).values())
     if cell.is_fusion:
-        # Layers before this one and the text encoder's projection are trained, or have prompts: both inputs do.
+        # Both inputs need gradients, because earlier layers are trained or have prompts.
         leaves = [inputs[name].requires_grad_() for name in ("image", "text")]
 
         def forward_and_backward() -> None:
@@ -112,7 +115,7 @@ def _runs(
         return forward_and_backward, list
 
     loss_function, targets = GroundedDetectionLoss(model.config), labels(inputs)
-    # So small a rate that weights stay what they were: random ones do not learn from a made-up target.
+    # A rate so small that the random weights hardly change: the targets are made up.
     optimizer = torch.optim.AdamW(trained, lr=1e-7)
 
     def step() -> None:
@@ -127,7 +130,7 @@ def _runs(
 
 
 def _sizes(tensors: list[torch.Tensor]) -> dict[int, int]:
-    """Bytes of each piece of memory, once where tensors share it."""
+    """Bytes of each storage. Tensors that share a storage count once."""
     storages = [tensor.untyped_storage() for tensor in tensors]
     return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
@@ -135,9 +138,9 @@ def _sizes(tensors: list[torch.Tensor]) -> dict[int, int]:
 def in_turns(
     subjects: dict[str, Subject], repeats: int, device: str, tick: Callable[[str], None] = lambda _: None
 ) -> dict[str, list[float]]:
-    """Seconds of each, in rounds: what slows the machine down for a while meets them all.
+    """Measure the seconds of each subject in rounds, so that disturbances affect all subjects.
 
-    A round starts with another subject than the one before, so that none always follows the same one.
+    Each round starts with a different subject, so that the order of the subjects changes.
     """
     seconds: dict[str, list[float]] = {name: [] for name in subjects}
     names, begin, rounds = list(subjects), time.perf_counter(), 0
@@ -148,10 +151,10 @@ def in_turns(
             tick(name)
             _wait(device)
             start = time.perf_counter()
-            kept = run()
+            result = run()
             _wait(device)
             seconds[name].append(time.perf_counter() - start)
-            del run, kept
+            del run, result
         rounds += 1
     return seconds
 
@@ -162,11 +165,11 @@ def _wait(device: str) -> None:
 
 
 def allocated(run: Callable[[], Any], device: str) -> int:
-    """Most bytes of tensors that a call has at once beside those that were there before.
+    """Peak memory in bytes of the tensors that a call allocates.
 
-    On a GPU as torch counts them. On a CPU from the allocations that torch's profiler records: the same quantity, equal
-    from run to run. The process's own high-water mark also has what the C library keeps of earlier calls, and would
-    take a process for each method.
+    On a GPU, torch counts it. On a CPU, it is computed from the allocations that the profiler of torch records, and is
+    the same in each run. The peak memory of the process would include memory that the C library keeps from earlier
+    calls, and would need a process for each method.
     """
     if device == "cuda":
         torch.cuda.synchronize()
@@ -187,16 +190,16 @@ def allocated(run: Callable[[], Any], device: str) -> int:
 
 @contextlib.contextmanager
 def _silent_profiler() -> Iterator[None]:
-    """Some builds of the profiler write lines of their own to stderr, past Python, into the progress bar."""
+    """A context without stderr: some builds of the profiler write there directly, into the progress bar."""
     sys.stderr.flush()
-    kept = os.dup(2)
+    stderr = os.dup(2)
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 2)
         try:
             yield
         finally:
-            os.dup2(kept, 2)
-            os.close(kept)
+            os.dup2(stderr, 2)
+            os.close(stderr)
 
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:
@@ -208,8 +211,8 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
     """
     ordered = sorted(values)
 
-    def at(share: float) -> float:
-        place = share * (len(ordered) - 1)
+    def at(fraction: float) -> float:
+        place = fraction * (len(ordered) - 1)
         below, part = math.floor(place), place % 1
         return ordered[below] + (part * (ordered[below + 1] - ordered[below]) if part else 0.0)
 

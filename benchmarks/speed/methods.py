@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""The methods that are compared: how each is attached to a frozen host, and what it puts on the disk."""
+"""The methods to compare: how to attach each to a frozen base model, and its size on the disk."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from peft_sdpt import SDPTConfig
+from peft_sdpt.training import trained_parameters
 
 from ..peers import (
     ATTENTION,
@@ -23,7 +24,6 @@ from ..peers import (
     PUBLISHED,
     is_bitfit,
     train,
-    trained_parameters,
     with_peft,
 )
 from ..window_prompts import attach_window_prompts
@@ -32,14 +32,15 @@ from .released import attach_released
 
 @dataclass(frozen=True)
 class Method:
-    """
+    """A method.
+
     Attributes:
-        label: for tables.
-        trains: what, in words.
-        attach: makes the model out of a frozen host, which it may change.
-        infers: whether it is to be timed in inference; what only changes weights is the bare host there.
-        trained: whether there is anything to train.
-        fuses: whether it acts on fusion layers.
+        label: Name for tables.
+        trains: What the method trains, in words.
+        attach: Makes the model from a frozen base model, which it may change.
+        infers: Whether to time inference. A method that only changes weights is as fast as the base model.
+        trained: Whether the method trains anything.
+        fuses: Whether the method changes fusion layers.
     """
 
     label: str
@@ -51,27 +52,28 @@ class Method:
 
 
 METHODS = {
-    "host": Method("bare host", "nothing", lambda host: host, trained=False),
-    "sdpt": Method("SDPT", "10 tokens a fusion layer", lambda host: get_peft_model(host, SDPTConfig(**PUBLISHED))),
+    "host": Method("base model", "nothing", lambda host: host, trained=False),
+    "sdpt": Method("SDPT", "10 tokens per fusion layer", lambda host: get_peft_model(host, SDPTConfig(**PUBLISHED))),
     "sdpt-eager": Method(
         "SDPT eager",
-        '10 tokens a fusion layer, `attn_implementation="eager"`',
+        '10 tokens per fusion layer, `attn_implementation="eager"`',
         lambda host: get_peft_model(host, SDPTConfig(**PUBLISHED, attn_implementation="eager")),
     ),
     "cached": Method("SDPT, cached features", "", lambda host: host, infers=False, trained=False, fuses=False),
-    "released": Method("released algorithm", "10 tokens a fusion layer", attach_released),
+    "released": Method("released algorithm", "10 tokens per fusion layer", attach_released),
     "lora": Method(
         "LoRA",
         "r = 8 on the six projections of a fusion layer and the attention projections "
-        f"({', '.join(ATTENTION)}) of encoder and decoder",
+        f"({', '.join(ATTENTION)}) of the encoder and the decoder",
         lambda host: with_peft(host, LoraConfig(r=8, target_modules=LORA_TARGETS)),
     ),
     "ia3": Method(
         "IA3",
-        "scales of keys and values in the fusion layers and the attentions of encoder and decoder, and of fc2's inputs",
+        "scales of keys and values in the fusion layers and in the attention of the encoder and the decoder, and of "
+        "the inputs of fc2",
         lambda host: with_peft(host, IA3Config(target_modules=IA3_TARGETS, feedforward_modules=IA3_FEEDFORWARD)),
     ),
-    "bitfit": Method("BitFit", "all biases beside those of the two backbones", lambda h: train(h, is_bitfit), False),
+    "bitfit": Method("BitFit", "all biases except those of the two backbones", lambda h: train(h, is_bitfit), False),
     "vpt": Method(
         "visual prompts", "VPT-deep: 10 tokens in each window of a block of the Swin backbone",
         attach_window_prompts, fuses=False,
@@ -81,7 +83,7 @@ METHODS = {
 
 
 def suitable(task: str, is_fusion: bool) -> tuple[str, ...]:
-    """Methods that say something there, in the order of the tables."""
+    """The methods that suit a task, in the order of the tables."""
     if task == "attach":
         return ("sdpt", "lora", "ia3")
     if task == "epoch":
@@ -89,13 +91,13 @@ def suitable(task: str, is_fusion: bool) -> tuple[str, ...]:
     return tuple(
         name
         for name, method in METHODS.items()
-        # Forward and backward of a bare fusion layer is a step's share of it; a bare model has no step.
+        # A fusion layer without a method still takes part in a training step. A model without a method has no step.
         if (method.infers if task == "inference" else method.trained or is_fusion) and (method.fuses or not is_fusion)
     )
 
 
 def saved_bytes(model: nn.Module) -> int:
-    """Size of the weights' file: that of PEFT, or the trained parameters as safetensors."""
+    """Size of the saved weights in bytes: the file of PEFT, or the trained parameters in a safetensors file."""
     trained = trained_parameters(model)
     if not trained:
         return 0

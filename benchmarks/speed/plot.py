@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""Results as a picture: a row a cell, a dot a method, a line between its quartiles."""
+"""A plot of results, with a row for each cell, and a dot and a line between quartiles for each method."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ COLOURS = {
     "full": "#7f7f7f",
     "host": "#000000",
 }
-LOWEST, HIGHEST = 0.1, 10.0  # of the axis, which is logarithmic; what is beyond is drawn at its ends
+LOWEST, HIGHEST = 0.1, 10.0  # limits of the logarithmic axis; values beyond them are drawn at its ends
 TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10)
 ROW_INCHES = 0.24
 
 
 def draw(results: dict[str, Any]) -> str:
-    """An SVG: time on the left, peak memory on the right, both as ratios to the method of the row's heading."""
+    """An SVG with time on the left and peak memory on the right, as ratios to the method in the heading of the rows."""
     rows: list[tuple[str, dict[str, Any] | None, tuple[str, ...], str]] = []
     for title, is_fusion, task, reference in TABLES:
         cells = select(results, is_fusion, task)
@@ -45,7 +45,7 @@ def draw(results: dict[str, Any]) -> str:
         return min(max(ratio, LOWEST), HIGHEST)
 
     for place, (_, methods, names, reference) in enumerate(rows):
-        # SDPT last, on top of the others.
+        # Draws SDPT last, on top of the others.
         for name in sorted(names, key=lambda name: name == "sdpt"):
             if methods is None or name not in methods or name == reference:
                 continue

@@ -1,10 +1,10 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""The algorithm of the released SDPT code, as published: a peer to measure against, not for use.
+"""The algorithm of the released SDPT code, for comparison only.
 
-Against `peft_sdpt` it inverts both projections in each forward, in float32; it appends prompts to both inputs, runs the
-host's own attention on the longer inputs and drops their rows after it; text prompts are masked away from the image;
-it takes a single image.
+Unlike `peft_sdpt`, it inverts both projections in each forward, in float32. It appends prompts to both inputs, runs the
+attention of the base model on the longer inputs, and drops the rows of the prompts. A mask hides the text prompts from
+the image. It takes a single image.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# Names of the two query projections, of Grounding DINO in transformers and of GLIP.
+# Names of the two projections to invert, in Grounding DINO of transformers and in GLIP.
 QUERIES = (("vision_proj", "text_proj"), ("v_proj", "l_proj"))
 
 
 class ReleasedFusion(nn.Module):
-    """A fusion attention with `cpt_input`, `(1, N, E)`, as the released code names it."""
+    """A fusion attention with tokens `cpt_input` of shape (1, N, E), the name in the released code."""
 
     def __init__(self, attention: nn.Module, num_tokens: int = 10) -> None:
         super().__init__()
@@ -36,15 +36,15 @@ class ReleasedFusion(nn.Module):
             torch.cat([tokens, self._inputs_of(query).to(tokens.dtype)], dim=1)
             for tokens, query in zip((image, text), self.queries, strict=True)
         )
-        shown = torch.ones(1, text.shape[1] - count, dtype=torch.long, device=text.device)
-        if masks.get("vision_attention_mask") is not None:  # True is padding
+        visible = torch.ones(1, text.shape[1] - count, dtype=torch.long, device=text.device)
+        if masks.get("vision_attention_mask") is not None:  # True marks padding
             masks["vision_attention_mask"] = F.pad(masks["vision_attention_mask"], (0, count), value=False)
         if "vision_attention_mask" in masks:
             padding = masks.get("text_attention_mask")
-            masks["text_attention_mask"] = F.pad(shown == 0 if padding is None else padding, (0, count), value=True)
-        else:  # 1 is a token
+            masks["text_attention_mask"] = F.pad(visible == 0 if padding is None else padding, (0, count), value=True)
+        else:  # 1 marks a token
             valid = masks.get("attention_mask_l")
-            masks["attention_mask_l"] = F.pad(shown if valid is None else valid, (0, count), value=0)
+            masks["attention_mask_l"] = F.pad(visible if valid is None else valid, (0, count), value=0)
         image, text = self.attention(image, text, **masks)
         if isinstance(image, tuple):
             return (image[0][:, :-count], image[1]), (text[0][:, :-count], text[1])
@@ -56,7 +56,7 @@ class ReleasedFusion(nn.Module):
 
 
 def attach_released(host: nn.Module, num_tokens: int = 10) -> nn.Module:
-    """Put it around every fusion attention of a frozen host."""
+    """Replace every fusion attention of a frozen base model."""
     for module in list(host.modules()):
         attention = getattr(module, "attn", None)
         if any(hasattr(attention, name) for name, _ in QUERIES):

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""Results as Markdown: the aims with what was measured, and tables of time, memory and size."""
+"""Results in Markdown: the targets with the measured values, and tables of time, memory and size."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .cells import everything
 from .measuring import quartiles
 from .methods import METHODS, suitable
 
-# What each table is of: heading, whether of fusion layers, task, and what its ratios are to.
+# For each table: heading, whether it is about fusion layers, task, and the method that its ratios refer to.
 TABLES = (
     ("Fusion layer, inference", True, "inference", "host"),
     ("Fusion layer, forward and backward", True, "training", "host"),
@@ -25,9 +25,9 @@ Results = dict[str, Any]
 
 
 def ratios(methods: dict[str, Any], name: str, reference: str) -> tuple[float, float, float]:
-    """Quartiles of time over that of `reference` in the same round."""
+    """Quartiles of the ratio of time to that of `reference` in the same round."""
     pairs = zip(methods[name]["seconds"], methods[reference]["seconds"], strict=True)
-    return quartiles([seconds / its for seconds, its in pairs])
+    return quartiles([seconds / reference_seconds for seconds, reference_seconds in pairs])
 
 
 def memory_ratio(methods: dict[str, Any], name: str, reference: str) -> float:
@@ -35,24 +35,24 @@ def memory_ratio(methods: dict[str, Any], name: str, reference: str) -> float:
 
 
 def _beside_weights(methods: dict[str, Any]) -> float:
-    """Peak memory of SDPT over that of LoRA, each without what is held between steps."""
+    """Ratio of the peak memory of SDPT to that of LoRA, both without the memory that is held between steps."""
     ours, lora = (methods[name]["peak_bytes"] - methods[name]["held_bytes"] for name in ("sdpt", "lora"))
     return ours / lora
 
 
 def select(results: Results, is_fusion: bool, task: str) -> list[dict[str, Any]]:
-    """Cells of a table, in the order of the grid."""
+    """The cells of a table, in the order of `everything`."""
     order = {cell.key: place for place, cell in enumerate(everything())}
-    found = [(key, cell) for key, cell in results["cells"].items()
+    selected = [(key, cell) for key, cell in results["cells"].items()
              if cell["is_fusion"] == is_fusion and cell["task"] == task]  # fmt: skip
-    return [cell for _, cell in sorted(found, key=lambda item: order.get(item[0], len(order)))]
+    return [cell for _, cell in sorted(selected, key=lambda item: order.get(item[0], len(order)))]
 
 
-# ---- the aims
+# ---- targets
 
 
 def _each(cells: Iterable[dict], value: Callable[[dict], float], bound: float, needed: tuple[str, ...]) -> tuple:
-    """Text and verdict of an aim that is a bound on a number of each cell."""
+    """The text and the verdict for a target that limits a number of each cell."""
     values = [(cell["label"], value(cell["methods"])) for cell in cells if set(needed) <= cell["methods"].keys()]
     if not values:
         return NOT_YET, NOT_YET
@@ -62,7 +62,7 @@ def _each(cells: Iterable[dict], value: Callable[[dict], float], bound: float, n
 
 
 def _added_time(cells: list[dict]) -> tuple[str, str]:
-    """Time on top of the host's, where the released algorithm's is to be five times that of SDPT."""
+    """The text and the verdict for the time that the released algorithm and SDPT add to the base model."""
     cells = [cell for cell in cells if cell["host"] == "glip-l-fusion"]
     if not cells:
         return NOT_YET, NOT_YET
@@ -71,7 +71,7 @@ def _added_time(cells: list[dict]) -> tuple[str, str]:
         added = {}
         for name in ("released", "sdpt", "sdpt-eager"):
             rounds = zip(cell["methods"][name]["seconds"], cell["methods"]["host"]["seconds"], strict=True)
-            added[name] = quartiles([seconds - its for seconds, its in rounds])[1]
+            added[name] = quartiles([seconds - base_seconds for seconds, base_seconds in rounds])[1]
         task = "inference" if cell["task"] == "inference" else "forward and backward"
         lines.append(
             f"{task}: the released algorithm adds **{_seconds(added['released'])}**, SDPT **{_seconds(added['sdpt'])}**"
@@ -82,7 +82,7 @@ def _added_time(cells: list[dict]) -> tuple[str, str]:
 
 
 def aims(results: Results) -> str:
-    """A table with each aim beside what was measured."""
+    """A table of the targets with the measured values."""
     layers = {task: select(results, True, task) for task in ("inference", "training")}
     models = {task: select(results, False, task) for task in ("inference", "training")}
     attach = results["cells"].get("grounding-dino-tiny-attach")
@@ -94,19 +94,19 @@ def aims(results: Results) -> str:
         return lambda methods: ratios(methods, "sdpt", reference)[1]
 
     rows = [
-        ("fusion layer, inference: at most 0.9 of the host's time",
+        ("fusion layer, inference: at most 0.9 of the time of the base model",
          *_each(layers["inference"], to("host"), 0.9, ("sdpt", "host"))),
-        ("fusion layer, forward and backward: at most 0.85 of the host's time",
+        ("fusion layer, forward and backward: at most 0.85 of the time of the base model",
          *_each(layers["training"], to("host"), 0.85, ("sdpt", "host"))),
-        ("whole model, inference: at most 1.0 of the host's time",
+        ("whole model, inference: at most 1.0 of the time of the base model",
          *_each(models["inference"], to("host"), 1.0, ("sdpt", "host"))),
-        ("training step: at most 0.75 of LoRA's time",
+        ("training step: at most 0.75 of the time of LoRA",
          *_each(models["training"], to("lora"), 0.75, ("sdpt", "lora"))),
-        ("training step: at most 0.7 of LoRA's peak memory",
+        ("training step: at most 0.7 of the peak memory of LoRA",
          *_each(models["training"], lambda methods: memory_ratio(methods, "sdpt", "lora"), 0.7, ("sdpt", "lora"))),
-        ("the same beside the weights, which all share",
+        ("the same without the weights, which all methods share",
          *_each(models["training"], _beside_weights, 0.7, ("sdpt", "lora"))),
-        ("GLIP-L's fusion layer: a fifth of the time that the released algorithm adds to the host's, or less",
+        ("fusion layer of GLIP-L: at most a fifth of the time that the released algorithm adds",
          *_added_time([*layers["inference"], *layers["training"]])),
         ("attaching to Grounding DINO Tiny: under 1 s",
          *((NOT_YET, NOT_YET) if attached is None else (f"**{attached:.2f} s**", "yes" if attached < 1 else "no"))),
@@ -114,7 +114,7 @@ def aims(results: Results) -> str:
          *((NOT_YET, NOT_YET) if faster is None
            else (f"{epochs['label']}: **{faster:.2f}**", "yes" if faster >= 1.8 else "no"))),
     ]  # fmt: skip
-    return table(["aim", "measured, medians", "met"], rows)
+    return table(["target", "measured, medians", "met"], rows)
 
 
 # ---- tables
@@ -165,23 +165,25 @@ def _sizetable(results: Results) -> str:
     for name, method in METHODS.items():
         if not method.trained:
             continue
-        made = cell["methods"].get(name) if cell else None
-        trained = f"{made['trained']:,}".replace(",", " ") if made else NOT_YET
+        measured = cell["methods"].get(name) if cell else None
+        trained = f"{measured['trained']:,}".replace(",", " ") if measured else NOT_YET
         attached = _seconds(quartiles(attach[name]["seconds"])[1]) if name in attach else ""
-        rows.append([method.label, method.trains, trained, _bytes(made["saved_bytes"]) if made else NOT_YET, attached])
+        rows.append(
+            [method.label, method.trains, trained, _bytes(measured["saved_bytes"]) if measured else NOT_YET, attached]
+        )
     return table(["method", "what is trained", "parameters", "on disk", "attached in"], rows)
 
 
 def left_out(results: Results) -> str:
-    """What of the whole grid the results do not have."""
+    """A list of the measurements that are missing."""
     missing: dict[str, list[str]] = {}
     for cell in everything():
         key = cell.key
         names = suitable(cell.task, cell.is_fusion)
-        there = results["cells"].get(key, {"methods": {}})["methods"]
-        lacking = [METHODS[name].label for name in names if name not in there]
-        if lacking:
-            what = "all methods" if len(lacking) == len(names) else ", ".join(lacking)
+        measured = results["cells"].get(key, {"methods": {}})["methods"]
+        absent = [METHODS[name].label for name in names if name not in measured]
+        if absent:
+            what = "all methods" if len(absent) == len(names) else ", ".join(absent)
             missing.setdefault(f"{cell.label}: {what}", []).append(cell.task)
     lines = [f"- {what} ({' and '.join(tasks)})." for what, tasks in missing.items()]
     return "\n".join(lines) + "\n" if lines else "Nothing.\n"
@@ -197,7 +199,7 @@ def machine(results: Results) -> str:
 
 
 def report(results: Results, plot: str) -> str:
-    """All of it, in Markdown, with `plot` as the address of the picture."""
+    """The whole report in Markdown. `plot` is the path of the plot."""
     parts = [f"On {machine(results)}\n", aims(results), f"![Time and peak memory as ratios]({plot})\n"]
     for title, is_fusion, task, reference in TABLES:
         parts += [f"### {title}\n", _cell_tables(results, is_fusion, task, reference)]

@@ -1,15 +1,15 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""Tune a detector to downstream tasks by SDPT and by other methods, and compare.
+"""Tune a detector to downstream tasks by SDPT and by other methods, and compare them.
 
     python -m benchmarks.transfer
 
-With no flags it takes the small host in `examples/host` and the built-in tasks: pictograms in another drawing style, as
-line art, small and crowded, and of new names. Photographs in COCO format come with --folders. Each method gets the best
-of four learning rates, chosen on the validation split of the first task with ten pictures a class. Then every method is
-tuned to every task, with three seeds; four of them with other numbers of pictures too; and SDPT with one of its
-settings changed at a time. Results go to results.json after each run; the same command goes on where it was stopped.
-Tables are in report.md, pictures beside it.
+Without flags, the command takes the small base model in `examples/host` and the built-in tasks: pictograms in another
+drawing style, as line art, small and crowded, and with new names. --folders adds photos in COCO format. The learning
+rate of each method is the best of four, chosen on the validation split of the first task with ten images per class.
+Then every method is tuned to every task with three seeds. Four methods are also tuned with other numbers of images, and
+SDPT with one setting changed at a time. Results are saved in results.json after each run, and the same command resumes
+a suite that was stopped. Tables are in report.md, with the plots next to it.
 
 On a GPU, with the Hub:
 
@@ -36,7 +36,7 @@ from .. import EXAMPLES
 from ..results import DOCS, RESULTS, Help, add_device, check_device, device_name, earlier, put_into, versions, write
 from .grid import Cell, plan
 from .methods import METHODS
-from .plots import pictures
+from .plots import plots
 from .report import report
 from .running import prepare_worker, run_cell
 from .tasks import Task, built_in
@@ -46,33 +46,38 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.transfer", description=__doc__, formatter_class=Help, allow_abbrev=False
     )
-    parser.add_argument("--output_dir", type=Path, default=Path("transfer-results"), help="Where results go.")
-    parser.add_argument("--model_name_or_path", default=str(EXAMPLES / "host"), help="Folder or Hub id of the host.")
+    parser.add_argument("--output_dir", type=Path, default=Path("transfer-results"), help="Folder for the results.")
     parser.add_argument(
-        "--folders", type=Path, nargs="+", default=[], help="More tasks, in COCO format, with val.json."
+        "--model_name_or_path", default=str(EXAMPLES / "host"), help="Folder or Hub id of the base model."
     )
-    parser.add_argument("--image_size", type=int, help="Shorter side of their pictures, in pixels.")
-    parser.add_argument("--no_built_in", action="store_true", help="Those folders alone.")
-    parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS), help="Some of them.")
-    parser.add_argument("--seeds", type=int, default=3, help="How many.")
+    parser.add_argument(
+        "--folders", type=Path, nargs="+", default=[], help="Folders of more tasks in COCO format, with val.json."
+    )
+    parser.add_argument("--image_size", type=int, help="Shorter side of the images in --folders, in pixels.")
+    parser.add_argument("--no_built_in", action="store_true", help="Use only the tasks in --folders.")
+    parser.add_argument(
+        "--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS), help="Methods to compare."
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="Number of seeds.")
     add_device(parser)
     parser.add_argument(
         "--num_processes", type=int, default=len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1,
-        help="Runs at a time on a CPU, with a core each.",
+        help="Number of runs at the same time on a CPU, with one core each.",
     )  # fmt: skip
-    parser.add_argument("--minutes", type=float, help="Begin no run after so many; the same command goes on.")
+    parser.add_argument("--minutes", type=float, help="Start no run after this many minutes. The same command resumes.")
     parser.add_argument(
         "--render", type=Path, metavar="FILE",
-        help="Tune nothing: put tables and pictures of this results.json into docs/transfer.md, and what they are made "
-        "of into docs/transfer.json.",
+        help="Tune nothing. Put the tables and plots of this results.json into docs/transfer.md, and their data into "
+        "docs/transfer.json.",
     )  # fmt: skip
     return parser.parse_args()
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """
+    """Check the flags.
+
     Raises:
-        ValueError: a flag asks for what cannot be.
+        ValueError: The value of a flag is not allowed.
     """
     for name in ("seeds", "num_processes", "image_size"):
         value = getattr(args, name)
@@ -83,28 +88,33 @@ def check_args(args: argparse.Namespace) -> None:
         if not folder.is_dir():
             raise ValueError(f"--folders {folder}: is not a folder")
     if args.no_built_in and not args.folders:
-        raise ValueError("--no_built_in: leaves no task; name some by --folders")
+        raise ValueError("--no_built_in: needs tasks in --folders")
     if args.render and not args.render.is_file():
-        raise ValueError(f"--render {args.render}: is not there")
+        raise ValueError(f"--render {args.render}: no such file")
 
 
 def find_tasks(args: argparse.Namespace) -> list[Task]:
+    """The tasks that the flags select.
+
+    Raises:
+        ValueError: Two tasks have the same name, or the data of a task cannot be used.
+    """
     tasks = [] if args.no_built_in else built_in(args.output_dir)
     tasks += [Task(folder.resolve().name, folder.resolve(), args.image_size) for folder in args.folders]
     names = [task.name for task in tasks]
     twice = {name for name in names if names.count(name) > 1}
     if twice:
-        raise ValueError(f"--folders: there are several tasks of the name {twice.pop()}")
+        raise ValueError(f"--folders: several tasks are called {twice.pop()}")
     for task in tasks:
         for split in ("train", "val", "test"):
-            task.load(split)  # raises what is wrong with it now, not after hours
+            task.load(split)  # raises errors now, not after hours
     return tasks
 
 
 def machine(args: argparse.Namespace) -> dict[str, Any]:
-    """What results depend on and a file has one of.
+    """Everything that all results in a file must have in common.
 
-    Which CPU or GPU it was is not among them: that changes no more than rounding, and each run says it.
+    The name of the CPU or GPU is not part of it, because it changes only rounding. Each run records it.
     """
     folder = Path(args.model_name_or_path)
     return {
@@ -148,30 +158,31 @@ def run(args: argparse.Namespace) -> None:
                     results["cells"][cell.key] = {**asdict(cell), **future.result(), "on": device_name(args.device)}
                 except BrokenProcessPool:
                     raise
-                except Exception as error:  # of a method that this host or this task is not for: the others go on
+                except Exception as error:  # a method may not suit this base model or task; the others go on
                     failed[cell.key] = f"{type(error).__name__}: {error}"
             write(args.output_dir / RESULTS, json.dumps(results) + "\n")
     write(args.output_dir / "report.md", report(results))
-    for name, picture in pictures(results).items():
-        write(args.output_dir / name, picture)
+    for name, plot in plots(results).items():
+        write(args.output_dir / name, plot)
     print(f"Results: {args.output_dir}/{RESULTS}, tables: report.md.")
     if failed:
         errors = "".join(f"\n  {key}: {error}" for key, error in failed.items())
-        print(f"benchmarks.transfer: runs that failed, which the same command tries again:{errors}", file=sys.stderr)
+        print(f"benchmarks.transfer: these runs failed; the same command tries them again:{errors}", file=sys.stderr)
         sys.exit(1)
 
 
 def render(file: Path) -> None:
+    """Put the tables and plots of a file of results into the documentation."""
     results = json.loads(file.read_text(encoding="utf-8"))
     results["cells"] = {key: shortened(cell) for key, cell in results["cells"].items()}
     write(DOCS / "transfer.json", json.dumps(results) + "\n")
-    for name, picture in pictures(results).items():
-        (DOCS / name).write_text(picture, encoding="utf-8")
+    for name, plot in plots(results).items():
+        (DOCS / name).write_text(plot, encoding="utf-8")
     put_into(DOCS / "transfer.md", report(results))
 
 
 def shortened(cell: dict[str, Any]) -> dict[str, Any]:
-    """A run without what no table shows, to four digits."""
+    """The results of a run that tables need, rounded to four digits."""
     return json.loads(
         json.dumps({name: value for name, value in cell.items() if name not in ("losses", "seconds", "pictures")}),
         parse_float=lambda digits: float(f"{float(digits):.4g}"),
@@ -191,13 +202,13 @@ def main() -> None:
         sys.exit(2)
     except BrokenProcessPool:
         print(
-            "benchmarks.transfer: a run was killed, perhaps for want of memory; the same command goes on, and with "
-            "--num_processes 1 it takes less.",
+            "benchmarks.transfer: a run was killed, perhaps because of a lack of memory; the same command resumes, and "
+            "needs less memory with --num_processes 1.",
             file=sys.stderr,
         )
         sys.exit(1)
     except KeyboardInterrupt:
-        print("benchmarks.transfer: interrupted; the same command goes on.", file=sys.stderr)
+        print("benchmarks.transfer: interrupted; the same command resumes.", file=sys.stderr)
         sys.exit(130)
 
 

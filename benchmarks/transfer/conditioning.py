@@ -1,12 +1,13 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""The same host with query projections of images that are harder to invert.
+"""The same base model with image projections that are harder to invert.
 
-Logits of a fusion layer are products of image and text queries, head by head. They do not change when one is multiplied
-by an invertible matrix and the other by its transposed inverse. So there are hosts of one function whose projections
-have any condition number, which trained hosts differ in, and what an inverse does to prompts can be told from all else.
+The logits of a fusion layer are products of projected image and text tokens, for each head. They do not change if one
+projection is multiplied by an invertible matrix and the other by its transposed inverse. So base models that compute
+the same function can have projections with any condition number. This separates the effect of the inverse on prompts
+from all other differences between base models.
 
-Matrices that have nothing to do with one another would not do: over all heads together their effects even out.
+The matrices of all heads are related, because the effects of independent matrices would even out over the heads.
 """
 
 from __future__ import annotations
@@ -19,14 +20,15 @@ from peft_sdpt.hosts import find_hosts
 
 @torch.no_grad()
 def make_ill_conditioned(host: nn.Module, condition: float, seed: int = 0) -> nn.Module:
-    """Change the query projections of all fusion layers, and nothing that the host computes.
+    """Change the projections of all fusion layers, without changing what the base model computes.
 
-    That of images, `W`, becomes `W D`, in all heads, with singular values of `D` that are spread evenly in logarithms.
+    In all heads, the image projection `W` becomes `W D`. The singular values of `D` are spaced evenly on a logarithmic
+    scale.
 
     Args:
-        host: of the Grounding DINO kind, with heads as wide as its image tokens.
-        condition: that of `D`.
-        seed: of its directions.
+        host: A Grounding DINO or MM Grounding DINO whose heads are as wide as its image tokens.
+        condition: Condition number of `D`.
+        seed: Seed of the singular vectors of `D`.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, declaration in find_hosts(host).items():

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""What the prompts of SDPT do in each fusion layer: how loud they are, and how much of the attention they get."""
+"""Measuring the prompts of SDPT in each fusion layer: their norms, and how much attention they get."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ def diagnose(
     batches: Iterable[tuple[Mapping[str, Tensor], list[dict[str, Tensor]]]],
     loss_function: Callable[[Any, list[dict[str, Tensor]]], Tensor],
 ) -> list[dict[str, float]]:
-    """Look at the prompts of a model, which stays as it is.
+    """Measure the prompts of a model, without changing it.
 
     Args:
-        model: with one SDPT adapter.
-        batches: what the model takes, and labels.
-        loss_function: of outputs and labels.
+        model: A model with one SDPT adapter.
+        batches: Inputs of the model, and labels.
+        loss_function: Maps outputs and labels to the loss.
 
     Returns:
-        One dict a fusion layer, with means over batches and tokens: `image_prompts` and `text_prompts`, lengths of the
-        prompts as tokens of the layer's inputs, and `image_tokens` and `text_tokens`, of the host's own;
-        `image_attention` and `text_attention`, the share of their attention that image and text tokens give to prompts;
-        `gradient`, the norm of that of the loss for the prototype tokens, over all batches together; and `unreached`,
-        the share of the tokens' squared length that neither projection reaches.
+        For each fusion layer, means over batches and tokens: `image_prompts` and `text_prompts`, norms of the prompts
+        in the space of the inputs; `image_tokens` and `text_tokens`, norms of the inputs; `image_attention` and
+        `text_attention`, the fraction of their attention that image and text tokens give to prompts; `gradient`, the
+        norm of the gradient of the loss with respect to the prototype tokens, for all batches together; `unreached`,
+        the fraction of the squared norm of the tokens that neither projection reaches.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, SDPTLayer)}
     seen: dict[str, list[dict[str, float]]] = {name: [] for name in layers}
@@ -43,7 +43,7 @@ def diagnose(
     total: Tensor | float = 0.0
     try:
         for inputs, labels in batches:
-            # The host's way, which keeps the attention.
+            # The eager attention of the base model, which returns attention weights.
             total = total + loss_function(model(**inputs, output_attentions=True), labels)
     finally:
         model.train(was_training)
@@ -51,15 +51,15 @@ def diagnose(
             hook.remove()
     tokens = [layer.sdpt_prompts[ADAPTER] for layer in layers.values()]
     gradients = torch.autograd.grad(total / len(next(iter(seen.values()))), tokens)
-    found = []
+    measured = []
     for name, layer, gradient in zip(layers, layers.values(), gradients, strict=True):
         means = {key: sum(each[key] for each in seen[name]) / len(seen[name]) for key in seen[name][0]}
-        found.append({**means, "gradient": gradient.norm().item(), "unreached": _unreached(layer)})
-    return found
+        measured.append({**means, "gradient": gradient.norm().item(), "unreached": _unreached(layer)})
+    return measured
 
 
 @torch.no_grad()
-def _see(found: list[dict[str, float]], layer: SDPTLayer, args: tuple, kwargs: dict, outputs: Any) -> None:
+def _see(rows: list[dict[str, float]], layer: SDPTLayer, args: tuple, kwargs: dict, outputs: Any) -> None:
     host = layer.fusion_host
     bound = host.bind(args, kwargs)
     prompts = [side.tokens for side in layer._prompts([ADAPTER], None)]
@@ -69,10 +69,10 @@ def _see(found: list[dict[str, float]], layer: SDPTLayer, args: tuple, kwargs: d
     for side, tokens, own, seen, (_, weights) in sides:
         row[f"{side}_tokens"] = tokens.norm(dim=-1).mean().item()
         row[f"{side}_prompts"] = 0.0 if own is None else own.norm(dim=-1).mean().item()
-        # Prompts are the last keys. Image tokens see those of the text, and text tokens those of the image.
+        # Prompts are the last keys. Image tokens attend to the text prompts, and text tokens to the image prompts.
         number = 0 if seen is None else len(seen)
         row[f"{side}_attention"] = weights[..., weights.shape[-1] - number :].sum(-1).mean().item()
-    found.append(row)
+    rows.append(row)
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""Which runs the suite is made of. Some follow from the results of others: learning rates, and who leads."""
+"""The runs of the suite. Some depend on the results of others: learning rates, and the leading methods."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from typing import Any
 from .inverses import RULES
 from .methods import METHODS
 
-SHOTS, FEWER = 10, (1, 5)  # pictures a class; None for all
+SHOTS, FEWER = 10, (1, 5)  # images per class; None for all
 ALL_SHOTS = (*FEWER, SHOTS, None)
-STEPS, STEPS_OF_ALL = 100, 150  # few pictures, and all of them
+STEPS, STEPS_OF_ALL = 100, 150  # with few images, and with all of them
 LEADERS = 4
 OURS = "sdpt-defaults"
-# Compared at so many times the steps too.
+# Methods that are also compared with this many times the steps.
 LONGER, TIMES = (OURS, "text-embeddings", "lora", "full"), 3
-# How soon a start gets anywhere: of ours, after parts of the usual number of steps.
+# Initializations of SDPT that are compared after fractions of the usual number of steps.
 STARTS: tuple[tuple[tuple[str, Any], ...], ...] = (
     (),
     (("init_weights", "uniform"),),
     (("init_weights", "prototypes"),),
 )
 PARTS = (0.25, 0.5, 1)
-# Methods whose prompts are looked at before and after training.
+# Methods whose prompts are measured before and after training.
 DIAGNOSED = ("sdpt", OURS)
 # Fields of SDPTConfig that are changed from its defaults, one at a time.
 ABLATIONS: dict[str, tuple[Any, ...]] = {
@@ -36,13 +36,13 @@ ABLATIONS: dict[str, tuple[Any, ...]] = {
     "init_weights": ("uniform", "xavier_uniform", "kaiming_uniform", "zeros", "prototypes"),
 }
 ABLATION_TASKS = ("twemoji", "noto-new")
-# Hosts of the same function that are harder to invert; at which rates, where a method has them, for a worse inverse may
-# only want a smaller one; and what a method's inverse may be.
+# Condition numbers for base models that compute the same but are harder to invert. The learning rates to try on them,
+# if a method has them, because a worse inverse may only need a smaller rate. And the inverses to try for each method.
 CONDITIONS = (30.0, 300.0)
 CONDITION_RATES = (0.03, 0.1, 0.3)
 TOLERANCES = tuple((("pinv_rtol", tolerance),) for tolerance in (0.03, 0.1))
 INVERSES: dict[str, tuple[tuple[tuple[str, Any], ...], ...]] = {
-    # Of itself it has the full one, as published.
+    # () is the full inverse, as published.
     "sdpt": ((), *TOLERANCES, *((("inverse", rule),) for rule in RULES)),
     OURS: ((("pinv_rtol", None),), *TOLERANCES),
 }
@@ -53,15 +53,15 @@ class Cell:
     """One training run and its evaluation.
 
     Attributes:
-        task: name of a `tasks.Task`.
-        method: a key of `METHODS`, or "zero-shot".
-        learning_rate: None where nothing trains.
-        shots: images a class; None for all.
-        seed: of the pictures drawn, their order and augmentation, and the start of what trains.
-        split: "val" to choose by, "test" to report.
-        fields: of SDPTConfig that are not at their defaults, as pairs.
-        condition: None for the host as it is; else see `conditioning`.
-        times: how many times the usual number of steps; less than 1 for a part of them.
+        task: Name of a `tasks.Task`.
+        method: A key of `METHODS`, or "zero-shot".
+        learning_rate: Learning rate. None if nothing trains.
+        shots: Number of images per class. None for all.
+        seed: Seed of the choice of images, their order and augmentation, and the initial values.
+        split: "val" for choosing, "test" for reporting.
+        fields: Fields of `SDPTConfig` that do not have their defaults, as pairs.
+        condition: Condition number, see `conditioning`. None for the unchanged base model.
+        times: Factor for the usual number of steps.
     """
 
     task: str
@@ -91,16 +91,16 @@ class Cell:
         return f"{self.task} {self.method}{changes} {self.learning_rate} {shots} shots seed {self.seed} {self.split}"
 
 
-Results = dict[str, dict[str, Any]]  # key of a cell -> what was measured
+Results = dict[str, dict[str, Any]]  # maps the key of a cell to its results
 
 
 def rates_cells(task: str, methods: Iterable[str]) -> list[Cell]:
-    """Each method at each of its rates, on one task, measured on the validation split."""
+    """Runs of each method with each of its learning rates, on one task, measured on the validation split."""
     return [Cell(task, name, rate, split="val") for name in methods for rate in METHODS[name].rates]
 
 
 def best_rate(task: str, method: str, results: Results) -> float | None:
-    """The rate of highest AP on the validation split; None before all have been measured."""
+    """The learning rate with the highest AP on the validation split. None before all have been measured."""
     cells = rates_cells(task, [method])
     if not all(cell.key in results for cell in cells):
         return None
@@ -108,12 +108,13 @@ def best_rate(task: str, method: str, results: Results) -> float | None:
 
 
 def best_rates(task: str, methods: Iterable[str], results: Results) -> dict[str, float]:
-    """Of the methods all of whose rates have been measured."""
+    """The best learning rates of the methods whose rates have all been measured."""
     best = {name: best_rate(task, name, results) for name in methods}
     return {name: rate for name, rate in best.items() if rate is not None}
 
 
 def compare_cells(tasks: list[str], rates: dict[str, float], seeds: int, shots: Iterable[int | None]) -> list[Cell]:
+    """Runs of methods with their learning rates, on several tasks and with several seeds and numbers of images."""
     return [
         Cell(task, name, rate, count, seed)
         for seed in range(seeds)
@@ -124,24 +125,24 @@ def compare_cells(tasks: list[str], rates: dict[str, float], seeds: int, shots: 
 
 
 def leaders(tasks: list[str], rates: dict[str, float], results: Results) -> list[str] | None:
-    """Ours and the best others, by AP over all tasks with the first seed; None before all have been measured."""
-    found: dict[str, float] = {}
+    """SDPT and the best other methods, by AP over all tasks with the first seed. None before all have been measured."""
+    scores: dict[str, float] = {}
     for name, rate in rates.items():
         cells = compare_cells(tasks, {name: rate}, 1, [SHOTS])
         if not all(cell.key in results for cell in cells):
             return None
-        found[name] = mean(results[cell.key]["AP"] for cell in cells)
-    others = sorted(found.keys() - {OURS}, key=found.__getitem__, reverse=True)
-    return [*found.keys() & {OURS}, *others][:LEADERS] or None
+        scores[name] = mean(results[cell.key]["AP"] for cell in cells)
+    others = sorted(scores.keys() - {OURS}, key=scores.__getitem__, reverse=True)
+    return [*scores.keys() & {OURS}, *others][:LEADERS] or None
 
 
 def ablation_tasks(tasks: list[str]) -> list[str]:
-    """Those that settings are compared on: the ones that are meant for it, or the first."""
+    """The tasks for comparing settings: those in `ABLATION_TASKS`, or else the first task."""
     return [task for task in ABLATION_TASKS if task in tasks] or tasks[:1]
 
 
 def ablation_cells(tasks: list[str], rates: dict[str, float]) -> list[Cell]:
-    """Ours with one thing changed, with the first seed; some starts have all, by `start_cells`."""
+    """Runs of SDPT with one setting changed, with the first seed. `start_cells` has some with all seeds."""
     return [
         Cell(task, OURS, rates[OURS], fields=((name, value),))
         for task in ablation_tasks(tasks)
@@ -151,12 +152,12 @@ def ablation_cells(tasks: list[str], rates: dict[str, float]) -> list[Cell]:
 
 
 def condition_cells(tasks: list[str], methods: Iterable[str], seeds: int) -> list[Cell]:
-    """SDPT with inverses that drop more or less, on hosts that differ in their projections alone.
+    """Runs of SDPT with inverses that drop more or fewer singular values, on base models that differ in condition only.
 
-    Rules that the config does not have, with the first seed at the highest rate alone.
+    Inverses that the config cannot select have only the first seed and the highest learning rate.
     """
     task = ablation_tasks(tasks)[0]
-    found = [
+    cells = [
         Cell(task, method, rate, seed=seed, fields=inverse, condition=condition)
         for seed in range(seeds)
         for method in methods
@@ -166,19 +167,19 @@ def condition_cells(tasks: list[str], methods: Iterable[str], seeds: int) -> lis
         if rate in METHODS[method].rates
         if "inverse" not in dict(inverse) or (seed == 0 and rate == max(CONDITION_RATES))
     ]
-    # That they are the same hosts.
-    return [Cell(task, "zero-shot", shots=0, condition=condition) for condition in CONDITIONS if found] + found
+    # The zero-shot results show that the base models compute the same.
+    return [Cell(task, "zero-shot", shots=0, condition=condition) for condition in CONDITIONS if cells] + cells
 
 
 def longer_cells(tasks: list[str], rates: dict[str, float]) -> list[Cell]:
-    """Whether those that lose only take longer, with the first seed."""
+    """Runs with more steps, with the first seed, to see whether the weaker methods only need longer."""
     return [
         Cell(task, name, rates[name], times=TIMES) for task in ablation_tasks(tasks) for name in LONGER if name in rates
     ]
 
 
 def start_cells(tasks: list[str], rates: dict[str, float], seeds: int) -> list[Cell]:
-    """Whether another start gets somewhere sooner, with the first seed; and, with all, whether it ends elsewhere."""
+    """Runs of SDPT with other initializations: fewer steps with the first seed, and all steps with all seeds."""
     return [
         Cell(task, OURS, rates[OURS], seed=seed, fields=start, times=part)
         for seed in range(seeds)
@@ -190,19 +191,19 @@ def start_cells(tasks: list[str], rates: dict[str, float], seeds: int) -> list[C
 
 
 def is_diagnosed(cell: Cell) -> bool:
-    """Whether prompts are looked at before and after training."""
+    """Whether a run measures its prompts before and after training."""
     usual = cell.shots == SHOTS and cell.times == 1 and cell.split == "test" and not cell.fields
     return usual and cell.method in DIAGNOSED
 
 
 def plan(tasks: list[str], methods: list[str], seeds: int, results: Results) -> list[Cell]:
-    """All cells that are known by now, in the order in which to measure them.
+    """All runs that can be planned with the results so far, in the order to measure them.
 
     Args:
-        tasks: names; rates are chosen on the first.
-        methods: keys of `METHODS`.
-        seeds: how many.
-        results: of cells measured so far.
+        tasks: Names of the tasks. Learning rates are chosen on the first one.
+        methods: Keys of `METHODS`.
+        seeds: Number of seeds.
+        results: Results of the runs so far.
     """
     cells = [Cell(task, "zero-shot", shots=0) for task in tasks]
     cells += rates_cells(tasks[0], methods)
@@ -219,7 +220,7 @@ def plan(tasks: list[str], methods: list[str], seeds: int, results: Results) -> 
     if first is not None:
         leading = {name: rates[name] for name in first}
         cells += compare_cells(tasks, leading, seeds, FEWER)
-        # Which pictures there are is not by chance: the first seed.
+        # Only the first seed, because no images are drawn.
         cells += compare_cells(tasks, leading, 1, [None])
-    # A whole picture with one seed, before the next.
+    # All runs with one seed before the next seed, so that early reports are complete.
     return sorted({cell.key: cell for cell in cells}.values(), key=lambda cell: cell.seed)

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""Inverses that SDPT could have and has not: what they give is for the suite to tell."""
+"""Other inverses for SDPT, which the suite compares with those that its config can select."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ RULES = ("0.1 of images alone", "0.1 of text alone", "ridge 0.1", "scaled", "qui
 
 @torch.no_grad()
 def replace_inverses(model: nn.Module, rule: str) -> nn.Module:
-    """Put other inverses into the SDPT layers of a model, which keep them while no weight changes.
+    """Replace the inverses in the SDPT layers of a model. The layers keep them as long as no weight changes.
 
     Args:
-        rule: "R of images alone" and "R of text alone" for the inverse of one modality that drops singular values below
-            the share R of the largest; "ridge R" for `W^T (W W^T + r^2 I)^-1` with r that share of the largest;
-            "scaled" for the full inverse times what makes U(-1, 1) prompts as long as the layer-normed tokens of the
-            host, `sqrt(d)`; "quiet start" for the full inverse, and tokens that start as what becomes N(0, 1) prompts.
+        model: A model with an SDPT adapter.
+        rule: "R of images alone" or "R of text alone": the inverse of one modality drops singular values below the
+            fraction R of the largest. "ridge R": `W^T (W W^T + r^2 I)^-1`, where r is the fraction R of the largest
+            singular value. "scaled": the full inverse, scaled so that prompts from U(-1, 1) tokens are as long as the
+            layer-normed tokens of the base model, `sqrt(d)`. "quiet start": the full inverse, with initial tokens that
+            become N(0, 1) prompts.
     """
     for layer in [module for module in model.modules() if isinstance(module, SDPTLayer)]:
         if rule == "quiet start":
@@ -35,7 +37,7 @@ def replace_inverses(model: nn.Module, rule: str) -> nn.Module:
 
 
 def _start_quietly(layer: SDPTLayer) -> None:
-    """Where the columns of both projections are independent, one token stands for any pair of prompts."""
+    """Set tokens that become N(0, 1) prompts. Possible because the columns of both projections are independent."""
     weights = [projection.weight.double() for projection in layer._projections()]
     for name, config in layer.sdpt_config.items():
         wanted = []
@@ -61,4 +63,4 @@ def _inverse(projection: nn.Module, rule: str, modality: str) -> torch.Tensor:
         )
         lengths = ((prompts.to(weight.device) - projection.bias) @ inverse.mT).norm(dim=-1)
         return inverse * weight.shape[1] ** 0.5 / lengths.mean()
-    raise ValueError(f"there is no inverse {rule!r}; there are {RULES}")
+    raise ValueError(f"rule={rule!r}: must be one of {RULES}")

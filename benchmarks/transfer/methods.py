@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""The methods that are compared, each with the learning rates among which its own is chosen."""
+"""The methods to compare, with the learning rates to choose from."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from .inverses import replace_inverses
 from .prompts import attach_prompts
 from .text_side import attach_probe, attach_trained_text
 
-# (frozen host, its processor, class names, fields of SDPTConfig) -> what is trained, requiring gradients. One more
-# field, `inverse`, is a rule of `inverses`.
+# Maps a frozen base model, its processor, the class names and fields of `SDPTConfig` to a model whose trained
+# parameters require gradients. The additional field `inverse` is a rule from `inverses`.
 Attach = Callable[[nn.Module, Any, list[str], dict[str, Any]], nn.Module]
 
-# As many as SDPT has by default.
+# The default of SDPT.
 NUM_TOKENS = SDPTConfig().num_virtual_tokens
-# Of tokens against weights: between the best rates of either.
+# Ratio of the learning rate of tokens to that of weights, from the best rates of both.
 PROMPT_FACTOR = 100.0
-# Where LoRA is beside SDPT: not on the fusion layers' queries, which SDPT inverts.
+# The targets of LoRA combined with SDPT: not the projections of the fusion layers, which SDPT inverts.
 OUTSIDE_FUSION = in_layers(*ATTENTION)
-# Four rates a method, half a decade apart, moved until the best is not at an end.
+# Four rates per method, half a decade apart, shifted until the best one is not the lowest or highest.
 PROMPT_RATES = (0.03, 0.1, 0.3, 1.0)
 LARGE_PROMPT_RATES = (0.1, 0.3, 1.0, 3.0)
 LARGE_ADAPTER_RATES = (0.003, 0.01, 0.03, 0.1)
@@ -40,13 +40,14 @@ WEIGHT_RATES = (0.00003, 0.0001, 0.0003, 0.001)
 
 @dataclass(frozen=True)
 class Method:
-    """
+    """A method.
+
     Attributes:
-        label: for tables.
-        attach: makes the model out of a frozen host, which it may change.
-        rates: learning rates to choose from.
-        prompts: a regular expression for the names of tokens, where weights train beside them.
-        prompt_factor: what the rate of tokens is times that of weights.
+        label: Name for tables.
+        attach: Makes the model from a frozen base model, which it may change.
+        rates: Learning rates to choose from.
+        prompts: A regular expression for the names of tokens, if the method also trains weights.
+        prompt_factor: Ratio of the learning rate of tokens to that of weights.
     """
 
     label: str
@@ -71,7 +72,7 @@ def _prompts(kind: str) -> Attach:
 
 
 def _lora_config(rank: int, targets: str) -> LoraConfig:
-    """Scaled by 2, whatever the rank."""
+    """A config of LoRA with the scaling 2 for every rank."""
     return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
 
 
@@ -90,10 +91,10 @@ METHODS: dict[str, Method] = {
     "sdpt": Method("SDPT, published", _sdpt(**PUBLISHED), PROMPT_RATES),
     "sdpt-hidden": Method("SDPT, hidden from the image", _sdpt(**PUBLISHED, image_attends_prompts=False), PROMPT_RATES),
     "sdpt-independent": Method("SDPT, independent prompts", _sdpt(prompt_mode="independent"), PROMPT_RATES),
-    # As many numbers as those have: whether it is the second set or the number that helps.
+    # As many parameters as with independent prompts, to see whether the second set or the number helps.
     "sdpt-more": Method(f"SDPT, {4 * NUM_TOKENS} tokens", _sdpt(num_virtual_tokens=4 * NUM_TOKENS), LARGE_PROMPT_RATES),
     "sdpt-reachable": Method(
-        "SDPT, coordinates of what can be reached",
+        "SDPT, reachable space",
         _sdpt(**{**PUBLISHED, "prompt_space": "reachable"}),
         LARGE_PROMPT_RATES,
     ),
@@ -116,10 +117,10 @@ METHODS: dict[str, Method] = {
         PROMPT_RATES,
     ),
     "bitfit": Method("BitFit", lambda host, *_: train(host, is_bitfit), LARGE_ADAPTER_RATES),
-    # No rank of it is nearer to SDPT in size: on the shipped host 21 248 parameters where 20 tokens have 15 360.
+    # The rank closest to SDPT in size: 21 248 parameters on examples/host, where 20 tokens have 15 360.
     "lora-matched": Method("LoRA, r = 1", _lora(1), MIDDLE_ADAPTER_RATES),
     "lora": Method("LoRA, r = 8", _lora(8), ADAPTER_RATES),
-    # What LoRA does of itself where SDPT is beside it.
+    # The LoRA part of "SDPT and LoRA" alone.
     "lora-outside": Method("LoRA outside the fusion layers, r = 8", _lora(8, OUTSIDE_FUSION), MIDDLE_ADAPTER_RATES),
     "full": Method("full fine-tuning", lambda host, *_: train(host, lambda _: True), WEIGHT_RATES),
     "sdpt-lora": Method("SDPT and LoRA", _sdpt_and_lora, ADAPTER_RATES, "sdpt_prompts", PROMPT_FACTOR),

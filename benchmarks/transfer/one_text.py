@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""The text encoder's part of a run, which asks for the same classes in every picture, computed once."""
+"""Computing the output of the text encoder once for a run with the same prompt for every image."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from transformers.modeling_outputs import BaseModelOutput
 
 @contextlib.contextmanager
 def text_computed_once(detector: nn.Module) -> Iterator[None]:
-    """Within, a frozen text encoder is called once for each prompt, without dropout. One that trains is called as ever.
+    """A context in which a frozen text encoder computes each prompt once, without dropout.
+
+    A text encoder that trains is not changed.
 
     Args:
-        detector: of the Grounding DINO kind, with whatever a method put onto it.
+        detector: A Grounding DINO or MM Grounding DINO with a method attached.
     """
     encoder = next((m for name, m in detector.named_modules() if name.endswith("model.text_backbone")), None)
     if encoder is None or any(parameter.requires_grad for parameter in encoder.parameters()):
@@ -35,7 +37,7 @@ def text_computed_once(detector: nn.Module) -> Iterator[None]:
             first = [value[:1] if torch.is_tensor(value) else value for value in args]
             named = {name: value[:1] if torch.is_tensor(value) else value for name, value in kwargs.items()}
             was_training = encoder.training
-            encoder.eval()  # or one dropout mask would hold for the whole run
+            encoder.eval()  # a single dropout mask must not hold for the whole run
             with torch.no_grad():
                 known[key] = compute(input_ids[:1], *first, **named).last_hidden_state
             encoder.train(was_training)

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of the suite: AP against trained parameters, and against images a class."""
+"""Plots of the suite: AP against trained parameters, and against images per class."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from matplotlib.figure import Figure
 from ..charts import as_svg
 from .grid import ALL_SHOTS, OURS
 from .methods import METHODS
-from .report import Found
+from .report import Runs
 
 SDPT, OTHERS = "#d62728", "#1f77b4"
 
 
-def pictures(results: dict[str, Any]) -> dict[str, str]:
-    """File name and SVG of each picture."""
-    found = Found(results)
-    return {"transfer-parameters.svg": _parameters(found), "transfer-shots.svg": _shots(found)}
+def plots(results: dict[str, Any]) -> dict[str, str]:
+    """Maps the file name of each plot to its SVG."""
+    runs = Runs(results)
+    return {"transfer-parameters.svg": _parameters(runs), "transfer-shots.svg": _shots(runs)}
 
 
-def _start(found: Found) -> tuple[Figure, Any]:
+def _start(runs: Runs) -> tuple[Figure, Any]:
     figure = Figure(figsize=(8, 5))
     axes = figure.subplots()
     axes.set(ylabel="AP in percent, mean of tasks")
     axes.grid(color="#eee")
     axes.set_axisbelow(True)
-    floor = found.over_tasks("zero-shot")
+    floor = runs.over_tasks("zero-shot")
     if floor:
         axes.axhline(100 * mean(floor), color="#888", linestyle="--", linewidth=1, label="zero-shot")
     return figure, axes
 
 
-def _parameters(found: Found) -> str:
-    figure, axes = _start(found)
-    for name in found.methods:
-        values, trained = found.over_tasks(name), found.trained(name)
+def _parameters(runs: Runs) -> str:
+    figure, axes = _start(runs)
+    for name in runs.methods:
+        values, trained = runs.over_tasks(name), runs.trained(name)
         if values and trained:
             value = 100 * mean(values)
             axes.plot([trained], [value], "o", color=SDPT if name.startswith("sdpt") else OTHERS)
@@ -50,15 +50,15 @@ def _parameters(found: Found) -> str:
     return as_svg(figure)
 
 
-def _shots(found: Found) -> str:
-    figure, axes = _start(found)
-    for name in found.leaders or ():
-        means = [found.over_tasks(name, shots=count) for count in ALL_SHOTS]
+def _shots(runs: Runs) -> str:
+    figure, axes = _start(runs)
+    for name in runs.leaders or ():
+        means = [runs.over_tasks(name, shots=count) for count in ALL_SHOTS]
         points = [(place, 100 * mean(values)) for place, values in enumerate(means) if values]
         width = 2.5 if name == OURS else 1.5
         axes.plot([x for x, _ in points], [y for _, y in points], "o-", linewidth=width, label=METHODS[name].label)
     axes.set_xticks(range(len(ALL_SHOTS)), ["all" if count is None else str(count) for count in ALL_SHOTS])
-    axes.set_xlabel("training images a class")
+    axes.set_xlabel("training images per class")
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False)
     return as_svg(figure)

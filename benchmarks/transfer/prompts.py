@@ -1,8 +1,8 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts of fusion layers that are not unified prototype tokens: the rivals of inverse projections.
+"""Other prompts for fusion layers, to compare with unified prototype tokens and inverse projections.
 
-They reach the attention the way that SDPT's do, so that a comparison is one of what is trained.
+They enter the attention in the same way as those of SDPT, so that only the trained parameters differ.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from peft_sdpt.hosts import FusionHost, find_hosts
 
 
 class PromptedFusion(nn.Module):
-    """A fusion layer with prompts for its image tokens, its text tokens, or both, as `make` gives them."""
+    """A fusion layer with the image prompts, text prompts or both that `make` returns."""
 
     def __init__(self, layer: nn.Module, host: FusionHost, make: nn.Module) -> None:
         super().__init__()
@@ -28,9 +28,10 @@ class PromptedFusion(nn.Module):
 
 
 class InputPrompts(nn.Module):
-    """Tokens that are trained as the layer's inputs `(N, d)`: image prompts, text prompts, or both.
+    """Prompts that are trained in the space of the inputs, shape (N, d): image prompts, text prompts or both.
 
-    They start normal, with a standard deviation `size`: 1 is as large as tokens that a layer norm has been over.
+    They start from a normal distribution with the standard deviation `size`. With 1, they are as large as tokens after
+    a layer norm.
     """
 
     def __init__(self, widths: tuple[int, int], sides: tuple[bool, bool], num_tokens: int, size: float = 1.0) -> None:
@@ -43,7 +44,7 @@ class InputPrompts(nn.Module):
 
 
 class LearnedProjections(nn.Module):
-    """Unified tokens `(N, E)`, with trained projections in the place of the inverses (the paper's ablation)."""
+    """Unified tokens of shape (N, E), with trained projections instead of inverses, an ablation of the paper."""
 
     def __init__(self, widths: tuple[int, int], width: int, num_tokens: int) -> None:
         super().__init__()
@@ -55,16 +56,17 @@ class LearnedProjections(nn.Module):
 
 
 class CoupledPrompts(nn.Module):
-    """Image and text prompts that each gain a trained projection of the other, as in MuDPT (arXiv 2306.11400).
+    """Image and text prompts that each add a trained projection of the other, as in MuDPT (arXiv 2306.11400).
 
-    Its deep prompts, its start and its coupling, one linear map a direction for all layers; in the fusion layers, where
-    this host's modalities meet, not in two separate encoders.
+    The deep prompts, their initialization and their coupling are those of MuDPT, with one linear map per direction for
+    all layers. But the prompts are in the fusion layers, where the modalities of this base model meet, not in two
+    separate encoders.
     """
 
     def __init__(self, widths: tuple[int, int], maps: nn.ModuleList, num_tokens: int) -> None:
         super().__init__()
         self.own = InputPrompts(widths, (True, True), num_tokens, size=0.02)
-        self.maps = maps  # of image prompts to text, and of text prompts to image
+        self.maps = maps  # from image prompts to text, and from text prompts to image
 
     def forward(self) -> list[torch.Tensor]:
         image, text = self.own()
@@ -72,12 +74,13 @@ class CoupledPrompts(nn.Module):
 
 
 def attach_prompts(host: nn.Module, kind: str, num_tokens: int) -> nn.Module:
-    """Give every fusion layer of a frozen host prompts.
+    """Add prompts to every fusion layer of a frozen base model.
 
     Args:
-        kind: "image", "text" or "both" for `InputPrompts`; "learned" for `LearnedProjections`; "coupled" for
+        host: The base model, which is changed.
+        kind: "image", "text" or "both" for `InputPrompts`, "learned" for `LearnedProjections`, "coupled" for
             `CoupledPrompts`.
-        num_tokens: of each modality and layer.
+        num_tokens: Number of tokens per modality and layer.
     """
     layers = find_hosts(host)
     maps = None

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""A cell of the suite: a fresh host, a method put onto it, training and evaluation."""
+"""One run of the suite: a fresh base model with a method attached, training and evaluation."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from peft_sdpt.detection.metrics import average_precision
 from peft_sdpt.detection.prediction import detect_split
 from peft_sdpt.detection.saved_adapter import set_image_size
 from peft_sdpt.errors import InputError
+from peft_sdpt.training import trained_parameters
 
-from ..peers import trained_parameters
 from .conditioning import make_ill_conditioned
 from .diagnosis import diagnose
 from .grid import Cell, is_diagnosed
@@ -31,28 +31,28 @@ from .one_text import text_computed_once
 from .tasks import Task
 from .tuning import BATCH, Diverged, batches, moved, tune
 
-EVALUATED_AT_A_TIME = 16
+EVAL_BATCH_SIZE = 16
 PROTOTYPE_BATCHES = 4
 DIAGNOSED_BATCHES = 2
-NOTHING_FOUND = {"AP": 0.0, "AP50": 0.0, "AP75": 0.0}
+NO_DETECTIONS = {"AP": 0.0, "AP50": 0.0, "AP75": 0.0}
 
 
 def prepare_worker() -> None:
-    """Make this process one that runs cells, on a core of its own."""
-    # Ctrl-C ends it at once: its run is not in the results and will be made again.
+    """Prepare this process for runs on one core."""
+    # Ctrl-C ends the process at once. Its run is not in the results and will be repeated.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     torch.set_num_threads(1)
-    # Its bars and warnings would be written into the one bar of the suite; errors go there by themselves.
+    # Progress bars and warnings would disturb the progress bar of the suite. Errors are passed on separately.
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 
 
 def run_cell(cell: Cell, task: Task, model_name: str, device: str) -> dict[str, Any]:
-    """COCO metrics of a cell.
+    """Train and measure a cell.
 
     Returns:
-        `AP`, `AP50` and `AP75`; and, where something trains, `trained`, a number of parameters, `losses`, one a step,
-        `seconds` of training and `pictures`, how many it had; of SDPT `start` and `end`, what `diagnose` finds before
-        and after training. A run whose loss stops being finite has an AP of 0 and
+        `AP`, `AP50` and `AP75`. If something trains, also `trained`, the number of trained parameters, `losses` of each
+        step, `seconds` of training and `pictures`, the number of images. For some runs of SDPT, `start` and `end`, the
+        results of `diagnose` before and after training. A run whose loss is not finite any more has an AP of 0, and
         `diverged`, the step.
     """
     processor = AutoProcessor.from_pretrained(model_name)
@@ -73,11 +73,11 @@ def run_cell(cell: Cell, task: Task, model_name: str, device: str) -> dict[str, 
             initialize_sdpt_prototypes(model, batches(processor, model, data, BATCH * PROTOTYPE_BATCHES, cell.seed))
         result["pictures"] = len(data)
         result["trained"] = sum(parameter.numel() for parameter in trained_parameters(model).values())
-        looked_at = is_diagnosed(cell)
+        diagnosed = is_diagnosed(cell)
         try:
             with text_computed_once(model):
-                if looked_at:
-                    result["start"] = _look(model, processor, data, cell.seed, device)
+                if diagnosed:
+                    result["start"] = _diagnose(model, processor, data, cell.seed, device)
                 result |= tune(
                     model,
                     processor,
@@ -89,26 +89,27 @@ def run_cell(cell: Cell, task: Task, model_name: str, device: str) -> dict[str, 
                     prompt_factor=method.prompt_factor,
                     device=device,
                 )
-                if looked_at:
-                    result["end"] = _look(model, processor, data, cell.seed, device)
+                if diagnosed:
+                    result["end"] = _diagnose(model, processor, data, cell.seed, device)
         except Diverged as error:
-            return {**result, **NOTHING_FOUND, "diverged": error.args[0]}
+            return {**result, **NO_DETECTIONS, "diverged": error.args[0]}
     held_out = task.load(cell.split)
     try:
         with text_computed_once(model):
-            rows = detect_split(model, processor, held_out, EVALUATED_AT_A_TIME, Accelerator(cpu=device == "cpu"))
-    except InputError:  # scores that are not finite, after the last step
-        return {**result, **NOTHING_FOUND, "diverged": cell.steps}
+            rows = detect_split(model, processor, held_out, EVAL_BATCH_SIZE, Accelerator(cpu=device == "cpu"))
+    except InputError:  # the scores are not finite after the last step
+        return {**result, **NO_DETECTIONS, "diverged": cell.steps}
     return {**average_precision(held_out, rows), **result}
 
 
-def _look(model: nn.Module, processor: Any, data: DetectionSplit, seed: int, device: str) -> list[dict[str, float]]:
+def _diagnose(model: nn.Module, processor: Any, data: DetectionSplit, seed: int, device: str) -> list[dict[str, float]]:
+    """`diagnose` on a few batches of the training images."""
     some = batches(processor, model, data, BATCH * DIAGNOSED_BATCHES, seed)
     on_device = ((moved(inputs, device), [moved(label, device) for label in labels]) for inputs, labels in some)
     return diagnose(model, on_device, GroundedDetectionLoss(model.config))
 
 
 def load_host(model_name: str, device: str) -> nn.Module:
-    """The host, frozen, in single precision."""
+    """Load the base model in float32 and freeze it."""
     model = AutoModelForZeroShotObjectDetection.from_pretrained(model_name, dtype=torch.float32)
     return model.requires_grad_(False).to(device)

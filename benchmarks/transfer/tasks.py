@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""Downstream tasks: the built-in ones, and folders of photographs in COCO format."""
+"""Downstream tasks: the built-in ones, and folders of photos in COCO format."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ from examples.pictograms.tasks import TASKS, write_task
 from peft_sdpt.detection.data import DetectionSplit
 from peft_sdpt.detection.loading import load_split
 
-# What a task asks of a host that knows Noto's pictograms of 355 names.
+# How each task differs from the pre-training of examples/host, which uses Noto's pictograms with 355 names.
 DIFFERENCES = {
     "twemoji": "another drawing style of known categories",
     "twemoji-line-art": "line art, without colours",
     "noto-new": "new categories in a known style",
     "twemoji-crowded": "small and crowded, in another style",
-    "bccd": "photographs: blood cells under a microscope",
-    "boards": "photographs: microcontroller boards",
+    "bccd": "photos: blood cells under a microscope",
+    "boards": "photos: microcontroller boards",
 }
 
 
 @dataclass(frozen=True)
 class Task:
-    """
+    """A task.
+
     Attributes:
-        name: for tables.
-        folder: in COCO format, with train.json, val.json and test.json.
-        image_size: shorter side of pictures, in pixels; None for the processor's own.
+        name: Name for tables.
+        folder: Folder in COCO format with train.json, val.json and test.json.
+        image_size: Shorter side of the resized images in pixels. None for that of the processor.
     """
 
     name: str
@@ -40,7 +41,7 @@ class Task:
 
 
 def built_in(output_dir: Path) -> list[Task]:
-    """The tasks that are generated, written where they are not there yet."""
+    """The built-in tasks. Their files are generated, unless they exist."""
     tasks = [Task(name, output_dir / "tasks" / name) for name in DIFFERENCES if name in TASKS]
     for task in tasks:
         write_task(task.name, task.folder)

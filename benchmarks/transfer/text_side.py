@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""Rivals that train what stands for the class names: at the detector's entrance, or at its head."""
+"""Methods that train the representation of the class names: at the input of the detector, or at its head."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from peft_sdpt.detection.grounding import class_prompt
 
 
 class TrainedText(nn.Module):
-    """In the place of the text encoder, one embedding for each token of one text prompt (arXiv 2504.07252).
+    """A replacement of the text encoder, with one embedding for each token of a single prompt (arXiv 2504.07252).
 
-    They start as what the encoder made of the prompt: from random ones, as in that paper, no class is found at first,
-    and it reports that learning from one picture a class is unstable.
+    The embeddings start from the output of the encoder. From random embeddings, as in that paper, no class is detected
+    at first, and the paper reports that training on one image per class is unstable.
     """
 
     def __init__(self, start: torch.Tensor) -> None:
@@ -26,12 +26,12 @@ class TrainedText(nn.Module):
 
     def forward(self, input_ids: torch.Tensor, *_: Any, **__: Any) -> BaseModelOutput:
         if input_ids.shape[1] != len(self.embeddings):
-            raise ValueError(f"a prompt of {input_ids.shape[1]} tokens, and {len(self.embeddings)} embeddings of one")
+            raise ValueError(f"the prompt must have {len(self.embeddings)} tokens, got {input_ids.shape[1]}")
         return BaseModelOutput(last_hidden_state=self.embeddings.expand(len(input_ids), -1, -1))
 
 
 def attach_trained_text(host: nn.Module, processor: Any, class_names: list[str]) -> nn.Module:
-    """Replace the text encoder of a frozen host by the embeddings of the prompt for these classes."""
+    """Replace the text encoder of a frozen base model by trained embeddings of the prompt for these classes."""
     captured = []
     encoder = host.model.text_backbone
     hook = encoder.register_forward_hook(lambda *call: captured.append(call[-1].last_hidden_state))
@@ -45,10 +45,10 @@ def attach_trained_text(host: nn.Module, processor: Any, class_names: list[str])
 
 
 class ProbedHead(nn.Module):
-    """A class head with a linear layer for the text features that queries are compared with, one row a token.
+    """A class head with a trained offset for the text features that queries are compared with, one row per token.
 
-    `weight` is what is added to the text features: at zero the head is the host's, as a linear probe of CLIP is
-    started at its class names.
+    `weight` is added to the text features. With zeros, the head is that of the base model, as a linear probe of CLIP
+    starts from its class names.
     """
 
     def __init__(self, head: nn.Module, weight: nn.Parameter) -> None:
@@ -59,7 +59,7 @@ class ProbedHead(nn.Module):
         self, vision_hidden_state: torch.Tensor, text_hidden_state: torch.Tensor, text_token_mask: torch.Tensor
     ) -> torch.Tensor:
         if text_hidden_state.shape[1] != len(self.weight):
-            raise ValueError(f"a prompt of {text_hidden_state.shape[1]} tokens, and {len(self.weight)} rows of one")
+            raise ValueError(f"the prompt must have {len(self.weight)} tokens, got {text_hidden_state.shape[1]}")
         return self.head(
             vision_hidden_state=vision_hidden_state,
             text_hidden_state=text_hidden_state + self.weight,
@@ -68,7 +68,7 @@ class ProbedHead(nn.Module):
 
 
 def attach_probe(host: nn.Module, processor: Any, class_names: list[str]) -> nn.Module:
-    """Give the class heads of a frozen host's decoder one trained linear layer; proposals are the host's."""
+    """Add one trained offset to the class heads in the decoder of a frozen base model. Proposals do not change."""
     length = len(processor.tokenizer(class_prompt(class_names)).input_ids)
     weight = nn.Parameter(torch.zeros(length, host.config.d_model, device=host.device))
     host.class_embed = nn.ModuleList(ProbedHead(head, weight) for head in host.class_embed)

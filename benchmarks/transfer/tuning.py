@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""One training run of any method: the same samples, schedule and loss for all."""
+"""Training any method, with the same samples, schedule and loss for all methods."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from transformers import get_cosine_schedule_with_warmup
 from peft_sdpt.detection.data import DetectionSplit
 from peft_sdpt.detection.loss import GroundedDetectionLoss
 from peft_sdpt.detection.samples import TrainingSamples
+from peft_sdpt.training import trained_parameters
 
-from ..peers import trained_parameters
-
-# Steps are many and pictures few: smaller batches than the main job's, with the rest as there.
+# Smaller batches than in train_detection.py, because there are many steps and few images. The rest is as there.
 BATCH, WARM_UP, MAX_GRAD_NORM = 8, 10, 1.0
 
 
 class Diverged(Exception):
-    """A loss or a gradient is not finite any more."""
+    """A loss or a gradient is not finite any more. The argument is the step."""
 
 
-def batches(processor: Any, model: nn.Module, data: DetectionSplit, pictures: int, seed: int) -> DataLoader:
-    """So many training pictures, augmented as in the main job, in batches."""
-    samples = TrainingSamples(data, pictures, processor, model.config.max_text_len, seed)
+def batches(processor: Any, model: nn.Module, data: DetectionSplit, num_images: int, seed: int) -> DataLoader:
+    """Batches of this many training images, augmented as in train_detection.py."""
+    samples = TrainingSamples(data, num_images, processor, model.config.max_text_len, seed)
     return DataLoader(samples, BATCH, collate_fn=samples.collate)
 
 
 def moved(tensors: Mapping[str, Tensor], device: str) -> dict[str, Tensor]:
+    """The tensors on a device."""
     return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
@@ -51,23 +51,24 @@ def tune(
     prompt_factor: float = 1.0,
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """Train what of `model` requires gradients, with AdamW without weight decay and a cosine schedule.
+    """Train the parameters that require gradients, with AdamW without weight decay and a cosine schedule.
 
     Args:
-        model: a detector of the Grounding DINO kind with what a method put onto it.
-        processor: the detector's.
-        data: the training pictures; they are augmented as in the main job.
-        steps: optimizer steps, of `BATCH` pictures each.
-        learning_rate: its highest.
-        seed: of the order and augmentation of pictures.
-        prompts: a regular expression for the names of those that have another learning rate.
-        prompt_factor: what that is times the rate of the rest.
+        model: A Grounding DINO or MM Grounding DINO with a method attached.
+        processor: Its processor.
+        data: The training images, which are augmented as in train_detection.py.
+        steps: Number of optimizer steps with `BATCH` images each.
+        learning_rate: Highest learning rate.
+        seed: Seed of the order and augmentation of the images.
+        prompts: A regular expression for the names of parameters with another learning rate.
+        prompt_factor: Ratio of this learning rate to that of the other parameters.
+        device: Device of the model.
 
     Returns:
-        `losses`, one a step, and `seconds`.
+        `losses` of each step, and `seconds`.
 
     Raises:
-        Diverged: in which step, as its argument.
+        Diverged: A loss or a gradient is not finite any more.
     """
     named = trained_parameters(model)
     trained = list(named.values())

@@ -16,7 +16,6 @@ from transformers.models.swin.modeling_swin import SwinLayer
 
 from benchmarks import peers
 from benchmarks import results as results_page
-from benchmarks.peers import trained_parameters
 from benchmarks.speed import __main__ as speed
 from benchmarks.speed import cells, epochs, full_hosts, kept, measuring, methods, report
 from benchmarks.speed.cells import Cell
@@ -29,6 +28,7 @@ from benchmarks.speed.released import ReleasedFusion
 from benchmarks.window_prompts import PromptedWindows
 from peft_sdpt import SDPTLayer
 from peft_sdpt.detection import feature_cache
+from peft_sdpt.training import trained_parameters
 from tests.helpers.detectors import HOST_NAMES, make_attention
 from tests.helpers.detectors import make_host as tiny_host
 
@@ -45,8 +45,8 @@ def small_hosts(monkeypatch):
     monkeypatch.setitem(full_hosts.FUSIONS, "glip-l-fusion", lambda: Fusion(GlipFusionLayer(16, 24, 96, 4)))
     monkeypatch.setitem(full_hosts.FUSION_SHAPES, "glip-l-fusion", (16, 24, (8, 16)))
     monkeypatch.setattr(measuring, "SECONDS", 0.0)
-    monkeypatch.setattr(epochs, "PICTURES", 2)
-    monkeypatch.setattr(epochs, "BATCH", 1)
+    monkeypatch.setattr(epochs, "NUM_IMAGES", 2)
+    monkeypatch.setattr(epochs, "BATCH_SIZE", 1)
     grid = [
         Cell(MODELS[0], "attach"),
         Cell("small-host", "epoch"),
@@ -279,7 +279,7 @@ def test_what_a_step_keeps_is_told_by_part(monkeypatch, capsys):
     kept.main()
     head, _, *rows = capsys.readouterr().out.splitlines()
     assert head == "| MB | SDPT | LoRA | full fine-tuning |"
-    assert [row.split(" | ")[0].strip("| ") for row in rows] == [*kept.PARTS.values(), kept.REST, "in all"]
+    assert [row.split(" | ")[0].strip("| ") for row in rows] == [*kept.PARTS.values(), kept.REST, "total"]
     columns = [kept.kept(attached(name).train(), inputs_of(MODELS[0])) for name in ("sdpt", "lora", "full")]
     # Every part is found; only one that trains the backbones keeps anything in them.
     assert set(columns[2]) == {*kept.PARTS.values(), kept.REST}
@@ -374,9 +374,9 @@ def test_results_of_another_kind_are_not_mixed(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--repeats", "4"], "--repeats 4: is below 5"),
-        (["--only", "glop*"], "--only glop*: matches no cell; there are grounding"),
-        (["--render", "nowhere.json"], "--render nowhere.json: is not there"),
+        (["--repeats", "4"], "--repeats 4: must be at least 5"),
+        (["--only", "glop*"], "--only glop*: matches no cell; the cells are grounding"),
+        (["--render", "nowhere.json"], "--render nowhere.json: no such file"),
         pytest.param(
             ["--device", "cuda"],
             "--device cuda: torch sees no GPU here",

@@ -18,7 +18,6 @@ from accelerate.state import AcceleratorState
 from transformers import AutoProcessor
 
 from benchmarks import EXAMPLES
-from benchmarks.peers import trained_parameters
 from benchmarks.results import BEGIN, END
 from benchmarks.transfer import __main__ as suite
 from benchmarks.transfer import grid, running, tuning
@@ -28,14 +27,15 @@ from benchmarks.transfer.grid import Cell, best_rate, leaders, plan
 from benchmarks.transfer.inverses import replace_inverses
 from benchmarks.transfer.methods import METHODS
 from benchmarks.transfer.one_text import text_computed_once
-from benchmarks.transfer.plots import pictures
-from benchmarks.transfer.report import Found, report
+from benchmarks.transfer.plots import plots
+from benchmarks.transfer.report import Runs, report
 from benchmarks.transfer.running import load_host, run_cell
 from benchmarks.transfer.tasks import Task
 from benchmarks.transfer.tuning import Diverged, tune
 from peft_sdpt import SDPTLayer
 from peft_sdpt.attention import Prompts
 from peft_sdpt.detection.grounding import class_prompt
+from peft_sdpt.training import trained_parameters
 from tests.helpers.small_tasks import write_small_task
 
 HOST = str(EXAMPLES / "host")
@@ -414,10 +414,10 @@ def test_a_mean_is_of_the_seeds_that_all_tasks_have():
         cells[cell.key] = {**asdict(cell), "AP": value}
     for cell in grid.rates_cells("one", ["lora"]):
         cells[cell.key] = {**asdict(cell), "AP": float(cell.learning_rate == 0.003)}
-    found = Found({"cells": cells, "tasks": ["one", "two"], "seeds": 3, "methods": ["lora"]})
-    assert found.values("one", "lora") == [0.2, 0.4, 0.9]
-    assert found.over_tasks("lora") == pytest.approx([0.3, 0.6])
-    assert found.over_tasks("bitfit") == []
+    runs = Runs({"cells": cells, "tasks": ["one", "two"], "seeds": 3, "methods": ["lora"]})
+    assert runs.values("one", "lora") == [0.2, 0.4, 0.9]
+    assert runs.over_tasks("lora") == pytest.approx([0.3, 0.6])
+    assert runs.over_tasks("bitfit") == []
 
 
 # ---- the command
@@ -495,10 +495,10 @@ def test_a_killed_suite_goes_on_and_ends_in_tables_and_pictures(command, monkeyp
     assert len(results["cells"]) == len(made)
     text = (tmp_path / "report.md").read_text()
     assert f"{len(made)} runs (3 on one machine, {len(made) - 3} on another).\n" in text
-    assert "more are known to be missing" not in text and "| SDPT, published | 5 |" in text and "25.0" in text
+    assert "more are planned" not in text and "| SDPT, published | 5 |" in text and "25.0" in text
     for name in ("transfer-parameters.svg", "transfer-shots.svg"):
         assert ElementTree.parse(tmp_path / name).getroot().tag.endswith("svg")
-    assert pictures(results) == pictures(results)
+    assert plots(results) == plots(results)
 
     # Another host, or other versions, are another comparison.
     results["machine"]["torch"] = "0"
@@ -588,8 +588,8 @@ def test_a_report_of_half_a_suite():
         "cells": {cell.key: {**dataclasses.asdict(cell), **measured([cell])[cell.key]} for cell in cells},
     }
     text = report(results)
-    assert "5 more are known to be missing" in text and "Not yet." in text
-    assert all(ElementTree.fromstring(svg) is not None for svg in pictures(results).values())
+    assert "5 more are planned" in text and "Not yet." in text
+    assert all(ElementTree.fromstring(svg) is not None for svg in plots(results).values())
 
 
 @pytest.mark.parametrize(
@@ -599,7 +599,7 @@ def test_a_report_of_half_a_suite():
         (("--image_size", 0), "--image_size 0"),
         (("--num_processes", 0), "--num_processes 0"),
         (("--folders", "nowhere"), "--folders nowhere: is not a folder"),
-        (("--render", "nowhere.json"), "--render nowhere.json: is not there"),
+        (("--render", "nowhere.json"), "--render nowhere.json: no such file"),
         (("--device", "cuda"), "--device cuda: torch sees no GPU here"),
     ],
 )
@@ -612,11 +612,11 @@ def test_bad_flags(command, flags, message, capsys):
 
 def test_folders_that_are_no_tasks(command, tmp_path, task, capsys, monkeypatch):
     assert command("--folders", task.folder, task.folder) == 2
-    assert "several tasks of the name" in capsys.readouterr().err
+    assert "several tasks are called" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     assert command("--folders", tmp_path / "empty") == 2
     assert "empty" in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", ["suite", "--no_built_in"])
     with pytest.raises(SystemExit):
         suite.main()
-    assert "--no_built_in: leaves no task" in capsys.readouterr().err
+    assert "--no_built_in: needs tasks" in capsys.readouterr().err

@@ -512,7 +512,8 @@ def test_bad_adapters(refused, photos, adapters, tmp_path):
         (changed("named") / "class_names.json").write_text(text)
         refused(message, photos, "--adapter", tmp_path / "named")
     (tmp_path / "named" / "class_names.json").unlink()
-    refused("saved without class names (class_names.json); pass --class_names as well", photos, "--adapter", tmp_path / "named")
+    message = "saved without class names (class_names.json); pass --class_names as well"
+    refused(message, photos, "--adapter", tmp_path / "named")
     (tmp_path / "named" / "class_names.json").write_text('["dog"]')
     (tmp_path / "named" / "processor_config.json").write_text("{")
     refused(f"{tmp_path / 'named'}: has no processor that can be loaded", photos, "--adapter", tmp_path / "named")
@@ -530,4 +531,5 @@ def test_adapters_that_do_not_load_on_the_host(refused, photos, adapters, tmp_pa
 
 def test_a_host_of_another_kind(refused, photos, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "owlvit"}')
-    refused("is not a Grounding DINO or MM Grounding DINO", photos, "--model_name_or_path", tmp_path, "--class_names", "dog")
+    message = "is not a Grounding DINO or MM Grounding DINO"
+    refused(message, photos, "--model_name_or_path", tmp_path, "--class_names", "dog")

@@ -1,0 +1,128 @@
+# Copyright 2026 The peft_sdpt authors
+# SPDX-License-Identifier: Apache-2.0
+"""Files and folders are written completely or not at all."""
+
+import os
+
+import pytest
+
+from peft_sdpt.errors import InputError
+from peft_sdpt.files import UNFINISHED, publish_folder, whole_file, whole_files
+
+
+class Killed(BaseException):
+    """Stands for Ctrl-C."""
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_a_file_replaces_the_old_one(tmp_path, durable):
+    for text in ("one", "two"):
+        with whole_file(tmp_path / "new" / "file.txt", durable=durable) as unfinished:
+            assert unfinished.parent == tmp_path / "new" and unfinished.name.endswith(UNFINISHED)
+            unfinished.write_text(text)
+        assert (tmp_path / "new" / "file.txt").read_text() == text
+    assert names(tmp_path / "new") == ["file.txt"]
+
+
+@pytest.mark.parametrize("error", [OSError("No space left on device"), RuntimeError("from torch"), Killed()])
+def test_a_file_that_fails_leaves_the_old_one(tmp_path, error):
+    file = tmp_path / "file.txt"
+    file.write_text("old")
+    expected = Killed if isinstance(error, Killed) else InputError
+    with pytest.raises(expected) as raised, whole_file(file) as unfinished:
+        unfinished.write_text("half")
+        raise error
+    assert names(tmp_path) == ["file.txt"] and file.read_text() == "old"
+    if expected is InputError:
+        assert str(raised.value) == f"{file}: cannot be written ({error})." and raised.value.__cause__ is error
+
+
+def test_a_file_that_was_not_written_is_an_error(tmp_path):
+    with pytest.raises(InputError, match="cannot be written"), whole_file(tmp_path / "file.txt"):
+        pass
+    assert names(tmp_path) == []
+
+
+def test_an_error_that_is_not_about_writing_stays(tmp_path):
+    with pytest.raises(KeyError), whole_file(tmp_path / "file.txt") as unfinished:
+        unfinished.write_text("half")
+        raise KeyError("a bug")
+    assert names(tmp_path) == []
+
+
+def test_two_writers_of_a_file_do_not_meet(tmp_path):
+    with whole_file(tmp_path / "file.txt") as one, whole_file(tmp_path / "file.txt") as two:
+        one.write_text("one")
+        two.write_text("two")
+    assert (tmp_path / "file.txt").read_text() == "one"  # written later
+    assert names(tmp_path) == ["file.txt"]
+
+
+def test_files_are_replaced_and_others_stay(tmp_path):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("old")
+    with whole_files(tmp_path) as unfinished:
+        (unfinished / "b.txt").write_text("new")
+        (unfinished / "c.txt").write_text("new")
+        assert (tmp_path / "b.txt").read_text() == "old"
+    assert {name: (tmp_path / name).read_text() for name in names(tmp_path)} == {
+        "a.txt": "old",
+        "b.txt": "new",
+        "c.txt": "new",
+    }
+
+
+def test_files_of_a_killed_process_are_removed(tmp_path):
+    left = tmp_path / f"files{UNFINISHED}"
+    left.mkdir()
+    (left / "half.txt").write_text("half")
+    with whole_files(tmp_path) as unfinished:
+        (unfinished / "whole.txt").write_text("whole")
+    assert names(tmp_path) == ["whole.txt"]
+
+
+def test_a_folder_that_cannot_be_written_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    for write in (whole_file(tmp_path / "file" / "name"), whole_files(tmp_path / "file")):
+        with pytest.raises(InputError, match="cannot be written"), write:
+            pytest.fail("must not be entered")
+
+
+def test_a_folder_gets_its_name_when_it_is_complete(tmp_path):
+    for number, exists in enumerate((False, True)):
+        unfinished, folder = tmp_path / f"unfinished{number}", tmp_path / f"folder{number}"
+        unfinished.mkdir()
+        (unfinished / "file.txt").write_text("text")
+        if exists:
+            folder.mkdir()
+        publish_folder(unfinished, folder)
+        assert (folder / "file.txt").read_text() == "text" and not unfinished.exists()
+
+
+def test_a_folder_with_files_is_not_replaced(tmp_path):
+    for name in ("unfinished", "folder"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file.txt").write_text(name)
+    with pytest.raises(OSError):
+        publish_folder(tmp_path / "unfinished", tmp_path / "folder")
+    assert (tmp_path / "folder" / "file.txt").read_text() == "folder"
+
+
+def test_all_is_flushed_before_the_name_is_given(tmp_path, monkeypatch):
+    flushed = []
+
+    def fsync(descriptor):
+        assert not (tmp_path / "folder").exists()
+        flushed.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+
+    if not os.path.isdir("/proc/self/fd"):
+        pytest.skip("needs /proc")
+    monkeypatch.setattr(os, "fsync", fsync)
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished" / "file.txt").write_text("text")
+    publish_folder(tmp_path / "unfinished", tmp_path / "folder")
+    assert flushed == [str(tmp_path / "unfinished" / "file.txt"), str(tmp_path / "unfinished")]
