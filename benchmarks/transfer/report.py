@@ -248,7 +248,8 @@ def report(results: Results) -> str:
         runs += f" ({', '.join(f'{count} on {name}' for name, count in devices.items())})"
     parts = [
         f"Base model `{about['host']}`, torch {about['torch']}, transformers {about['transformers']}, "
-        f"peft {about['peft']}, peft_sdpt {about['peft_sdpt']}. {runs}" + (f"; {left} more are known to be missing.\n" if left else ".\n"),
+        f"peft {about['peft']}, peft_sdpt {about['peft_sdpt']}. {runs}"
+        + (f"; {left} more are known to be missing.\n" if left else ".\n"),
         table(["task", "what differs from pre-training"], tasks),
         "Values with ± are the mean and the sample standard deviation over seeds. Values without ± come from one seed. "
         "The column `mean` averages all tasks over the seeds that all of them have.\n",
