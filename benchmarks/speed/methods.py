@@ -68,7 +68,8 @@ METHODS = {
     ),
     "ia3": Method(
         "IA3",
-        "scales of keys and values in the fusion layers and in the attentions of encoder and decoder, and of the inputs of fc2",
+        "scales of keys and values in the fusion layers and in the attentions of encoder and decoder, and of the "
+        "inputs of fc2",
         lambda host: with_peft(host, IA3Config(target_modules=IA3_TARGETS, feedforward_modules=IA3_FEEDFORWARD)),
     ),
     "bitfit": Method("BitFit", "all biases except those of the two backbones", lambda h: train(h, is_bitfit), False),
