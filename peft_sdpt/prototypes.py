@@ -16,7 +16,6 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from .detection.grounding import class_token_maps
 from .hosts.bi_attention import BiAttentionHost
 from .layer import SDPTLayer
 
@@ -106,7 +105,10 @@ def _candidates(
     seed: int,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Query states `(n, E)` of each layer, of image tokens within boxes and of text tokens of their classes."""
-    found = {name: (_Sample(layer.width, seed), _Sample(layer.width, seed)) for name, layer in layers.items()}
+    # Here, because `import peft_sdpt` does without the extra `detection`.
+    from .detection.grounding import class_token_maps
+
+    found = {name: (_Sample(layer.embed_dim, seed), _Sample(layer.embed_dim, seed)) for name, layer in layers.items()}
     current: dict[str, Any] = {}
 
     def see_positions(_: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -126,7 +128,7 @@ def _candidates(
         bound = host.bind(args, kwargs)
         tokens = (bound[host.image_tokens], bound[host.text_tokens])
         shown = (current["image"], current["text"][:, : tokens[1].shape[1]])
-        for sample, projection, states, mask in zip(found[name], layer._projections(), tokens, shown, strict=True):
+        for sample, projection, states, mask in zip(found[name], layer.projections, tokens, shown, strict=True):
             sample.add(states[mask], projection)
 
     hooks = [encoder.register_forward_pre_hook(see_positions, with_kwargs=True)]

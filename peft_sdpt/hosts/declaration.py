@@ -33,6 +33,8 @@ class FusionHost(ABC):
         split: for hosts whose two directions are modules in different places: the parts of their full names in which
             they differ. The module of the first reads the image, that of the second the text; both see one set of
             tokens, which lives in the first.
+        adapted_by_default: whether an adapter adapts such layers if `target_modules` does not name them.
+            `layers_to_transform` counts only the layers that are adapted by default.
         image_reads: which side image tokens attend to, and `image_attends_prompts=False` therefore hides; None where
             that cannot be told apart.
     """
@@ -43,6 +45,7 @@ class FusionHost(ABC):
     within: tuple[str, ...] = ()
     split: tuple[str, str] | None = None
     image_reads: int | None = None
+    adapted_by_default: bool = True
 
     @property
     @abstractmethod
