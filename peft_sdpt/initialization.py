@@ -25,19 +25,19 @@ _INITIALISERS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-def prompt_dim(config: SDPTConfig, spec: FusionHost, projections: Sequence[nn.Module]) -> int:
+def prompt_dim(config: SDPTConfig, spec: FusionHost, projections: Sequence[nn.Linear]) -> int:
     """Return the dimension of a prompt: E of the aligned space, or less if the projections reach less of it.
 
     Args:
         config: Config of the adapter.
         spec: Spec of the fusion layer.
-        projections: The projections of the layer that are inverted, `nn.Linear` or alike.
+        projections: The projections of the layer that are inverted.
     """
-    embed_dim = int(getattr(projections[0], "out_features"))  # noqa: B009 - `nn.Module` does not declare it
+    embed_dim = projections[0].out_features
     # The two modules of a split fusion layer do not know each other's projections.
     if config.prompt_space == "aligned" or spec.split:
         return embed_dim
-    return min(embed_dim, sum(int(getattr(projection, "in_features")) for projection in projections))  # noqa: B009
+    return min(embed_dim, sum(projection.in_features for projection in projections))
 
 
 def init_prompts(config: SDPTConfig, dim: int, embed_dim: int) -> torch.Tensor:

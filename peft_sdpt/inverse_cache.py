@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+from peft.tuners._buffer_dict import BufferDict
 from torch import nn
 
 from .inverse import inverse_projection, reachable_basis
@@ -15,6 +16,7 @@ from .weights import WeightState, dense_weight, device_and_dtype, refuse_adapted
 
 # A fusion layer joins at most two sequences.
 MAX_SIDES = 2
+_BASIS = "reachable_basis"
 
 
 class _BeforeApply(NamedTuple):
@@ -25,36 +27,35 @@ class _BeforeApply(NamedTuple):
     dtypes: list[torch.dtype]
 
 
-class InverseCache(nn.Module):
+class InverseCache(BufferDict):
     """Inverse projections by side and tolerance, and the basis of what the projections reach together.
 
     Adapters with the same tolerance share them. They are buffers, so they move with the module; they are not saved,
-    and are never below float32 whatever the dtype of the base model.
-
-    Attributes:
-        basis: Basis from `reachable_basis`, `(E, r)`, or None if no adapter needs it.
+    and are never below float32 whatever the dtype of the base model. As PEFT's own container of buffers, it tells PEFT
+    that none of them belongs to one adapter.
     """
 
-    basis: torch.Tensor | None
-
     def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("basis", None, persistent=False)
+        super().__init__(persistent=False)
         self._rtols: tuple[float | None, ...] = ()
         self._states: tuple[WeightState, ...] | None = None
 
     def inverse(self, side: int, rtol: float | None) -> torch.Tensor:
         """Return the inverse of the projection of a side, `(d, E)`."""
-        inverse = self._buffers[_name(side, rtol)]
-        assert inverse is not None
+        inverse: torch.Tensor = self[_name(side, rtol)]
         return inverse
 
     def replace_inverse(self, side: int, rtol: float | None, inverse: torch.Tensor) -> None:
         """Use another inverse until a weight changes, for experiments."""
-        self.register_buffer(_name(side, rtol), inverse.to(self.inverse(side, rtol)), persistent=False)
+        self[_name(side, rtol)] = inverse.to(self.inverse(side, rtol))
+
+    @property
+    def basis(self) -> torch.Tensor | None:
+        """Basis from `reachable_basis`, `(E, r)`, or None if no adapter needs it."""
+        return self._buffers.get(_BASIS)
 
     def require(
-        self, projections: Sequence[nn.Module], rtols: Iterable[float | None], needs_basis: bool, force: bool = False
+        self, projections: Sequence[nn.Linear], rtols: Iterable[float | None], needs_basis: bool, force: bool = False
     ) -> None:
         """Compute what is missing or out of date, and drop what is not needed any more.
 
@@ -75,11 +76,11 @@ class InverseCache(nn.Module):
         self.keep(rtols if current else (), needs_basis and current)
         for side, projection in enumerate(projections):
             for rtol in rtols:
-                if _name(side, rtol) not in self._buffers:
+                if _name(side, rtol) not in self:
                     with dense_weight(projection) as weight:
-                        self.register_buffer(_name(side, rtol), inverse_projection(weight, rtol), persistent=False)
-        if needs_basis and self.basis is None:
-            self.basis = reachable_basis(list(_copies(projections)))
+                        self[_name(side, rtol)] = inverse_projection(weight, rtol)
+        if needs_basis and _BASIS not in self:
+            self[_BASIS] = reachable_basis(list(_copies(projections)))
         self._rtols = rtols
         self._states = tuple(WeightState.of(projection) for projection in projections)
 
@@ -87,27 +88,27 @@ class InverseCache(nn.Module):
         """Drop the inverses of other tolerances, and the basis if it is not needed any more."""
         self._rtols = tuple(rtol for rtol in self._rtols if rtol in rtols)
         names = {_name(side, rtol) for side in range(MAX_SIDES) for rtol in self._rtols}
-        for name in [name for name in self._buffers if name != "basis" and name not in names]:
-            del self._buffers[name]
-        if not needs_basis:
-            self.basis = None
+        if needs_basis:
+            names.add(_BASIS)
+        for name in [name for name in self if name not in names]:
+            del self[name]
 
-    def refresh(self, projections: Sequence[nn.Module], force: bool = False) -> None:
+    def refresh(self, projections: Sequence[nn.Linear], force: bool = False) -> None:
         """Compute again what is out of date, or everything with `force`; see `require`."""
         self.require(projections, self._rtols, self.basis is not None, force)
 
-    def up_to_date(self, projections: Sequence[nn.Module]) -> bool:
+    def up_to_date(self, projections: Sequence[nn.Linear]) -> bool:
         """Return whether no weight has changed since the inverses were computed."""
         return self._states is not None and all(
             state.still_holds(projection) for state, projection in zip(self._states, projections, strict=True)
         )
 
-    def before_apply(self, projections: Sequence[nn.Module]) -> _BeforeApply:
+    def before_apply(self, projections: Sequence[nn.Linear]) -> _BeforeApply:
         """Return what `after_apply` needs, before a module with these projections is moved or cast."""
         on_meta = any(device_and_dtype(projection)[0].type == "meta" for projection in projections)
         return _BeforeApply(self.up_to_date(projections), on_meta, self._dtypes(projections))
 
-    def after_apply(self, before: _BeforeApply, projections: Sequence[nn.Module]) -> None:
+    def after_apply(self, before: _BeforeApply, projections: Sequence[nn.Linear]) -> None:
         """Follow a module that was moved or cast, together with this one."""
         if before.on_meta:
             # The weights may be uninitialised memory. The inverses are computed at load time or at the next forward.
@@ -118,9 +119,8 @@ class InverseCache(nn.Module):
             # A cast rounds the weights. It has cast the inverses too, perhaps below float32.
             self.refresh(projections, force=True)
 
-    def _dtypes(self, projections: Sequence[nn.Module]) -> list[torch.dtype]:
-        computed = [buffer.dtype for buffer in self._buffers.values() if buffer is not None]
-        return [device_and_dtype(projection)[1] for projection in projections] + computed
+    def _dtypes(self, projections: Sequence[nn.Linear]) -> list[torch.dtype]:
+        return [device_and_dtype(projection)[1] for projection in projections] + [each.dtype for each in self.values()]
 
 
 def _name(side: int, rtol: float | None) -> str:
@@ -128,7 +128,7 @@ def _name(side: int, rtol: float | None) -> str:
     return f"side_{side}_rtol_{rtol}".replace(".", "_")
 
 
-def _copies(projections: Iterable[nn.Module]) -> Iterator[torch.Tensor]:
+def _copies(projections: Iterable[nn.Linear]) -> Iterator[torch.Tensor]:
     for projection in projections:
         with dense_weight(projection) as weight:
             # A copy, because a gathered weight is gone after this.

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -92,24 +92,24 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
         self.update_layer(adapter_name, config)
 
     def _make_prompts(self) -> None:
-        self.sdpt_prompts: Mapping[str, nn.Parameter] = nn.ParameterDict()
+        self.sdpt_prompts: MutableMapping[str, nn.Parameter] = nn.ParameterDict()  # type: ignore[assignment] # it is one
 
     @property
-    def projections(self) -> tuple[nn.Module, ...]:
+    def projections(self) -> tuple[nn.Linear, ...]:
         """The projections that are inverted, one for each side of the module."""
         return self.fusion_host.projections(self.get_base_layer())
 
     @property
     def embed_dim(self) -> int:
         """Dimension E of the aligned space."""
-        return int(getattr(self.projections[0], "out_features"))  # noqa: B009 - `nn.Module` does not declare it
+        return self.projections[0].out_features
 
     def update_layer(self, adapter_name: str, config: SDPTConfig) -> None:
         """Add the prompts of an adapter, with the start that `config` asks for."""
         self.sdpt_config[adapter_name] = config
         dim = prompt_dim(config, self.fusion_host, self.projections)
         prompts = nn.Parameter(init_prompts(config, dim, self.embed_dim))
-        self.sdpt_prompts[adapter_name] = prompts  # type: ignore[index] # a ParameterDict, see `_make_prompts`
+        self.sdpt_prompts[adapter_name] = prompts
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.refresh_inverses()
 
@@ -241,7 +241,7 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
         return prompts
 
     def _map_prompts(
-        self, names: Sequence[str], adapter_names: Sequence[str] | None, projections: Sequence[nn.Module]
+        self, names: Sequence[str], adapter_names: Sequence[str] | None, projections: Sequence[nn.Linear]
     ) -> list[Prompts]:
         tokens = {
             name: F.dropout(
@@ -324,7 +324,7 @@ class SharedSDPTLayer(SDPTLayer):
         self._first = (first,)
 
     @property
-    def sdpt_prompts(self) -> Mapping[str, nn.Parameter]:  # type: ignore[override] # read-only, as nobody writes here
+    def sdpt_prompts(self) -> MutableMapping[str, nn.Parameter]:  # type: ignore[override] # nobody assigns it here
         return self._first[0].sdpt_prompts if self._first else {}
 
     def update_layer(self, adapter_name: str, config: SDPTConfig) -> None:

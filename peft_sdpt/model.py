@@ -5,12 +5,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -41,7 +42,7 @@ class SDPTModel(BaseTuner):
 
     prefix = "sdpt_"
     tuner_layer_cls = SDPTLayer
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - as PEFT declares it
     peft_config: dict[str, Any]
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -53,9 +54,9 @@ class SDPTModel(BaseTuner):
         self,
         model: nn.Module,
         adapter_name: str,
-        *args: Any,
-        state_dict: Mapping[str, torch.Tensor | None] | None = None,
-        **kwargs: Any,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Any] | None = None,
     ) -> None:
         # Removed first, so that a rejected base model stays unchanged.
         config: SDPTConfig = self.peft_config.pop(adapter_name)
@@ -65,20 +66,22 @@ class SDPTModel(BaseTuner):
             _check_saved_adapter(model, config, dims)
         self._set_targets(selection)
         if state_dict is not None:
-            # PEFT wraps the modules that the state dict names. It reads only the keys, as its documentation says, so
-            # the second modules of fusion layers, which have no prompts of their own, get keys without values.
             named = {layer_of(key) for key in state_dict}
             dims = {name: dim for name, dim in dims.items() if name in named}
-            seconds = [part for part, (_, name) in self._targets.items() if name in named and part not in named]
-            state_dict = {plain_name(key): None for key in state_dict} | {
-                f"{part}{PROMPTS_KEY}": None for part in seconds
+            # PEFT wraps the modules that the state dict names. It reads only the keys, as its documentation says, so
+            # that the values can be empty and the second modules of fusion layers, which have no prompts, have keys.
+            state_dict = {
+                f"{_name_in_peft(part)}{PROMPTS_KEY}": torch.empty(0)
+                for name, layer in selection.layers.items()
+                if plain_name(name) in named
+                for part in layer.parts
             }
         if config.fusion_layers not in (None, dims):
             # The adapter of another base model uses the same config.
             config = copy.deepcopy(config)
         config.fusion_layers = dims
         self.peft_config[adapter_name] = config
-        super().inject_adapter(model, adapter_name, *args, state_dict=state_dict, **kwargs)  # type: ignore[arg-type]
+        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         for name, layer in selection.layers.items():
             for part in layer.parts:
                 if isinstance(module := model.get_submodule(part), SharedSDPTLayer):
@@ -87,28 +90,26 @@ class SDPTModel(BaseTuner):
                     module.share(first)
 
     def _set_targets(self, selection: Selection) -> None:
-        """Store what PEFT is told about each module while it walks through the base model.
-
-        Each module has its full name and its plain name, because PEFT uses either for a compiled model.
-        """
-        # The spec of a module to wrap, and the name of the fusion layer that it is a part of.
-        self._targets: dict[str, tuple[FusionHost, str]] = {}
+        """Store what PEFT is told about each module while it walks through the base model."""
+        # The spec of each module to wrap, and whether the module holds the prompts of its fusion layer.
+        self._targets: dict[str, tuple[FusionHost, bool]] = {}
         for name, layer in selection.layers.items():
             for part in layer.parts:
-                self._targets[part] = (layer.spec, name)
-                self._targets[plain_name(part)] = (layer.spec, plain_name(name))
+                self._targets[part] = self._targets[_name_in_peft(part)] = (layer.spec, part == name)
         self._excluded = {part for layer in selection.excluded.values() for part in layer.parts}
 
-    def _prepare_adapter_config(self, peft_config: SDPTConfig, model_config: dict) -> SDPTConfig:
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         return peft_config
 
-    def _check_target_module_exists(self, peft_config: SDPTConfig, key: str) -> Any:
+    def _check_target_module_exists(  # type: ignore[override] # PEFT calls its static method on the instance
+        self, peft_config: PeftConfig, key: str
+    ) -> Any:
         # PEFT warns if `exclude_modules` is given and nothing was excluded.
         return _ExcludedModule() if key in self._excluded else key in self._targets
 
     def _create_and_replace(
         self,
-        peft_config: SDPTConfig,
+        peft_config: PeftConfig,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -116,11 +117,12 @@ class SDPTModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        assert isinstance(peft_config, SDPTConfig)
         if isinstance(target, SDPTLayer):
             target.update_layer(adapter_name, peft_config)
             return
-        spec, name = self._targets[current_key]
-        layer_class = SDPTLayer if current_key == name else SharedSDPTLayer
+        spec, holds_prompts = self._targets[current_key]
+        layer_class = SDPTLayer if holds_prompts else SharedSDPTLayer
         layer = layer_class(target, spec, adapter_name, peft_config, side=spec.side_of(current_key))
         self._replace_module(parent, target_name, layer, target)
 
@@ -218,7 +220,7 @@ class SDPTModel(BaseTuner):
             for _, layer in _layers_with_prompts(self.model, adapter_name):
                 parts = [layer.sdpt_prompts[name] * weight for name, weight in zip(adapters, weights, strict=True)]
                 # Tokens are the last dimension but one, also where each modality has a set.
-                combined = torch.cat(parts, dim=-2) if combination_type == "cat" else sum(parts)
+                combined = torch.cat(parts, dim=-2) if combination_type == "cat" else functools.reduce(torch.add, parts)
                 layer.sdpt_prompts[adapter_name].copy_(combined)
         self.set_requires_grad(adapter_name, requires_grad=False)
 
@@ -262,7 +264,7 @@ class SDPTModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls,
         model: nn.Module,
-        config: SDPTConfig,
+        config: PeftConfig,
         adapter_name: str,
         state_dict: dict[str, torch.Tensor],
     ) -> dict[str, torch.Tensor]:
@@ -285,6 +287,11 @@ class SDPTModel(BaseTuner):
             model, config, adapter_name, rest
         )
         return remapped | {f"{names[name]}{PROMPTS_KEY}.{adapter_name}": value for name, value in prompts.items()}
+
+
+def _name_in_peft(name: str) -> str:
+    """Return how PEFT calls a module when it matches a state dict: without what compiling the whole model adds."""
+    return name.removeprefix("_orig_mod.")
 
 
 def _layers_with_prompts(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, SDPTLayer]]:

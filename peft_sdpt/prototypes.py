@@ -98,7 +98,7 @@ def initialize_sdpt_prototypes(
 @torch.no_grad()
 def _candidates(
     model: PeftModel,
-    encoder: nn.Module,
+    encoder: Any,
     layers: dict[str, SDPTLayer],
     dataloader: Iterable[tuple[Mapping[str, Any], list[dict[str, Tensor]]]],
     num_batches: int,
@@ -124,9 +124,10 @@ def _candidates(
         )
 
     def see_tokens(name: str, layer: SDPTLayer, args: tuple, kwargs: dict) -> None:
-        host = layer.fusion_host
-        bound = host.bind(args, kwargs)
-        tokens = (bound[host.image_tokens], bound[host.text_tokens])
+        spec = layer.fusion_host
+        assert isinstance(spec, BiAttentionHost)
+        bound = spec.bind(args, kwargs)
+        tokens = (bound[spec.image_tokens], bound[spec.text_tokens])
         shown = (current["image"], current["text"][:, : tokens[1].shape[1]])
         for sample, projection, states, mask in zip(found[name], layer.projections, tokens, shown, strict=True):
             sample.add(states[mask], projection)
@@ -209,7 +210,7 @@ def _prototypes(rows: Tensor, count: int, kind: str, generator: torch.Generator)
     if kind == "mean":
         return torch.stack([group.mean(0) for group in rows.tensor_split(count)])
     # Here, because the rest of the package does without SciPy.
-    from scipy.cluster.vq import kmeans2
+    from scipy.cluster.vq import kmeans2  # type: ignore[import-untyped] # it has no types
 
     seed = int(torch.randint(2**31, (), generator=generator))
     centres, _ = kmeans2(rows.double().numpy(), count, minit="++", seed=seed, missing="warn")

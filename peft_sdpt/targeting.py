@@ -28,7 +28,7 @@ class FusionLayer:
 
     spec: FusionHost
     parts: list[str] = field(default_factory=list)
-    projections: list[nn.Module] = field(default_factory=list)
+    projections: list[nn.Linear] = field(default_factory=list)
 
     def prompt_dim(self, config: SDPTConfig) -> int:
         """Return the dimension of the layer's prompts."""

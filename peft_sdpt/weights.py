@@ -1,6 +1,9 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""The weight of a frozen projection: its dense values however they are stored, and whether it has changed."""
+"""The weight of a frozen projection: its dense values however they are stored, and whether it has changed.
+
+Projections are typed as `nn.Linear`. They may be another tuner's layer or a quantised one, which act like it.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +18,13 @@ from torch import nn
 
 
 @contextmanager
-def dense_weight(projection: nn.Module) -> Iterator[torch.Tensor]:
+def dense_weight(projection: nn.Linear) -> Iterator[torch.Tensor]:
     """Yield the weight that a projection applies, `(out_features, in_features)`.
 
     Weights that DeepSpeed ZeRO-3 or FSDP2 have sharded are gathered, by all processes together. Quantised weights are
     dequantised: the dynamic int8 of PyTorch, torchao and bitsandbytes are known.
     """
-    module = projection.get_base_layer() if isinstance(projection, BaseTunerLayer) else projection
+    module: Any = projection.get_base_layer() if isinstance(projection, BaseTunerLayer) else projection
     if callable(module.weight):  # dynamic int8
         yield module.weight().dequantize()
         return
@@ -38,13 +41,13 @@ def dense_weight(projection: nn.Module) -> Iterator[torch.Tensor]:
         yield weight
 
 
-def bias_of(projection: nn.Module) -> torch.Tensor | None:
+def bias_of(projection: nn.Linear) -> torch.Tensor | None:
     """Return the bias of a projection, `(out_features,)`."""
     bias: Any = projection.bias
     return bias() if callable(bias) else bias
 
 
-def device_and_dtype(projection: nn.Module) -> tuple[torch.device, torch.dtype]:
+def device_and_dtype(projection: nn.Linear) -> tuple[torch.device, torch.dtype]:
     """Return the device of a projection and the dtype of its inputs; float32 if its weight is quantised."""
     weight: Any = projection.weight
     if callable(weight):
@@ -94,16 +97,16 @@ class WeightState(NamedTuple):
     merged: tuple[str, ...]
 
     @classmethod
-    def of(cls, projection: nn.Module) -> WeightState:
+    def of(cls, projection: nn.Linear) -> WeightState:
         stored = _stored(projection)
         return cls(TensorState.of(stored) if _is_plain(stored) else stored, _merged(projection))
 
     @staticmethod
-    def is_certain(projection: nn.Module) -> bool:
+    def is_certain(projection: nn.Linear) -> bool:
         """Return whether a change in place is noticed. It is not for quantised and sharded weights."""
         return _is_plain(_stored(projection))
 
-    def still_holds(self, projection: nn.Module) -> bool:
+    def still_holds(self, projection: nn.Linear) -> bool:
         stored = _stored(projection)
         if self.merged != _merged(projection):
             return False
@@ -112,7 +115,7 @@ class WeightState(NamedTuple):
         return self.stored is stored
 
 
-def _stored(projection: nn.Module) -> Any:
+def _stored(projection: nn.Linear) -> Any:
     """Return what holds the weight: a tensor, or the packed parameters of dynamic int8."""
     packed: Any = projection
     return packed._packed_params._packed_params if callable(packed.weight) else packed.weight
@@ -123,7 +126,7 @@ def _is_plain(stored: Any) -> bool:
     return type(stored) in (torch.Tensor, nn.Parameter) and not hasattr(stored, "ds_id")
 
 
-def _merged(projection: nn.Module) -> tuple[str, ...]:
+def _merged(projection: nn.Linear) -> tuple[str, ...]:
     return tuple(getattr(projection, "merged_adapters", ()))
 
 
@@ -152,7 +155,7 @@ def refuse_adapted(projection: nn.Module) -> None:
             )
 
 
-def refuse_out_of_reach(projection: nn.Module) -> None:
+def refuse_out_of_reach(projection: nn.Linear) -> None:
     """Check that the weight of a projection is on this machine, in one piece.
 
     Raises:
