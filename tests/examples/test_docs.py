@@ -245,10 +245,11 @@ def strings(*files: Path) -> list[str]:
 
 def strings_of(tree: ast.AST) -> list[str]:
     found = []
+    pieces = {id(v) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for v in node.values}
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr):
             found.append("".join(v.value if isinstance(v, ast.Constant) else "\0" for v in node.values))
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in pieces:
             found.append(node.value)
     return found
 
