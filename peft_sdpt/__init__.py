@@ -5,7 +5,7 @@
 Importing the package registers the tuner type `SDPT`; nothing else is needed.
 """
 
-from aenum import extend_enum
+from aenum import extend_enum  # type: ignore[import-untyped] # it has no types
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType, register_peft_method
 
@@ -20,14 +20,14 @@ __all__ = ["SDPTConfig", "SDPTLayer", "SDPTModel", "initialize_sdpt_prototypes",
 
 
 def _register() -> None:
-    """Make `PeftType.SDPT` known to PEFT, once in a process.
+    """Make `PeftType["SDPT"]` known to PEFT, once in a process.
 
     Raises:
         ImportError: PEFT, or another package, already has a method of this name.
     """
     if "SDPT" not in PeftType.__members__:
         extend_enum(PeftType, "SDPT", "SDPT")
-    registered = PEFT_TYPE_TO_TUNER_MAPPING.get(PeftType.SDPT)
+    registered = PEFT_TYPE_TO_TUNER_MAPPING.get(PeftType["SDPT"])
     if registered is None:
         register_peft_method(name="sdpt", config_cls=SDPTConfig, model_cls=SDPTModel)
     elif registered.__module__ != SDPTModel.__module__:
@@ -38,8 +38,8 @@ def _register() -> None:
         )
     else:
         # Imported again after its modules were dropped: the classes in use are the new ones.
-        PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.SDPT] = SDPTConfig
-        PEFT_TYPE_TO_TUNER_MAPPING[PeftType.SDPT] = SDPTModel
+        PEFT_TYPE_TO_CONFIG_MAPPING[PeftType["SDPT"]] = SDPTConfig
+        PEFT_TYPE_TO_TUNER_MAPPING[PeftType["SDPT"]] = SDPTModel
 
 
 _register()

@@ -11,7 +11,7 @@ are, on a longer context: `append_prompts`, `append_zeros` and `extend_mask`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +22,14 @@ _LOGIT_BOUND = 50000.0
 
 
 class Side(NamedTuple):
-    """The three projections of one modality: `query` is also what the other modality attends to."""
+    """The three projections of one modality. The other modality attends to `query`.
 
-    query: nn.Module
-    value: nn.Module
-    out: nn.Module
+    They are `nn.Linear` or act like it: another tuner's layer, a quantised one.
+    """
+
+    query: nn.Linear
+    value: nn.Linear
+    out: nn.Linear
 
 
 class Prompts(NamedTuple):
@@ -39,6 +42,11 @@ class Prompts(NamedTuple):
 
     tokens: torch.Tensor | None
     hidden: torch.Tensor | None = None
+
+    @property
+    def num_prompts(self) -> int:
+        """Number N of prompts."""
+        return 0 if self.tokens is None else len(self.tokens)
 
 
 class SideInput(NamedTuple):
@@ -70,6 +78,16 @@ class SideInput(NamedTuple):
 
 # (logits (B, heads, queries, L + N), mask (B, L), N) -> masked logits. Prompts are the last columns.
 MaskFunction = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
+
+
+class AttentionOptions(TypedDict):
+    """Keyword arguments of `bi_attention` and `fused_bi_attention`."""
+
+    num_heads: int
+    scale: float
+    dropout: float
+    image_mask_function: MaskFunction
+    text_mask_function: MaskFunction
 
 
 def hide_padding(logits: torch.Tensor, mask: torch.Tensor, num_prompts: int) -> torch.Tensor:
@@ -126,8 +144,8 @@ def extend_mask(mask: torch.Tensor | None, tokens: torch.Tensor, prompts: Prompt
         `(..., L + N)`; None where all tokens and all prompts are seen.
     """
     if prompts.hidden is None:
-        # Nothing is added to the logits of prompts; they are seen.
-        return None if mask is None else F.pad(mask, (0, len(prompts.tokens)), value=not mask.is_floating_point())
+        # Zero is added to the logits of prompts, or True marks them as visible.
+        return None if mask is None else F.pad(mask, (0, prompts.num_prompts), value=not mask.is_floating_point())
     if mask is None:
         mask = tokens.new_zeros(1, 1, 1, tokens.shape[1])
     columns = prompts.hidden

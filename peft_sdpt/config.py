@@ -1,20 +1,18 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""What a user may set, and the rules for it."""
+"""The fields of an SDPT adapter's config, and the rules for their values."""
 
 from __future__ import annotations
 
+import copy
 import operator
-import os
 import re
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from peft.config import PeftConfig
 from peft.utils import PeftType
 
-from .model_card import complete_card
-from .saving import check_saved_weights
+from .saving import SavedConfig, Shapes
 from .version import __version__
 
 INIT_WEIGHTS = (
@@ -30,165 +28,162 @@ INIT_WEIGHTS = (
 PROMPT_MODES = ("unified", "independent")
 PROMPT_SPACES = ("reachable", "aligned")
 ATTN_IMPLEMENTATIONS = ("fused", "eager")
+# Fields that decide which prompts an adapter has, and what their numbers are.
+_SHAPING_FIELDS = (
+    "num_virtual_tokens",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "prompt_mode",
+    "prompt_space",
+    "fusion_layers",
+)
 
 
 @dataclass
-class SDPTConfig(PeftConfig):
+class SDPTConfig(SavedConfig):
     """Configuration of an SDPT adapter (arXiv 2407.11414).
 
-    Every field is checked when the config is made; a value that breaks a rule raises a `ValueError`
-    (or `TypeError` for a wrong type) that names the field, the value and the rule.
+    Every field is checked when the config is made. A value that breaks a rule raises a `ValueError`, or a `TypeError`
+    for a wrong type, that names the field, the value and the rule.
 
     Args:
-        num_virtual_tokens: prototype tokens N of each fusion layer. At least 1. The paper's headline of 0.04 % of
-            GLIP-L is about 10 of the aligned space, and 20 as coordinates.
-        target_modules: None for every fusion layer of the host, or which of them: a list of
-            module names (or ends of names), or a regular expression for the whole name.
-        layers_to_transform: None for all, or the index or indices of fusion layers, counted from 0
-            over all fusion layers of the host in their order (`cpt_layers` of the released code).
-            An index the host does not have raises when the adapter is attached.
-        init_weights: how prototype tokens start, always from torch's default CPU generator, so that
-            `torch.manual_seed` gives the same start on every device. `"normal"` is N(0, 1), `"uniform"` is
-            U(-1, 1) (the released default), `"xavier_*"` and `"kaiming_*"` are torch's with their default arguments on
-            each set of tokens (fan_in: their width E, fan_out N), `"zeros"` is the origin of the aligned space,
-            `"prototypes"` is for `initialize_sdpt_prototypes`, to be called next, and until then `"normal"`. No start
-            leaves the host's outputs as they were: a prompt takes its share of every softmax, one at the origin too.
-            True and False are accepted because PEFT's tools set them; both mean `"normal"`.
-        prompt_mode: `"unified"` is the method: one set of tokens, mapped into both input spaces.
-            `"independent"` is the paper's ablation: two sets in the aligned space, one a modality,
-            each mapped by its own inverse, and twice the parameters. The released code uses these
-            directly as query and key rows and cuts their columns after the softmax, so there they
-            only dilute the attention; here they have values, like unified tokens.
-        prompt_space: what a token's numbers are. `"reachable"`: its coordinates in an orthonormal basis of what the
-            projections of the layer reach together, at most half as many as E in the hosts of the paper. `"aligned"`:
-            the token itself, as published; the part of it that no projection reaches has no effect and no
-            gradient. None for `"reachable"` in a new adapter of unified tokens, and else for `"aligned"`.
-        image_attends_prompts: True lets both modalities see prompts. False is the released code's
-            masking, in which only text tokens do.
-        pinv_rtol: a number between 0 and 1 drops the singular values of a projection below that share of the largest,
-            so that one learning rate serves ill-conditioned projections too, where steps of the optimizer would be
-            leaps; None for the full inverse of the paper.
-        prompt_dropout: probability of zeroing an entry of the prototype tokens in training, scaled
-            to keep the mean (`torch.nn.functional.dropout`). 0 <= p < 1.
-        attn_implementation: `"fused"` computes a bi-directional attention without attention weights and without the
-            projections of image tokens, wherever that is less work: same outputs, faster than the host. `"eager"` does
-            as the host does. With `output_attentions=True` it is the host's way in any case. Other kinds of fusion run
-            as the host runs them.
-        modules_to_save: names of other modules to train and save whole, a head for instance.
-        fusion_layers: not to be set by hand. Filled in when the adapter is attached: module name of each adapted
-            fusion layer, and how many numbers a token of it has. Saved with the adapter, so that loading onto a host
-            with other layers is refused before that host is touched.
-        peft_sdpt_version: not to be set by hand. The version of this package that made the adapter. In
-            `adapter_config.json` it also says what to import: without `import peft_sdpt`, PEFT ends in
+        num_virtual_tokens (`int`, *optional*, defaults to 20): Number N of prototype tokens of each fusion layer, at
+            least 1. The paper's 0.04 % of GLIP-L corresponds to about 10 tokens of the aligned space, or 20 as
+            coordinates.
+        target_modules (`list[str]` or `str`, *optional*): The fusion layers to adapt. A list holds module names or ends
+            of names; a string is a regular expression for the whole name. None adapts every fusion layer that is
+            adapted by default.
+        exclude_modules (`list[str]` or `str`, *optional*): The fusion layers not to adapt, written as for
+            `target_modules`.
+        layers_to_transform (`list[int]` or `int`, *optional*): The fusion layers to adapt by index, counted from 0 over
+            the fusion layers that are adapted by default, in the order of the base model (`cpt_layers` of the released
+            code). None adapts all. An index that the base model does not have raises when the adapter is attached.
+        init_weights (`str` or `bool`, *optional*, defaults to `"normal"`): How prototype tokens start. They are drawn
+            from torch's default CPU generator, so `torch.manual_seed` gives the same start on every device. `"normal"`
+            is N(0, 1) and `"uniform"` is U(-1, 1), the released default. `"xavier_uniform"`, `"xavier_normal"`,
+            `"kaiming_uniform"` and `"kaiming_normal"` are torch's with their default arguments, applied to each set of
+            tokens (fan_in is their dimension E, fan_out is N). `"zeros"` is the origin of the aligned space.
+            `"prototypes"` is for `initialize_sdpt_prototypes`, which is called next; until then it is `"normal"`. No
+            start leaves the outputs of the base model unchanged, because each prompt takes a share of every softmax.
+            True and False are accepted because PEFT's tools set them, and both mean `"normal"`.
+        prompt_mode (`str`, *optional*, defaults to `"unified"`): `"unified"` is the method: one set of tokens, mapped
+            into both input spaces. `"independent"` is the paper's ablation: two sets in the aligned space, one for each
+            modality, each mapped by its own inverse, with twice the parameters. The released code uses the independent
+            sets as query and key rows without values; here they have values, like unified tokens.
+        prompt_space (`str`, *optional*): What the trained numbers are. `"reachable"` trains the coordinates of a token
+            in an orthonormal basis of the space that the projections of the layer reach together, at most half as many
+            as E in the base models of the paper. `"aligned"` trains the token itself, as published; the part of it that
+            no projection reaches has no effect and no gradient. None means `"reachable"` for unified tokens and
+            `"aligned"` for independent ones.
+        image_attends_prompts (`bool`, *optional*, defaults to True): Whether image tokens see prompts too. False is the
+            masking of the released code, in which only text tokens do.
+        pinv_rtol (`float`, *optional*, defaults to 0.03): Singular values of a projection below this share of the
+            largest are dropped when it is inverted. Between 0 and 1. One learning rate then also serves
+            ill-conditioned projections, for which steps of the optimizer would otherwise be too large. None computes
+            the full inverse, as published.
+        prompt_dropout (`float`, *optional*, defaults to 0.0): Probability of zeroing an entry of the prototype tokens
+            in training, scaled to keep the mean (`torch.nn.functional.dropout`). At least 0 and below 1.
+        attn_implementation (`str`, *optional*, defaults to `"fused"`): `"fused"` computes a bi-directional attention
+            without attention weights and without projecting image tokens, wherever that is less work. Its outputs are
+            the same, and it is faster than the base model. `"eager"` computes it as the base model does, and returns
+            attention weights. Other kinds of fusion always run as in the base model.
+        modules_to_save (`list[str]`, *optional*): Names of other modules to train and save whole, for instance a head.
+        fusion_layers (`dict[str, int]`, *optional*): Do not set this by hand. It is filled in when the adapter is
+            attached, and maps the name of each adapted fusion layer to the dimension of its prompts. It is saved with
+            the adapter, so that loading onto a base model with other layers is refused before that model is touched.
+        peft_sdpt_version (`str`): Do not set this by hand. The version of this package that made the adapter. In
+            `adapter_config.json` it also tells what to import: without `import peft_sdpt`, PEFT fails with
             `KeyError: 'SDPT'`.
     """
 
-    num_virtual_tokens: int = field(default=20, metadata={"help": "Prototype tokens of each fusion layer."})
+    num_virtual_tokens: int = field(default=20, metadata={"help": "Number of prototype tokens of each fusion layer."})
     target_modules: list[str] | str | None = field(
         default=None,
-        metadata={"help": "Fusion attentions to adapt: names, a regular expression, None for all."},
+        metadata={"help": "Fusion layers to adapt: a list of names, a regular expression, or None for all."},
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Fusion layers not to adapt: a list of names or a regular expression."}
     )
     layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Indices of the fusion layers to adapt, None for all."}
+        default=None, metadata={"help": "Indices of the fusion layers to adapt, or None for all."}
     )
     init_weights: str | bool = field(
-        default="normal", metadata={"help": f"Start of the tokens, one of {INIT_WEIGHTS}."}
+        default="normal", metadata={"help": f"How the tokens start: one of {INIT_WEIGHTS}."}
     )
     prompt_mode: str = field(
         default="unified",
-        metadata={"help": "One set of tokens for both modalities, or one each ('independent')."},
+        metadata={"help": "One set of tokens for both modalities ('unified'), or one for each ('independent')."},
     )
     prompt_space: str | None = field(
-        default=None, metadata={"help": f"What a token's numbers are, one of {PROMPT_SPACES}, or None."}
+        default=None, metadata={"help": f"What the trained numbers are: one of {PROMPT_SPACES}, or None."}
     )
     image_attends_prompts: bool = field(
         default=True, metadata={"help": "Whether image tokens see prompts, or only text tokens."}
     )
     pinv_rtol: float | None = field(
         default=0.03,
-        metadata={"help": "Relative bound below which singular values are dropped, None for all."},
+        metadata={"help": "Singular values below this share of the largest are dropped; None keeps all."},
     )
-    prompt_dropout: float = field(default=0.0, metadata={"help": "Dropout probability on the prototype tokens."})
+    prompt_dropout: float = field(default=0.0, metadata={"help": "Dropout probability of the prototype tokens."})
     attn_implementation: str = field(
         default="fused",
-        metadata={"help": f"How a bi-directional attention is computed, one of {ATTN_IMPLEMENTATIONS}."},
+        metadata={"help": f"How a bi-directional attention is computed: one of {ATTN_IMPLEMENTATIONS}."},
     )
-    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Other modules to train and save whole."})
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Names of other modules to train and save whole."}
+    )
     fusion_layers: dict[str, int] | None = field(
-        default=None, metadata={"help": "Filled in when attached: numbers of a token in each adapted layer."}
+        default=None, metadata={"help": "Filled in when attached: dimension of the prompts of each adapted layer."}
     )
     peft_sdpt_version: str = field(
         default=__version__, metadata={"help": "Filled in: version of the package to import before loading."}
     )
 
     def __post_init__(self) -> None:
+        # Only a file has the type as a plain string. `dataclasses.replace` and `copy` pass PEFT's own.
+        from_file = type(self.peft_type) is str
         super().__post_init__()
-        # Whether `fusion_layers` was found on a host in this process, not read with an adapter. No field: never saved.
-        self.attached = False
-        self.peft_type = PeftType.SDPT
+        self.peft_type = PeftType("SDPT")
         if isinstance(self.init_weights, bool):
             self.init_weights = "normal"
         if self.prompt_space is None:
-            # An adapter saved before there was a choice has tokens of the aligned space, and names its layers.
-            new = self.fusion_layers is None and self.prompt_mode == "unified"
-            self.prompt_space = "reachable" if new else "aligned"
+            self.prompt_space = "aligned" if self.prompt_mode == "independent" else "reachable"
         self.num_virtual_tokens = _plain_int(self.num_virtual_tokens)
         self.layers_to_transform = _plain_int(self.layers_to_transform)
-        if _is_int(self.layers_to_transform):
+        if isinstance(self.layers_to_transform, int) and not isinstance(self.layers_to_transform, bool):
             self.layers_to_transform = [self.layers_to_transform]
-        for name in ("target_modules", "layers_to_transform", "modules_to_save"):
+        for name in ("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save"):
             value = getattr(self, name)
-            # Sets have no order that survives a process: sorted, two saves are the same file.
+            # Sorted, because the order of a set differs between processes, and two saves should be the same file.
             if isinstance(value, (set, tuple)):
                 setattr(self, name, sorted(value, key=str) if isinstance(value, set) else list(value))
         if isinstance(self.layers_to_transform, list):
             self.layers_to_transform = [_plain_int(index) for index in self.layers_to_transform]
         self._check()
+        self._loaded = self._shaping_values() if from_file and self.fusion_layers is not None else None
 
-    def prompt_shape(self, width: int) -> tuple[int, ...]:
-        """Shape of the prompts of a fusion layer in which a token has `width` numbers."""
-        shape = (self.num_virtual_tokens, width)
+    @property
+    def is_of_saved_adapter(self) -> bool:
+        """Whether this config was loaded with an adapter, and the fields that decide its prompts are as they were.
+
+        Such a config belongs to the base model of that adapter. Any other belongs to no base model.
+        """
+        return self._loaded is not None and self._loaded == self._shaping_values()
+
+    def _shaping_values(self) -> dict[str, Any]:
+        return {name: copy.deepcopy(getattr(self, name)) for name in _SHAPING_FIELDS}
+
+    def prompt_shape(self, dim: int) -> tuple[int, ...]:
+        """Return the shape of the prompts of a fusion layer, if a prompt has dimension `dim`."""
+        shape = (self.num_virtual_tokens, dim)
         return (2, *shape) if self.prompt_mode == "independent" else shape
 
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike, subfolder: str | None = None, **kwargs: Any
-    ) -> SDPTConfig:
-        """Load a config, and look whether the weights beside it are whole and its own.
-
-        `PeftModel.from_pretrained` and `load_adapter` load an adapter's config by this method, before they touch the
-        host and before they load its weights. What they would stumble over later is therefore found while the host
-        is as it was. Not so where they are not asked for the config: with `config=`, with the host's own
-        `load_adapter`, and where there are no weights at all; a load that fails then leaves the host changed.
-
-        Args:
-            pretrained_model_name_or_path: folder, or repository of the Hub.
-            subfolder: within it.
-            kwargs: for `huggingface_hub.hf_hub_download`; others are ignored.
-
-        Raises:
-            ValueError: there is no config, one of its values breaks a rule, or there are weights beside it that
-                cannot be fetched or read, or are not those of the config.
-        """
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        if isinstance(config, SDPTConfig):
-            shapes = {name: config.prompt_shape(width) for name, width in (config.fusion_layers or {}).items()}
-            download, _, _ = cls._split_kwargs(kwargs)
-            check_saved_weights(pretrained_model_name_or_path, subfolder, shapes, **download)
-        return config
-
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """Write `adapter_config.json`, and complete the model card if PEFT has put one there."""
-        # PEFT's model tells the class of its host here, for its automatic classes. Kept, so that the config saved or
-        # pushed alone after that does not lose it.
-        self.auto_mapping = kwargs.get("auto_mapping_dict") or self.auto_mapping
-        super().save_pretrained(save_directory, **kwargs)
-        complete_card(save_directory, self)
-
-    def _upload_modified_files(self, working_dir: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
-        # `push_to_hub` has put the card of the repository, or transformers' empty one, over ours.
-        complete_card(working_dir, self)
-        return super()._upload_modified_files(working_dir, *args, **kwargs)
+    def prompt_shapes(self) -> Shapes | None:
+        """Return the shape of the prompts of each adapted fusion layer, or None before the adapter is attached."""
+        if self.fusion_layers is None:
+            return None
+        return {name: self.prompt_shape(dim) for name, dim in self.fusion_layers.items()}
 
     def _check(self) -> None:
         if not _is_int(self.num_virtual_tokens):
@@ -196,15 +191,17 @@ class SDPTConfig(PeftConfig):
         if self.num_virtual_tokens < 1:
             self._refuse("num_virtual_tokens", "at least 1")
 
-        if isinstance(self.target_modules, str):
-            if not self.target_modules:
-                self._refuse("target_modules", "None, a list of names or a regular expression that is not empty")
-            try:
-                re.compile(self.target_modules)
-            except re.error as error:
-                self._refuse("target_modules", f"a valid regular expression ({error})")
-        elif self.target_modules is not None:
-            self._check_names("target_modules")
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                if not value:
+                    self._refuse(name, "None, a list of names or a regular expression that is not empty")
+                try:
+                    re.compile(value)
+                except re.error as error:
+                    self._refuse(name, f"a valid regular expression ({error})")
+            elif value is not None:
+                self._check_names(name)
         if self.modules_to_save is not None:
             self._check_names("modules_to_save")
 
@@ -215,18 +212,20 @@ class SDPTConfig(PeftConfig):
             if not layers or min(layers) < 0 or len(set(layers)) != len(layers):
                 self._refuse("layers_to_transform", "non-empty, non-negative, without repeats")
 
-        if self.init_weights not in INIT_WEIGHTS:
-            self._refuse("init_weights", f"one of {INIT_WEIGHTS}")
-        if self.prompt_mode not in PROMPT_MODES:
-            self._refuse("prompt_mode", f"one of {PROMPT_MODES}")
+        for name, values in (
+            ("init_weights", INIT_WEIGHTS),
+            ("prompt_mode", PROMPT_MODES),
+            ("attn_implementation", ATTN_IMPLEMENTATIONS),
+        ):
+            if getattr(self, name) not in values:
+                self._refuse(name, f"one of {values}")
         if self.prompt_space not in PROMPT_SPACES:
             self._refuse("prompt_space", f"None or one of {PROMPT_SPACES}")
         if self.prompt_space == "reachable" and self.prompt_mode == "independent":
             self._refuse("prompt_space", "'aligned' or None where prompt_mode is 'independent'")
-        if self.attn_implementation not in ATTN_IMPLEMENTATIONS:
-            self._refuse("attn_implementation", f"one of {ATTN_IMPLEMENTATIONS}")
-        if not _is_bool(self.image_attends_prompts):
-            self._refuse("image_attends_prompts", "True or False", TypeError)
+        for name in ("image_attends_prompts", "inference_mode"):
+            if not isinstance(getattr(self, name), bool):
+                self._refuse(name, "True or False", TypeError)
 
         if self.pinv_rtol is not None:
             if not _is_number(self.pinv_rtol):
@@ -241,11 +240,9 @@ class SDPTConfig(PeftConfig):
         if self.fusion_layers is not None and not (
             isinstance(self.fusion_layers, dict)
             and all(isinstance(name, str) for name in self.fusion_layers)
-            and all(_is_int(width) and width > 0 for width in self.fusion_layers.values())
+            and all(_is_int(dim) and dim > 0 for dim in self.fusion_layers.values())
         ):
-            self._refuse("fusion_layers", "None or a mapping of module names to numbers of a token", TypeError)
-        if not _is_bool(self.inference_mode):
-            self._refuse("inference_mode", "True or False", TypeError)
+            self._refuse("fusion_layers", "None or a mapping of module names to prompt dimensions", TypeError)
         if not isinstance(self.peft_sdpt_version, str):
             self._refuse("peft_sdpt_version", "a version", TypeError)
 
@@ -260,21 +257,17 @@ class SDPTConfig(PeftConfig):
         raise error(f"SDPTConfig.{name} must be {rule}, got {getattr(self, name)!r}")
 
 
-def _is_bool(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
 def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not _is_bool(value)
-
-
-def _plain_int(value: Any) -> Any:
-    """The `int` that an integer of NumPy or the like stands for; anything else as it is."""
-    try:
-        return value if _is_bool(value) else operator.index(value)
-    except TypeError:
-        return value
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not _is_bool(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _plain_int(value: Any) -> Any:
+    """Return the `int` that an integer of NumPy or the like stands for, and anything else as it is."""
+    try:
+        return value if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return value

@@ -268,9 +268,10 @@ class _BothDirections(torch.autograd.Function):
             grad_read = grad_read.to(read.dtype)
             # What the softmax takes off the gradients of a text token's logits.
             mean = (grad_read * read).sum(-1).view_as(log_total)
-            if dropout:
-                grad_total = grad_total[..., 0].to(read.dtype)
-                mean += grad_total * dropped_total
+            grad_dropped = None
+            if grad_total is not None:
+                grad_dropped = grad_total[..., 0].to(read.dtype)
+                mean += grad_dropped * dropped_total
             grad_image = torch.empty_like(image) if ctx.needs_input_grad[0] else None
             grad_prompts = torch.empty_like(prompts)
             grad_keys, grad_values = torch.zeros_like(shared.keys), torch.zeros_like(shared.values)
@@ -290,8 +291,8 @@ class _BothDirections(torch.autograd.Function):
                     grad_logits = torch.zeros_like(logits)
                 weights, keep = (shared.text_logits(logits, begin, end) - log_total[:, None]).exp_(), next(kept)
                 grad_weights = (tokens @ grad_read.mT).view_as(weights)
-                if dropout:
-                    grad_weights = _drop(grad_weights + grad_total[:, None], keep, dropout)
+                if grad_dropped is not None:
+                    grad_weights = _drop(grad_weights + grad_dropped[:, None], keep, dropout)
                 grad_logits[..., : ctx.text_length] += grad_weights.sub_(mean[:, None]).mul_(weights)
                 grad_logits = grad_logits.flatten(2)
                 grad_keys.baddbmm_(grad_logits.mT, tokens)
@@ -300,6 +301,7 @@ class _BothDirections(torch.autograd.Function):
                     grad_tokens = _drop(weights, keep, dropout).flatten(2) @ grad_read
                     grad_tokens.baddbmm_(grad_logits, shared.keys)
                     if of_image:
+                        assert grad_image is not None
                         grad_image[:, begin:end] = grad_tokens
                     else:
                         length = image.shape[1]

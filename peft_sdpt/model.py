@@ -1,100 +1,115 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""How SDPT finds the fusion layers of a host and what it answers to PEFT."""
+"""The tuner as PEFT calls it: attaching, switching, combining and loading adapters."""
 
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar, NamedTuple
+from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
-from peft.utils.other import AuxiliaryTrainingWrapper, match_target_against_key
+from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .config import SDPTConfig
-from .hosts import FusionHost, find_hosts, supported_hosts
-from .hosts.declaration import parameters_of
-from .layer import CANNOT_MERGE, SDPTLayer, SharedSDPTLayer, prompt_width
-from .saving import differing_shapes
-from .weights import refuse_adapted, refuse_out_of_reach
+from .hosts import FusionHost
+from .layer import CANNOT_MERGE, SDPTLayer, SharedSDPTLayer
+from .saving import PROMPTS_KEY, check_base_model, layer_of, plain_name
+from .targeting import Selection, matches, select_fusion_layers
 
-# PEFT's name for the host without an adapter, in `adapter_names`.
+# PEFT's name for the base model without an adapter, in `adapter_names`.
 BASE = "__base__"
-# Before all names of a compiled model.
-_COMPILED = "_orig_mod."
 
 
 class SDPTModel(BaseTuner):
     """Synchronous dual prompt tuning of a fusion-based vision-language model (arXiv 2407.11414).
 
-    Made by `peft.get_peft_model(host, SDPTConfig(...))` and the other entry points of PEFT. What makes
-    the fusion layers of a host unfit for a config is found before the host is touched
-    (`modules_to_save` is PEFT's own to check, after that).
+    It is made by `peft.get_peft_model(model, SDPTConfig(...))` and the other entry points of PEFT. A base model whose
+    fusion layers do not suit the config is refused before it is touched. PEFT itself checks `modules_to_save`, later.
 
     Raises:
-        ValueError: the host has no known fusion layer; `target_modules` matches nothing, or a
-            module that is none; a layer of `layers_to_transform` is not there; the config belongs to
-            a saved adapter whose layers are not those of the host; another tuner's adapter acts on a
-            projection that SDPT inverts; its weight is sharded or offloaded already.
+        ValueError: The base model has no known fusion layer, or is a `PeftModel` with SDPT adapters; `target_modules`
+            matches nothing, or a module that is not a fusion layer; an index of `layers_to_transform` does not exist;
+            `exclude_modules` leaves nothing; the config belongs to a saved adapter of a base model with other fusion
+            layers; another tuner's adapter acts on a projection that SDPT inverts; or the weight of such a projection
+            is sharded or offloaded.
     """
 
     prefix = "sdpt_"
     tuner_layer_cls = SDPTLayer
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - as PEFT declares it
+    peft_config: dict[str, Any]
+
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        # Before PEFT puts the new config into those of the model.
+        _refuse_second_tuner(model)
+        super().__init__(model, *args, **kwargs)
 
     def inject_adapter(
         self,
         model: nn.Module,
         adapter_name: str,
-        *args: Any,
-        state_dict: dict[str, torch.Tensor] | None = None,
-        **kwargs: Any,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Any] | None = None,
     ) -> None:
-        # Gone again if the host is refused, which then bears no trace.
-        config = self.peft_config.pop(adapter_name)
-        layers = _select_fusion_layers(model, config)
-        selected = {name: prompt_width(config, layer.host, layer.projections) for name, layer in layers.items()}
-        if config.attached and config.fusion_layers != selected:
-            # Used on another host before, whose adapter keeps what was found there.
-            config = copy.deepcopy(config)
-        elif not config.attached and config.fusion_layers is not None:
-            _check_prompt_shapes(
-                found={n: config.prompt_shape(w) for n, w in config.fusion_layers.items()},
-                expected={n: config.prompt_shape(w) for n, w in selected.items()},
-            )
-        # Of each module to be wrapped the declaration, and the name of the fusion layer that it is a part of.
-        targets = {part: (layer.host, name) for name, layer in layers.items() for part in layer.parts}
-        # By the names that PEFT knows them by, of a compiled model too.
-        self._targets = targets | {
-            part.removeprefix(_COMPILED): (host, name.removeprefix(_COMPILED)) for part, (host, name) in targets.items()
-        }
+        # Removed first, so that a rejected base model stays unchanged.
+        config: SDPTConfig = self.peft_config.pop(adapter_name)
+        selection = select_fusion_layers(model, config)
+        dims = {plain_name(name): layer.prompt_dim(config) for name, layer in selection.layers.items()}
+        if config.is_of_saved_adapter:
+            _check_saved_adapter(model, config, dims)
+        self._set_targets(selection)
         if state_dict is not None:
-            # PEFT wraps what it has weights of; the second module of a fusion layer has none of its own.
-            held = {key.rpartition(".sdpt_prompts")[0].removeprefix(_COMPILED) for key in state_dict}
-            selected = {name: width for name, width in selected.items() if name.removeprefix(_COMPILED) in held}
-            parts = [part for part, (_, name) in self._targets.items() if name in held and part not in held]
-            state_dict = state_dict | {f"{part}.sdpt_prompts": None for part in parts}
-        config.fusion_layers = selected
-        config.attached = True
+            named = {layer_of(key) for key in state_dict}
+            dims = {name: dim for name, dim in dims.items() if name in named}
+            # PEFT wraps the modules that the state dict names. It reads only the keys, as its documentation says, so
+            # that the values can be empty and the second modules of fusion layers, which have no prompts, have keys.
+            state_dict = {
+                f"{_name_in_peft(part)}{PROMPTS_KEY}": torch.empty(0)
+                for name, layer in selection.layers.items()
+                if plain_name(name) in named
+                for part in layer.parts
+            }
+        if config.fusion_layers not in (None, dims):
+            # The adapter of another base model uses the same config.
+            config = copy.deepcopy(config)
+        config.fusion_layers = dims
         self.peft_config[adapter_name] = config
-        super().inject_adapter(model, adapter_name, *args, state_dict=state_dict, **kwargs)
-        for part, (_, name) in targets.items():
-            if part != name and isinstance(module := model.get_submodule(part), SharedSDPTLayer):
-                module.share(model.get_submodule(name))
-            _watch_output_attentions(model, part)
+        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        for name, layer in selection.layers.items():
+            for part in layer.parts:
+                if isinstance(module := model.get_submodule(part), SharedSDPTLayer):
+                    first = model.get_submodule(name)
+                    assert isinstance(first, SDPTLayer)
+                    module.share(first)
 
-    def _prepare_adapter_config(self, peft_config: SDPTConfig, model_config: dict) -> SDPTConfig:
+    def _set_targets(self, selection: Selection) -> None:
+        """Store what PEFT is told about each module while it walks through the base model."""
+        # The spec of each module to wrap, and whether the module holds the prompts of its fusion layer.
+        self._targets: dict[str, tuple[FusionHost, bool]] = {}
+        for name, layer in selection.layers.items():
+            for part in layer.parts:
+                self._targets[part] = self._targets[_name_in_peft(part)] = (layer.spec, part == name)
+        self._excluded = {part for layer in selection.excluded.values() for part in layer.parts}
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         return peft_config
 
-    def _check_target_module_exists(self, peft_config: SDPTConfig, key: str) -> bool:
-        return key in self._targets
+    def _check_target_module_exists(  # type: ignore[override] # PEFT calls its static method on the instance
+        self, peft_config: PeftConfig, key: str
+    ) -> Any:
+        # PEFT warns if `exclude_modules` is given and nothing was excluded.
+        return _ExcludedModule() if key in self._excluded else key in self._targets
 
     def _create_and_replace(
         self,
-        peft_config: SDPTConfig,
+        peft_config: PeftConfig,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -102,43 +117,36 @@ class SDPTModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        assert isinstance(peft_config, SDPTConfig)
         if isinstance(target, SDPTLayer):
             target.update_layer(adapter_name, peft_config)
             return
-        host, name = self._targets[current_key]
-        layer_class = SDPTLayer if current_key == name else SharedSDPTLayer
-        layer = layer_class(target, host, adapter_name, peft_config, side=host.side_of(current_key))
+        spec, holds_prompts = self._targets[current_key]
+        layer_class = SDPTLayer if holds_prompts else SharedSDPTLayer
+        layer = layer_class(target, spec, adapter_name, peft_config, side=spec.side_of(current_key))
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # The base class expects a `.weight`; our layer has put its prompts where the host is already.
+        # The base class expects a `.weight`. The layer is on the device of the base model already.
         setattr(parent, child_name, new_module)
 
     def _get_module_names_tied_with_embedding(self) -> list[str]:
-        # PEFT asks the host for its input embeddings, which detectors do not have.
+        # PEFT asks the base model for its input embeddings, which detectors do not have.
         try:
             return super()._get_module_names_tied_with_embedding()
         except NotImplementedError:
             return []
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        host = super()._unload_and_optionally_merge(*args, **kwargs)
-        for module in host.modules():
-            for number, hook in list(module._forward_pre_hooks.items()):
-                if hook is _tell_output_attentions:
-                    del module._forward_pre_hooks[number], module._forward_pre_hooks_with_kwargs[number]
-        return host
-
     def _check_merge_allowed(self) -> None:
-        # Here and not only in the layer: another tuner's layers may come before the first of ours.
+        # Here as well as in the layer, because the layers of another tuner may come before the first of ours.
         raise NotImplementedError(CANNOT_MERGE)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Hand `adapter_names` of `model(..., adapter_names=[...])`, one a sample, to the layers for this forward.
+        """Pass the `adapter_names` of `model(..., adapter_names=[...])`, one per sample, to the layers.
 
         Raises:
-            ValueError: no adapter of this tuner has one of the names.
+            ValueError: The model is in training mode, or no adapter of this tuner has one of the names.
         """
         adapter_names = kwargs.get("adapter_names")
         if adapter_names is None:
@@ -147,13 +155,13 @@ class SDPTModel(BaseTuner):
         # In PEFT's words, which callers may look for.
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        # Those of another tuner in the same host, whose configs PEFT keeps beside ours, act on all samples.
-        ours = self._names_of_ours()
+        # PEFT keeps the configs of another tuner beside ours. Its adapters act on all samples.
+        ours = self._sdpt_adapters()
         unknown = sorted(set(adapter_names) - {*ours, BASE})
         if unknown:
             raise ValueError(
                 f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. This model has the adapters "
-                f"{ours}, and {BASE!r} is the host without one."
+                f"{ours}, and {BASE!r} is the base model without one."
             )
 
         def pass_on(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -162,7 +170,7 @@ class SDPTModel(BaseTuner):
                 names = [name if name in module._adapters else BASE for name in names]
             return args, {**kwargs, "adapter_names": names}
 
-        # Layers of ours, and what `modules_to_save` of our adapters has copies of.
+        # SDPT layers, and modules of which our adapters have copies (`modules_to_save`).
         takers = [
             module
             for module in self.model.modules()
@@ -176,7 +184,7 @@ class SDPTModel(BaseTuner):
             for handle in handles:
                 handle.remove()
 
-    def _names_of_ours(self) -> list[str]:
+    def _sdpt_adapters(self) -> list[str]:
         return sorted(name for name, config in self.peft_config.items() if isinstance(config, SDPTConfig))
 
     def add_weighted_adapter(
@@ -186,19 +194,20 @@ class SDPTModel(BaseTuner):
         adapter_name: str,
         combination_type: str = "cat",
     ) -> None:
-        """Make a new adapter of others, on the layers that they share.
+        """Combine adapters into a new one.
 
         Args:
-            adapters: names of at least one adapter, alike in `prompt_mode`, `prompt_space`, `image_attends_prompts`,
-                `pinv_rtol` and layers, and without `modules_to_save`.
-            weights: a factor for the tokens of each, in the aligned space.
-            adapter_name: of the new one. It is not made active, and not trainable until it is.
-            combination_type: `"cat"`, the tokens of one after those of the other: with weights of 1 what activating
-                all of them gives. `"linear"`, the weighted sum of their tokens; all have as many.
+            adapters: Names of the adapters, at least one. They must have the same `prompt_mode`, `prompt_space`,
+                `image_attends_prompts`, `pinv_rtol` and fusion layers, and no `modules_to_save`.
+            weights: A factor for the tokens of each adapter, in the aligned space.
+            adapter_name: Name of the new adapter. It is not active, and not trainable until it is made active.
+            combination_type: `"cat"` appends the tokens of one adapter to those of the other. With weights of 1, this
+                equals activating all of them. `"linear"` is the weighted sum of their tokens; all must have the same
+                number of tokens.
 
         Raises:
-            ValueError: naming the argument, when a name is unknown or taken, numbers do not match, or the adapters
-                cannot be combined.
+            ValueError: A name is unknown or taken, numbers do not match, or the adapters cannot be combined. The
+                message names the argument.
         """
         self._check_combination(adapters, weights, adapter_name, combination_type)
         configs = [self.peft_config[name] for name in adapters]
@@ -208,12 +217,10 @@ class SDPTModel(BaseTuner):
         self.peft_config[adapter_name] = config
         self.inject_adapter(self.model, adapter_name)
         with torch.no_grad():
-            for layer in self.model.modules():
-                if not _holds_prompts(layer) or adapter_name not in layer.sdpt_prompts:
-                    continue
+            for _, layer in _layers_with_prompts(self.model, adapter_name):
                 parts = [layer.sdpt_prompts[name] * weight for name, weight in zip(adapters, weights, strict=True)]
                 # Tokens are the last dimension but one, also where each modality has a set.
-                combined = torch.cat(parts, dim=-2) if combination_type == "cat" else sum(parts)
+                combined = torch.cat(parts, dim=-2) if combination_type == "cat" else functools.reduce(torch.add, parts)
                 layer.sdpt_prompts[adapter_name].copy_(combined)
         self.set_requires_grad(adapter_name, requires_grad=False)
 
@@ -228,7 +235,7 @@ class SDPTModel(BaseTuner):
             raise ValueError(f"adapter_name {adapter_name!r} is taken; this model has {sorted(self.peft_config)}")
         if not adapters or len(adapters) != len(weights):
             raise ValueError(f"adapters and weights must be as many, at least one; got {adapters} and {weights}")
-        ours = self._names_of_ours()
+        ours = self._sdpt_adapters()
         unknown = [name for name in adapters if name not in ours]
         if unknown:
             raise ValueError(f"adapters has {unknown}, but the SDPT adapters of this model are {ours}")
@@ -249,192 +256,76 @@ class SDPTModel(BaseTuner):
                 )
 
     @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """Return the key of a saved tensor, without what `torch.compile` adds to names."""
+        return str(super()._remove_adapter_name_from_key(key, adapter_name)).replace("_orig_mod.", "")
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls,
         model: nn.Module,
-        config: SDPTConfig,
+        config: PeftConfig,
         adapter_name: str,
         state_dict: dict[str, torch.Tensor],
     ) -> dict[str, torch.Tensor]:
-        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        # Checked as a whole before anything is copied, so that nothing is loaded by halves.
-        prompts = {
-            f"{name}.sdpt_prompts.{adapter_name}": tuple(module.sdpt_prompts[adapter_name].shape)
-            for name, module in model.named_modules()
-            if _holds_prompts(module) and adapter_name in module.sdpt_prompts
-        }
-        found = {k: tuple(v.shape) for k, v in remapped.items() if ".sdpt_prompts" in k}
-        _check_prompt_shapes(
-            found={_layer_name(key): shape for key, shape in found.items()},
-            expected={_layer_name(key): shape for key, shape in prompts.items()},
+        """Map the keys of saved prompts to those of the model, whatever wrappers either of them had.
+
+        Raises:
+            ValueError: Prompts are missing, surplus or of another shape. Nothing has been loaded then.
+        """
+        names = {plain_name(name): name for name, _ in _layers_with_prompts(model, adapter_name)}
+        prompts = {layer_of(key): value for key, value in state_dict.items() if PROMPTS_KEY in key}
+        check_base_model(
+            found={name: tuple(value.shape) for name, value in prompts.items()},
+            expected={
+                plain_name(name): tuple(layer.sdpt_prompts[adapter_name].shape)
+                for name, layer in _layers_with_prompts(model, adapter_name)
+            },
         )
-        return remapped
-
-
-def _layer_name(key: str) -> str:
-    """Module name of a fusion layer in the host, from a key of its prompts."""
-    return key.removeprefix("base_model.model.").partition(".sdpt_prompts")[0]
-
-
-def _check_prompt_shapes(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:
-    """Refuse an adapter whose prompts are not those that this host takes.
-
-    Args:
-        found: layer name to shape of the prompts in the adapter.
-        expected: layer name to shape of the prompts in the host.
-
-    Raises:
-        ValueError: naming every layer that differs, with both shapes.
-    """
-    if differences := differing_shapes(found, expected):
-        raise ValueError(
-            "This SDPT adapter was made for another host (expected: prompts that this host takes with "
-            f"the adapter's config, found: prompts of the adapter). {differences}. "
-            "A config loaded with an adapter belongs to its host; make a new SDPTConfig to start on "
-            "another one."
+        rest = {key: value for key, value in state_dict.items() if PROMPTS_KEY not in key}
+        remapped: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, rest
         )
+        return remapped | {f"{names[name]}{PROMPTS_KEY}.{adapter_name}": value for name, value in prompts.items()}
 
 
-def _watch_output_attentions(model: nn.Module, name: str) -> None:
-    """Have the fusion layer of this name told in each call whether attention weights are asked for.
-
-    It is not given that itself: the nearest module around it that takes `output_attentions` decides what is kept.
-    """
-    parts = name.split(".")
-    for depth in range(len(parts) - 1, -1, -1):
-        module = model.get_submodule(".".join(parts[:depth]))
-        if "output_attentions" in parameters_of(type(module)):
-            if _tell_output_attentions not in module._forward_pre_hooks.values():
-                module.register_forward_pre_hook(_tell_output_attentions, with_kwargs=True)
-            return
+def _name_in_peft(name: str) -> str:
+    """Return how PEFT calls a module when it matches a state dict: without what compiling the whole model adds."""
+    return name.removeprefix("_orig_mod.")
 
 
-def _tell_output_attentions(module: nn.Module, args: tuple, kwargs: dict) -> None:
-    wanted = {**dict(zip(parameters_of(type(module)), args, strict=False)), **kwargs}.get("output_attentions")
-    if wanted is None:
-        wanted = getattr(getattr(module, "config", None), "output_attentions", False)
-    for layer in module.modules():
-        if isinstance(layer, SDPTLayer):
-            layer.output_attentions = bool(wanted)
-
-
-class _FusionLayer(NamedTuple):
-    """A fusion layer of a host: the modules it is made of, in the host's order."""
-
-    host: FusionHost
-    parts: list[str]
-    projections: list[nn.Module]
-
-
-def _holds_prompts(module: nn.Module) -> bool:
-    return isinstance(module, SDPTLayer) and not isinstance(module, SharedSDPTLayer)
-
-
-def _select_fusion_layers(model: nn.Module, config: SDPTConfig) -> dict[str, _FusionLayer]:
-    """The fusion layers that `config` asks for, in the host's order, each under the name of its first module."""
-    modules = _adaptable_modules(model, config)
-    layers = _fusion_layers(model, modules)
-    if not layers:
-        raise ValueError(
-            f"{type(model).__name__} has no fusion layer that SDPT knows"
-            + (f" outside of modules_to_save={config.modules_to_save}" if config.modules_to_save else "")
-            + f". Models that have one: {supported_hosts()}. Others: peft_sdpt.register_host."
-        )
-
-    names = list(layers)
-    if config.layers_to_transform is not None:
-        absent = [index for index in config.layers_to_transform if index >= len(names)]
-        if absent:
-            raise ValueError(
-                f"SDPTConfig.layers_to_transform has {absent}, but {type(model).__name__} has "
-                f"{len(names)} fusion layers, numbered 0 to {len(names) - 1}."
-            )
-        names = [name for i, name in enumerate(names) if i in config.layers_to_transform]
-
-    if config.target_modules is not None:
-        targeted = _targeted_names(modules, layers, config)
-        names = [name for name in names if not targeted.isdisjoint(layers[name].parts)]
-        if not names:
-            raise ValueError(
-                f"SDPTConfig.target_modules={config.target_modules!r} matches none of the fusion "
-                f"layers asked for by layers_to_transform={config.layers_to_transform}."
-            )
-    for name in names:
-        _check_mode(name, layers[name].host, config)
-        for projection in layers[name].projections:
-            refuse_adapted(projection)
-            refuse_out_of_reach(projection)
-    return {name: layers[name] for name in names}
-
-
-def _fusion_layers(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, _FusionLayer]:
-    """All fusion layers among `modules`; those with one of two parts alone are none."""
-    hosts = find_hosts(model)
-    layers: dict[str, _FusionLayer] = {}
-    for name, module in modules.items():
-        host = module.fusion_host if isinstance(module, SDPTLayer) else hosts.get(name)
-        if host is None:
-            continue
-        layer = layers.setdefault(host.leader(name), _FusionLayer(host, [], []))
-        layer.parts.append(name)
-        layer.projections.extend(host.projections(module.get_base_layer() if isinstance(module, SDPTLayer) else module))
-    return {name: layer for name, layer in layers.items() if len(layer.projections) == layer.host.num_sides}
-
-
-def _check_mode(name: str, host: FusionHost, config: SDPTConfig) -> None:
-    if config.prompt_mode == "independent" and host.num_sides != 2:
-        raise ValueError(
-            f"SDPTConfig.prompt_mode='independent' gives each of two sides its own tokens, and '{name}' ({host.name}) "
-            "has one. Use 'unified'."
-        )
-    if not config.image_attends_prompts and host.image_reads is None:
-        raise ValueError(
-            f"SDPTConfig.image_attends_prompts=False hides prompts from image tokens, and what '{name}' ({host.name}) "
-            "does cannot be told apart by who attends. Use True."
-        )
-
-
-def _adaptable_modules(model: nn.Module, config: SDPTConfig) -> dict[str, nn.Module]:
-    """All named modules but those inside tuner layers or trained whole (`modules_to_save`)."""
-    modules: dict[str, nn.Module] = {}
-    closed: tuple[str, ...] = ()
+def _layers_with_prompts(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, SDPTLayer]]:
+    """Yield each layer that holds prompts of an adapter, with its full name."""
     for name, module in model.named_modules():
-        if not name or name.startswith(closed):
-            continue
-        if isinstance(module, AuxiliaryTrainingWrapper) or any(
-            _ends_with(name, saved) for saved in config.modules_to_save or ()
+        if (
+            isinstance(module, SDPTLayer)
+            and not isinstance(module, SharedSDPTLayer)
+            and adapter_name in module.sdpt_prompts
         ):
-            closed += (name + ".",)
-            continue
-        if isinstance(module, SDPTLayer):
-            closed += (name + ".",)
-        modules[name] = module
-    return modules
+            yield name, module
 
 
-def _targeted_names(modules: dict[str, nn.Module], layers: dict[str, _FusionLayer], config: SDPTConfig) -> set[str]:
-    """Names that `target_modules` matches, by PEFT's rules; all of them of fusion layers."""
-    targets = config.target_modules
-    known = [part for layer in layers.values() for part in layer.parts]
-    if isinstance(targets, str):
-        matched = {name for name in modules if match_target_against_key(targets, name)}
-        unused = [] if matched else [targets]
-    else:
-        matched = {name for name in modules if any(_ends_with(name, t) for t in targets)}
-        unused = [t for t in targets if not any(_ends_with(name, t) for name in matched)]
-    strangers = sorted(matched.difference(known))
-    if strangers:
+def _refuse_second_tuner(model: nn.Module) -> None:
+    """Refuse a `PeftModel` with SDPT adapters: its own methods add and load adapters."""
+    for module in model.modules():
+        if isinstance(module, PeftModel) and isinstance(module.base_model, SDPTModel):
+            raise ValueError(
+                f"The model is a PeftModel with the SDPT adapters {sorted(module.peft_config)} already. Add an adapter "
+                "to it with its add_adapter, load one with its load_adapter, or pass its get_base_model() after "
+                "unload()."
+            )
+
+
+def _check_saved_adapter(model: nn.Module, config: SDPTConfig, dims: dict[str, int]) -> None:
+    """Check that a saved adapter can be loaded onto a base model, before that is touched."""
+    layers = {plain_name(name): dim for name, dim in (config.fusion_layers or {}).items()}
+    check_base_model(
+        found={name: config.prompt_shape(dim) for name, dim in layers.items()},
+        expected={name: config.prompt_shape(dim) for name, dim in dims.items()},
+    )
+    names = [name for name, _ in model.named_modules() if matches(config.modules_to_save, name)]
+    if any("_orig_mod." in name for name in names):
         raise ValueError(
-            f"SDPTConfig.target_modules={targets!r} matches '{strangers[0]}' "
-            f"({type(modules[strangers[0]]).__name__}), which is no fusion layer. Supported: "
-            f"{supported_hosts()}."
+            f"An adapter with modules_to_save={config.modules_to_save} cannot be loaded onto a compiled model, because "
+            "PEFT looks for the modules under the names that torch.compile gives them. Load it first, then compile."
         )
-    if unused:
-        raise ValueError(
-            f"SDPTConfig.target_modules: {unused} matches no module. Fusion layers of this host: {', '.join(known)}."
-        )
-    return matched
-
-
-def _ends_with(name: str, target: str) -> bool:
-    return name == target or name.endswith(f".{target}")

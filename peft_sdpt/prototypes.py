@@ -16,7 +16,6 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from .detection.grounding import class_token_maps
 from .hosts.bi_attention import BiAttentionHost
 from .layer import SDPTLayer
 
@@ -99,14 +98,17 @@ def initialize_sdpt_prototypes(
 @torch.no_grad()
 def _candidates(
     model: PeftModel,
-    encoder: nn.Module,
+    encoder: Any,
     layers: dict[str, SDPTLayer],
     dataloader: Iterable[tuple[Mapping[str, Any], list[dict[str, Tensor]]]],
     num_batches: int,
     seed: int,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Query states `(n, E)` of each layer, of image tokens within boxes and of text tokens of their classes."""
-    found = {name: (_Sample(layer.width, seed), _Sample(layer.width, seed)) for name, layer in layers.items()}
+    # Here, because `import peft_sdpt` does without the extra `detection`.
+    from .detection.grounding import class_token_maps
+
+    found = {name: (_Sample(layer.embed_dim, seed), _Sample(layer.embed_dim, seed)) for name, layer in layers.items()}
     current: dict[str, Any] = {}
 
     def see_positions(_: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -122,11 +124,12 @@ def _candidates(
         )
 
     def see_tokens(name: str, layer: SDPTLayer, args: tuple, kwargs: dict) -> None:
-        host = layer.fusion_host
-        bound = host.bind(args, kwargs)
-        tokens = (bound[host.image_tokens], bound[host.text_tokens])
+        spec = layer.fusion_host
+        assert isinstance(spec, BiAttentionHost)
+        bound = spec.bind(args, kwargs)
+        tokens = (bound[spec.image_tokens], bound[spec.text_tokens])
         shown = (current["image"], current["text"][:, : tokens[1].shape[1]])
-        for sample, projection, states, mask in zip(found[name], layer._projections(), tokens, shown, strict=True):
+        for sample, projection, states, mask in zip(found[name], layer.projections, tokens, shown, strict=True):
             sample.add(states[mask], projection)
 
     hooks = [encoder.register_forward_pre_hook(see_positions, with_kwargs=True)]
@@ -207,7 +210,7 @@ def _prototypes(rows: Tensor, count: int, kind: str, generator: torch.Generator)
     if kind == "mean":
         return torch.stack([group.mean(0) for group in rows.tensor_split(count)])
     # Here, because the rest of the package does without SciPy.
-    from scipy.cluster.vq import kmeans2
+    from scipy.cluster.vq import kmeans2  # type: ignore[import-untyped] # it has no types
 
     seed = int(torch.randint(2**31, (), generator=generator))
     centres, _ = kmeans2(rows.double().numpy(), count, minit="++", seed=seed, missing="warn")

@@ -1,9 +1,10 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""Whether the weights of a saved adapter can be had and are its own, found out before a host is touched.
+"""Saved adapters: whether their weights can be read and fit, found out before a base model is touched.
 
-PEFT attaches an adapter first and fetches and reads its weights afterwards: whatever goes wrong then leaves the host
-with an adapter of random numbers on it.
+PEFT attaches an adapter first, and fetches and reads its weights afterwards. If that failed, the base model would be
+left with an adapter of random numbers. So the names and shapes of the weights are read when PEFT loads the config,
+which it does first.
 """
 
 from __future__ import annotations
@@ -11,55 +12,169 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
+from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from peft.config import PeftConfig
 from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from peft.utils.save_and_load import load_peft_weights
+from safetensors import safe_open
+
+from .model_card import complete_card
+
+Shapes = dict[str, tuple[int, ...]]
+# Between the name of a fusion layer and the name of the adapter, in keys of a state dict.
+PROMPTS_KEY = ".sdpt_prompts"
 
 
-def check_saved_weights(
-    model_id: str | os.PathLike, subfolder: str | None, shapes: dict[str, tuple[int, ...]], **download: Any
-) -> None:
-    """Read the weights of an adapter as PEFT will, and drop them. Where there are none, there is nothing to check.
+class SavedConfig(PeftConfig):
+    """How the config of an adapter is read from its folder or repository, and written into it."""
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, subfolder: str | None = None, **kwargs: Any
+    ) -> Any:
+        """Load a config, and check that the weights beside it can be read and fit it.
+
+        `PeftModel.from_pretrained`, `load_adapter` and transformers' `load_adapter` call this before they touch the
+        base model. They do not if they are given `config=`, and there is nothing to check if there are no weights.
+
+        Args:
+            pretrained_model_name_or_path: Folder, or repository of the Hub.
+            subfolder: Subfolder of it.
+            kwargs: Arguments of `huggingface_hub.hf_hub_download`. Others are ignored.
+
+        Raises:
+            ValueError: There is no config, one of its values breaks a rule, or the weights beside it cannot be fetched
+                or read, or do not fit the config.
+        """
+        path = os.fspath(pretrained_model_name_or_path)
+        config = super().from_pretrained(path, subfolder=subfolder, **kwargs)
+        if isinstance(config, SavedConfig):
+            download, _, _ = cls._split_kwargs(kwargs)
+            check_weights(path, subfolder, config.prompt_shapes(), **download)
+        return config
+
+    def prompt_shapes(self) -> Shapes | None:
+        """Return the shape of the prompts of each adapted fusion layer; None if the config does not name the layers."""
+        raise NotImplementedError
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Write `adapter_config.json`, and complete the model card if PEFT has put one beside it."""
+        # PEFT's model passes the class of the base model here. It is kept, so that saving or pushing the config alone
+        # later does not lose it.
+        self.auto_mapping = kwargs.get("auto_mapping_dict") or self.auto_mapping
+        super().save_pretrained(os.fspath(save_directory), **kwargs)
+        complete_card(save_directory, self)
+
+    def _upload_modified_files(self, working_dir: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        # `push_to_hub` has put the card of the repository, or transformers' empty one, over ours.
+        complete_card(working_dir, self)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
+
+
+def plain_name(name: str) -> str:
+    """Return the name of a module or parameter without what wrappers add.
+
+    These are `torch.compile` anywhere in the name, and `PeftModel`, DataParallel and DistributedDataParallel at its
+    beginning.
+
+    Example:
+        >>> plain_name("module.base_model.model._orig_mod.encoder.layers.0._orig_mod.attn")
+        'encoder.layers.0.attn'
+    """
+    name = name.replace("_orig_mod.", "")
+    while (inner := name.removeprefix("module.").removeprefix("base_model.model.")) != name:
+        name = inner
+    return name
+
+
+def layer_of(key: str) -> str:
+    """Return the plain name of the fusion layer whose prompts a key of a state dict names."""
+    return plain_name(key.partition(PROMPTS_KEY)[0])
+
+
+def check_weights(adapter: str, subfolder: str | None, expected: Shapes | None, **download: Any) -> None:
+    """Check the names and shapes of the saved weights of an adapter. Without weights, there is nothing to check.
 
     Args:
-        model_id: folder, or repository of the Hub; what is fetched from there stays in the cache for PEFT.
-        subfolder: within it.
-        shapes: name of a fusion layer to shape of its prompts, from the adapter's config; empty if it does not say.
-        download: for `huggingface_hub.hf_hub_download`: `revision`, `token`, `cache_dir` and so on.
+        adapter: Folder, or repository of the Hub. What is fetched from there stays in the cache for PEFT.
+        subfolder: Subfolder of it.
+        expected: Shape of the prompts of each fusion layer. None accepts any.
+        download: Arguments of `huggingface_hub.hf_hub_download`: `revision`, `token`, `cache_dir` and so on.
 
     Raises:
-        ValueError: the weights cannot be fetched or read, or prompts are missing, surplus or of another shape.
+        ValueError: The weights cannot be fetched or read, or prompts are missing, surplus or of another shape.
     """
-    path = os.path.join(model_id, subfolder or "")
-    if os.path.isdir(path) and not any(
-        os.path.exists(os.path.join(path, name)) for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
-    ):
-        return
+    path = os.path.join(adapter, subfolder or "")
     try:
-        weights = load_peft_weights(model_id, device="cpu", subfolder=subfolder, **download)
+        file = _weights_file(adapter, subfolder, **download)
+        shapes = {} if file is None else _shapes_in(file)
     except Exception as error:  # of safetensors, pickle, the file system, HTTP
-        cause = error.__context__ if isinstance(error, ValueError) else None
-        if isinstance(cause, EntryNotFoundError) and not isinstance(cause, LocalEntryNotFoundError):
-            return  # a repository with a config alone
         raise ValueError(
-            f"The weights of the SDPT adapter {path!r} cannot be loaded, and nothing was put on the host: "
+            f"The weights of the SDPT adapter {path!r} cannot be loaded, and nothing was put on the base model: "
             f"{type(error).__name__}: {error}"
         ) from error
-    if not shapes:
+    if file is None or expected is None:
         return
-    prefix, suffix = "base_model.model.", ".sdpt_prompts"
-    found = {
-        key.removeprefix(prefix).removesuffix(suffix): tuple(v.shape) for key, v in weights.items() if suffix in key
-    }
-    if differences := differing_shapes(found, shapes):
+    found = {layer_of(key): shape for key, shape in shapes.items() if PROMPTS_KEY in key}
+    if differences := differing_shapes(found, expected):
         raise ValueError(
-            f"The weights of the SDPT adapter {path!r} are not those of its config, and nothing was put on the host "
-            f"(expected: prompts that the config tells of, found: prompts of the weights). {differences}."
+            f"The weights of the SDPT adapter {path!r} do not fit its config, and nothing was put on the base model "
+            f"(expected: prompts that the config names, found: prompts of the weights). {differences}."
         )
 
 
-def differing_shapes(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> str:
-    """Every fusion layer whose prompts are not as expected, with both shapes, for a message; empty if all are."""
+def _weights_file(adapter: str, subfolder: str | None, **download: Any) -> str | None:
+    """Return the file that PEFT will load, fetched from the Hub if it is there; None if there is none."""
+    folder = os.path.join(adapter, subfolder or "")
+    names = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
+    for name in names:
+        if os.path.exists(os.path.join(folder, name)):
+            return os.path.join(folder, name)
+    if os.path.isdir(folder):
+        return None
+    offline: LocalEntryNotFoundError | None = None
+    for name in names:
+        try:
+            return hf_hub_download(adapter, name, subfolder=subfolder, **download)
+        except LocalEntryNotFoundError as error:  # the Hub cannot be reached, and the cache does not have the file
+            offline = error
+        except EntryNotFoundError:
+            continue
+    if offline is not None:
+        raise offline
+    return None
+
+
+def _shapes_in(file: str) -> Shapes:
+    if file.endswith(".safetensors"):
+        # Reads the header only, and checks that the file is as long as the header says.
+        with safe_open(file, framework="pt") as weights:
+            return {key: tuple(weights.get_slice(key).get_shape()) for key in weights.keys()}  # noqa: SIM118
+    weights = torch.load(file, map_location="meta", weights_only=True)
+    return {key: tuple(value.shape) for key, value in weights.items()}
+
+
+def check_base_model(found: Shapes, expected: Shapes) -> None:
+    """Check that the prompts of an adapter are those that a base model takes.
+
+    Args:
+        found: Shape of the prompts of each fusion layer in the adapter.
+        expected: Shape of the prompts that each fusion layer of the base model takes.
+
+    Raises:
+        ValueError: They differ. The message names every layer that does, with both shapes.
+    """
+    if differences := differing_shapes(found, expected):
+        raise ValueError(
+            "This SDPT adapter was made for another base model (expected: prompts that this base model takes with the "
+            f"adapter's config, found: prompts of the adapter). {differences}. A config loaded with an adapter belongs "
+            "to its base model; make a new SDPTConfig to start on another one."
+        )
+
+
+def differing_shapes(found: Shapes, expected: Shapes) -> str:
+    """Describe every fusion layer whose prompts are not as expected, with both shapes; empty if there is none."""
     return "; ".join(
         f"layer '{name}': expected {expected.get(name, 'no such fusion layer')}, found {found.get(name, 'no prompts')}"
         for name in sorted(expected.keys() | found.keys())

@@ -1,10 +1,13 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""The weight of a frozen projection: dense whatever keeps it, and whether it is still what it was."""
+"""The weight of a frozen projection: its dense values however they are stored, and whether it has changed.
+
+Projections are typed as `nn.Linear`. They may be another tuner's layer or a quantised one, which act like it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -13,44 +16,22 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_module_weight, gather_params_ctx
 from torch import nn
 
-from .inverse import inverse_projection, reachable_basis
-
-
-def inverse_of(query: nn.Module, rtol: float | None) -> torch.Tensor:
-    """Inverse of a projection, as `inverse_projection` takes it of its dense weight.
-
-    Raises:
-        TypeError: the weight is of no floating point dtype and of no known quantisation.
-    """
-    with _dense_weight(query) as weight:
-        return inverse_projection(weight, rtol)
-
-
-def basis_of(queries: Sequence[nn.Module]) -> torch.Tensor:
-    """Basis of what projections reach, as `reachable_basis` takes it of their dense weights."""
-    weights = []
-    for query in queries:
-        with _dense_weight(query) as weight:
-            # A copy, because a gathered weight is gone after this.
-            weights.append(weight.detach().clone())
-    return reachable_basis(weights)
-
 
 @contextmanager
-def _dense_weight(query: nn.Module) -> Iterator[torch.Tensor]:
-    """The map that the host applies, `(out_features, in_features)`.
+def dense_weight(projection: nn.Linear) -> Iterator[torch.Tensor]:
+    """Yield the weight that a projection applies, `(out_features, in_features)`.
 
-    Weights that DeepSpeed ZeRO-3 or FSDP2 have sharded are gathered for it, by all processes together; quantised ones
-    are what they stand for. Known are the dynamic int8 of PyTorch, torchao and bitsandbytes.
+    Weights that DeepSpeed ZeRO-3 or FSDP2 have sharded are gathered, by all processes together. Quantised weights are
+    dequantised: the dynamic int8 of PyTorch, torchao and bitsandbytes are known.
     """
-    module = query.get_base_layer() if isinstance(query, BaseTunerLayer) else query
+    module: Any = projection.get_base_layer() if isinstance(projection, BaseTunerLayer) else projection
     if callable(module.weight):  # dynamic int8
         yield module.weight().dequantize()
         return
-    # On its own device: adapters may be attached under a default of "meta".
+    # On the weight's own device, because adapters may be attached under a default device of "meta".
     with gather_params_ctx([module.weight]), torch.device(module.weight.device):
         if type(module.weight).__name__ == "Int8Params":
-            # On the CPU, PEFT 0.21's way leaves bitsandbytes' layer without its scales.
+            # On the CPU, PEFT 0.21 would leave bitsandbytes' layer without its scales.
             scales = module.weight.SCB if module.weight.SCB is not None else module.state.SCB
             weight = module.weight.data * scales[:, None] / 127
         else:
@@ -60,22 +41,25 @@ def _dense_weight(query: nn.Module) -> Iterator[torch.Tensor]:
         yield weight
 
 
-def bias_of(query: nn.Module) -> torch.Tensor | None:
-    """Bias of a projection, `(out_features,)`."""
-    return query.bias() if callable(query.bias) else query.bias
+def bias_of(projection: nn.Linear) -> torch.Tensor | None:
+    """Return the bias of a projection, `(out_features,)`."""
+    bias: Any = projection.bias
+    return bias() if callable(bias) else bias
 
 
-def device_and_dtype(query: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Where a projection computes and what it takes: of a quantised one that computes wider than it stores, float32."""
-    if callable(query.weight):
+def device_and_dtype(projection: nn.Linear) -> tuple[torch.device, torch.dtype]:
+    """Return the device of a projection and the dtype of its inputs; float32 if its weight is quantised."""
+    weight: Any = projection.weight
+    if callable(weight):
         return torch.device("cpu"), torch.float32
-    dtype = query.weight.dtype
-    return query.weight.device, dtype if dtype.is_floating_point else torch.float32
+    return weight.device, weight.dtype if weight.dtype.is_floating_point else torch.float32
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Whether a projection is its weight and bias and nothing else, so that others may calculate with them: no adapter,
-    no quantisation, no weights that are gathered or fetched by a call, no hooks that watch one."""
+    """Return whether a projection is nothing but its weight and bias, so that they may be used without calling it.
+
+    An adapter, quantisation, weights that are gathered or fetched by a call, and hooks all make it more than that.
+    """
     return (
         type(module) is nn.Linear
         and _is_plain(module.weight)
@@ -86,7 +70,7 @@ def is_plain_linear(module: nn.Module) -> bool:
 
 
 class TensorState(NamedTuple):
-    """What a tensor was. The alias keeps the storage alive: no later tensor can come to lie at its address unseen."""
+    """State of a tensor. The alias keeps its storage alive, so that no later tensor can take its address."""
 
     alias: torch.Tensor
     version: int | None
@@ -98,87 +82,91 @@ class TensorState(NamedTuple):
     def still_holds(self, tensor: torch.Tensor) -> bool:
         if self.alias.is_meta or tensor.is_meta:
             return self.alias.is_meta and tensor.is_meta and self.alias.shape == tensor.shape
-        return self.alias.device == tensor.device and self.alias.is_set_to(tensor) and self.version == _version(tensor)
+        same_memory = self.alias.device == tensor.device and self.alias.is_set_to(tensor)
+        return same_memory and self.version == _version(tensor)
 
 
 class WeightState(NamedTuple):
-    """What the weight of a projection was when its inverse was taken.
+    """State of the weight of a projection.
 
-    PEFT merges another tuner's adapter through `.data`, which PyTorch does not count; what is merged
-    into the projection is therefore part of its state.
+    PEFT merges another tuner's adapter through `.data`, which PyTorch does not count. The names of the merged adapters
+    are therefore part of the state.
     """
 
-    held: Any
+    stored: Any
     merged: tuple[str, ...]
 
     @classmethod
-    def of(cls, query: nn.Module) -> WeightState:
-        held = _held(query)
-        return cls(TensorState.of(held) if _is_plain(held) else held, _merged(query))
+    def of(cls, projection: nn.Linear) -> WeightState:
+        stored = _stored(projection)
+        return cls(TensorState.of(stored) if _is_plain(stored) else stored, _merged(projection))
 
     @staticmethod
-    def is_certain(query: nn.Module) -> bool:
-        """Whether a change in place is seen; not of quantised and sharded weights."""
-        return _is_plain(_held(query))
+    def is_certain(projection: nn.Linear) -> bool:
+        """Return whether a change in place is noticed. It is not for quantised and sharded weights."""
+        return _is_plain(_stored(projection))
 
-    def still_holds(self, query: nn.Module) -> bool:
-        held = _held(query)
-        if self.merged != _merged(query):
+    def still_holds(self, projection: nn.Linear) -> bool:
+        stored = _stored(projection)
+        if self.merged != _merged(projection):
             return False
-        if _is_plain(held):
-            return isinstance(self.held, TensorState) and self.held.still_holds(held)
-        return self.held is held
+        if _is_plain(stored):
+            return isinstance(self.stored, TensorState) and self.stored.still_holds(stored)
+        return self.stored is stored
 
 
-def _held(query: nn.Module) -> Any:
-    """What the weight is kept in: a tensor, or the packed parameters of dynamic int8."""
-    return query._packed_params._packed_params if callable(query.weight) else query.weight
+def _stored(projection: nn.Linear) -> Any:
+    """Return what holds the weight: a tensor, or the packed parameters of dynamic int8."""
+    packed: Any = projection
+    return packed._packed_params._packed_params if callable(packed.weight) else packed.weight
 
 
-def _is_plain(held: Any) -> bool:
-    """Whether PyTorch tells of changes; quantised and sharded weights are compared by identity."""
-    return type(held) in (torch.Tensor, nn.Parameter) and not hasattr(held, "ds_id")
+def _is_plain(stored: Any) -> bool:
+    """Return whether PyTorch counts changes of this tensor. Quantised and sharded weights are compared by identity."""
+    return type(stored) in (torch.Tensor, nn.Parameter) and not hasattr(stored, "ds_id")
 
 
-def _merged(query: nn.Module) -> tuple[str, ...]:
-    return tuple(getattr(query, "merged_adapters", ()))
+def _merged(projection: nn.Linear) -> tuple[str, ...]:
+    return tuple(getattr(projection, "merged_adapters", ()))
 
 
 def _version(tensor: torch.Tensor) -> int | None:
-    # Inference tensors have no version; a change of one in place is seen by the load hook only.
+    # Inference tensors have no version. Only the load hook notices a change of one in place.
     return None if tensor.is_inference() else tensor._version
 
 
-def refuse_adapted(query: nn.Module) -> None:
-    """SDPT inverts the host's own map, not the one that another tuner makes of it.
+def refuse_adapted(projection: nn.Module) -> None:
+    """Check that no other tuner changes a projection: SDPT inverts the base model's own weight.
 
     Raises:
-        ValueError: another tuner's adapter acts on the projection without being merged into it.
+        ValueError: Another tuner's adapter acts on the projection without being merged into it.
     """
-    if isinstance(query, BaseTunerLayer) and not query.disable_adapters and not query.merged:
+    if isinstance(projection, BaseTunerLayer) and not projection.disable_adapters and not projection.merged:
         acting = [
-            name for name in query.active_adapters if any(name in getattr(query, n) for n in query.adapter_layer_names)
+            name
+            for name in projection.active_adapters
+            if any(name in getattr(projection, attribute) for attribute in projection.adapter_layer_names)
         ]
         if acting:
             raise ValueError(
-                f"SDPT inverts a projection that the adapter {acting[0]!r} of another tuner ({type(query).__module__}) "
-                "changes in every forward. Merge or disable it, or leave the inverted projections of the fusion layers "
-                "out of its target_modules."
+                f"SDPT inverts a projection that the adapter {acting[0]!r} of another tuner "
+                f"({type(projection).__module__}) changes in every forward. Merge or disable it, or leave the inverted "
+                "projections of the fusion layers out of its target_modules."
             )
 
 
-def refuse_out_of_reach(query: nn.Module) -> None:
-    """An adapter is attached to projections whose weights are here.
+def refuse_out_of_reach(projection: nn.Linear) -> None:
+    """Check that the weight of a projection is on this machine, in one piece.
 
     Raises:
         ValueError: FSDP2 has sharded the weight, or Accelerate offloads it.
     """
-    if hasattr(query.weight, "full_tensor"):
+    if hasattr(projection.weight, "full_tensor"):
         raise ValueError(
-            "SDPT cannot be attached to a host that fully_shard has sharded already: its layers would bypass the hooks "
-            "that gather the weights. Attach SDPT first, and shard the tuned model."
+            "SDPT cannot be attached to a base model that fully_shard has sharded already: its layers would bypass the "
+            "hooks that gather the weights. Attach SDPT first, and shard the tuned model."
         )
-    hook = getattr(query, "_hf_hook", None)
+    hook = getattr(projection, "_hf_hook", None)
     if any(getattr(part, "offload", False) for part in getattr(hook, "hooks", (hook,))):
         raise ValueError(
             "SDPT cannot be attached to offloaded fusion layers: it needs their weights in every forward. Give "

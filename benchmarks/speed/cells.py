@@ -18,7 +18,7 @@ LABELS = {
     "mm-grounding-dino-tiny": "MM Grounding DINO Tiny",
     "grounding-dino-fusion": "Grounding DINO",
     "glip-l-fusion": "GLIP-L",
-    "small-host": "examples/host, 96x96, 40 names",
+    "small-host": "small base model, 96x96, 40 class names",
 }
 # Tasks of cells without an image size and a prompt length.
 SHAPELESS = ("attach", "epoch")

@@ -69,13 +69,13 @@ METHODS = {
     ),
     "ia3": Method(
         "IA3",
-        "scales of keys and values in the fusion layers and in the attention of the encoder and the decoder, and of "
-        "the inputs of fc2",
+        "scales of keys and values in the fusion layers and in the attentions of encoder and decoder, and of the "
+        "inputs of fc2",
         lambda host: with_peft(host, IA3Config(target_modules=IA3_TARGETS, feedforward_modules=IA3_FEEDFORWARD)),
     ),
     "bitfit": Method("BitFit", "all biases except those of the two backbones", lambda h: train(h, is_bitfit), False),
     "vpt": Method(
-        "visual prompts", "VPT-deep: 10 tokens in each window of a block of the Swin backbone",
+        "visual prompts", "VPT-deep: 10 tokens in each window of each block of the Swin backbone",
         attach_window_prompts, fuses=False,
     ),
     "full": Method("full fine-tuning", "everything", lambda host: train(host, lambda _: True), False),

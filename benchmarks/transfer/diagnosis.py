@@ -40,13 +40,18 @@ def diagnose(
     hooks = [layer.register_forward_hook(partial(_see, seen[name]), with_kwargs=True) for name, layer in layers.items()]
     was_training = model.training
     model.eval()
+    configs = [layer.sdpt_config[ADAPTER] for layer in layers.values()]
+    implementations = [config.attn_implementation for config in configs]
+    for config in configs:
+        config.attn_implementation = "eager"  # returns attention weights
     total: Tensor | float = 0.0
     try:
         for inputs, labels in batches:
-            # The eager attention of the base model, which returns attention weights.
             total = total + loss_function(model(**inputs, output_attentions=True), labels)
     finally:
         model.train(was_training)
+        for config, implementation in zip(configs, implementations, strict=True):
+            config.attn_implementation = implementation
         for hook in hooks:
             hook.remove()
     tokens = [layer.sdpt_prompts[ADAPTER] for layer in layers.values()]
@@ -62,7 +67,7 @@ def diagnose(
 def _see(rows: list[dict[str, float]], layer: SDPTLayer, args: tuple, kwargs: dict, outputs: Any) -> None:
     host = layer.fusion_host
     bound = host.bind(args, kwargs)
-    prompts = [side.tokens for side in layer._prompts([ADAPTER], None)]
+    prompts = [side.tokens for side in layer.input_prompts([ADAPTER])]
     row: dict[str, float] = {}
     given = bound[host.image_tokens], bound[host.text_tokens]
     sides = zip(("image", "text"), given, prompts, reversed(prompts), outputs, strict=True)
@@ -78,6 +83,6 @@ def _see(rows: list[dict[str, float]], layer: SDPTLayer, args: tuple, kwargs: di
 @torch.no_grad()
 def _unreached(layer: SDPTLayer) -> float:
     tokens = layer.tokens(ADAPTER).double()
-    columns = torch.cat([projection.weight for projection in layer._projections()], dim=1).double()
+    columns = torch.cat([projection.weight for projection in layer.projections], dim=1).double()
     reached = columns @ torch.linalg.lstsq(columns, tokens.T).solution
     return round((1 - reached.square().sum() / tokens.square().sum()).item(), 6)

@@ -29,19 +29,18 @@ def replace_inverses(model: nn.Module, rule: str) -> nn.Module:
         if rule == "quiet start":
             _start_quietly(layer)
             continue
-        sides = zip(("images", "text"), layer.sdpt_inverses, layer._projections(), strict=True)
-        for modality, inverses, projection in sides:
-            for name in list(inverses):
-                inverses[name] = _inverse(projection, rule, modality).to(inverses[name])
+        for side, (modality, projection) in enumerate(zip(("images", "text"), layer.projections, strict=True)):
+            for config in layer.sdpt_config.values():
+                layer.sdpt_inverses.replace_inverse(side, config.pinv_rtol, _inverse(projection, rule, modality))
     return model
 
 
 def _start_quietly(layer: SDPTLayer) -> None:
-    """Set tokens that become N(0, 1) prompts. Possible because the columns of both projections are independent."""
-    weights = [projection.weight.double() for projection in layer._projections()]
+    """Where the columns of both projections are independent, one token stands for any pair of prompts."""
+    weights = [projection.weight.double() for projection in layer.projections]
     for name, config in layer.sdpt_config.items():
         wanted = []
-        for weight, projection in zip(weights, layer._projections(), strict=True):
+        for weight, projection in zip(weights, layer.projections, strict=True):
             prompts = torch.randn(config.num_virtual_tokens, weight.shape[1]).to(weight)
             wanted.append((prompts @ weight.T + projection.bias) @ weight)
         layer.set_tokens(name, torch.cat(wanted, dim=1) @ torch.linalg.pinv(torch.cat(weights, dim=1)))

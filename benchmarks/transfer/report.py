@@ -38,7 +38,7 @@ Results = dict[str, Any]
 
 
 class Runs:
-    """The results of the runs, for look-ups."""
+    """Look-up of results by task, method and setting."""
 
     def __init__(self, results: Results) -> None:
         self.cells = results["cells"]
@@ -49,14 +49,14 @@ class Runs:
         self.leaders = leaders(self.tasks, self.rates, self.cells)
 
     def values(self, task: str, method: str, metric: str = "AP", **which: Any) -> list[float]:
-        """A metric for each seed that has been measured. `which` are arguments of `cells_of`."""
+        """One value for each measured seed. `which` is passed to `cells_of`."""
         return [cell[metric] for cell in self.cells_of(task, method, **which)]
 
     def cells_of(
         self, task: str, method: str, shots: int | None = SHOTS, rate: float | None = None, fields: tuple = (),
         condition: float | None = None, times: float = 1, seeds: int | None = None,
     ) -> list[dict[str, Any]]:  # fmt: skip
-        """The results for each seed that has been measured, or for the first `seeds` of them."""
+        """Results of all measured seeds, or of the first `seeds` of them."""
         if method == "zero-shot":
             cells = [Cell(task, method, shots=0, condition=condition)]
         else:
@@ -68,7 +68,7 @@ class Runs:
         return [self.cells[cell.key] for cell in cells if cell.key in self.cells]
 
     def over_tasks(self, method: str, metric: str = "AP", shots: int | None = SHOTS) -> list[float]:
-        """The mean over all tasks, for each seed that has been measured on all of them."""
+        """Mean over all tasks, for each seed that was measured on all of them."""
         of_tasks = [self.cells_of(task, method, shots=shots) for task in self.tasks]
         by_seed = [{cell["seed"]: cell[metric] for cell in cells} for cells in of_tasks]
         return [mean(task[seed] for task in by_seed) for seed in by_seed[0] if all(seed in task for task in by_seed)]
@@ -78,21 +78,31 @@ class Runs:
         return next((cell["trained"] for cell in self.cells_of(self.tasks[0], method)), None)
 
 
-# For each measure of `diagnose`, its heading in the table and its format.
+# For each value that `diagnose` returns: the heading of its column, and how a value is printed.
 _PROMPT_MEASURES: dict[str, tuple[str, Callable[[float], str]]] = {
-    "image_tokens": ("image tokens", "{:.1f}".format),
-    "image_prompts": ("image prompts", "{:.1f}".format),
-    "text_tokens": ("text tokens", "{:.1f}".format),
-    "text_prompts": ("text prompts", "{:.1f}".format),
-    "image_attention": ("attention of image", "{:.1%}".format),
-    "text_attention": ("attention of text", "{:.1%}".format),
-    "gradient": ("gradient", "{:.4f}".format),
-    "unreached": ("out of reach", "{:.0%}".format),
+    "image_tokens": ("norm of image tokens", "{:.1f}".format),
+    "image_prompts": ("norm of image prompts", "{:.1f}".format),
+    "text_tokens": ("norm of text tokens", "{:.1f}".format),
+    "text_prompts": ("norm of text prompts", "{:.1f}".format),
+    "image_attention": ("image attention on prompts", "{:.1%}".format),
+    "text_attention": ("text attention on prompts", "{:.1%}".format),
+    "gradient": ("gradient norm", "{:.4f}".format),
+    "unreached": ("unreachable share", "{:.0%}".format),
+}
+
+
+# Rules of `inverses` that `SDPTConfig` does not offer.
+_INVERSE_LABELS = {
+    "inverse=0.1 of images alone": "pinv_rtol=0.1 for image projections only",
+    "inverse=0.1 of text alone": "pinv_rtol=0.1 for text projections only",
+    "inverse=ridge 0.1": "ridge, 0.1",
+    "inverse=scaled": "scaled",
+    "inverse=quiet start": "full, with small initial prompts",
 }
 
 
 def spread(values: list[float]) -> str:
-    """The mean in percent and, for several values, the standard deviation."""
+    """Mean in percent, with the standard deviation if there are several values."""
     if not values:
         return ""
     text = f"{100 * mean(values):.1f}"
@@ -120,7 +130,7 @@ def _comparison(runs: Runs, metric: str) -> str:
                 _bold(spread(runs.over_tasks(name, metric))),
             ]
         )
-    return table(["method", "trained", "rate", *runs.tasks, "mean"], rows)
+    return table(["method", "trained parameters", "learning rate", *runs.tasks, "mean"], rows)
 
 
 def _shots(runs: Runs) -> str:
@@ -142,8 +152,8 @@ def _ablations(runs: Runs) -> str:
     tasks = ablation_tasks(runs.tasks)
     rows = [
         ["defaults", "", *(spread(runs.values(task, OURS)) for task in tasks)],
-        # For comparison with the settings that have only the first seed.
-        ["defaults, first seed", "", *(spread(runs.values(task, OURS, seeds=1)) for task in tasks)],
+        # Settings that were run with this seed alone are compared with this row.
+        ["defaults, seed 0", "", *(spread(runs.values(task, OURS, seeds=1)) for task in tasks)],
     ]
     for name, values in ABLATIONS.items():
         for value in values:
@@ -167,14 +177,14 @@ def _conditions(runs: Runs) -> str:
                     for rate in CONDITION_RATES
                 ]
                 rule = " ".join(f"{name}={value}" for name, value in inverse) or "pinv_rtol=None"
-                rows.append([host, METHODS[method].label, rule.removeprefix("inverse="), *map(spread, values)])
+                rows.append([host, METHODS[method].label, _INVERSE_LABELS.get(rule, rule), *map(spread, values)])
     return table(
-        ["condition of the projections", "otherwise", "inverse", *(f"rate {rate}" for rate in CONDITION_RATES)], rows
+        ["condition number", "method", "inverse", *(f"learning rate {rate}" for rate in CONDITION_RATES)], rows
     )
 
 
 def _rates(runs: Runs) -> str:
-    """AP of all methods with all learning rates on the validation split. The chosen rates are bold."""
+    """AP of each method at each of its learning rates on the validation split; the chosen rate is bold."""
     rates = sorted({rate for name in runs.methods for rate in METHODS[name].rates})
     rows = []
     for name in runs.methods:
@@ -201,12 +211,12 @@ def _starts(runs: Runs) -> str:
     rows = []
     for start in STARTS:
         measured = [runs.values(task, OURS, fields=start, times=part, seeds=1) for task in tasks for part in PARTS]
-        rows.append([dict(start).get("init_weights", "normal, the default"), *map(spread, measured)])
+        rows.append([dict(start).get("init_weights", "normal (default)"), *map(spread, measured)])
     return table(["`init_weights`", *(f"{task}, {round(n * STEPS)} steps" for task in tasks for n in PARTS)], rows)
 
 
 def _prompts(runs: Runs) -> str:
-    """Measures of the prompts in each fusion layer before and after training, means over seeds."""
+    """For each fusion layer: values before and after training, as means over seeds."""
     rows = []
     for task in ablation_tasks(runs.tasks):
         for method, condition in (*((name, None) for name in DIAGNOSED), *(("sdpt", worse) for worse in CONDITIONS)):
@@ -222,7 +232,7 @@ def _prompts(runs: Runs) -> str:
 
 
 def missing(results: Results) -> int:
-    """Number of runs in the plan that have not been made."""
+    """Number of planned runs without a result."""
     planned = plan(results["tasks"], results["methods"], results["seeds"], results["cells"])
     return sum(cell.key not in results["cells"] for cell in planned)
 
@@ -237,12 +247,12 @@ def report(results: Results) -> str:
     if devices:
         count += f" ({', '.join(f'{number} on {name}' for name, number in devices.items())})"
     parts = [
-        f"Base model: {about['host']}, torch {about['torch']}, transformers {about['transformers']}, "
+        f"Base model `{about['host']}`, torch {about['torch']}, transformers {about['transformers']}, "
         f"peft {about['peft']}, peft_sdpt {about['peft_sdpt']}. {count}"
-        + (f"; {left} more are planned.\n" if left else ".\n"),
+        + (f"; {left} more are known to be missing.\n" if left else ".\n"),
         table(["task", "what differs from pre-training"], tasks),
-        "± is the standard deviation over seeds. Values without ± have one seed. Means are over the seeds that all "
-        "tasks have.\n",
+        "Values with ± are the mean and the sample standard deviation over seeds. Values without ± come from one seed. "
+        "The column `mean` averages all tasks over the seeds that all of them have.\n",
         f"### {SHOTS} images per class: AP\n",
         _comparison(runs, "AP"),
         f"### {SHOTS} images per class: AP50\n",
@@ -251,17 +261,18 @@ def report(results: Results) -> str:
         "### Few and many images: AP\n",
         _shots(runs),
         "![AP and images per class](transfer-shots.svg)\n",
-        f"### Settings, {SHOTS} images per class: AP\n",
+        f"### Settings of SDPT, {SHOTS} images per class: AP\n",
         _ablations(runs),
-        f"### The inverse, {SHOTS} images per class: AP on {ablation_tasks(runs.tasks)[0]}\n",
+        f"### Inverses on ill-conditioned base models, {SHOTS} images per class: "
+        f"AP on {ablation_tasks(runs.tasks)[0]}\n",
         _conditions(runs),
-        f"### More steps, {SHOTS} images per class, the first seed: AP\n",
+        f"### More steps, {SHOTS} images per class, seed 0: AP\n",
         _longer(runs),
-        f"### Initializations, {SHOTS} images per class, the first seed: AP\n",
+        f"### Initial tokens, {SHOTS} images per class, seed 0: AP\n",
         _starts(runs),
         f"### Learning rates, {SHOTS} images per class: AP on the validation split of {runs.tasks[0]}\n",
         _rates(runs),
-        "### Measures of prompts\n",
+        "### Norms, attention and gradients of the prompts\n",
         _prompts(runs),
     ]
     return "\n".join(parts)

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ..attention import MaskFunction, Prompts, Side, SideInput, bi_attention, hide_padding
+from ..attention import AttentionOptions, MaskFunction, Prompts, Side, SideInput, bi_attention, hide_padding
 from ..fused_attention import absorbing_pays, fused_bi_attention
 from ..weights import is_plain_linear
 from .declaration import FusionHost
@@ -67,21 +67,24 @@ class BiAttentionHost(FusionHost):
         if self.text_tokens not in bound:
             raise TypeError(f"{self.class_names[0]} needs {self.text_tokens!r}")
         image_prompts, text_prompts = prompts
-        image = SideInput(bound[self.image_tokens], bound.get(self.image_mask), *image_prompts)
-        text = SideInput(bound[self.text_tokens], bound.get(self.text_mask), *text_prompts)
+        image_mask = None if self.image_mask is None else bound.get(self.image_mask)
+        text_mask = None if self.text_mask is None else bound.get(self.text_mask)
+        image = SideInput(bound[self.image_tokens], image_mask, *image_prompts)
+        text = SideInput(bound[self.text_tokens], text_mask, *text_prompts)
         image_side = Side(*(getattr(module, name) for name in self.image_projections))
         text_side = Side(*(getattr(module, name) for name in self.text_projections))
-        options = {
-            "num_heads": module.num_heads,
-            "scale": module.scale,
-            "dropout": module.dropout if module.training else 0.0,
+        attributes: Any = module  # `nn.Module` does not declare them
+        options: AttentionOptions = {
+            "num_heads": attributes.num_heads,
+            "scale": attributes.scale,
+            "dropout": attributes.dropout if module.training else 0.0,
             "image_mask_function": self.image_mask_function,
             "text_mask_function": self.text_mask_function,
         }
         if (
             not eager
             and all(map(is_plain_linear, image_side))
-            and absorbing_pays(image.length, text.length, image_side.query.weight, module.num_heads)
+            and absorbing_pays(image.length, text.length, image_side.query.weight, options["num_heads"])
         ):
             image_out, text_out = fused_bi_attention(image, text, image_side, text_side, **options)
             image_weights = text_weights = None

@@ -69,6 +69,8 @@ class CrossAttentionHost(FusionHost):
             )
             if added.hidden is not None and not (context.mask and context.mask_is_obeyed):
                 raise ValueError(f"{self.class_names[0]} has no mask that could hide prompts from some samples")
+            if context.mask is None:
+                continue
             mask = extend_mask(bound.get(context.mask), tokens, added)
             if mask is not None:
                 changes[context.mask] = mask

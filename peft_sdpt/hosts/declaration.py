@@ -33,6 +33,8 @@ class FusionHost(ABC):
         split: for hosts whose two directions are modules in different places: the parts of their full names in which
             they differ. The module of the first reads the image, that of the second the text; both see one set of
             tokens, which lives in the first.
+        adapted_by_default: whether an adapter adapts such layers if `target_modules` does not name them.
+            `layers_to_transform` counts only the layers that are adapted by default.
         image_reads: which side image tokens attend to, and `image_attends_prompts=False` therefore hides; None where
             that cannot be told apart.
     """
@@ -43,6 +45,7 @@ class FusionHost(ABC):
     within: tuple[str, ...] = ()
     split: tuple[str, str] | None = None
     image_reads: int | None = None
+    adapted_by_default: bool = True
 
     @property
     @abstractmethod
@@ -87,12 +90,15 @@ class FusionHost(ABC):
         return (
             _is_a(module, self.class_names)
             and all(_attribute(module, name) is not None for name in self.needed)
-            and parameters_of(type(module))[: len(self.arguments)] == self.arguments
+            and parameters_of(type(module))[: len(self.arguments)] == self.arguments  # type: ignore[arg-type] # hashable
             and (not self.within or any(_is_a(ancestor, self.within) for ancestor in ancestors))
         )
 
-    def projections(self, module: nn.Module) -> tuple[nn.Module, ...]:
-        """The projections that are inverted, one a side of the module."""
+    def projections(self, module: nn.Module) -> tuple[nn.Linear, ...]:
+        """Return the projections that are inverted, one for each side of the module.
+
+        They are `nn.Linear` or act like it: another tuner's layer, a quantised one.
+        """
         return tuple(_attribute(module, name) for name in self.inverted)
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -140,13 +146,13 @@ def _is_a(module: nn.Module, class_names: Iterable[str]) -> bool:
     return not {cls.__name__ for cls in type(module).__mro__}.isdisjoint(class_names)
 
 
-def _attribute(module: nn.Module, name: str) -> Any:
+def _attribute(module: Any, name: str) -> Any:
     for part in name.split("."):
         module = getattr(module, part, None)
     return module
 
 
 @functools.cache
-def parameters_of(cls: type[nn.Module]) -> tuple[str, ...]:
-    """What the forward of a class takes, by name and in order."""
-    return tuple(inspect.signature(cls.forward).parameters)[1:]
+def parameters_of(cls: type) -> tuple[str, ...]:
+    """Names of the parameters of a module class's forward, in order."""
+    return tuple(inspect.signature(cls.forward).parameters)[1:]  # type: ignore[attr-defined] # of a module class

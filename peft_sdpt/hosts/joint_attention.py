@@ -45,12 +45,13 @@ class JointAttentionHost(FusionHost):
     ) -> Any:
         bound = self.bind(args, kwargs)
         (added,) = prompts
+        assert added.tokens is not None
         tokens = bound[self.tokens]
         length = tokens.shape[1]
         mask = extend_mask(bound.get(self.mask), tokens, added)
         if mask is not None and mask.dim() > 2 and mask.shape[-2] == length > 1:
             # The rows of prompts are dropped: what they see is of no matter.
-            mask = F.pad(mask, (0, 0, 0, len(added.tokens)))
+            mask = F.pad(mask, (0, 0, 0, added.num_prompts))
         changes = {self.tokens: append_prompts(tokens, added.tokens)}
         if mask is not None:
             changes[self.mask] = mask

@@ -203,15 +203,15 @@ def test_other_inverses(processor):
     """A ridge that is nearly nothing is the full inverse; scaled prompts are as long as layer-normed tokens."""
     model = METHODS["sdpt"].attach(load_host(HOST, "cpu"), processor, NAMES, {})
     layer = next(module for module in model.modules() if isinstance(module, SDPTLayer))
-    full = [inverses["default"].clone() for inverses in layer.sdpt_inverses]
+    full = [layer.inverse(side).clone() for side in range(2)]
     replace_inverses(model, "ridge 1e-9")
-    for inverses, before in zip(layer.sdpt_inverses, full, strict=True):
-        torch.testing.assert_close(inverses["default"], before, rtol=0, atol=1e-5)
+    for side, before in enumerate(full):
+        torch.testing.assert_close(layer.inverse(side), before, rtol=0, atol=1e-5)
     replace_inverses(model, "ridge 0.3")
-    assert all(i["default"].norm() < 0.9 * f.norm() for i, f in zip(layer.sdpt_inverses, full, strict=True))
+    assert all(layer.inverse(side).norm() < 0.9 * before.norm() for side, before in enumerate(full))
     replace_inverses(model, "scaled")
     with torch.no_grad():
-        for prompts in layer.eval()._prompts(["default"], None):
+        for prompts in layer.eval().input_prompts(["default"]):
             assert abs(prompts.tokens.norm(dim=-1).mean() - 128**0.5) < 1.5
     with pytest.raises(ValueError, match="there is no inverse 'none'"):
         replace_inverses(model, "none")
@@ -225,17 +225,17 @@ def test_an_inverse_of_one_modality_and_a_quiet_start(processor):
     host = make_ill_conditioned(load_host(HOST, "cpu"), 300.0)
     model = METHODS["sdpt"].attach(host, processor, NAMES, {})
     layer = next(module for module in model.modules() if isinstance(module, SDPTLayer))
-    full = [inverses["default"].clone() for inverses in layer.sdpt_inverses]
+    full = [layer.inverse(side).clone() for side in range(2)]
     for place, modality in enumerate(("images", "text")):
         replace_inverses(model, f"0.1 of {modality} alone")
-        new = [inverses["default"] for inverses in layer.sdpt_inverses]
+        new = [layer.inverse(side) for side in range(2)]
         assert new[place].norm() < 0.5 * full[place].norm() and torch.equal(new[1 - place], full[1 - place])
     replace_inverses(model, "0.1 of neither alone")  # which is the full one of both
     torch.manual_seed(0)
     replace_inverses(model, "quiet start")
     torch.manual_seed(0)
     with torch.no_grad():
-        for prompts in layer.eval()._prompts(["default"], None):
+        for prompts in layer.eval().input_prompts(["default"]):
             torch.testing.assert_close(prompts.tokens, torch.randn(10, 128), rtol=0, atol=0.05)
 
 
@@ -256,7 +256,7 @@ def test_what_prompts_do(processor):
         assert row["gradient"] == pytest.approx(gradient.norm().item(), rel=1e-3)
         assert row["unreached"] == 0  # coordinates are of nothing else
         with torch.no_grad():
-            lengths = [prompts.tokens.norm(dim=-1).mean().item() for prompts in layer._prompts(["default"], None)]
+            lengths = [prompts.tokens.norm(dim=-1).mean().item() for prompts in layer.input_prompts(["default"])]
         assert [row["image_prompts"], row["text_prompts"]] == pytest.approx(lengths)
         assert 0 < row["image_attention"] < 1 and 0 < row["text_attention"] < 1
     # Prompts that nothing attends to, and tokens that nothing reaches.
@@ -495,7 +495,7 @@ def test_a_killed_suite_goes_on_and_ends_in_tables_and_pictures(command, monkeyp
     assert len(results["cells"]) == len(made)
     text = (tmp_path / "report.md").read_text()
     assert f"{len(made)} runs (3 on one machine, {len(made) - 3} on another).\n" in text
-    assert "more are planned" not in text and "| SDPT, published | 5 |" in text and "25.0" in text
+    assert "more are known to be missing" not in text and "| SDPT, published | 5 |" in text and "25.0" in text
     for name in ("transfer-parameters.svg", "transfer-shots.svg"):
         assert ElementTree.parse(tmp_path / name).getroot().tag.endswith("svg")
     assert plots(results) == plots(results)
@@ -588,7 +588,7 @@ def test_a_report_of_half_a_suite():
         "cells": {cell.key: {**dataclasses.asdict(cell), **measured([cell])[cell.key]} for cell in cells},
     }
     text = report(results)
-    assert "5 more are planned" in text and "Not yet." in text
+    assert "5 more are known to be missing" in text and "Not yet." in text
     assert all(ElementTree.fromstring(svg) is not None for svg in plots(results).values())
 
 

@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from tests.helpers.detectors import D_MODEL, FusionStack, attach
-import peft_sdpt.weights
+import peft_sdpt.inverse_cache
 
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
@@ -43,8 +43,8 @@ for _ in range(2):
         torch.testing.assert_close(one, other)
 
 taken = []
-take = peft_sdpt.weights.inverse_projection
-peft_sdpt.weights.inverse_projection = lambda *a: taken.append(1) or take(*a)
+take = peft_sdpt.inverse_cache.inverse_projection
+peft_sdpt.inverse_cache.inverse_projection = lambda *a: taken.append(1) or take(*a)
 model = attach(FusionStack())
 mesh = init_device_mesh("cpu", (2,))
 for layer in model.base_model.model.layers:

@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """SDPTConfig: defaults, rules, JSON."""
 
+import copy
+import dataclasses
 import json
 
 import numpy as np
@@ -16,7 +18,7 @@ def test_defaults():
     config = SDPTConfig()
     assert config.peft_type == PeftType.SDPT
     assert config.num_virtual_tokens == 20
-    assert config.target_modules is None and config.layers_to_transform is None
+    assert config.target_modules is None and config.exclude_modules is None and config.layers_to_transform is None
     assert config.init_weights == "normal" and config.prompt_mode == "unified"
     assert config.image_attends_prompts is True
     assert config.prompt_space == "reachable"
@@ -41,6 +43,10 @@ def test_defaults():
         ("target_modules", "", "not empty", ValueError),
         ("target_modules", ["attn", 3], "a list of module names", TypeError),
         ("target_modules", 3, "a list of module names", TypeError),
+        ("exclude_modules", "(attn", "a valid regular expression", ValueError),
+        ("exclude_modules", "", "not empty", ValueError),
+        ("exclude_modules", [], "non-empty", ValueError),
+        ("exclude_modules", ["attn", 3], "a list of module names", TypeError),
         ("layers_to_transform", -1, "non-negative", ValueError),
         ("layers_to_transform", [0, -1], "non-negative", ValueError),
         ("layers_to_transform", [1, 1], "without repeats", ValueError),
@@ -72,9 +78,9 @@ def test_defaults():
         ("modules_to_save", "head", "a list of module names", TypeError),
         ("modules_to_save", [1], "a list of module names", TypeError),
         ("modules_to_save", [], "non-empty", ValueError),
-        ("fusion_layers", {"attn": 0}, "a mapping of module names to numbers of a token", TypeError),
-        ("fusion_layers", {"attn": "128"}, "a mapping of module names to numbers of a token", TypeError),
-        ("fusion_layers", ["attn"], "a mapping of module names to numbers of a token", TypeError),
+        ("fusion_layers", {"attn": 0}, "a mapping of module names to prompt dimensions", TypeError),
+        ("fusion_layers", {"attn": "128"}, "a mapping of module names to prompt dimensions", TypeError),
+        ("fusion_layers", ["attn"], "a mapping of module names to prompt dimensions", TypeError),
         ("inference_mode", 1, "True or False", TypeError),
         ("inference_mode", "yes", "True or False", TypeError),
         ("inference_mode", None, "True or False", TypeError),
@@ -94,10 +100,9 @@ def test_a_bad_value_names_field_value_and_rule(field, value, rule, error):
     assert rule in message
 
 
-def test_what_the_numbers_of_a_token_are_where_nobody_says():
+def test_the_prompt_space_of_each_mode():
+    assert SDPTConfig().prompt_space == SDPTConfig(fusion_layers={"attn": 128}).prompt_space == "reachable"
     assert SDPTConfig(prompt_mode="independent").prompt_space == "aligned"
-    # Of an adapter that was saved before there was a choice.
-    assert SDPTConfig(fusion_layers={"attn": 128}).prompt_space == "aligned"
     with pytest.raises(ValueError, match=r"SDPTConfig.prompt_space must be 'aligned' or None where prompt_mode is"):
         SDPTConfig(prompt_mode="independent", prompt_space="reachable")
 
@@ -128,6 +133,7 @@ def test_json_round_trip(tmp_path):
     config = SDPTConfig(
         num_virtual_tokens=3,
         target_modules=["attn"],
+        exclude_modules="nothing",
         layers_to_transform=[0],
         init_weights="normal",
         prompt_mode="independent",
@@ -143,3 +149,17 @@ def test_json_round_trip(tmp_path):
         loaded = config_class.from_pretrained(tmp_path)
         assert type(loaded) is SDPTConfig
         assert loaded.to_dict() == config.to_dict()
+
+
+def test_only_an_unchanged_config_of_a_saved_adapter_belongs_to_a_base_model(tmp_path):
+    used = SDPTConfig(target_modules=["attn"], fusion_layers={"layers.0.attn": 128})
+    used.save_pretrained(tmp_path)
+    loaded = PeftConfig.from_pretrained(tmp_path)
+    assert loaded.is_of_saved_adapter and copy.deepcopy(loaded).is_of_saved_adapter
+    assert not used.is_of_saved_adapter and not SDPTConfig(**used.to_dict()).is_of_saved_adapter
+    assert not dataclasses.replace(loaded, num_virtual_tokens=8).is_of_saved_adapter
+    loaded.inference_mode = True
+    loaded.attn_implementation = "eager"  # does not decide what the prompts are
+    assert loaded.is_of_saved_adapter
+    loaded.target_modules.append("other")
+    assert not loaded.is_of_saved_adapter

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import peft_sdpt.inverse_cache
 import peft_sdpt.layer
-import peft_sdpt.weights
 from peft_sdpt import SDPTConfig, SDPTLayer
 from peft_sdpt.config import INIT_WEIGHTS
 from peft_sdpt.hosts import GROUNDING_DINO
@@ -221,13 +221,13 @@ def test_coordinates_compute_what_their_tokens_do(rtol):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
     # The gradient of a token has no other part than that of its coordinates.
     of_tokens, of_coordinates = (gradients(layer, layer, inputs)[0] for layer in (whole, coordinates))
-    torch.testing.assert_close(of_tokens, of_coordinates @ coordinates.sdpt_basis["default"].T, rtol=0, atol=1e-10)
+    torch.testing.assert_close(of_tokens, of_coordinates @ coordinates.sdpt_inverses.basis.T, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("init_weights", [name for name in INIT_WEIGHTS if name != "prototypes"])
 def test_coordinates_start_as_large_as_tokens(init_weights):
     """In what has an effect."""
-    reached, sizes = make_layer().sdpt_basis["default"], []
+    reached, sizes = make_layer().sdpt_inverses.basis, []
     for space in ("reachable", "aligned"):
         layer = make_layer(prompt_space=space, num_virtual_tokens=200, init_weights=init_weights)
         sizes.append((layer.tokens().detach() @ reached).square().mean().sqrt())
@@ -236,12 +236,12 @@ def test_coordinates_start_as_large_as_tokens(init_weights):
 
 def test_adapters_with_coordinates_and_without_in_one_layer():
     layer, inputs = make_layer(), make_inputs()
-    assert layer.sdpt_basis["default"].shape == (WIDTH, 2 * D_MODEL)
+    assert layer.sdpt_inverses.basis.shape == (WIDTH, 2 * D_MODEL)
     torch.manual_seed(7)
     layer.update_layer("whole", SDPTConfig(num_virtual_tokens=2, prompt_space="aligned"))
     layer.set_adapter(["default", "whole"])
     joined = make_layer(num_virtual_tokens=N + 2, prompt_space="aligned")
-    assert list(joined.sdpt_basis) == []
+    assert joined.sdpt_inverses.basis is None
     joined.set_tokens("default", torch.cat([layer.tokens("default"), layer.tokens("whole")]))
     torch.testing.assert_close(layer(*inputs)[1][0], joined(*inputs)[1][0], rtol=0, atol=1e-10)
 
@@ -365,17 +365,15 @@ def test_adapters_share_an_inverse_of_the_same_tolerance():
     layer = make_layer()
     layer.update_layer("same", SDPTConfig())
     layer.update_layer("other", SDPTConfig(pinv_rtol=0.6))
-    for inverses in (layer.sdpt_inverses[0], layer.sdpt_inverses[1]):
-        assert inverses["same"] is inverses["default"]
-        assert not torch.allclose(inverses["other"], inverses["default"])
-    assert layer.sdpt_basis["same"] is layer.sdpt_basis["other"] is layer.sdpt_basis["default"]
-    # Wherever they are moved.
-    before = layer.sdpt_basis["same"]
-    layer._apply(torch.clone)
-    assert layer.sdpt_basis["same"] is layer.sdpt_basis["other"] is layer.sdpt_basis["default"] is not before
-    assert layer.sdpt_inverses[0]["same"] is layer.sdpt_inverses[0]["default"] is not layer.sdpt_inverses[0]["other"]
+    for side in range(2):
+        assert layer.inverse(side, "same") is layer.inverse(side, "default")
+        assert not torch.allclose(layer.inverse(side, "other"), layer.inverse(side, "default"))
+    assert len(list(layer.buffers())) == 5  # two inverses of each side, and one basis
     layer.delete_adapter("same")
-    assert list(layer.sdpt_basis) == list(layer.sdpt_inverses[0]) == ["default", "other"] == list(layer.sdpt_prompts)
+    assert len(list(layer.buffers())) == 5
+    layer.delete_adapter("default")
+    assert len(list(layer.buffers())) == 3 and list(layer.sdpt_prompts) == ["other"]
+    layer.inverse(0, "other")
 
 
 # ---- start of the tokens
@@ -433,13 +431,13 @@ def test_zeros_is_not_the_identity():
 @pytest.fixture
 def counted(monkeypatch):
     """Number of inverses computed so far, as a list of one."""
-    count, original = [0], peft_sdpt.weights.inverse_projection
+    count, original = [0], peft_sdpt.inverse_cache.inverse_projection
 
     def counting(weight, rtol=None):
         count[0] += 1
         return original(weight, rtol)
 
-    monkeypatch.setattr(peft_sdpt.weights, "inverse_projection", counting)
+    monkeypatch.setattr(peft_sdpt.inverse_cache, "inverse_projection", counting)
     return count
 
 
@@ -554,7 +552,7 @@ def test_loading_refreshes_at_once_for_compiled_code(counted):
     layer.load_state_dict({"base_layer.vision_proj.weight": weight}, strict=False)
     assert counted[0] == 4
     expected = torch.linalg.pinv(weight)
-    torch.testing.assert_close(layer.sdpt_inverses[0]["default"], expected)
+    torch.testing.assert_close(layer.inverse(0), expected)
 
 
 def test_weights_made_under_inference_mode(counted):
@@ -584,7 +582,7 @@ def test_inverses_are_not_saved_and_are_buffers():
     layer = make_layer()
     assert [key for key in layer.state_dict() if "inverse" in key] == []
     names = [name for name, _ in layer.named_buffers()]
-    assert sorted(names) == ["sdpt_basis.default", "sdpt_inverse_0.default", "sdpt_inverse_1.default"]
+    assert len(names) == 3 and all(name.startswith("sdpt_inverses.") for name in names)
     assert [n for n, p in layer.named_parameters() if p.requires_grad] == ["sdpt_prompts.default"]
 
 
@@ -592,11 +590,8 @@ def test_inverses_are_not_saved_and_are_buffers():
 def test_casting_the_layer_keeps_the_inverse_in_float32_or_better(dtype):
     layer = make_layer(dtype=torch.float32)
     layer.to(dtype)
-    for inverses, projection in (
-        (layer.sdpt_inverses[0], layer.base_layer.vision_proj),
-        (layer.sdpt_inverses[1], layer.base_layer.text_proj),
-    ):
-        inverse = inverses["default"]
+    for side, projection in enumerate((layer.base_layer.vision_proj, layer.base_layer.text_proj)):
+        inverse = layer.inverse(side)
         assert inverse.dtype == torch.promote_types(dtype, torch.float32)
         # Of the weights as they are now, rounded, and not a rounded inverse of the old ones.
         exact = torch.linalg.pinv(projection.weight.double())
@@ -605,10 +600,10 @@ def test_casting_the_layer_keeps_the_inverse_in_float32_or_better(dtype):
 
 def test_a_cast_to_what_the_host_is_in_already_rounds_no_inverse():
     layer = make_layer(dtype=torch.bfloat16)
-    inverse, basis = layer.sdpt_inverses[0]["default"].clone(), layer.sdpt_basis["default"].clone()
+    inverse, basis = layer.inverse(0).clone(), layer.sdpt_inverses.basis.clone()
     layer.to(torch.bfloat16)
-    assert torch.equal(layer.sdpt_inverses[0]["default"], inverse) and inverse.dtype == torch.float32
-    assert torch.equal(layer.sdpt_basis["default"], basis) and basis.dtype == torch.float32
+    assert torch.equal(layer.inverse(0), inverse) and inverse.dtype == torch.float32
+    assert torch.equal(layer.sdpt_inverses.basis, basis) and basis.dtype == torch.float32
 
 
 def test_an_adapter_that_takes_the_name_of_another_has_its_own_inverse_and_basis():

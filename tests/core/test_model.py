@@ -3,6 +3,7 @@
 """SDPT on whole hosts, through PEFT."""
 
 import copy
+import dataclasses
 import itertools
 
 import pytest
@@ -11,7 +12,9 @@ from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from peft_sdpt import SDPTConfig, SDPTLayer
+import peft_sdpt.hosts
+from peft_sdpt import SDPTConfig, SDPTLayer, register_host
+from peft_sdpt.hosts import GROUNDING_DINO, HOSTS
 from tests.helpers.detectors import (
     HOST_NAMES,
     LAYERS,
@@ -20,6 +23,7 @@ from tests.helpers.detectors import (
     FusionStack,
     adapted_layers,
     attach,
+    make_attention,
     make_host,
     model_inputs,
     run,
@@ -91,7 +95,7 @@ def test_status_and_repr(host):
     layer_status = model.get_layer_status()
     assert [layer.name for layer in layer_status] == [f"model.{name}" for name in LAYERS]
     assert {layer.module_type for layer in layer_status} == {"SDPTLayer"}
-    assert f"width={WIDTH}" in repr(model) and "sdpt_prompts" in repr(model)
+    assert f"embed_dim={WIDTH}" in repr(model) and "sdpt_prompts" in repr(model)
 
 
 def test_padding_of_the_text_changes_nothing(host):
@@ -126,7 +130,7 @@ def test_samples_of_a_batch_do_not_see_each_other(host):
 def test_attention_outputs_have_the_hosts_shapes_and_the_prompt_columns(host):
     with torch.no_grad():
         bare = host(**model_inputs(), output_attentions=True).encoder_attentions
-        tuned = attach(host)(**model_inputs(), output_attentions=True).encoder_attentions
+        tuned = attach(host, attn_implementation="eager")(**model_inputs(), output_attentions=True).encoder_attentions
     # Per layer: fused image, fused text, text enhancer, deformable attention.
     grown = []
     for bare_layers, tuned_layers in zip(bare, tuned, strict=True):
@@ -240,15 +244,15 @@ def test_target_modules_and_layers_to_transform_both_hold():
         (
             {"target_modules": ["vision_proj"]},
             r"matches 'model\.encoder\.layers\.0\.fusion_layer\.attn\.vision_proj' \(Linear\), which "
-            r"is no fusion layer\. Supported: Grounding DINO, .* \(GroundingDinoBiMultiHeadAttention, MMGrounding",
+            r"is not a fusion layer\. Fusion layers of this base model: model\.encoder\.layers\.0\.fusion_layer\.attn",
         ),
         (
             {"target_modules": r".*fusion_layer.*"},
-            r"layers\.0\.fusion_layer' \(GroundingDinoFusionLayer\), which is no fusion layer",
+            r"layers\.0\.fusion_layer' \(GroundingDinoFusionLayer\), which is not a fusion layer",
         ),
         (
             {"target_modules": [LAYERS[0]], "layers_to_transform": [1]},
-            r"matches none of the fusion layers asked for by layers_to_transform=\[1\]",
+            r"matches none of the fusion layers that layers_to_transform=\[1\] asks for",
         ),
     ],
 )
@@ -289,6 +293,63 @@ def test_a_config_can_be_used_on_several_hosts():
     second = get_peft_model(make_host(d_model=64, layers=1), config)
     assert first.peft_config["default"].fusion_layers == dict.fromkeys(LAYERS, REACHED)
     assert second.peft_config["default"].fusion_layers == {LAYERS[0]: 128}
+
+
+def test_excluded_layers_are_not_adapted():
+    for excluded in (["layers.0.fusion_layer.attn"], [LAYERS[0]], r".*\.0\.fusion_layer\.attn"):
+        model = attach(make_host(), exclude_modules=excluded)
+        assert adapted_layers(model.base_model.model) == LAYERS[1:]
+        assert list(model.peft_config["default"].fusion_layers) == LAYERS[1:]
+    host = make_host()
+    with pytest.raises(ValueError, match=r"exclude_modules=\['attn'\] leaves no fusion layer to adapt; it excludes"):
+        attach(host, exclude_modules=["attn"])
+    with pytest.raises(ValueError, match="leaves no fusion layer"):
+        attach(host, layers_to_transform=[1], exclude_modules=[LAYERS[1]])
+    assert adapted_layers(host) == []
+    with pytest.warns(UserWarning, match="no modules were excluded"):
+        assert adapted_layers(attach(host, exclude_modules=["nowhere"]).base_model.model) == LAYERS
+
+
+def test_layers_that_are_not_adapted_by_default(monkeypatch, tmp_path):
+    """They are adapted where they are named, and do not count in `layers_to_transform`."""
+
+    class OptionalFusion(type(make_attention())):
+        pass
+
+    def make():
+        host = make_host(layers=3)
+        attention = host.get_submodule(LAYERS[0])
+        attention.__class__ = OptionalFusion
+        return host
+
+    optional = dataclasses.replace(
+        GROUNDING_DINO, name="optional", class_names=("OptionalFusion",), adapted_by_default=False
+    )
+    monkeypatch.setattr(peft_sdpt.hosts, "HOSTS", [*HOSTS])
+    register_host(optional)
+    layers = [*LAYERS, LAYERS[0].replace("0", "2")]
+    for config, expected in (
+        ({}, layers[1:]),
+        ({"layers_to_transform": [0]}, layers[1:2]),
+        ({"target_modules": [layers[0]]}, layers[:1]),
+        ({"target_modules": ["fusion_layer.attn"]}, layers),
+        ({"target_modules": ["fusion_layer.attn"], "layers_to_transform": [1]}, layers[2:]),
+        ({"target_modules": ["fusion_layer.attn"], "exclude_modules": [layers[1]]}, [layers[0], layers[2]]),
+    ):
+        model = attach(make(), **config)
+        assert adapted_layers(model.base_model.model) == expected, config
+    with pytest.raises(ValueError, match=r"has \[2\], but GroundingDinoForObjectDetection has 2 fusion layers"):
+        attach(make(), layers_to_transform=[2])
+    # An adapter of before the spec was known has the same layers.
+    attach(make(), layers_to_transform=[1]).save_pretrained(tmp_path)
+    assert adapted_layers(PeftModel.from_pretrained(make(), tmp_path).base_model.model) == layers[2:]
+    # Nothing but such layers.
+    host = make()
+    for name in layers[1:]:
+        parent, _, child = name.rpartition(".")
+        setattr(host.get_submodule(parent), child, nn.Identity())
+    with pytest.raises(ValueError, match="has no fusion layer that is adapted by default; name one in target_modules"):
+        attach(host)
 
 
 def test_plain_modules_are_hosts():

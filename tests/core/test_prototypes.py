@@ -218,9 +218,9 @@ def test_coordinates_start_as_the_nearest_to_the_same_prototypes():
         initialize_sdpt_prototypes(model, [batch()])
     for name in LAYERS:
         one, other = (model.base_model.model.get_submodule(name) for model in (published, default))
-        assert other.sdpt_basis and not one.sdpt_basis
+        assert other.sdpt_inverses.basis is not None and one.sdpt_inverses.basis is None
         with torch.no_grad():
-            for a, b in zip(*(layer._prompts(["default"], None) for layer in (one, other)), strict=True):
+            for a, b in zip(*(layer.input_prompts(["default"]) for layer in (one, other)), strict=True):
                 torch.testing.assert_close(a.tokens, b.tokens, rtol=0, atol=1e-4)
 
 

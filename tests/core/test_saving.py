@@ -2,11 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Saving and loading adapters, and refusing those of another host."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
 from peft import (
+    LoraConfig,
     PeftConfig,
     PeftModel,
     get_peft_model,
@@ -25,9 +27,7 @@ from peft_sdpt import SDPTConfig, SDPTLayer
 from tests.helpers.detectors import (
     HOST_NAMES,
     LAYERS,
-    PUBLISHED,
     REACHED,
-    ROOT,
     FusionStack,
     adapted_layers,
     attach,
@@ -81,21 +81,6 @@ def test_round_trip(name, low_cpu_mem_usage, config, tmp_path):
     trainable = PeftModel.from_pretrained(make_host(name), tmp_path, is_trainable=True)
     assert sum(p.requires_grad for p in trainable.parameters()) == len(adapted_layers(host))
     assert torch.equal(run(trainable), tuned)
-
-
-def test_an_adapter_of_the_time_before_coordinates(tmp_path):
-    """Its config does not tell what a token's numbers are, and all other fields have their values in it."""
-    tuned = saved(tmp_path, **PUBLISHED)
-    file = tmp_path / "adapter_config.json"
-    config = json.loads(file.read_text())
-    assert config.pop("prompt_space") == "aligned" and config["pinv_rtol"] is None
-    file.write_text(json.dumps(config))
-    model = PeftModel.from_pretrained(make_host(), tmp_path)
-    assert torch.equal(run(model), tuned)
-    assert model.peft_config["default"].prompt_space == "aligned"
-    model.add_adapter("new", SDPTConfig())
-    model.set_adapter("new")
-    assert {p.shape[-1] for p in model.parameters() if p.requires_grad} == {REACHED}
 
 
 def test_coordinates_on_a_host_of_lower_precision(tmp_path):
@@ -170,11 +155,11 @@ torch.set_num_threads(1)
 import peft_sdpt
 from peft import PeftConfig, PeftModel
 from tests.helpers.detectors import make_host, run
-assert type(PeftConfig.from_pretrained(sys.argv[2])) is peft_sdpt.SDPTConfig
-model = PeftModel.from_pretrained(make_host(), sys.argv[2])
-torch.save(run(model), sys.argv[2] + "/outputs.pt")
+assert type(PeftConfig.from_pretrained(sys.argv[1])) is peft_sdpt.SDPTConfig
+model = PeftModel.from_pretrained(make_host(), sys.argv[1])
+torch.save(run(model), sys.argv[1] + "/outputs.pt")
 """
-    result = run_python(code, str(ROOT / "tests"), str(tmp_path))
+    result = run_python(code, str(tmp_path))
     assert result.returncode == 0, result.stderr
     assert torch.equal(torch.load(tmp_path / "outputs.pt"), tuned)
 
@@ -228,7 +213,7 @@ def test_low_cpu_mem_usage_starts_without_weights_but_with_inverses():
     assert layer.sdpt_prompts["default"].is_meta
     assert not layer.base_layer.vision_proj.weight.is_meta
     exact = torch.linalg.pinv(layer.base_layer.vision_proj.weight.double(), rtol=0.1).float()
-    torch.testing.assert_close(layer.sdpt_inverses[0]["default"], exact)
+    torch.testing.assert_close(layer.inverse(0), exact)
     model = attach(make_host())
     set_peft_model_state_dict(host, get_peft_model_state_dict(model), low_cpu_mem_usage=True)
     assert torch.equal(run(host), run(model))
@@ -283,7 +268,7 @@ def test_a_second_adapter_of_another_host_leaves_the_first_alone(other, tmp_path
     saved(tmp_path, host=changes)
     model = attach(make_host())
     before, first = snapshot(model), run(model)
-    with pytest.raises(ValueError, match=r"made for another host.*expected .* found"):
+    with pytest.raises(ValueError, match=r"made for another base model.*expected .* found"):
         model.load_adapter(tmp_path, "second")
     assert snapshot(model) == before and torch.equal(run(model), first)
     assert list(model.peft_config) == ["default"]
@@ -324,3 +309,103 @@ def test_reloading_weights_into_an_adapter(tmp_path):
     model.load_adapter(tmp_path, "default")
     assert torch.equal(run(model), tuned)
     assert "sdpt_inverse" not in " ".join(model.state_dict())
+
+
+# ---- base models in wrappers
+
+
+@pytest.mark.parametrize("compile_layer", [False, True], ids=["model", "encoder layer"])
+@pytest.mark.parametrize("saved_compiled", [False, True], ids=["saved plain", "saved compiled"])
+@pytest.mark.parametrize("modules_to_save", [None, ["enc_output"]])
+def test_names_of_a_compiled_base_model(modules_to_save, saved_compiled, compile_layer, tmp_path):
+    def make(compiled: bool):
+        host = make_host()
+        if not compiled:
+            return host
+        if not compile_layer:
+            return torch.compile(host, backend="eager")
+        layers = host.model.encoder.layers
+        layers[0] = torch.compile(layers[0], backend="eager")
+        return host
+
+    model = attach(make(saved_compiled), modules_to_save=modules_to_save)
+    model.save_pretrained(tmp_path)
+    assert "_orig_mod" not in (tmp_path / "adapter_config.json").read_text()
+    assert not [key for key in load_file(tmp_path / "adapter_model.safetensors") if "_orig_mod" in key]
+    for compiled in (False, True):
+        if modules_to_save and compiled and not compile_layer:
+            host = make(True)
+            with pytest.raises(ValueError, match=r"modules_to_save=.* cannot be loaded onto a compiled model"):
+                PeftModel.from_pretrained(host, tmp_path)
+            assert adapted_layers(host) == []
+            continue
+        loaded = PeftModel.from_pretrained(make(compiled), tmp_path)
+        for one, other in zip(prompts_of(loaded), prompts_of(model), strict=True):
+            assert torch.equal(one, other)
+
+
+def prompts_of(model: nn.Module) -> list[torch.Tensor]:
+    return [p for module in model.modules() if isinstance(module, SDPTLayer) for p in module.sdpt_prompts.values()]
+
+
+@pytest.mark.parametrize(
+    "prefix", ["module.", "module.module.", "_orig_mod.", "base_model.model.", "module._orig_mod."]
+)
+def test_keys_with_what_wrappers_put_before_them(prefix, tmp_path):
+    tuned = saved(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    weights = {prefix + key: value for key, value in load_file(file).items()}
+    save_file(weights, file)
+    assert torch.equal(run(PeftModel.from_pretrained(make_host(), tmp_path)), tuned)
+    model = attach(make_host(), seed=5)
+    set_peft_model_state_dict(model, weights)
+    assert torch.equal(run(model), tuned)
+
+
+def test_names_within_another_tuners_model(tmp_path):
+    """LoRA's `PeftModel` as the base model puts its own names before those of the fusion layers."""
+
+    def make():
+        host = make_host()
+        host.config.tie_word_embeddings = False
+        return get_peft_model(host, LoraConfig(target_modules=["out_vision_proj"]))
+
+    model = attach(make())
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["fusion_layers"] == dict.fromkeys(LAYERS, REACHED)
+    for host in (make_host(), make()):
+        loaded = PeftModel.from_pretrained(host, tmp_path)
+        assert all(torch.equal(a, b) for a, b in zip(prompts_of(loaded), prompts_of(model), strict=True))
+
+
+def test_loading_over_a_model_with_sdpt_adapters_names_the_way(tmp_path):
+    saved(tmp_path)
+    model = attach(make_host(), seed=3)
+    before = run(model)
+    for load in (
+        lambda: PeftModel.from_pretrained(model, tmp_path),
+        lambda: PeftModel.from_pretrained(torch.compile(model, backend="eager"), tmp_path, adapter_name="other"),
+        lambda: get_peft_model(model, SDPTConfig()),
+    ):
+        with pytest.raises(
+            ValueError, match=r"is a PeftModel with the SDPT adapters \['default'\] already.*load_adapter"
+        ):
+            load()
+    assert torch.equal(run(model), before) and list(model.peft_config) == ["default"]
+
+
+# ---- configs that are used again
+
+
+def test_a_changed_config_starts_on_any_base_model(tmp_path):
+    saved(tmp_path)
+    used = attach(make_host()).peft_config["default"]
+    loaded = PeftConfig.from_pretrained(tmp_path)
+    for config in (used, dataclasses.replace(used, num_virtual_tokens=8), dataclasses.replace(loaded, pinv_rtol=0.1)):
+        model = get_peft_model(make_host(d_model=64, layers=3), config)
+        assert list(model.peft_config["default"].fusion_layers.values()) == [128] * 3
+        assert model.peft_config["default"].num_virtual_tokens == config.num_virtual_tokens
+    with pytest.raises(ValueError, match="made for another base model"):
+        get_peft_model(make_host(d_model=64, layers=3), loaded)
+    loaded.num_virtual_tokens = 8
+    assert len(adapted_layers(get_peft_model(make_host(d_model=64, layers=3), loaded))) == 3

@@ -81,7 +81,7 @@ def test_the_inverse_is_of_the_map_that_the_host_applies(quantised):
     maps = {name: dense(quantised.get_submodule(f"{name}.vision_proj")) for name in LAYERS}
     model = attach(quantised)
     for name, weight in maps.items():
-        inverse = model.base_model.model.get_submodule(name).sdpt_inverses[0]["default"]
+        inverse = model.base_model.model.get_submodule(name).inverse(0)
         assert inverse.dtype == torch.float32
         # Inputs are rounded too by some kernels, to one part in 127.
         torch.testing.assert_close(inverse @ weight, torch.eye(32), rtol=0, atol=0.06)
@@ -120,10 +120,12 @@ def test_quantised_after_the_adapter_was_loaded_the_inverse_follows():
 
 def test_inverses_are_taken_once(quantised, monkeypatch):
     model = attach(quantised)
-    monkeypatch.setattr("peft_sdpt.weights.inverse_projection", lambda *_: pytest.fail("taken again"))
+    monkeypatch.setattr("peft_sdpt.inverse_cache.inverse_projection", lambda *_: pytest.fail("taken again"))
     run(model)
     run(model)
-    assert all(layer._inverses_hold() for layer in model.modules() if isinstance(layer, SDPTLayer))
+    assert all(
+        layer.sdpt_inverses.up_to_date(layer.projections) for layer in model.modules() if isinstance(layer, SDPTLayer)
+    )
 
 
 # PyTorch's dynamic int8 has no gradients.

@@ -22,7 +22,8 @@ import torch
 from accelerate import Accelerator
 from peft import get_peft_model
 import peft_sdpt
-from peft_sdpt.detection import GroundedDetectionLoss, TrainingSamples, evaluate, load_base_model, load_processor, load_split
+from peft_sdpt.detection import GroundedDetectionLoss, TrainingSamples, evaluate
+from peft_sdpt.detection import load_base_model, load_processor, load_split
 
 folder, host = sys.argv[1:]
 torch.manual_seed(0)

@@ -341,7 +341,7 @@ def test_a_registered_fusion_layer_is_a_host(hosts_as_before, tmp_path):
     as_in_glip = make_layer(layer.base_layer, ORIGINAL_GROUNDING_DINO)
     as_in_glip.sdpt_prompts["default"] = layer.sdpt_prompts["default"]
     expected = as_in_glip.fusion_host.attend(
-        layer.base_layer, (image, text, image_padding, text_padding), {}, as_in_glip._prompts(["default"], None)
+        layer.base_layer, (image, text, image_padding, text_padding), {}, as_in_glip.input_prompts(["default"])
     )
     for one, other in zip(results, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-10)

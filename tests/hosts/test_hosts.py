@@ -48,9 +48,11 @@ def test_every_fusion_layer_gets_prompts_that_act(case, bare):
     model = attach(case.make())
     adapted = {name: module for name, module in model.base_model.model.named_modules() if isinstance(module, SDPTLayer)}
     holders = {name: module for name, module in adapted.items() if not isinstance(module, SharedSDPTLayer)}
-    assert {name: module.width for name, module in holders.items()} == case.layers
+    assert {name: module.embed_dim for name, module in holders.items()} == case.layers
     widths = {
-        name: min(module.width, sum(p.in_features for p in module._projections())) if not case.shared else module.width
+        name: min(module.embed_dim, sum(p.in_features for p in module.projections))
+        if not case.shared
+        else module.embed_dim
         for name, module in holders.items()
     }
     assert widths == model.peft_config["default"].fusion_layers
@@ -90,7 +92,7 @@ def test_prompts_are_keys(case):
     model = attach(case.make(), pinv_rtol=None).double()
     for name in [*case.layers, *case.shared]:
         layer = model.base_model.model.get_submodule(name)
-        for projection, prompts in zip(layer._projections(), layer._prompts(["default"], None), strict=True):
+        for projection, prompts in zip(layer.projections, layer.input_prompts(["default"]), strict=True):
             weight, bias = projection.weight, projection.bias if projection.bias is not None else 0
             tokens = layer.tokens()
             reached = (tokens - bias) @ (weight @ torch.linalg.pinv(weight)).T + bias
@@ -200,7 +202,7 @@ def test_modes_that_the_host_has_no_sides_for_are_refused(case, bare):
         assert all(p.shape[:2] == (2, N) for p in model.parameters() if p.requires_grad)
         assert not torch.equal(run(case, model), bare(case))
     if not case.image_reads:
-        with pytest.raises(ValueError, match=r"image_attends_prompts=False hides prompts from image tokens, and what"):
+        with pytest.raises(ValueError, match=r"image_attends_prompts=False hides prompts from image tokens, and '"):
             attach(host, image_attends_prompts=False)
     else:
         model = attach(case.make(), image_attends_prompts=False)

@@ -83,7 +83,7 @@ class TestLxmert:
 
     def test_the_whole_of_a_token_is_the_key_of_both_modalities(self):
         layer = self.layer()
-        (prompts,) = layer._prompts(["default"], None)
+        (prompts,) = layer.input_prompts(["default"])
         tokens = layer.sdpt_prompts["default"].double()
         torch.testing.assert_close(layer.base_layer.att.key(prompts.tokens.double()), tokens, rtol=0, atol=1e-4)
 
@@ -213,7 +213,7 @@ class TestBridgeTower:
         assert torch.equal(bridgetower.outputs(model, inputs), alone)
         for index in range(2):
             for part in self.parts(model, index):
-                assert list(part.sdpt_prompts) == list(part.sdpt_config) == list(part.sdpt_inverses[0]) == ["other"]
+                assert list(part.sdpt_prompts) == list(part.sdpt_config) == ["other"]
 
     def test_a_mixed_batch_of_adapters_of_one_direction_and_both(self):
         model = attach(bridgetower.make())

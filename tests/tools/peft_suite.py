@@ -74,7 +74,6 @@ NOT_APPLICABLE = {
     r"with_runtime_config": "needs a model or an adapter of the Hub",
     r"weight_conversion|prefix_removal": "needs a host whose weights transformers renames at loading",
     r"transformers_irregular": "names layers of a language model",
-    r"extra_keys_warning": "exclude_modules is no option of SDPT",
     r"with_bias|learnable_bias": "bias is no option of SDPT",
     r"save_pretrained_with_target_modules": "SDPT keeps target_modules as a list, so that two saves are the same file",
     r"mixed_model|rejects_duplicate.*True": "PeftMixedModel takes a fixed list of tuners",
@@ -396,7 +395,7 @@ def translate(text: str, substitutions: Iterable[tuple[str, str]]) -> str:
             start = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
             lines.insert(start - 1, "peft_suite.adapt_cases(globals())\n")
     lines.insert(imports[-1].end_lineno, "peft_suite.adapt_names(globals())\n")
-    lines.insert(imports[0].lineno - 1, "import peft_suite\n")
+    lines.insert(imports[0].lineno - 1, "from tests.tools import peft_suite\n")
     return "".join(lines) + "\n\npeft_suite.adapt_classes(globals())\n"
 
 
@@ -469,7 +468,7 @@ def main(checkout: str, *arguments: str) -> int:
     # Toy models have names that are no repositories.
     huggingface_hub.constants.HF_HUB_OFFLINE = True
     with tempfile.TemporaryDirectory() as folder:
-        tests = Path(folder) / "tests"
+        tests = Path(folder) / "peft_tests"
         tests.mkdir()
         (tests / "__init__.py").touch()
         (Path(folder) / "pytest.ini").write_text("[pytest]\nmarkers =\n    skipf\n    regression\n")

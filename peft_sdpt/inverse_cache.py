@@ -1,0 +1,135 @@
+# Copyright 2026 The peft_sdpt authors
+# SPDX-License-Identifier: Apache-2.0
+"""The inverse projections of a fusion layer, computed once and again when a weight has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from torch import nn
+
+from .inverse import inverse_projection, reachable_basis
+from .weights import WeightState, dense_weight, device_and_dtype, refuse_adapted
+
+# A fusion layer joins at most two sequences.
+MAX_SIDES = 2
+_BASIS = "reachable_basis"
+
+
+class _BeforeApply(NamedTuple):
+    """What `InverseCache.after_apply` compares with."""
+
+    up_to_date: bool
+    on_meta: bool
+    dtypes: list[torch.dtype]
+
+
+class InverseCache(BufferDict):
+    """Inverse projections by side and tolerance, and the basis of what the projections reach together.
+
+    Adapters with the same tolerance share them. They are buffers, so they move with the module; they are not saved,
+    and are never below float32 whatever the dtype of the base model. As PEFT's own container of buffers, it tells PEFT
+    that none of them belongs to one adapter.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(persistent=False)
+        self._rtols: tuple[float | None, ...] = ()
+        self._states: tuple[WeightState, ...] | None = None
+
+    def inverse(self, side: int, rtol: float | None) -> torch.Tensor:
+        """Return the inverse of the projection of a side, `(d, E)`."""
+        inverse: torch.Tensor = self[_name(side, rtol)]
+        return inverse
+
+    def replace_inverse(self, side: int, rtol: float | None, inverse: torch.Tensor) -> None:
+        """Use another inverse until a weight changes, for experiments."""
+        self[_name(side, rtol)] = inverse.to(self.inverse(side, rtol))
+
+    @property
+    def basis(self) -> torch.Tensor | None:
+        """Basis from `reachable_basis`, `(E, r)`, or None if no adapter needs it."""
+        return self._buffers.get(_BASIS)
+
+    def require(
+        self, projections: Sequence[nn.Linear], rtols: Iterable[float | None], needs_basis: bool, force: bool = False
+    ) -> None:
+        """Compute what is missing or out of date, and drop what is not needed any more.
+
+        Args:
+            projections: The projection of each side.
+            rtols: Tolerances that adapters have.
+            needs_basis: Whether an adapter needs the basis.
+            force: Compute everything again.
+
+        Raises:
+            ValueError: Another tuner's adapter acts on a projection.
+            TypeError: A weight is not floating point, and its quantisation is not known.
+        """
+        for projection in projections:
+            refuse_adapted(projection)
+        current = self.up_to_date(projections) and not force
+        rtols = tuple(dict.fromkeys(rtols))
+        self.keep(rtols if current else (), needs_basis and current)
+        for side, projection in enumerate(projections):
+            for rtol in rtols:
+                if _name(side, rtol) not in self:
+                    with dense_weight(projection) as weight:
+                        self[_name(side, rtol)] = inverse_projection(weight, rtol)
+        if needs_basis and _BASIS not in self:
+            self[_BASIS] = reachable_basis(list(_copies(projections)))
+        self._rtols = rtols
+        self._states = tuple(WeightState.of(projection) for projection in projections)
+
+    def keep(self, rtols: Collection[float | None], needs_basis: bool) -> None:
+        """Drop the inverses of other tolerances, and the basis if it is not needed any more."""
+        self._rtols = tuple(rtol for rtol in self._rtols if rtol in rtols)
+        names = {_name(side, rtol) for side in range(MAX_SIDES) for rtol in self._rtols}
+        if needs_basis:
+            names.add(_BASIS)
+        for name in [name for name in self if name not in names]:
+            del self[name]
+
+    def refresh(self, projections: Sequence[nn.Linear], force: bool = False) -> None:
+        """Compute again what is out of date, or everything with `force`; see `require`."""
+        self.require(projections, self._rtols, self.basis is not None, force)
+
+    def up_to_date(self, projections: Sequence[nn.Linear]) -> bool:
+        """Return whether no weight has changed since the inverses were computed."""
+        return self._states is not None and all(
+            state.still_holds(projection) for state, projection in zip(self._states, projections, strict=True)
+        )
+
+    def before_apply(self, projections: Sequence[nn.Linear]) -> _BeforeApply:
+        """Return what `after_apply` needs, before a module with these projections is moved or cast."""
+        on_meta = any(device_and_dtype(projection)[0].type == "meta" for projection in projections)
+        return _BeforeApply(self.up_to_date(projections), on_meta, self._dtypes(projections))
+
+    def after_apply(self, before: _BeforeApply, projections: Sequence[nn.Linear]) -> None:
+        """Follow a module that was moved or cast, together with this one."""
+        if before.on_meta:
+            # The weights may be uninitialised memory. The inverses are computed at load time or at the next forward.
+            self._states = None
+        elif before.up_to_date and before.dtypes == self._dtypes(projections):
+            self._states = tuple(WeightState.of(projection) for projection in projections)
+        else:
+            # A cast rounds the weights. It has cast the inverses too, perhaps below float32.
+            self.refresh(projections, force=True)
+
+    def _dtypes(self, projections: Sequence[nn.Linear]) -> list[torch.dtype]:
+        return [device_and_dtype(projection)[1] for projection in projections] + [each.dtype for each in self.values()]
+
+
+def _name(side: int, rtol: float | None) -> str:
+    # Names of buffers have no full stop.
+    return f"side_{side}_rtol_{rtol}".replace(".", "_")
+
+
+def _copies(projections: Iterable[nn.Linear]) -> Iterator[torch.Tensor]:
+    for projection in projections:
+        with dense_weight(projection) as weight:
+            # A copy, because a gathered weight is gone after this.
+            yield weight.detach().clone()

@@ -1,0 +1,188 @@
+# Copyright 2026 The peft_sdpt authors
+# SPDX-License-Identifier: Apache-2.0
+"""Which modules of a base model are fusion layers, and which of them a config asks for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from peft.utils.other import AuxiliaryTrainingWrapper, match_target_against_key
+from torch import nn
+
+from .config import SDPTConfig
+from .hosts import FusionHost, find_hosts, supported_hosts
+from .initialization import prompt_dim
+from .layer import SDPTLayer
+from .weights import refuse_adapted, refuse_out_of_reach
+
+
+@dataclass
+class FusionLayer:
+    """A fusion layer of a base model.
+
+    Attributes:
+        spec: The spec that it fits.
+        parts: Full names of the modules it is made of, in the order of the base model.
+        projections: The projections that are inverted, one for each side.
+    """
+
+    spec: FusionHost
+    parts: list[str] = field(default_factory=list)
+    projections: list[nn.Linear] = field(default_factory=list)
+
+    def prompt_dim(self, config: SDPTConfig) -> int:
+        """Return the dimension of the layer's prompts."""
+        return prompt_dim(config, self.spec, self.projections)
+
+
+@dataclass
+class Selection:
+    """The fusion layers of a base model, each under the full name of its first module, in the model's order.
+
+    Attributes:
+        layers: Those that are adapted.
+        excluded: Those that only `exclude_modules` leaves out.
+    """
+
+    layers: dict[str, FusionLayer]
+    excluded: dict[str, FusionLayer]
+
+
+def select_fusion_layers(model: nn.Module, config: SDPTConfig) -> Selection:
+    """Select the fusion layers that a config asks for, and check that they can be adapted.
+
+    Args:
+        model: The base model. It may have adapters already.
+        config: Config of the adapter.
+
+    Raises:
+        ValueError: The model has no known fusion layer; a field of the config names no layer, or a module that is not a
+            fusion layer; or a selected layer does not suit the config, carries another tuner's adapter, or has its
+            weights elsewhere.
+    """
+    modules = _adaptable_modules(model, config)
+    layers = _fusion_layers(model, modules)
+    if not layers:
+        outside = f" outside of modules_to_save={config.modules_to_save}" if config.modules_to_save else ""
+        raise ValueError(
+            f"{type(model).__name__} has no fusion layer that SDPT knows{outside}. Models that have one: "
+            f"{supported_hosts()}. Others: peft_sdpt.register_host."
+        )
+    # Only these have an index, so that it keeps its meaning when specs of other layers are added.
+    indexed = [name for name, layer in layers.items() if layer.spec.adapted_by_default]
+    names = list(layers) if config.target_modules is not None else indexed
+    if config.layers_to_transform is not None:
+        transformed = _transformed_names(model, indexed, config)
+        names = [name for name in names if name in transformed]
+    if config.target_modules is not None:
+        targeted = _targeted_names(modules, layers, config)
+        names = [name for name in names if not targeted.isdisjoint(layers[name].parts)]
+        if not names:
+            raise ValueError(
+                f"SDPTConfig.target_modules={config.target_modules!r} matches none of the fusion "
+                f"layers that layers_to_transform={config.layers_to_transform} asks for."
+            )
+    excluded = [name for name in names if any(matches(config.exclude_modules, part) for part in layers[name].parts)]
+    names = [name for name in names if name not in excluded]
+    if not names:
+        raise ValueError(
+            f"SDPTConfig.exclude_modules={config.exclude_modules!r} leaves no fusion layer to adapt; "
+            f"it excludes {', '.join(excluded)}."
+            if excluded
+            else f"{type(model).__name__} has no fusion layer that is adapted by default; name one in "
+            f"target_modules: {', '.join(layers)}."
+        )
+    for name in names:
+        _check_mode(name, layers[name].spec, config)
+        for projection in layers[name].projections:
+            refuse_adapted(projection)
+            refuse_out_of_reach(projection)
+    return Selection({name: layers[name] for name in names}, {name: layers[name] for name in excluded})
+
+
+def _adaptable_modules(model: nn.Module, config: SDPTConfig) -> dict[str, nn.Module]:
+    """All named modules, except those inside tuner layers or trained whole (`modules_to_save`)."""
+    modules: dict[str, nn.Module] = {}
+    closed: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if not name or name.startswith(closed):
+            continue
+        if isinstance(module, AuxiliaryTrainingWrapper) or matches(config.modules_to_save, name):
+            closed += (name + ".",)
+            continue
+        if isinstance(module, SDPTLayer):
+            closed += (name + ".",)
+        modules[name] = module
+    return modules
+
+
+def _fusion_layers(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, FusionLayer]:
+    """All fusion layers among `modules`, except those with only one of their two modules."""
+    specs = find_hosts(model)
+    layers: dict[str, FusionLayer] = {}
+    for name, module in modules.items():
+        spec = module.fusion_host if isinstance(module, SDPTLayer) else specs.get(name)
+        if spec is None:
+            continue
+        layer = layers.setdefault(spec.leader(name), FusionLayer(spec))
+        layer.parts.append(name)
+        layer.projections.extend(spec.projections(module.get_base_layer() if isinstance(module, SDPTLayer) else module))
+    return {name: layer for name, layer in layers.items() if len(layer.projections) == layer.spec.num_sides}
+
+
+def _transformed_names(model: nn.Module, indexed: list[str], config: SDPTConfig) -> set[str]:
+    """Names of the fusion layers that `layers_to_transform` asks for."""
+    indices = config.layers_to_transform
+    assert isinstance(indices, list)
+    absent = [index for index in indices if index >= len(indexed)]
+    if absent:
+        raise ValueError(
+            f"SDPTConfig.layers_to_transform has {absent}, but {type(model).__name__} has "
+            f"{len(indexed)} fusion layers, numbered 0 to {len(indexed) - 1}."
+        )
+    return {indexed[index] for index in indices}
+
+
+def _targeted_names(modules: dict[str, nn.Module], layers: dict[str, FusionLayer], config: SDPTConfig) -> set[str]:
+    """Names of modules of fusion layers that `target_modules` matches, by PEFT's rules."""
+    targets = config.target_modules
+    assert targets is not None
+    parts = {part: layer for layer in layers.values() for part in layer.parts}
+    matched = {name for name in modules if matches(targets, name)}
+    strangers = sorted(matched.difference(parts))
+    if strangers:
+        raise ValueError(
+            f"SDPTConfig.target_modules={targets!r} matches '{strangers[0]}' ({type(modules[strangers[0]]).__name__}), "
+            f"which is not a fusion layer. Fusion layers of this base model: {', '.join(parts)}."
+        )
+    each = [targets] if isinstance(targets, str) else [[target] for target in targets]
+    unused = [target for target in each if not any(matches(target, name) for name in matched)]
+    if unused:
+        missing = [target if isinstance(target, str) else target[0] for target in unused]
+        raise ValueError(
+            f"SDPTConfig.target_modules: {missing} matches no module. "
+            f"Fusion layers of this base model: {', '.join(parts)}."
+        )
+    return matched
+
+
+def matches(targets: list[str] | str | None, name: str) -> bool:
+    """Return whether a module has one of these names or ends of names, or fits this regular expression."""
+    if targets is None:
+        return False
+    if isinstance(targets, str):
+        return bool(match_target_against_key(targets, name))
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def _check_mode(name: str, spec: FusionHost, config: SDPTConfig) -> None:
+    if config.prompt_mode == "independent" and spec.num_sides != 2:
+        raise ValueError(
+            f"SDPTConfig.prompt_mode='independent' gives each of two sides its own tokens, and '{name}' ({spec.name}) "
+            "has one. Use 'unified'."
+        )
+    if not config.image_attends_prompts and spec.image_reads is None:
+        raise ValueError(
+            f"SDPTConfig.image_attends_prompts=False hides prompts from image tokens, and '{name}' ({spec.name}) does "
+            "not tell which tokens attend. Use True."
+        )
