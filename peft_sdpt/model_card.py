@@ -22,6 +22,7 @@ import peft
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
+from peft.config import PeftConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING_NAMES
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ _BASE_MODEL_TAG = "base_model:adapter:"
 _VERSIONS = "### Framework versions"
 
 
-def complete_card(folder: str | os.PathLike, config: SDPTConfig) -> None:
+def complete_card(folder: str | os.PathLike, config: PeftConfig) -> None:
     """Complete the model card in a folder, if it is a card of PEFT or an empty form. Other files are left alone.
 
     The metadata gets the library, the pipeline, the tags, and the base model if it is on the Hub. A `license` stays,
@@ -46,8 +47,10 @@ def complete_card(folder: str | os.PathLike, config: SDPTConfig) -> None:
 
     Args:
         folder: Folder of the saved adapter.
-        config: Config of the adapter.
+        config: Config of the adapter, an `SDPTConfig`.
     """
+    # Its base class calls this function, so the type is checked only here.
+    config = cast("SDPTConfig", config)
     file = Path(folder) / CARD
     if not file.is_file():
         return

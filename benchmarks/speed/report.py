@@ -168,9 +168,8 @@ def _sizetable(results: Results) -> str:
         measured = cell["methods"].get(name) if cell else None
         trained = f"{measured['trained']:,}".replace(",", " ") if measured else NOT_YET
         attached = _seconds(quartiles(attach[name]["seconds"])[1]) if name in attach else ""
-        rows.append(
-            [method.label, method.trains, trained, _bytes(measured["saved_bytes"]) if measured else NOT_YET, attached]
-        )
+        on_disk = _bytes(measured["saved_bytes"]) if measured else NOT_YET
+        rows.append([method.label, method.trains, trained, on_disk, attached])
     return table(["method", "what is trained", "parameters", "on disk", "time to attach"], rows)
 
 
