@@ -2,10 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention of a fusion layer, with prompts as extra keys and values.
 
-`bi_attention` is the method's own (arXiv 2407.11414, section 3): same result as appending the prompts to both inputs
-and dropping their rows from both outputs, because a softmax is taken per row; prompt rows are never computed.
-`fused_attention` has the same again, without the projections of image tokens. Hosts with other attentions run as they
-are, on a longer context: `append_prompts`, `append_zeros` and `extend_mask`.
+`bi_attention` is the attention of the method (arXiv 2407.11414, section 3). It gives the same result as appending the
+prompts to both inputs and dropping their rows from both outputs, because a softmax is taken per row, and it never
+computes the rows of prompts. `fused_attention` computes the same without projecting image tokens. Base models with
+other attentions run unchanged on a longer context, which `append_prompts`, `append_zeros` and `extend_mask` make.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# The bound of the hosts' own clamps: half precision ends at 65504.
+# The bound of the base models' own clamps. The largest number in half precision is 65504.
 _LOGIT_BOUND = 50000.0
 
 
@@ -36,12 +36,12 @@ class Prompts(NamedTuple):
     """Prompts of one side of a fusion layer.
 
     Attributes:
-        tokens: `(N, d)`, in the side's input space; None where the side has none.
-        hidden: `(B, N)`, bool, True where a sample does not see a prompt; None where all see all.
+        tokens: Prompts in the input space of the side, `(N, d)`; None if the side has no prompts.
+        mask: `(B, N)`, bool, True if a sample does not see a prompt; None if all samples see all prompts.
     """
 
     tokens: torch.Tensor | None
-    hidden: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
 
     @property
     def num_prompts(self) -> int:
@@ -54,25 +54,25 @@ class SideInput(NamedTuple):
 
     Attributes:
         tokens: `(B, L, d)`.
-        mask: `(B, L)` in the host's convention, or None.
-        prompts: `(N, d)`, extra tokens that the *other* modality attends to, or None. In any floating point dtype:
-            projections take them in that of `tokens`.
-        hidden_prompts: `(B, N)`, bool, True where a sample does not see a prompt; None where all see all.
+        mask: `(B, L)` in the convention of the base model, or None.
+        prompts: Extra tokens that the *other* modality attends to, `(N, d)`, or None. They may have any floating point
+            dtype, and are cast to that of `tokens`.
+        prompt_mask: `(B, N)`, bool, True if a sample does not see a prompt; None if all samples see all prompts.
     """
 
     tokens: torch.Tensor
     mask: torch.Tensor | None
     prompts: torch.Tensor | None
-    hidden_prompts: torch.Tensor | None = None
+    prompt_mask: torch.Tensor | None = None
 
     @property
     def num_prompts(self) -> int:
-        """N, 0 where there are none."""
+        """Number N of prompts."""
         return 0 if self.prompts is None else len(self.prompts)
 
     @property
     def length(self) -> int:
-        """Tokens and prompts, L + N."""
+        """Number of tokens and prompts, L + N."""
         return self.tokens.shape[1] + self.num_prompts
 
 
@@ -91,64 +91,65 @@ class AttentionOptions(TypedDict):
 
 
 def hide_padding(logits: torch.Tensor, mask: torch.Tensor, num_prompts: int) -> torch.Tensor:
-    """Mask convention of (MM) Grounding DINO: True marks padding. Prompts are always visible.
+    """Apply a mask in the convention of (MM) Grounding DINO: True marks padding. Prompts are always visible.
 
     Args:
         logits: `(B, heads, queries, L + num_prompts)`.
         mask: `(B, L)`, bool.
-        num_prompts: how many of the last columns are prompts.
+        num_prompts: Number of prompts, which are the last columns.
     """
     padding = F.pad(mask, (0, num_prompts), value=False)
     return logits.masked_fill(padding[:, None, None, :], float("-inf"))
 
 
 def hide_invalid(logits: torch.Tensor, mask: torch.Tensor, num_prompts: int) -> torch.Tensor:
-    """Mask convention of transformers' processors: 1 or True marks a token, 0 or False padding; see `hide_padding`."""
+    """Apply a mask in the convention of transformers' processors: 1 or True marks a token. See `hide_padding`."""
     return hide_padding(logits, mask == 0, num_prompts)
 
 
 def add_validity(logits: torch.Tensor, mask: torch.Tensor, num_prompts: int) -> torch.Tensor:
-    """Mask convention of GLIP: it is added to the logits, 0 after becoming -9e15. Prompts get what a valid token gets.
+    """Apply a mask in the convention of GLIP: it is added to the logits, with 0 replaced by -9e15.
 
-    A boolean mask hides nothing, as in the host: -9e15 becomes True in it. So it is with mmdetection's Grounding DINO.
+    Prompts get what a valid token gets. A boolean mask hides nothing, as in the base model, because -9e15 becomes True
+    in it. mmdetection's Grounding DINO passes such a mask.
 
     Args:
         logits: `(B, heads, queries, L + num_prompts)`.
-        mask: `(B, L)`, 1 marks a token, 0 padding; any dtype.
-        num_prompts: how many of the last columns are prompts.
+        mask: `(B, L)`, any dtype. 1 marks a token, 0 marks padding.
+        num_prompts: Number of prompts, which are the last columns.
     """
     mask = F.pad(mask, (0, num_prompts), value=1)
     return logits + mask.masked_fill(mask == 0, -9e15)[:, None, None, :]
 
 
 def append_prompts(tokens: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
-    """`(B, L, d)` and `(N, d)` to `(B, L + N, d)`, in the dtype of `tokens`."""
+    """Append prompts `(N, d)` to tokens `(B, L, d)`. Returns `(B, L + N, d)` in the dtype of `tokens`."""
     return torch.cat([tokens, prompts.to(tokens.dtype).expand(len(tokens), -1, -1)], dim=1)
 
 
 def append_zeros(positions: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
-    """`(B, L, d)` to `(B, L + N, d)`, for what is added to a sequence that prompts `(N, d)` were appended to."""
+    """Append zeros for prompts `(N, d)` to what is added to a sequence, `(B, L, d)`. Returns `(B, L + N, d)`."""
     return F.pad(positions, (0, 0, 0, len(prompts)))
 
 
 def extend_mask(mask: torch.Tensor | None, tokens: torch.Tensor, prompts: Prompts) -> torch.Tensor | None:
-    """A mask with a column more for each prompt, in the conventions of transformers.
+    """Append a column for each prompt to a mask in the conventions of transformers.
 
     Args:
-        mask: `(..., L)`. Floating point is added to the logits; of other dtypes True or 1 marks what is seen. None
-            where all tokens are seen.
-        tokens: `(B, L, d)`, what it is the mask of.
-        prompts: what is appended to them.
+        mask: `(..., L)`. A floating point mask is added to the logits. In a mask of another dtype, True or 1 marks a
+            visible token. None if all tokens are visible.
+        tokens: Tokens that the mask belongs to, `(B, L, d)`.
+        prompts: Prompts that are appended to them.
 
     Returns:
-        `(..., L + N)`; None where all tokens and all prompts are seen.
+        `(..., L + N)`, or None if all tokens and all prompts are visible.
     """
-    if prompts.hidden is None:
+    if prompts.mask is None:
         # Zero is added to the logits of prompts, or True marks them as visible.
         return None if mask is None else F.pad(mask, (0, prompts.num_prompts), value=not mask.is_floating_point())
     if mask is None:
         mask = tokens.new_zeros(1, 1, 1, tokens.shape[1])
-    columns = prompts.hidden
+    columns = prompts.mask
     if mask.is_floating_point():
         columns = mask.new_zeros(columns.shape).masked_fill(columns, torch.finfo(mask.dtype).min)
     else:
@@ -159,16 +160,16 @@ def extend_mask(mask: torch.Tensor | None, tokens: torch.Tensor, prompts: Prompt
 
 
 def split_heads(states: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """`(B, L, E)` to `(B, heads, L, head_dim)`."""
+    """Split `(B, L, E)` into heads: `(B, heads, L, head_dim)`."""
     return states.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
 def mask_logits(logits: torch.Tensor, keys: SideInput, mask_function: MaskFunction) -> torch.Tensor:
-    """Logits `(B, heads, queries, L + N)` without what the mask of a side hides, and its hidden prompts."""
+    """Apply the mask of a side and the mask of its prompts to logits `(B, heads, queries, L + N)`."""
     if keys.mask is not None:
         logits = mask_function(logits, keys.mask, keys.num_prompts)
-    if keys.hidden_prompts is not None:
-        hidden = F.pad(keys.hidden_prompts, (keys.tokens.shape[1], 0), value=False)
+    if keys.prompt_mask is not None:
+        hidden = F.pad(keys.prompt_mask, (keys.tokens.shape[1], 0), value=False)
         logits = logits.masked_fill(hidden[:, None, None, :], float("-inf"))
     return logits
 
@@ -180,7 +181,7 @@ def _attend(
     mask_function: MaskFunction,
     dropout: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights `(B, heads, queries, keys)` and attended values `(B, queries, E)`."""
+    """Return attention weights `(B, heads, queries, keys)` and attended values `(B, queries, E)`."""
     weights = mask_logits(logits, keys, mask_function).softmax(dim=-1)
     attended = F.dropout(weights, p=dropout) @ values
     return weights, attended.transpose(1, 2).flatten(2)
@@ -198,24 +199,23 @@ def bi_attention(
     image_mask_function: MaskFunction = hide_padding,
     text_mask_function: MaskFunction = hide_padding,
 ) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
-    """Image tokens attend to text tokens and text prompts; text tokens to image tokens and prompts.
+    """Let image tokens attend to text tokens and text prompts, and text tokens to image tokens and image prompts.
 
-    Follows `GroundingDinoBiMultiHeadAttention.forward` (transformers 5.24) in everything that shows
-    in its results: one logit matrix for both directions, the scale on the image projection after its
-    bias, the maximum of the whole batch taken off, the clamp before the masks, the order of the two
-    dropouts.
+    The function follows `GroundingDinoBiMultiHeadAttention.forward` (transformers 5.24) in everything that changes its
+    results: one logit matrix for both directions, the scale on the image projection after its bias, the subtraction of
+    the maximum of the whole batch, the clamp before the masks, and the order of the two dropouts.
 
     Args:
-        image, text: tokens, mask and prompts of the two modalities.
-        image_side, text_side: their projections.
-        num_heads: heads of the attention; divides the width E of the aligned space.
-        scale: factor of the logits, applied to the image projection.
-        dropout: probability of dropping an attention weight; 0 outside training.
-        image_mask_function, text_mask_function: the host's mask conventions.
+        image, text: Tokens, mask and prompts of the two modalities.
+        image_side, text_side: Projections of the two modalities.
+        num_heads: Number of heads of the attention. It divides the dimension E of the aligned space.
+        scale: Factor of the logits, applied to the image projection.
+        dropout: Probability of dropping an attention weight; 0 outside training.
+        image_mask_function, text_mask_function: Mask conventions of the base model.
 
     Returns:
         `((image_out, image_weights), (text_out, text_weights))` with outputs `(B, L, d)` and weights
-        `(B * heads, Nv, Nl + N)` and `(B * heads, Nl, Nv + N)`: the host's shape plus one last column
+        `(B * heads, Nv, Nl + N)` and `(B * heads, Nl, Nv + N)`: the base model's shape with one more column at the end
         for each prompt that the direction sees.
     """
     image_states = split_heads(image_side.query(image.tokens) * scale, num_heads)
@@ -239,8 +239,8 @@ def bi_attention(
         text_logits = torch.cat([text_logits, text_states @ keys.transpose(-1, -2)], dim=-1)
         image_values = torch.cat([image_values, values.expand(batch, -1, -1, -1)], dim=-2)
 
-    # A softmax does not see this shift, but the clamp does: it keeps half precision finite. The host
-    # also takes off each text row's maximum and clamps again, which after this changes nothing.
+    # A softmax does not depend on this shift, but the clamp does: it keeps half precision finite. The base model also
+    # subtracts the maximum of each text row and clamps again, which changes nothing after this.
     peak = torch.maximum(image_logits.detach().max(), text_logits.detach().max())
     image_logits = (image_logits - peak).clamp(min=-_LOGIT_BOUND)
     text_logits = (text_logits - peak).clamp(min=-_LOGIT_BOUND)

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""The attention of `attention.bi_attention` for less time and memory: its outputs, without its weights."""
+"""The outputs of `attention.bi_attention` in less time and memory, without its attention weights."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from .inverse import without_autocast
 
 
 def absorbing_pays(image_length: int, text_length: int, weight: torch.Tensor, num_heads: int) -> bool:
-    """Whether `fused_bi_attention` multiplies less than `bi_attention`; not so with a long text and a small image.
+    """Return whether `fused_bi_attention` needs fewer multiplications than `bi_attention`.
+
+    It does not with a long text and a small image.
 
     Args:
-        image_length, text_length: tokens and prompts of each modality.
-        weight: `(E, dv)` of a projection of image tokens.
-        num_heads: heads of the attention.
+        image_length, text_length: Number of tokens and prompts of each modality.
+        weight: Weight of a projection of image tokens, `(E, dv)`.
+        num_heads: Number of heads of the attention.
     """
     width, dim = weight.shape
     absorbed = 3 * image_length * text_length * dim * num_heads + 5 * text_length * width * dim
@@ -40,26 +42,27 @@ def fused_bi_attention(
     image_mask_function: MaskFunction = hide_padding,
     text_mask_function: MaskFunction = hide_padding,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Outputs of `bi_attention`, without its weights and without ever projecting an image token.
+    """Compute the outputs of `bi_attention` without its weights, and without projecting an image token.
 
-    Attention is linear in what it projects, so the projections of the many image tokens are absorbed by the few text
-    tokens, head by head: `(v W_q^T) k^T = v (k W_q)^T` for the logits, `P (t W_o^T)` for what image tokens read and
-    `(P v) W_v^T` for what text tokens read. The products that are left are those of the attention itself, with image
-    tokens as queries, keys and values of all heads. A bias of the image's queries shifts all logits of a key, and those
-    of a text token by the same number, which a softmax does not see.
+    Attention is linear in its projections, so the few text tokens absorb the projections of the many image tokens, head
+    by head: `(v W_q^T) k^T = v (k W_q)^T` for the logits, `P (t W_o^T)` for what image tokens read, and `(P v) W_v^T`
+    for what text tokens read. The remaining products are those of the attention itself, with image tokens as queries,
+    keys and values of all heads. A bias of the image's queries shifts all logits of a key. It shifts those of a text
+    token by the same number, which a softmax does not depend on.
 
-    Nothing of the size of the logits is held. On a GPU, in half precision and in compiled code the directions are two
-    calls of `torch.nn.functional.scaled_dot_product_attention`; else, and where weights are dropped, they share their
-    logits in `_BothDirections`.
+    On the CPU, no tensor of the size of the logits is kept. On a GPU, in half precision and in compiled code, the two
+    directions are two calls of `torch.nn.functional.scaled_dot_product_attention`. Otherwise, and with dropout, they
+    share their logits in `_BothDirections`.
 
     Args:
-        image, text, num_heads, scale, dropout, image_mask_function, text_mask_function: as of `bi_attention`. A mask
+        image, text, num_heads, scale, dropout, image_mask_function, text_mask_function: See `bi_attention`. A mask
             function may only add to the logits.
-        image_side: its projections are plain linear layers, whose weights are taken without calling them.
-        text_side: as of `bi_attention`.
+        image_side: Projections of the image. They are plain linear layers, whose weights are used without calling them.
+        text_side: Projections of the text.
 
     Returns:
-        `(image_out, text_out)`, each `(B, L, d)`. They can be differentiated once; the eager way, as often as wanted.
+        `(image_out, text_out)`, each `(B, L, d)`. They can be differentiated once. `bi_attention` can be differentiated
+        any number of times.
     """
     text_tokens = text.tokens if text.prompts is None else append_prompts(text.tokens, text.prompts)
     text_length = text.tokens.shape[1]
@@ -117,28 +120,31 @@ def fused_bi_attention(
 
 
 def _added(side: SideInput, mask_function: MaskFunction) -> torch.Tensor | None:
-    """What the mask of a side and its hidden prompts add to the logits, `(B, 1, 1, L + N)`; None where nothing."""
-    if side.mask is None and side.hidden_prompts is None:
+    """Return what the masks of a side and its prompts add to the logits, `(B, 1, 1, L + N)`, or None."""
+    if side.mask is None and side.prompt_mask is None:
         return None
     nothing = side.tokens.new_zeros(len(side.tokens), 1, 1, side.length)
     return mask_logits(nothing, side, mask_function).to(side.tokens.dtype)
 
 
 def _kernels_pay(keys: torch.Tensor) -> bool:
-    """Whether `scaled_dot_product_attention` is to be called: it takes four products of the size of the logits where
-    three do, but on a GPU and in half precision its kernels are the faster ones, and it compiles without a loop."""
+    """Return whether to call `scaled_dot_product_attention`.
+
+    It takes four products of the size of the logits where three are enough. But its kernels are faster on a GPU and in
+    half precision, and it compiles without a loop.
+    """
     half = keys.dtype in (torch.float16, torch.bfloat16)
     return half or keys.device.type != "cpu" or torch.compiler.is_compiling()
 
 
-# Logits at a time, of all samples and heads: 2 MiB in single precision, which stays in a core's cache. Of 800 x 1333
-# pixels and 256 tokens on an AMD EPYC, forward and backward take 1.05 of the time with four times as many, and 1.4 with
-# all at once.
+# Number of logits that are computed at a time, for all samples and heads: 2 MiB in single precision, which fits the
+# cache of a core. With 800 x 1333 pixels and 256 tokens on an AMD EPYC, forward and backward take 1.05 times as long
+# with four times as many, and 1.4 times as long with all at once.
 _LOGITS_AT_A_TIME = 2**19
 
 
 class _Shared:
-    """What the chunks of `_BothDirections` have in common, at least in single precision.
+    """What the chunks of `_BothDirections` share, in single precision at least.
 
     Attributes:
         keys, values: `(B, heads * K, d)`.
@@ -163,7 +169,7 @@ class _Shared:
         self.dtype = dtype
 
     def chunks(self) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """First place, place after the last, and tokens `(B, n, d)` of each chunk; prompts come last, in their own."""
+        """Yield begin, end and tokens `(B, n, d)` of each chunk. Prompts come last, in chunks of their own."""
         size = max(1, _LOGITS_AT_A_TIME // max(1, self.keys[..., 0].numel()))
         for start, tokens in self.tokens:
             for begin in range(0, tokens.shape[1], size):
@@ -171,20 +177,20 @@ class _Shared:
                 yield start + begin, start + begin + chunk.shape[1], chunk.to(self.dtype)
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        """`(B, n, heads, K)`, without what the masks and the bias of the image's queries add."""
+        """Return logits `(B, n, heads, K)`, before the masks and the bias of the image's queries are added."""
         return (tokens @ self.keys.mT).unflatten(-1, (self.num_heads, -1))
 
     def image_logits(self, logits: torch.Tensor) -> torch.Tensor:
         return logits if self.text_bias is None else logits + self.text_bias
 
     def text_logits(self, logits: torch.Tensor, begin: int, end: int) -> torch.Tensor:
-        """`(B, n, heads, T)`."""
+        """Return the logits of the text direction, `(B, n, heads, T)`."""
         logits = logits[..., : self.text_length]
         return logits if self.image_bias is None else logits + self.image_bias[:, begin:end]
 
 
 def _keep(weights: torch.Tensor, dropout: float) -> torch.Tensor | None:
-    """Which weights are not dropped, bool; None where none is."""
+    """Draw which weights are kept, as bool; None without dropout."""
     return torch.empty_like(weights, dtype=torch.bool).bernoulli_(1 - dropout) if dropout else None
 
 
@@ -193,16 +199,16 @@ def _drop(weights: torch.Tensor, keep: torch.Tensor | None, dropout: float) -> t
 
 
 class _BothDirections(torch.autograd.Function):
-    """Both directions of the attention in chunks of image tokens, with logits made once for both.
+    """Both directions of the attention in chunks of image tokens, with the logits of a chunk computed once for both.
 
-    The softmax of a text token over all image tokens is that of online softmax (arXiv 1805.02867): a running maximum
-    and a running sum. The backward makes the logits again (arXiv 2205.14135), so what is kept for it is what came in,
-    what text tokens read, and, where weights are dropped, which.
+    The softmax of a text token over all image tokens is an online softmax (arXiv 1805.02867), with a running maximum
+    and a running sum. The backward computes the logits again (arXiv 2205.14135). Saved for it are the inputs, what the
+    text tokens read, and, with dropout, which weights were kept.
 
     Shapes: `image (B, M, d)`, `prompts (B, N, d)` that only text tokens see, `keys` and `values (B, heads, K, d)` of
     which the first `T = text_length` are text tokens, `text_bias (B, heads or 1, 1, K)`, `image_bias (B, 1, 1, M + N)`.
     Returns `(B, M, d)`, `(B, heads * T, d)` and, with dropout, the sums of the text's weights `(B, heads, T, 1)`,
-    which then are not 1; else None.
+    which are not 1 then. Without dropout, the last is None.
     """
 
     @staticmethod
@@ -221,7 +227,7 @@ class _BothDirections(torch.autograd.Function):
             shared = _Shared(image, prompts, keys, values, text_bias, image_bias, text_length)
             kept = []
             image_out = torch.empty_like(image, dtype=keys.dtype)
-            # Of the text's softmax over all image tokens and prompts so far: the maximum, the sum, and what was read.
+            # State of the text's softmax over the image tokens and prompts so far: maximum, sum, and what was read.
             top = shared.keys.new_full((*keys.shape[:2], text_length), -torch.inf)
             total, dropped_total = torch.zeros_like(top), torch.zeros_like(top)
             read = shared.keys.new_zeros(len(keys), keys.shape[1] * text_length, keys.shape[-1])
@@ -233,7 +239,7 @@ class _BothDirections(torch.autograd.Function):
                     image_out[:, begin:end] = _drop(weights, kept[-1], dropout).flatten(2) @ shared.values
                 text_logits = shared.text_logits(logits, begin, end)
                 top, top_before = torch.maximum(top, text_logits.amax(1)), top
-                # Nothing but padding so far: -inf - -inf would be NaN.
+                # If there was only padding so far, -inf - -inf would be NaN.
                 taken_off = top.masked_fill(top == -torch.inf, 0)
                 shrunk = (top_before - taken_off).exp_()
                 weights = (text_logits - taken_off[:, None]).exp_()
@@ -243,7 +249,7 @@ class _BothDirections(torch.autograd.Function):
                     weights = _drop(weights, kept[-1], dropout)
                     dropped_total.mul_(shrunk).add_(weights.sum(1))
                 read.mul_(shrunk.flatten(1)[..., None]).baddbmm_(weights.flatten(2).mT, tokens)
-            # Where all is padding the sum is zero, and so is what is read.
+            # If everything is padding, the sum is zero, and so is what is read.
             total.clamp_(min=torch.finfo(total.dtype).tiny)
             read /= total.flatten(1)[..., None]
             dropped_total /= total
@@ -266,7 +272,7 @@ class _BothDirections(torch.autograd.Function):
         with without_autocast(image.device.type):
             shared = _Shared(image, prompts, keys, values, text_bias, image_bias, ctx.text_length)
             grad_read = grad_read.to(read.dtype)
-            # What the softmax takes off the gradients of a text token's logits.
+            # What the softmax subtracts from the gradients of a text token's logits.
             mean = (grad_read * read).sum(-1).view_as(log_total)
             grad_dropped = None
             if grad_total is not None:
@@ -296,7 +302,7 @@ class _BothDirections(torch.autograd.Function):
                 grad_logits[..., : ctx.text_length] += grad_weights.sub_(mean[:, None]).mul_(weights)
                 grad_logits = grad_logits.flatten(2)
                 grad_keys.baddbmm_(grad_logits.mT, tokens)
-                # The image before the first adapted layer needs none.
+                # The image before the first adapted layer needs no gradient.
                 if ctx.needs_input_grad[0 if of_image else 1]:
                     grad_tokens = _drop(weights, keep, dropout).flatten(2) @ grad_read
                     grad_tokens.baddbmm_(grad_logits, shared.keys)

@@ -20,7 +20,7 @@ from .config import SDPTConfig
 from .hosts import FusionHost
 from .layer import CANNOT_MERGE, SDPTLayer, SharedSDPTLayer
 from .saving import PROMPTS_KEY, check_base_model, layer_of, plain_name
-from .targeting import Selection, matches, select_fusion_layers
+from .targeting import FusionLayer, Selection, check_fusion_layer, matches, select_fusion_layers
 
 # PEFT's name for the base model without an adapter, in `adapter_names`.
 BASE = "__base__"
@@ -61,28 +61,28 @@ class SDPTModel(BaseTuner):
         # Removed first, so that a rejected base model stays unchanged.
         config: SDPTConfig = self.peft_config.pop(adapter_name)
         selection = select_fusion_layers(model, config)
-        dims = {plain_name(name): layer.prompt_dim(config) for name, layer in selection.layers.items()}
+        layers = selection.layers
+        if state_dict is not None:
+            # PEFT wraps the modules that the state dict names, whatever the config says. It reads only the keys, as its
+            # documentation says, so the values can be empty, and the second modules of fusion layers, which have no
+            # prompts of their own, get keys too.
+            named = {layer_of(key) for key in state_dict}
+            layers = {name: layer for name, layer in selection.known.items() if plain_name(name) in named}
+            parts = [part for layer in layers.values() for part in layer.parts]
+            state_dict = {f"{_name_in_peft(part)}{PROMPTS_KEY}": torch.empty(0) for part in parts}
+        for name, layer in layers.items():
+            check_fusion_layer(name, layer, config)
+        dims = {plain_name(name): layer.prompt_dim(config) for name, layer in layers.items()}
         if config.is_of_saved_adapter:
             _check_saved_adapter(model, config, dims)
         self._set_targets(selection)
-        if state_dict is not None:
-            named = {layer_of(key) for key in state_dict}
-            dims = {name: dim for name, dim in dims.items() if name in named}
-            # PEFT wraps the modules that the state dict names. It reads only the keys, as its documentation says, so
-            # that the values can be empty and the second modules of fusion layers, which have no prompts, have keys.
-            state_dict = {
-                f"{_name_in_peft(part)}{PROMPTS_KEY}": torch.empty(0)
-                for name, layer in selection.layers.items()
-                if plain_name(name) in named
-                for part in layer.parts
-            }
         if config.fusion_layers not in (None, dims):
             # The adapter of another base model uses the same config.
             config = copy.deepcopy(config)
         config.fusion_layers = dims
         self.peft_config[adapter_name] = config
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-        for name, layer in selection.layers.items():
+        for name, layer in layers.items():
             for part in layer.parts:
                 if isinstance(module := model.get_submodule(part), SharedSDPTLayer):
                     first = model.get_submodule(name)
@@ -91,12 +91,13 @@ class SDPTModel(BaseTuner):
 
     def _set_targets(self, selection: Selection) -> None:
         """Store what PEFT is told about each module while it walks through the base model."""
-        # The spec of each module to wrap, and whether the module holds the prompts of its fusion layer.
-        self._targets: dict[str, tuple[FusionHost, bool]] = {}
-        for name, layer in selection.layers.items():
+        # The spec of each module that can be wrapped, and whether the module holds the prompts of its fusion layer.
+        self._specs: dict[str, tuple[FusionHost, bool]] = {}
+        for name, layer in selection.known.items():
             for part in layer.parts:
-                self._targets[part] = self._targets[_name_in_peft(part)] = (layer.spec, part == name)
-        self._excluded = {part for layer in selection.excluded.values() for part in layer.parts}
+                self._specs[part] = self._specs[_name_in_peft(part)] = (layer.spec, part == name)
+        self._targets = _names_of_parts(selection.layers)
+        self._excluded = _names_of_parts(selection.excluded)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         return peft_config
@@ -121,7 +122,7 @@ class SDPTModel(BaseTuner):
         if isinstance(target, SDPTLayer):
             target.update_layer(adapter_name, peft_config)
             return
-        spec, holds_prompts = self._targets[current_key]
+        spec, holds_prompts = self._specs[current_key]
         layer_class = SDPTLayer if holds_prompts else SharedSDPTLayer
         layer = layer_class(target, spec, adapter_name, peft_config, side=spec.side_of(current_key))
         self._replace_module(parent, target_name, layer, target)
@@ -292,6 +293,11 @@ class SDPTModel(BaseTuner):
 def _name_in_peft(name: str) -> str:
     """Return how PEFT calls a module when it matches a state dict: without what compiling the whole model adds."""
     return name.removeprefix("_orig_mod.")
+
+
+def _names_of_parts(layers: dict[str, FusionLayer]) -> set[str]:
+    names = {part for layer in layers.values() for part in layer.parts}
+    return names | {_name_in_peft(name) for name in names}
 
 
 def _layers_with_prompts(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, SDPTLayer]]:

@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prompts that start as prototypes of the downstream tokens, as in Self-Prompt Tuning (arXiv 2402.02382).
 
-There a prompt of a vision transformer starts as a token of the task's pictures. The space of unified prototype tokens
-is where a fusion layer compares image and text, so both give candidates: what its query projections make of image
-tokens within boxes, and of the text tokens of the classes that these show.
+In that paper, a prompt of a vision transformer starts as a token of the task's images. A fusion layer compares image
+and text in the space of unified prototype tokens, so both modalities give candidates: the query states of image tokens
+inside boxes, and the query states of the text tokens of their classes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .hosts.bi_attention import BiAttentionHost
 from .layer import SDPTLayer
 
-# Candidates of a modality and layer that centres are looked for among, drawn at random where there are more.
+# Number of candidates per modality and layer. If there are more, they are drawn at random.
 MOST_CANDIDATES = 4096
 PROTOTYPES = ("kmeans", "random", "mean")
 
@@ -35,24 +35,24 @@ def initialize_sdpt_prototypes(
 ) -> None:
     """Start the prompts of an adapter as prototypes of the tokens of some training batches.
 
-    Called after `get_peft_model(host, SDPTConfig(init_weights="prototypes"))`, as PEFT's
-    `initialize_lora_eva_weights` is. Prompts are plain parameters afterwards, and are trained and saved as any. The
-    forward passes are those of the host without prompts.
+    Call it after `get_peft_model(model, SDPTConfig(init_weights="prototypes"))`, as PEFT's
+    `initialize_lora_eva_weights`. The prompts are trained and saved as usual afterwards. The forward passes run the
+    base model without prompts. It needs the extra `detection`.
 
     Args:
-        model: a Grounding DINO or MM Grounding DINO with the adapter.
-        dataloader: batches, as pairs of what the model takes, `input_ids` among it, and a list of labels, one an image:
-            `boxes` `(n, 4)`, centre, width and height as shares of the image, and `class_labels` `(n,)`, which phrase
-            of the prompt each is.
-        adapter_name: which adapter.
-        num_batches: how many batches are looked at. At least 1.
-        prototypes: `"kmeans"` for centres of clusters (SciPy's, k-means++ start), `"random"` for tokens as they are,
-            `"mean"` for means of random groups of tokens.
-        seed: of what is random in it.
+        model: A Grounding DINO or MM Grounding DINO with the adapter.
+        dataloader: Batches, as pairs of the inputs of the model (with `input_ids`) and a list of labels, one per image:
+            `boxes` `(n, 4)`, with centre, width and height as shares of the image, and `class_labels` `(n,)`, indices
+            of the phrases in the prompt.
+        adapter_name: Name of the adapter.
+        num_batches: Number of batches to read, at least 1.
+        prototypes: `"kmeans"` uses the centres of clusters (SciPy's, with a k-means++ start), `"random"` uses random
+            tokens, and `"mean"` uses the means of random groups of tokens.
+        seed: Seed of all random choices.
 
     Raises:
-        ValueError: an argument breaks its rule, the host is of another kind, or the batches have fewer boxes' tokens
-            than there are prompts.
+        ValueError: An argument breaks its rule, the base model is of another kind, or the boxes of the batches hold
+            fewer tokens than there are prompts.
     """
     if prototypes not in PROTOTYPES:
         raise ValueError(f"prototypes must be one of {PROTOTYPES}, got {prototypes!r}")
@@ -69,7 +69,7 @@ def initialize_sdpt_prototypes(
     if not encoders or not all(isinstance(layer.fusion_host, BiAttentionHost) for layer in layers.values()):
         raise ValueError(
             "model must be a Grounding DINO or MM Grounding DINO of transformers, got "
-            f"{type(model.get_base_model()).__name__}: no other host tells where in the image a token lies"
+            f"{type(model.get_base_model()).__name__}: no other base model tells where in the image a token lies"
         )
     candidates = _candidates(model, encoders[0], layers, dataloader, num_batches, seed)
     generator = torch.Generator().manual_seed(seed)
@@ -87,7 +87,7 @@ def initialize_sdpt_prototypes(
         if independent:
             chosen[name] = torch.stack([_prototypes(side, count, prototypes, generator) for side in sides])
         else:
-            # As many of either modality where there are enough, or the image would outvote the text by its numbers.
+            # Equally many of both modalities if possible, because there are many more image tokens than text tokens.
             most = max(min(sizes), count)
             both = torch.cat([_drawn(side, most, generator) for side in sides])
             chosen[name] = _prototypes(both, count, prototypes, generator)
@@ -104,8 +104,8 @@ def _candidates(
     num_batches: int,
     seed: int,
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Query states `(n, E)` of each layer, of image tokens within boxes and of text tokens of their classes."""
-    # Here, because `import peft_sdpt` does without the extra `detection`.
+    """Return query states `(n, E)` for each layer: of image tokens in boxes, and of text tokens of their classes."""
+    # Imported here, because `import peft_sdpt` must work without the extra `detection`.
     from .detection.grounding import class_token_maps
 
     found = {name: (_Sample(layer.embed_dim, seed), _Sample(layer.embed_dim, seed)) for name, layer in layers.items()}
@@ -114,7 +114,7 @@ def _candidates(
     def see_positions(_: nn.Module, args: tuple, kwargs: dict) -> None:
         ratios = kwargs["valid_ratios"]
         points = encoder.get_reference_points(kwargs["spatial_shapes_list"], ratios, device=ratios.device)
-        # As shares of the image, without what it is padded with.
+        # As shares of the image without its padding.
         centres = points[:, :, 0] / ratios[:, None, 0]
         current["image"] = torch.stack(
             [
@@ -162,16 +162,16 @@ def _candidates(
 
 
 class _Sample:
-    """`MOST_CANDIDATES` of the rows that are added, whichever: each has drawn a number, and the lowest stay."""
+    """A random sample of the rows that are added: each row draws a number, and the lowest `MOST_CANDIDATES` stay."""
 
     def __init__(self, width: int, seed: int) -> None:
         self.rows, self._numbers = torch.empty(0, width), torch.empty(0)
         self._generator = torch.Generator().manual_seed(seed)
 
     def add(self, tokens: Tensor, projection: nn.Module) -> None:
-        """Take some of the tokens `(n, d)`, projected."""
+        """Add some of the tokens `(n, d)`, projected."""
         numbers = torch.rand(len(tokens), generator=self._generator)
-        stay = self._lowest(numbers)  # before the projection, which makes many times as much of them
+        stay = self._lowest(numbers)  # before the projection, which makes them several times larger
         rows = torch.cat([self.rows, projection(tokens[stay.to(tokens.device)]).float().cpu()])
         numbers = torch.cat([self._numbers, numbers[stay]])
         stay = self._lowest(numbers)
@@ -183,33 +183,33 @@ class _Sample:
 
 
 def _within(points: Tensor, boxes: Tensor) -> Tensor:
-    """Which of the points `(L, 2)` lie in any of the boxes `(n, 4)`, centre, width and height; `(L,)`, bool."""
+    """Return which points `(L, 2)` lie in a box `(n, 4)` (centre, width, height), as `(L,)` bool."""
     return ((points[:, None] - boxes[None, :, :2]).abs() <= boxes[None, :, 2:] / 2).all(-1).any(-1)
 
 
 def _drawn(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """At most `count` of the rows, in a random order."""
+    """Return at most `count` of the rows, in random order."""
     return rows[torch.randperm(len(rows), generator=generator)[:count]]
 
 
 def _distinct(rows: Tensor) -> Tensor:
-    """Without rows that are another once more, as a word of one prompt is in all pictures before the first fusion.
+    """Return the rows without repetitions. Prompts that start alike would stay alike.
 
-    Prompts that start alike would stay alike.
+    Before the first fusion layer, a word has the same state for all images.
     """
-    # In double precision, because distances are computed by way of products.
+    # In double precision, because distances are computed from products.
     near = torch.cdist(rows.double(), rows.double()) < 1e-4 * rows.norm(dim=-1, keepdim=True).clamp(min=1e-12)
     return rows[~near.tril(-1).any(-1)]
 
 
 def _prototypes(rows: Tensor, count: int, kind: str, generator: torch.Generator) -> Tensor:
-    """`(count, E)` of the rows `(n, E)`, n being at least `count`."""
+    """Return `count` prototypes `(count, E)` of the rows `(n, E)`; n is at least `count`."""
     rows = _drawn(rows, len(rows), generator)
     if kind == "random":
         return rows[:count]
     if kind == "mean":
         return torch.stack([group.mean(0) for group in rows.tensor_split(count)])
-    # Here, because the rest of the package does without SciPy.
+    # Imported here, because the core of the package does not need SciPy.
     from scipy.cluster.vq import kmeans2  # type: ignore[import-untyped] # it has no types
 
     seed = int(torch.randint(2**31, (), generator=generator))

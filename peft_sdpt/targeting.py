@@ -40,25 +40,26 @@ class Selection:
     """The fusion layers of a base model, each under the full name of its first module, in the model's order.
 
     Attributes:
-        layers: Those that are adapted.
+        known: All of them.
+        layers: Those that the config asks for.
         excluded: Those that only `exclude_modules` leaves out.
     """
 
+    known: dict[str, FusionLayer]
     layers: dict[str, FusionLayer]
     excluded: dict[str, FusionLayer]
 
 
 def select_fusion_layers(model: nn.Module, config: SDPTConfig) -> Selection:
-    """Select the fusion layers that a config asks for, and check that they can be adapted.
+    """Select the fusion layers that a config asks for.
 
     Args:
         model: The base model. It may have adapters already.
         config: Config of the adapter.
 
     Raises:
-        ValueError: The model has no known fusion layer; a field of the config names no layer, or a module that is not a
-            fusion layer; or a selected layer does not suit the config, carries another tuner's adapter, or has its
-            weights elsewhere.
+        ValueError: The model has no known fusion layer, or a field of the config names no layer, or a module that is
+            not a fusion layer.
     """
     modules = _adaptable_modules(model, config)
     layers = _fusion_layers(model, modules)
@@ -92,12 +93,7 @@ def select_fusion_layers(model: nn.Module, config: SDPTConfig) -> Selection:
             else f"{type(model).__name__} has no fusion layer that is adapted by default; name one in "
             f"target_modules: {', '.join(layers)}."
         )
-    for name in names:
-        _check_mode(name, layers[name].spec, config)
-        for projection in layers[name].projections:
-            refuse_adapted(projection)
-            refuse_out_of_reach(projection)
-    return Selection({name: layers[name] for name in names}, {name: layers[name] for name in excluded})
+    return Selection(layers, {name: layers[name] for name in names}, {name: layers[name] for name in excluded})
 
 
 def _adaptable_modules(model: nn.Module, config: SDPTConfig) -> dict[str, nn.Module]:
@@ -175,7 +171,14 @@ def matches(targets: list[str] | str | None, name: str) -> bool:
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
-def _check_mode(name: str, spec: FusionHost, config: SDPTConfig) -> None:
+def check_fusion_layer(name: str, layer: FusionLayer, config: SDPTConfig) -> None:
+    """Check that a fusion layer can be adapted.
+
+    Raises:
+        ValueError: It does not suit the config, another tuner's adapter acts on an inverted projection, or the weight
+            of such a projection is sharded or offloaded.
+    """
+    spec = layer.spec
     if config.prompt_mode == "independent" and spec.num_sides != 2:
         raise ValueError(
             f"SDPTConfig.prompt_mode='independent' gives each of two sides its own tokens, and '{name}' ({spec.name}) "
@@ -186,3 +189,6 @@ def _check_mode(name: str, spec: FusionHost, config: SDPTConfig) -> None:
             f"SDPTConfig.image_attends_prompts=False hides prompts from image tokens, and '{name}' ({spec.name}) does "
             "not tell which tokens attend. Use True."
         )
+    for projection in layer.projections:
+        refuse_adapted(projection)
+        refuse_out_of_reach(projection)

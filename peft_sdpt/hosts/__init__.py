@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""The fusion layers SDPT can be attached to, one declaration a family."""
+"""Specs of the fusion layers that SDPT can be attached to, one for each family."""
 
 from __future__ import annotations
 
@@ -70,31 +70,34 @@ __all__ = [
 
 
 def register_host(host: FusionHost) -> None:
-    """Make a fusion layer of your own known, in this process: before an adapter is attached or loaded.
+    """Register the spec of a fusion layer of your own in this process, before an adapter is attached or loaded.
 
-    It comes before the built-in declarations, and replaces one that was registered under the same name.
+    It takes precedence over the built-in specs, and replaces a spec that was registered under the same name.
+
+    Args:
+        host: Spec of the fusion layer, for instance a `BiAttentionHost`.
 
     Raises:
-        TypeError: `host` is no declaration.
+        TypeError: `host` is not a spec.
     """
     if not isinstance(host, FusionHost):
-        raise TypeError(f"host must be a FusionHost, a BiAttentionHost for instance; got {host!r}")
+        raise TypeError(f"host must be a FusionHost, for instance a BiAttentionHost; got {host!r}")
     HOSTS[:] = [host, *(known for known in HOSTS if known.name != host.name)]
 
 
 def find_hosts(model: nn.Module) -> dict[str, FusionHost]:
-    """Full name of each fusion layer in `model`, in the model's order, with the declaration that it fits."""
+    """Return the spec of each fusion layer in `model` by its full name, in the model's order."""
     modules = dict(model.named_modules())
-    found = {}
+    specs = {}
     for name, module in modules.items():
         parts = name.split(".")
         ancestors = [modules[".".join(parts[:depth])] for depth in range(len(parts))] if name else []
         host = next((host for host in HOSTS if host.matches(module, ancestors)), None)
         if host is not None:
-            found[name] = host
-    return found
+            specs[name] = host
+    return specs
 
 
 def supported_hosts() -> str:
-    """The models that have a known fusion layer, and the class names of these, for messages."""
+    """Return the names of all specs and their class names, for messages."""
     return "; ".join(f"{host.name} ({', '.join(host.class_names)})" for host in HOSTS)

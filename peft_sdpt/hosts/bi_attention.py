@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""Fusion in both directions by one module: image and text tokens attend to each other."""
+"""Fusion in both directions by one module, in which image and text tokens attend to each other."""
 
 from __future__ import annotations
 
@@ -18,17 +18,16 @@ from .declaration import FusionHost
 
 @dataclass(frozen=True, kw_only=True)
 class BiAttentionHost(FusionHost):
-    """Declaration of a bi-directional attention: what the method was made for.
+    """Spec of a bi-directional attention, which the method was made for.
 
     The query projection of one modality makes the keys of the other, so it is the one that is inverted. The module
-    also carries `num_heads`, `scale` (of the logits, on the image's queries) and `dropout` (a probability).
+    also has `num_heads`, `scale` (a factor of the image's queries) and `dropout` (a probability).
 
     Attributes:
-        image_projections, text_projections: attribute names of the query, value and output projections of a modality.
-        image_tokens, text_tokens, image_mask, text_mask: which of `arguments` these are; None for a mask that the
-            host does not have.
-        image_mask_function, text_mask_function: how a mask acts on the logits.
-        returns_weights: whether the module returns `((image, weights), (text, weights))`, or `(image, text)`.
+        image_projections, text_projections: Attribute names of the query, value and output projections of a modality.
+        image_tokens, text_tokens, image_mask, text_mask: The arguments that hold these. None if there is no such mask.
+        image_mask_function, text_mask_function: How a mask acts on the logits.
+        returns_weights: Whether the module returns `((image, weights), (text, weights))`, or `(image, text)`.
     """
 
     image_projections: tuple[str, str, str]

@@ -2,22 +2,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """BridgeTower of transformers: a cross-modal layer of text tokens and one of image tokens, side by side.
 
-Read in transformers 5.24. Layer `i` of `cross_modal_text_layers` lets text tokens attend to the image, layer `i` of
-`cross_modal_image_layers` lets image tokens attend to the text; both read the states of both modalities before either
-has run, so the two are one fusion layer in two directions. They have no weight in common.
+Written for transformers 5.24. Layer `i` of `cross_modal_text_layers` lets text tokens attend to the image, and layer
+`i` of `cross_modal_image_layers` lets image tokens attend to the text. Both read the states of both modalities before
+either has run, so the two are one fusion layer in two directions. They share no weights.
 
-Prompts are appended to what each attends to, through the inverse of its own key projection. The tokens live in the
-text layer's module and the image layer's sees the same ones. That they are the same is a choice, not a derivation:
-in GLIP one logit matrix serves both directions and puts both modalities into one space, while here the two key spaces
-were trained apart, and a number in one says nothing about the same number in the other. What one set gives is the
-training: a step that one direction asks for moves what the other direction sees. `prompt_mode="independent"` gives
-each direction tokens of its own, which assumes nothing and doubles the parameters.
+Prompts are appended to what each layer attends to, through the inverse of its own key projection. The tokens belong to
+the module of the text layer, and the module of the image layer uses the same tokens. This is a choice, not a
+derivation. In GLIP, one logit matrix serves both directions and puts both modalities into one space. Here the two key
+spaces were trained apart, and a number in one says nothing about the same number in the other. What one set of tokens
+gives is the training: a step that one direction asks for moves what the other direction sees.
+`prompt_mode="independent"` gives each direction tokens of its own. It assumes nothing and doubles the parameters.
 
-Keys are as wide as the tokens they are made of, so each inverse is a true one (as far as its weight has full rank) and
-the whole of a token acts in both directions.
+Keys are as wide as the tokens they are made of. Each inverse is therefore a true one, as far as its weight has full
+rank, and the whole of a token has an effect in both directions.
 
 `image_attends_prompts=False` keeps the prompts out of the image layers. The self-attention within both layers sees no
-prompts: each is fusion of one modality with itself.
+prompts, because it fuses a modality with itself only.
 """
 
 from .cross_attention import Context, CrossAttentionHost
@@ -25,7 +25,7 @@ from .cross_attention import Context, CrossAttentionHost
 BRIDGETOWER = CrossAttentionHost(
     name="BridgeTower of transformers",
     class_names=("BridgeTowerBertCrossLayer",),
-    # What follows is `cache`, `past_key_values` before transformers 5.24, and None.
+    # The next argument is `cache`, or `past_key_values` before transformers 5.24, and it is None.
     arguments=("hidden_states", "encoder_hidden_states", "attention_mask", "encoder_attention_mask"),
     within=("BridgeTowerModel",),
     contexts=(

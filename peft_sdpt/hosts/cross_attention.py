@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""Fusion in one direction: tokens attend to a context, with query, key and value projections of their own."""
+"""Fusion in one direction: tokens attend to a context with separate query, key and value projections."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from .declaration import FusionHost
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """What queries attend to. Prompts are appended to it, and act as keys and values.
+    """A sequence that queries attend to. Prompts are appended to it, and act as keys and values.
 
     Attributes:
-        key: dotted attribute name of the key projection, which is the one that is inverted.
-        tokens: the arguments that it comes in, prompts appended to each: one, or one for the keys and one for the
-            values.
-        zeros: arguments that are added to it, position encodings for instance, to which zeros are appended.
-        mask: argument of its mask, in transformers' conventions (see `peft_sdpt.attention.extend_mask`); None where
-            there is none.
-        mask_is_obeyed: whether the host does as its mask says; only then can prompts be hidden from some samples.
+        key: Dotted attribute name of the key projection, which is inverted.
+        tokens: The arguments that hold the sequence: one, or one for the keys and one for the values. Prompts are
+            appended to each.
+        zeros: Arguments that are added to the sequence, for instance position encodings. Zeros are appended to them.
+        mask: The argument that holds its mask, in transformers' conventions (see `peft_sdpt.attention.extend_mask`).
+            None if the module has no mask.
+        mask_is_obeyed: Whether the module applies the mask. Only then can prompts be hidden from some samples.
     """
 
     key: str
@@ -37,10 +37,10 @@ class Context:
 
 @dataclass(frozen=True, kw_only=True)
 class CrossAttentionHost(FusionHost):
-    """Declaration of a module with cross-attention: the host runs as it is, with a longer context.
+    """Spec of a module with cross-attention, which runs unchanged with a longer context.
 
     Attributes:
-        contexts: one, or two of the same width that take part in one fusion layer.
+        contexts: The sequences that its queries attend to: one, or two of the same dimension.
     """
 
     contexts: tuple[Context, ...]
@@ -67,7 +67,7 @@ class CrossAttentionHost(FusionHost):
             changes.update(
                 {name: append_zeros(bound[name], added.tokens) for name in context.zeros if bound.get(name) is not None}
             )
-            if added.hidden is not None and not (context.mask and context.mask_is_obeyed):
+            if added.mask is not None and not (context.mask and context.mask_is_obeyed):
                 raise ValueError(f"{self.class_names[0]} has no mask that could hide prompts from some samples")
             if context.mask is None:
                 continue

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""What SDPT has to know of any fusion layer; the three kinds of fusion are in the files beside this one."""
+"""The spec of a fusion layer: what SDPT has to know about it. The three kinds of fusion are in modules of their own."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from ..attention import Prompts
 
 @dataclass(frozen=True, kw_only=True)
 class FusionHost(ABC):
-    """Declaration of a family of fusion layers: names and conventions.
+    """Spec of a family of fusion layers: names and conventions.
 
     A *side* of a fusion layer is a sequence that prompts are appended to, with the projection that is inverted for it.
-    A module belongs to the family when its class, or one it derives from, has one of `class_names`, its forward starts
-    with `arguments`, and all that the declaration names is there. Nothing is imported for that, so a host needs no
+    A module belongs to the family if its class, or a base class of it, has one of `class_names`, its forward starts
+    with `arguments`, and it has every attribute that the spec names. The classes are not imported, so a spec needs no
     dependency.
 
     Attributes:
-        name: what a user calls the host. Registering another of the same name replaces it.
-        class_names: class names of the module that is adapted.
-        arguments: the first parameters of its forward, in their order. The first one is a tensor `(B, L, d)`.
-        within: class names, one of which has to hold the module; empty where any model may.
-        split: for hosts whose two directions are modules in different places: the parts of their full names in which
-            they differ. The module of the first reads the image, that of the second the text; both see one set of
-            tokens, which lives in the first.
-        adapted_by_default: whether an adapter adapts such layers if `target_modules` does not name them.
+        name: What users call the base model. Registering another spec of the same name replaces this one.
+        class_names: Class names of the module that is adapted.
+        arguments: The first parameters of its forward, in order. The first one is a tensor `(B, L, d)`.
+        within: Class names of which one must be the class of a module around it. Empty if any model will do.
+        split: For fusion layers whose two directions are modules in different places: the parts of their full names in
+            which they differ. The first module reads the image, the second reads the text. Both use one set of tokens,
+            which belongs to the first.
+        image_reads: The side that image tokens attend to, which `image_attends_prompts=False` hides. None if the module
+            does not distinguish who attends.
+        adapted_by_default: Whether such layers are adapted if `target_modules` does not name them.
             `layers_to_transform` counts only the layers that are adapted by default.
-        image_reads: which side image tokens attend to, and `image_attends_prompts=False` therefore hides; None where
-            that cannot be told apart.
     """
 
     name: str
@@ -50,16 +50,16 @@ class FusionHost(ABC):
     @property
     @abstractmethod
     def inverted(self) -> tuple[str, ...]:
-        """Dotted attribute names of the projections whose inverse is taken, one a side of the module."""
+        """Dotted attribute names of the projections that are inverted, one for each side of the module."""
 
     @property
     def needed(self) -> tuple[str, ...]:
-        """Dotted names of all attributes that a module of the family has."""
+        """Dotted names of all attributes that a module of the family must have."""
         return self.inverted
 
     @property
     def num_sides(self) -> int:
-        """Sides of a fusion layer, 1 or 2; with two, `prompt_mode="independent"` can give each its own tokens."""
+        """Number of sides of a fusion layer. With two, `prompt_mode="independent"` gives each its own tokens."""
         return 2 if self.split else len(self.inverted)
 
     @abstractmethod
@@ -71,21 +71,21 @@ class FusionHost(ABC):
         prompts: Sequence[Prompts],
         eager: bool = False,
     ) -> Any:
-        """What `module(*args, **kwargs)` returns when its tokens also attend to prompts.
+        """Return what `module(*args, **kwargs)` returns if its tokens also attend to prompts.
 
         Args:
-            module: a module of the family.
-            args, kwargs: of the call.
-            prompts: for each side of the module; at least one has tokens.
-            eager: whether the module's own way is asked for, weights and all, where there is a faster one.
+            module: A module of the family.
+            args, kwargs: Arguments of the call.
+            prompts: Prompts of each side of the module. At least one side has tokens.
+            eager: Whether to compute the attention as the module does, with weights, if there is a faster way.
         """
 
     def matches(self, module: nn.Module, ancestors: Iterable[nn.Module] = ()) -> bool:
-        """Whether `module` is a fusion layer of this family.
+        """Return whether `module` is a fusion layer of this family.
 
         Args:
-            module: any module.
-            ancestors: the modules that hold it.
+            module: Any module.
+            ancestors: The modules around it.
         """
         return (
             _is_a(module, self.class_names)
@@ -102,10 +102,10 @@ class FusionHost(ABC):
         return tuple(_attribute(module, name) for name in self.inverted)
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Values by name, of a call's positional arguments and all its named ones.
+        """Return the arguments of a call by name.
 
         Raises:
-            TypeError: an argument is given twice, or the first is missing, as the host itself raises it.
+            TypeError: An argument is given twice, or the first one is missing. The module itself would raise too.
         """
         bound = dict(zip(self.arguments, args, strict=False))
         twice = sorted(bound.keys() & kwargs.keys())
@@ -119,7 +119,7 @@ class FusionHost(ABC):
     def replace(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], changes: Mapping[str, Any]
     ) -> tuple[list[Any], dict[str, Any]]:
-        """The call's arguments with other values, each at its place."""
+        """Return the arguments of a call with some values replaced."""
         args, kwargs = list(args), dict(kwargs)
         for name, value in changes.items():
             place = self.arguments.index(name)
@@ -130,11 +130,11 @@ class FusionHost(ABC):
         return args, kwargs
 
     def leader(self, name: str) -> str:
-        """Full name of the module that holds the tokens, of that of a module of the same fusion layer."""
+        """Return the full name of the module that holds the tokens, given any module of the fusion layer."""
         return _exchange(name, self.split[1], self.split[0]) if self.split else name
 
     def side_of(self, name: str) -> int | None:
-        """Which side the module of this full name is; None where a module has all sides of its fusion layer."""
+        """Return the side of the module with this full name; None if a module has all sides of its fusion layer."""
         return int(self.split[1] in name.split(".")) if self.split else None
 
 

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """GLIP, the original Grounding DINO, and mmdetection's ports of both: attentions of one name and four signatures.
 
-Read in microsoft/GLIP (`maskrcnn_benchmark/utils/fuse_helper.py`), IDEA-Research/GroundingDINO
+Written for microsoft/GLIP (`maskrcnn_benchmark/utils/fuse_helper.py`), IDEA-Research/GroundingDINO
 (`groundingdino/models/GroundingDINO/fuse_modules.py`) and mmdetection (`mmdet/models/utils/vlfuse_helper.py`).
 """
 

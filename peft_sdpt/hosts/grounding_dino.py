@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Grounding DINO and MM Grounding DINO (also LLMDet checkpoints) of transformers.
 
-Read in transformers 5.24; the two attention classes are the same but for their names.
+Written for transformers 5.24. The two attention classes differ only in their names.
 """
 
 from .bi_attention import BiAttentionHost

@@ -17,14 +17,14 @@ from .declaration import FusionHost
 
 @dataclass(frozen=True, kw_only=True)
 class JointAttentionHost(FusionHost):
-    """Declaration of a joint self-attention: prompts are appended to the sequence and their rows dropped.
+    """Spec of a joint self-attention. Prompts are appended to the sequence, and their rows are dropped afterwards.
 
-    The module returns a tensor, or a tuple of one and attention weights `(B, heads, L, L)`.
+    The module returns a tensor, or a tuple of a tensor and attention weights `(B, heads, L, L)`.
 
     Attributes:
-        key: dotted attribute name of the key projection, which is the one that is inverted.
-        tokens: argument of the sequence.
-        mask: argument of its mask, in transformers' conventions (see `peft_sdpt.attention.extend_mask`).
+        key: Dotted attribute name of the key projection, which is inverted.
+        tokens: The argument that holds the sequence.
+        mask: The argument that holds its mask, in transformers' conventions (see `peft_sdpt.attention.extend_mask`).
     """
 
     key: str
@@ -50,7 +50,7 @@ class JointAttentionHost(FusionHost):
         length = tokens.shape[1]
         mask = extend_mask(bound.get(self.mask), tokens, added)
         if mask is not None and mask.dim() > 2 and mask.shape[-2] == length > 1:
-            # The rows of prompts are dropped: what they see is of no matter.
+            # The rows of prompts are dropped, so it does not matter what they see.
             mask = F.pad(mask, (0, 0, 0, added.num_prompts))
         changes = {self.tokens: append_prompts(tokens, added.tokens)}
         if mask is not None:

@@ -2,8 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """FLAVA and ViLT of transformers: image and text tokens in one sequence.
 
-Read in transformers 5.24. One set and one inverse, of `key`. Nothing is synchronous, as there are no two modalities
-to the attention: what is left of the method are tokens in the space of keys, reached through an exact inverse.
+Written for transformers 5.24. There is one set of tokens and one inverse, that of `key`. The attention does not know
+two modalities, so nothing is synchronous: what remains of the method are tokens in the space of keys, reached through
+an exact inverse.
 """
 
 from dataclasses import replace
@@ -23,5 +24,5 @@ FLAVA = replace(
     VILT,
     name="FLAVA",
     class_names=("FlavaSelfAttention",),
-    within=("FlavaMultimodalModel",),  # its encoders of image and text are made of the same class
+    within=("FlavaMultimodalModel",),  # its image and text encoders use the same class
 )

@@ -2,8 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """OmDet-Turbo of transformers: object queries and task tokens in one self-attention of each decoder layer.
 
-Read in transformers 5.24. Queries, keys and values come as three arguments, so prompts can be keys and values alone.
-One sequence, so one set and one inverse, of `key`: what is left of the method are tokens in the space of keys.
+Written for transformers 5.24. Queries, keys and values are three arguments, so prompts can be keys and values only.
+There is one sequence, so there is one set of tokens and one inverse, that of `key`. What remains of the method are
+tokens in the space of keys.
 """
 
 from .cross_attention import Context, CrossAttentionHost
@@ -12,6 +13,6 @@ OMDET_TURBO = CrossAttentionHost(
     name="OmDet-Turbo",
     class_names=("OmDetTurboMultiheadAttention",),
     arguments=("queries", "keys", "values", "attention_mask"),
-    within=("OmDetTurboDeformableTransformerDecoderLayer",),  # the encoder has the same class, for the image alone
+    within=("OmDetTurboDeformableTransformerDecoderLayer",),  # the encoder uses the same class for the image alone
     contexts=(Context(key="key", tokens=("keys", "values"), mask="attention_mask"),),
 )

@@ -2,30 +2,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """SAM 3 of transformers (also SAM 3 Lite Text, and the detector within SAM 3 Video): fusion one way at a time.
 
-Read in transformers 5.24. The concept prompt is a phrase, with example boxes after it if there are any. It meets the
-image at three places, all with attentions that have query, key and value projections of one width:
+Written for transformers 5.24. The concept prompt is a phrase, followed by example boxes if there are any. It meets the
+image at three places. All of them are attentions with query, key and value projections of one dimension:
 
-* in each layer of the DETR encoder image tokens attend to the concept prompt;
-* in each layer of the DETR decoder object queries attend to the concept prompt, and after it to the image;
-* in the mask decoder the encoder's image tokens attend to the concept prompt once more.
+* in each layer of the DETR encoder, image tokens attend to the concept prompt;
+* in each layer of the DETR decoder, object queries attend to the concept prompt, and then to the image;
+* in the mask decoder, the encoder's image tokens attend to the concept prompt once more.
 
-What holds of the method: prompts are keys and values of frozen attentions, reached through the inverse of a frozen
-projection, the one that makes keys. Keys are as wide as the tokens, so the inverse is a true one (as far as the weight
-has full rank) and the whole of a prototype token acts.
+This holds of the method: prompts are keys and values of frozen attentions, reached through the inverse of the frozen
+key projection. Keys are as wide as the tokens, so the inverse is a true one, as far as the weight has full rank, and
+the whole of a prototype token has an effect.
 
-What cannot hold: nothing is dual. Concept tokens attend to no image token in any of these layers, so no layer has two
-modalities in one aligned space, and nothing is synchronous between them. In the encoder and the mask decoder a prompt
-is one more concept token, at that layer only. In the decoder one set of tokens is read as a key of the concept prompt
-and as a key of the image, by the same object queries through two unrelated key projections: to share them is a choice,
-and `prompt_mode="independent"` gives each its own, on an adapter of decoder layers alone. Who attends is the same in
-all of a module, so `image_attends_prompts=False` is refused.
+This cannot hold: nothing is dual. Concept tokens attend to no image token in these layers, so no layer has two
+modalities in one aligned space, and nothing is synchronous between them. In the encoder and the mask decoder, a prompt
+is one more concept token, at that layer only. In the decoder, one set of tokens is a key of the concept prompt and a
+key of the image, for the same object queries and through two unrelated key projections. Sharing them is a choice, and
+`prompt_mode="independent"` gives each its own, for an adapter of decoder layers only. The same tokens attend
+throughout a module, so `image_attends_prompts=False` is refused.
 
-The image's keys get a position encoding and, by where they lie to a query's box, a bias on the logits. A prompt lies
-nowhere: it gets neither, which is what the presence token sees of all image tokens. Scores compare queries with the
-mean of the concept tokens, in which there are no prompts.
+The image's keys get a position encoding and, depending on their position relative to a query's box, a bias on the
+logits. A prompt has no position and gets neither, just as the presence token sees all image tokens. Scores compare
+queries with the mean of the concept tokens, which does not include prompts.
 
-The layers that encode example boxes attend to the image as well; they run with boxes only and are left alone. The
-trackers of SAM 3 share none of these classes.
+The layers that encode example boxes attend to the image too. They run only with boxes and are not adapted. The
+trackers of SAM 3 use none of these classes.
 """
 
 from .cross_attention import Context, CrossAttentionHost

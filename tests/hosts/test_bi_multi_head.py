@@ -358,5 +358,5 @@ def test_a_declaration_takes_the_place_of_one_of_the_same_name(hosts_as_before):
 
 
 def test_registering_something_else_is_refused():
-    with pytest.raises(TypeError, match="host must be a FusionHost, a BiAttentionHost for instance; got 'glip'"):
+    with pytest.raises(TypeError, match="host must be a FusionHost, for instance a BiAttentionHost; got 'glip'"):
         register_host("glip")
