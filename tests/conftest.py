@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,12 @@ from filelock import FileLock
 from tests.helpers.hub import serve, use
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    # Accelerate collects garbage in every run. What was imported is none.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -154,23 +154,24 @@ import torch, peft_sdpt
 torch.set_num_threads(1)
 from peft import PeftModel
 from tests.helpers.detectors import attach, make_host, run
+model = PeftModel.from_pretrained(make_host(), "user/adapter")
 if sys.argv[2] == "push":
-    model = attach(make_host())
-    model.push_to_hub("user/adapter", token="hf_owner")
-else:
-    model = PeftModel.from_pretrained(make_host(), "user/adapter")
+    model.push_to_hub("user/again", token="hf_owner")
 print(run(model).sum().item())
 """
-    outputs = []
+    model = attach(make_host())
+    model.push_to_hub(REPO, token=OWNER)
+    outputs = [str(run(model).sum().item())]
     for step, settings in (
         ("push", {}),
-        ("load", {}),
         ("load", {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}),
     ):
         result = start(code, step, **settings)
         assert result.returncode == 0, result.stderr
         outputs.append(result.stdout.splitlines()[-1])
     assert len({*outputs}) == 1
+    weights = [hub.repositories[name].files()[WEIGHTS] for name in (REPO, "user/again")]
+    assert weights[0] == weights[1]
 
 
 def start(code, *arguments, **settings):

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 
 import train_detection
-from tests.helpers.main_job import run_main_job
+from tests.helpers.main_job import SHORT, run_main_job
 from tests.helpers.small_tasks import write_small_task
 
 
 @pytest.fixture(scope="session")
 def small_task(made_once):
     """The built-in task with few pictures, as a COCO folder."""
-    return made_once("task", lambda folder: write_small_task(folder, train=12, val=4, test=8))
+    return made_once("task", lambda folder: write_small_task(folder, train=12, val=4, test=4))
 
 
 @pytest.fixture
@@ -38,11 +38,10 @@ def ctrl_c_is_heard():
 
 @pytest.fixture
 def main_job(tmp_path):
-    """Run the main job in this process; returns its exit code, 0 when it just returns."""
+    """Run the main job in this process, with `SHORT`; returns its exit code, 0 when it just returns."""
 
     def run(*flags) -> int:
-        # Warm-up starts at a rate of zero: the first of a few steps would do nothing.
-        return run_main_job("--output_dir", tmp_path / "out", "--num_warmup_steps", 0, *flags)
+        return run_main_job("--output_dir", tmp_path / "out", *SHORT, *flags)
 
     return run
 
@@ -53,8 +52,7 @@ def trained(made_once, small_task):
 
     def trained(*flags) -> Path:
         def run(out: Path) -> None:
-            run = ("--dataset_name", small_task, "--num_warmup_steps", 0, "--output_dir", out, *flags)
-            assert run_main_job(*run) == 0
+            assert run_main_job("--dataset_name", small_task, "--output_dir", out, *SHORT, *flags) == 0
 
         return made_once("run-" + hashlib.sha256(repr(flags).encode()).hexdigest()[:12], run)
 

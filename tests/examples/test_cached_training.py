@@ -15,7 +15,7 @@ import train_detection
 from peft_sdpt.detection import feature_cache
 from tests.helpers.backbones import counted
 from tests.helpers.detectors import attach
-from tests.helpers.main_job import HOST, Killed, kill, run_main_job, same_prompts, same_run
+from tests.helpers.main_job import HOST, SHORT, Killed, kill, run_main_job, same_prompts, same_run
 
 RUN = (
     *("--num_train_epochs", 2, "--per_device_train_batch_size", 4, "--no_augmentation", "--prompt_dropout", 0.3),
@@ -49,7 +49,7 @@ def runs(made_once, small_task):
         losses = {}
         for name, flags in (("plain", ()), ("filling", ("--cache_features", folder / "cache"))):
             with recorded() as values:
-                run = ("--dataset_name", small_task, "--num_warmup_steps", 0, *RUN, "--output_dir", folder / name)
+                run = ("--dataset_name", small_task, *SHORT, *RUN, "--output_dir", folder / name)
                 assert run_main_job(*run, *flags) == 0
             losses[name] = values
         (folder / "losses.json").write_text(json.dumps(losses))
@@ -87,8 +87,8 @@ def test_backbones_do_not_run_in_the_second_epoch(main_job, at_step, small_task,
         at_step(4, lambda: count.update(picture=0, prompt=0))
         flags = ("--cache_features", tmp_path / "cache", "--validation_steps", 3)
         assert main_job("--dataset_name", small_task, *RUN, *flags) == 0
-    # The eight pictures that are measured in the end, outside of training.
-    assert count == {"picture": 8, "prompt": 8}
+    # The four pictures that are measured in the end, outside of training.
+    assert count == {"picture": 4, "prompt": 4}
 
 
 @pytest.mark.slow
@@ -146,8 +146,8 @@ def test_mixed_sizes_and_workers_change_nothing(main_job, own_task, tmp_path, ca
         assert main_job(*run, tmp_path / "alone", *alone, tmp_path / "alone-cache") == 0
     assert "padded to the largest" not in capsys.readouterr().out
     assert len(list((tmp_path / "alone-cache").glob("pictures-*/*"))) == 16
-    # Eight are measured before and after, and four validated after the last step.
-    assert count["picture"] == 16 + 2 * 8 + 4
+    # Four are measured before and after, and four validated after the last step.
+    assert count["picture"] == 16 + 2 * 4 + 4
 
 
 def test_dropout_in_the_backbones_makes_it_another_run(main_job, small_task, tmp_path, capsys):

@@ -22,6 +22,9 @@ from tests.helpers.detectors import ROOT
 HOST = ROOT / "examples" / "host"
 SCRIPT = ROOT / "examples" / "train_detection.py"
 
+# Flags of every run in a test, unless it gives others. Warm-up starts at a rate of zero: the first of a few steps would
+# do nothing.
+SHORT = ("--num_warmup_steps", 0, "--per_device_train_batch_size", 4)
 # Flags of runs that several tests share.
 ONE_STEP = ("--max_train_steps", 1, "--checkpointing_steps", 1)
 TWO_STEPS = ("--max_train_steps", 2, "--checkpointing_steps", 1)
@@ -32,12 +35,16 @@ EVERYTHING = (
 )
 
 
+def reset_accelerate() -> None:
+    """Before another run in one process: Accelerate keeps its state, precision included, as long as a process lives."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def run_main_job(*flags) -> int:
     """Run the main job in this process. Returns its exit code, 0 when it just returns."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train_detection.py", *map(str, flags)])
-        # One process, several runs: Accelerate keeps its state, precision included, for as long as a process lives.
-        AcceleratorState._reset_state(reset_partial_state=True)
+        reset_accelerate()
         try:
             train_detection.main()
         except SystemExit as exit:
