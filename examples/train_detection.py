@@ -124,7 +124,6 @@ class Training:
     checkpoints: Checkpoints
     steps_per_epoch: int
     max_steps: int
-    resumed: bool
 
 
 # ---- prepare
@@ -144,10 +143,8 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Setup:
     if args.image_size:
         check_image_size(detector, processor, args.image_size)
     split_classes(splits[eval_split].class_names, processor.tokenizer, detector.config.max_text_len)
-    progress = Progress()
-    return Setup(
-        args, accelerator, splits, validation_split, eval_split, processor, detector, detector, cache, progress
-    )
+    names = (validation_split, eval_split)
+    return Setup(args, accelerator, splits, *names, processor, detector, detector, cache, Progress())
 
 
 def read_data(args: argparse.Namespace, accelerator: Accelerator) -> tuple[dict[str, DetectionSplit], str | None, str]:
@@ -228,12 +225,10 @@ def prepare_training(setup: Setup) -> Training:
         run,
         args.checkpoints_total_limit,
     )
-    resumed = checkpoints.resume(args.resume_from_checkpoint) is not None
+    checkpoints.resume(args.resume_from_checkpoint)
     if not (args.output_dir / "best").is_dir():  # the checkpoint came from another output folder
         progress.best = {}
-    return Training(
-        samples, loader, trained, optimizer, scheduler, average, checkpoints, steps_per_epoch, max_steps, resumed
-    )
+    return Training(samples, loader, trained, optimizer, scheduler, average, checkpoints, steps_per_epoch, max_steps)
 
 
 # ---- train
@@ -250,8 +245,8 @@ def train(setup: Setup, training: Training) -> list[str]:
             accelerator.log({f"before/{name}": value for name, value in progress.before["metrics"].items()}, step=0)
     if not setup.validation_split:
         accelerator.print(f"{args.dataset_name} has no split val: only the last adapter is saved, not the best")
-    # The run may have been killed between the checkpoint and the validation of a step.
-    if training.resumed and progress.step % validation_steps == 0:
+    # A resumed run may have been killed between the checkpoint and the validation of this step.
+    if progress.step % validation_steps == 0:
         validate(setup, training)
     loss_function = GroundedDetectionLoss(setup.detector.config)
     setup.model.train()
