@@ -249,10 +249,10 @@ def _make(folder: Path) -> None:
         with whole_file(folder / "probe", durable=False) as unfinished:
             unfinished.write_bytes(b"")
         (folder / "probe").unlink(missing_ok=True)  # another process may have been faster
-        for left in folder.rglob(f"*{UNFINISHED}"):
+        for file in folder.rglob(f"*{UNFINISHED}"):
             with contextlib.suppress(FileNotFoundError):
-                if time.time() - left.stat().st_mtime > ABANDONED:
-                    left.unlink()
+                if time.time() - file.stat().st_mtime > ABANDONED:
+                    file.unlink()
     except InputError as error:
         raise _cannot_be_written(folder, error.__cause__) from None
     except OSError as error:

@@ -229,7 +229,7 @@ def test_an_older_checkpoint_is_not_gone_on_from_beside_newer_ones(main_job, tra
     run = ("--dataset_name", small_task, *TWO_STEPS)
     first = ("--resume_from_checkpoint", tmp_path / "whole" / "step_1")
     assert main_job(*run, "--output_dir", tmp_path / "whole", *first) == 2
-    assert "has step_2, which what follows would mix with" in capsys.readouterr().err
+    assert "has step_2, which the checkpoints of the resumed run would mix with" in capsys.readouterr().err
     # Elsewhere it is, and keeps a best of its own.
     assert main_job(*run, "--output_dir", tmp_path / "out", *first) == 0
     assert same_run(tmp_path / "whole", tmp_path / "out") or not (tmp_path / "out" / "best").exists()
