@@ -1,8 +1,8 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""How the site is built: `sphinx-build -W --keep-going docs build/docs`, a warning is an error.
+"""Settings of the documentation: `sphinx-build -W --keep-going docs build/docs` builds it, and a warning is an error.
 
-Nothing is fetched, neither now nor by a reader's browser: formulas are MathML.
+Neither the build nor a reader's browser fetches anything, so formulas are MathML.
 """
 
 from docutils.nodes import SkipNode
@@ -25,15 +25,17 @@ html_title = f"peft_sdpt {release}"
 html_copy_source = False
 html_math_renderer = "mathml"
 
-# Names of ours must lead somewhere; those of PyTorch and PEFT would need a network to.
+# References to this package must resolve. Those to other libraries would need a network.
 nitpicky = True
 nitpick_ignore_regex = [
-    ("py:class", r"(torch|nn|peft|collections|os|abc)\.\S+|PeftType|TaskType"),
-    # `Attributes` of two names, of which the builder takes the first for a type.
+    ("py:class", r"(torch|nn|peft|collections|os|abc|pathlib|PIL|accelerate)\.\S+|PeftType|TaskType"),
+    # How an `SDPTConfig` is read and written; its methods are documented with the config.
+    ("py:class", r"peft_sdpt\.saving\.SavedConfig"),
+    # If an entry of `Attributes` has two names, the builder takes the first for a type.
     ("py:class", r"[a-z_]+"),
 ]
 
-# One backtick is code in the docstrings, as in Markdown.
+# Single backticks in docstrings are code, as in Markdown.
 default_role = "literal"
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"

@@ -18,7 +18,7 @@ LABELS = {
     "mm-grounding-dino-tiny": "MM Grounding DINO Tiny",
     "grounding-dino-fusion": "Grounding DINO",
     "glip-l-fusion": "GLIP-L",
-    "small-host": "the small host of the main job, 96x96, 40 names",
+    "small-host": "small base model, 96x96, 40 class names",
 }
 # Tasks of a cell that has no image size and no length of prompt of its own.
 SHAPELESS = ("attach", "epoch")

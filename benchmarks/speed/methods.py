@@ -51,15 +51,15 @@ class Method:
 
 
 METHODS = {
-    "host": Method("bare host", "nothing", lambda host: host, trained=False),
-    "sdpt": Method("SDPT", "10 tokens a fusion layer", lambda host: get_peft_model(host, SDPTConfig(**PUBLISHED))),
+    "host": Method("base model", "nothing", lambda host: host, trained=False),
+    "sdpt": Method("SDPT", "10 tokens per fusion layer", lambda host: get_peft_model(host, SDPTConfig(**PUBLISHED))),
     "sdpt-eager": Method(
         "SDPT eager",
-        '10 tokens a fusion layer, `attn_implementation="eager"`',
+        '10 tokens per fusion layer, `attn_implementation="eager"`',
         lambda host: get_peft_model(host, SDPTConfig(**PUBLISHED, attn_implementation="eager")),
     ),
     "cached": Method("SDPT, cached features", "", lambda host: host, infers=False, trained=False, fuses=False),
-    "released": Method("released algorithm", "10 tokens a fusion layer", attach_released),
+    "released": Method("released algorithm", "10 tokens per fusion layer", attach_released),
     "lora": Method(
         "LoRA",
         "r = 8 on the six projections of a fusion layer and the attention projections "
@@ -68,12 +68,13 @@ METHODS = {
     ),
     "ia3": Method(
         "IA3",
-        "scales of keys and values in the fusion layers and the attentions of encoder and decoder, and of fc2's inputs",
+        "scales of keys and values in the fusion layers and in the attentions of encoder and decoder, and of the "
+        "inputs of fc2",
         lambda host: with_peft(host, IA3Config(target_modules=IA3_TARGETS, feedforward_modules=IA3_FEEDFORWARD)),
     ),
-    "bitfit": Method("BitFit", "all biases beside those of the two backbones", lambda h: train(h, is_bitfit), False),
+    "bitfit": Method("BitFit", "all biases except those of the two backbones", lambda h: train(h, is_bitfit), False),
     "vpt": Method(
-        "visual prompts", "VPT-deep: 10 tokens in each window of a block of the Swin backbone",
+        "visual prompts", "VPT-deep: 10 tokens in each window of each block of the Swin backbone",
         attach_window_prompts, fuses=False,
     ),
     "full": Method("full fine-tuning", "everything", lambda host: train(host, lambda _: True), False),

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""Results as Markdown: the aims with what was measured, and tables of time, memory and size."""
+"""Results in Markdown: a table of the aims, and tables of time, memory and size."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .cells import everything
 from .measuring import quartiles
 from .methods import METHODS, suitable
 
-# What each table is of: heading, whether of fusion layers, task, and what its ratios are to.
+# For each table: heading, whether it is about fusion layers, task, and the method that ratios refer to.
 TABLES = (
     ("Fusion layer, inference", True, "inference", "host"),
     ("Fusion layer, forward and backward", True, "training", "host"),
@@ -25,7 +25,7 @@ Results = dict[str, Any]
 
 
 def ratios(methods: dict[str, Any], name: str, reference: str) -> tuple[float, float, float]:
-    """Quartiles of time over that of `reference` in the same round."""
+    """Quartiles of the ratio of a method's time to that of `reference` in the same round."""
     pairs = zip(methods[name]["seconds"], methods[reference]["seconds"], strict=True)
     return quartiles([seconds / its for seconds, its in pairs])
 
@@ -35,13 +35,13 @@ def memory_ratio(methods: dict[str, Any], name: str, reference: str) -> float:
 
 
 def _beside_weights(methods: dict[str, Any]) -> float:
-    """Peak memory of SDPT over that of LoRA, each without what is held between steps."""
+    """Ratio of the peak memory of SDPT to that of LoRA, without the weights and optimizer states."""
     ours, lora = (methods[name]["peak_bytes"] - methods[name]["held_bytes"] for name in ("sdpt", "lora"))
     return ours / lora
 
 
 def select(results: Results, is_fusion: bool, task: str) -> list[dict[str, Any]]:
-    """Cells of a table, in the order of the grid."""
+    """The cells of a table, in the order of the grid."""
     order = {cell.key: place for place, cell in enumerate(everything())}
     found = [(key, cell) for key, cell in results["cells"].items()
              if cell["is_fusion"] == is_fusion and cell["task"] == task]  # fmt: skip
@@ -52,7 +52,7 @@ def select(results: Results, is_fusion: bool, task: str) -> list[dict[str, Any]]
 
 
 def _each(cells: Iterable[dict], value: Callable[[dict], float], bound: float, needed: tuple[str, ...]) -> tuple:
-    """Text and verdict of an aim that is a bound on a number of each cell."""
+    """Text and verdict for an aim that bounds a number of each cell."""
     values = [(cell["label"], value(cell["methods"])) for cell in cells if set(needed) <= cell["methods"].keys()]
     if not values:
         return NOT_YET, NOT_YET
@@ -62,7 +62,7 @@ def _each(cells: Iterable[dict], value: Callable[[dict], float], bound: float, n
 
 
 def _added_time(cells: list[dict]) -> tuple[str, str]:
-    """Time on top of the host's, where the released algorithm's is to be five times that of SDPT."""
+    """Time added to the base model. The aim is that SDPT adds at most a fifth of what the released algorithm adds."""
     cells = [cell for cell in cells if cell["host"] == "glip-l-fusion"]
     if not cells:
         return NOT_YET, NOT_YET
@@ -82,7 +82,7 @@ def _added_time(cells: list[dict]) -> tuple[str, str]:
 
 
 def aims(results: Results) -> str:
-    """A table with each aim beside what was measured."""
+    """A table with each aim and the measured values."""
     layers = {task: select(results, True, task) for task in ("inference", "training")}
     models = {task: select(results, False, task) for task in ("inference", "training")}
     attach = results["cells"].get("grounding-dino-tiny-attach")
@@ -94,27 +94,27 @@ def aims(results: Results) -> str:
         return lambda methods: ratios(methods, "sdpt", reference)[1]
 
     rows = [
-        ("fusion layer, inference: at most 0.9 of the host's time",
+        ("fusion layer, inference: at most 0.9 of the base model's time",
          *_each(layers["inference"], to("host"), 0.9, ("sdpt", "host"))),
-        ("fusion layer, forward and backward: at most 0.85 of the host's time",
+        ("fusion layer, forward and backward: at most 0.85 of the base model's time",
          *_each(layers["training"], to("host"), 0.85, ("sdpt", "host"))),
-        ("whole model, inference: at most 1.0 of the host's time",
+        ("whole model, inference: at most 1.0 of the base model's time",
          *_each(models["inference"], to("host"), 1.0, ("sdpt", "host"))),
         ("training step: at most 0.75 of LoRA's time",
          *_each(models["training"], to("lora"), 0.75, ("sdpt", "lora"))),
         ("training step: at most 0.7 of LoRA's peak memory",
          *_each(models["training"], lambda methods: memory_ratio(methods, "sdpt", "lora"), 0.7, ("sdpt", "lora"))),
-        ("the same beside the weights, which all share",
+        ("the same, without the weights that all methods share",
          *_each(models["training"], _beside_weights, 0.7, ("sdpt", "lora"))),
-        ("GLIP-L's fusion layer: a fifth of the time that the released algorithm adds to the host's, or less",
+        ("GLIP-L's fusion layer: SDPT adds at most a fifth of the time that the released algorithm adds",
          *_added_time([*layers["inference"], *layers["training"]])),
         ("attaching to Grounding DINO Tiny: under 1 s",
          *((NOT_YET, NOT_YET) if attached is None else (f"**{attached:.2f} s**", "yes" if attached < 1 else "no"))),
-        ("an epoch with stored features: at least 1.8 times faster than one without",
+        ("an epoch with cached features: at least 1.8 times faster than without",
          *((NOT_YET, NOT_YET) if faster is None
            else (f"{epochs['label']}: **{faster:.2f}**", "yes" if faster >= 1.8 else "no"))),
     ]  # fmt: skip
-    return table(["aim", "measured, medians", "met"], rows)
+    return table(["aim", "measured (medians)", "met"], rows)
 
 
 # ---- tables
@@ -169,11 +169,11 @@ def _sizetable(results: Results) -> str:
         trained = f"{made['trained']:,}".replace(",", " ") if made else NOT_YET
         attached = _seconds(quartiles(attach[name]["seconds"])[1]) if name in attach else ""
         rows.append([method.label, method.trains, trained, _bytes(made["saved_bytes"]) if made else NOT_YET, attached])
-    return table(["method", "what is trained", "parameters", "on disk", "attached in"], rows)
+    return table(["method", "what is trained", "parameters", "on disk", "time to attach"], rows)
 
 
 def left_out(results: Results) -> str:
-    """What of the whole grid the results do not have."""
+    """List of the cells of the whole grid that have no results."""
     missing: dict[str, list[str]] = {}
     for cell in everything():
         key = cell.key
@@ -192,13 +192,13 @@ def machine(results: Results) -> str:
     threads = "" if about["device"] == "cuda" else f" with {about['threads']} threads"
     return (
         f"{about['name']}{threads}, {about['dtype']}, torch {about['torch']}, transformers {about['transformers']}, "
-        f"peft {about['peft']}, peft_sdpt {about['peft_sdpt']}; at least {about['repeats']} rounds."
+        f"peft {about['peft']}, peft_sdpt {about['peft_sdpt']}; at least {about['repeats']} rounds per cell."
     )
 
 
 def report(results: Results, plot: str) -> str:
-    """All of it, in Markdown, with `plot` as the address of the picture."""
-    parts = [f"On {machine(results)}\n", aims(results), f"![Time and peak memory as ratios]({plot})\n"]
+    """The whole report in Markdown. `plot` is the path of the chart."""
+    parts = [f"Measured on {machine(results)}\n", aims(results), f"![Time and peak memory as ratios]({plot})\n"]
     for title, is_fusion, task, reference in TABLES:
         parts += [f"### {title}\n", _cell_tables(results, is_fusion, task, reference)]
     parts += ["### Size\n", _sizetable(results), "### Not measured here\n", left_out(results)]

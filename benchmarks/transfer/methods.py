@@ -88,12 +88,16 @@ def _sdpt_and_lora(host: nn.Module, _processor: Any, _names: list[str], fields: 
 METHODS: dict[str, Method] = {
     "sdpt-defaults": Method("SDPT, defaults", _sdpt(), LARGE_PROMPT_RATES),
     "sdpt": Method("SDPT, published", _sdpt(**PUBLISHED), PROMPT_RATES),
-    "sdpt-hidden": Method("SDPT, hidden from the image", _sdpt(**PUBLISHED, image_attends_prompts=False), PROMPT_RATES),
+    "sdpt-hidden": Method(
+        "SDPT, published, only text sees prompts",
+        _sdpt(**PUBLISHED, image_attends_prompts=False),
+        PROMPT_RATES,
+    ),
     "sdpt-independent": Method("SDPT, independent prompts", _sdpt(prompt_mode="independent"), PROMPT_RATES),
     # As many numbers as those have: whether it is the second set or the number that helps.
     "sdpt-more": Method(f"SDPT, {4 * NUM_TOKENS} tokens", _sdpt(num_virtual_tokens=4 * NUM_TOKENS), LARGE_PROMPT_RATES),
     "sdpt-reachable": Method(
-        "SDPT, coordinates of what can be reached",
+        "SDPT, published, reachable coordinates",
         _sdpt(**{**PUBLISHED, "prompt_space": "reachable"}),
         LARGE_PROMPT_RATES,
     ),

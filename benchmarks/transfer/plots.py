@@ -58,7 +58,7 @@ def _shots(found: Found) -> str:
         width = 2.5 if name == OURS else 1.5
         axes.plot([x for x, _ in points], [y for _, y in points], "o-", linewidth=width, label=METHODS[name].label)
     axes.set_xticks(range(len(ALL_SHOTS)), ["all" if count is None else str(count) for count in ALL_SHOTS])
-    axes.set_xlabel("training images a class")
+    axes.set_xlabel("training images per class")
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False)
     return as_svg(figure)

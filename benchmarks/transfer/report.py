@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""Results of the suite in Markdown and as pictures."""
+"""Results of the suite in Markdown."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Results = dict[str, Any]
 
 
 class Found:
-    """Results, by what was asked."""
+    """Look-up of results by task, method and setting."""
 
     def __init__(self, results: Results) -> None:
         self.cells = results["cells"]
@@ -49,14 +49,14 @@ class Found:
         self.leaders = leaders(self.tasks, self.rates, self.cells)
 
     def values(self, task: str, method: str, metric: str = "AP", **which: Any) -> list[float]:
-        """Of each seed that has been measured; `which` as `cells_of` takes it."""
+        """One value for each measured seed. `which` is passed to `cells_of`."""
         return [cell[metric] for cell in self.cells_of(task, method, **which)]
 
     def cells_of(
         self, task: str, method: str, shots: int | None = SHOTS, rate: float | None = None, fields: tuple = (),
         condition: float | None = None, times: float = 1, seeds: int | None = None,
     ) -> list[dict[str, Any]]:  # fmt: skip
-        """What was measured with each seed, or with the first so many."""
+        """Results of all measured seeds, or of the first `seeds` of them."""
         if method == "zero-shot":
             cells = [Cell(task, method, shots=0, condition=condition)]
         else:
@@ -68,31 +68,41 @@ class Found:
         return [self.cells[cell.key] for cell in cells if cell.key in self.cells]
 
     def over_tasks(self, method: str, metric: str = "AP", shots: int | None = SHOTS) -> list[float]:
-        """Mean of all tasks, of each seed that has been measured on all of them."""
+        """Mean over all tasks, for each seed that was measured on all of them."""
         of_tasks = [self.cells_of(task, method, shots=shots) for task in self.tasks]
         by_seed = [{cell["seed"]: cell[metric] for cell in cells} for cells in of_tasks]
         return [mean(task[seed] for task in by_seed) for seed in by_seed[0] if all(seed in task for task in by_seed)]
 
     def trained(self, method: str) -> int | None:
-        """Parameters, on the first task."""
+        """Number of trained parameters on the first task."""
         return next((cell["trained"] for cell in self.cells_of(self.tasks[0], method)), None)
 
 
-# What `diagnose` measures: its head in the table, and how it is shown.
+# For each value that `diagnose` returns: the heading of its column, and how a value is printed.
 _PROMPT_MEASURES: dict[str, tuple[str, Callable[[float], str]]] = {
-    "image_tokens": ("image tokens", "{:.1f}".format),
-    "image_prompts": ("image prompts", "{:.1f}".format),
-    "text_tokens": ("text tokens", "{:.1f}".format),
-    "text_prompts": ("text prompts", "{:.1f}".format),
-    "image_attention": ("attention of image", "{:.1%}".format),
-    "text_attention": ("attention of text", "{:.1%}".format),
-    "gradient": ("gradient", "{:.4f}".format),
-    "unreached": ("out of reach", "{:.0%}".format),
+    "image_tokens": ("norm of image tokens", "{:.1f}".format),
+    "image_prompts": ("norm of image prompts", "{:.1f}".format),
+    "text_tokens": ("norm of text tokens", "{:.1f}".format),
+    "text_prompts": ("norm of text prompts", "{:.1f}".format),
+    "image_attention": ("image attention on prompts", "{:.1%}".format),
+    "text_attention": ("text attention on prompts", "{:.1%}".format),
+    "gradient": ("gradient norm", "{:.4f}".format),
+    "unreached": ("unreachable share", "{:.0%}".format),
+}
+
+
+# Rules of `inverses` that `SDPTConfig` does not offer.
+_INVERSE_LABELS = {
+    "inverse=0.1 of images alone": "pinv_rtol=0.1 for image projections only",
+    "inverse=0.1 of text alone": "pinv_rtol=0.1 for text projections only",
+    "inverse=ridge 0.1": "ridge, 0.1",
+    "inverse=scaled": "scaled",
+    "inverse=quiet start": "full, with small initial prompts",
 }
 
 
 def spread(values: list[float]) -> str:
-    """In percent: mean and, of several, standard deviation."""
+    """Mean in percent, with the standard deviation if there are several values."""
     if not values:
         return ""
     text = f"{100 * mean(values):.1f}"
@@ -120,7 +130,7 @@ def _comparison(found: Found, metric: str) -> str:
                 _bold(spread(found.over_tasks(name, metric))),
             ]
         )
-    return table(["method", "trained", "rate", *found.tasks, "mean"], rows)
+    return table(["method", "trained parameters", "learning rate", *found.tasks, "mean"], rows)
 
 
 def _shots(found: Found) -> str:
@@ -135,15 +145,15 @@ def _shots(found: Found) -> str:
     for name in found.leaders:
         means = [spread(found.over_tasks(name, shots=count)) for count in ALL_SHOTS]
         rows.append(["**mean**", METHODS[name].label, *map(_bold, means)])
-    return table(["task", "method", *("all" if c is None else f"{c} a class" for c in ALL_SHOTS)], rows)
+    return table(["task", "method", *("all" if c is None else f"{c} per class" for c in ALL_SHOTS)], rows)
 
 
 def _ablations(found: Found) -> str:
     tasks = ablation_tasks(found.tasks)
     rows = [
         ["defaults", "", *(spread(found.values(task, OURS)) for task in tasks)],
-        # Beside which those are to be seen that have no other.
-        ["defaults, first seed", "", *(spread(found.values(task, OURS, seeds=1)) for task in tasks)],
+        # Settings that were run with this seed alone are compared with this row.
+        ["defaults, seed 0", "", *(spread(found.values(task, OURS, seeds=1)) for task in tasks)],
     ]
     for name, values in ABLATIONS.items():
         for value in values:
@@ -167,14 +177,14 @@ def _conditions(found: Found) -> str:
                     for rate in CONDITION_RATES
                 ]
                 rule = " ".join(f"{name}={value}" for name, value in inverse) or "pinv_rtol=None"
-                rows.append([host, METHODS[method].label, rule.removeprefix("inverse="), *map(spread, values)])
+                rows.append([host, METHODS[method].label, _INVERSE_LABELS.get(rule, rule), *map(spread, values)])
     return table(
-        ["condition of the projections", "otherwise", "inverse", *(f"rate {rate}" for rate in CONDITION_RATES)], rows
+        ["condition number", "method", "inverse", *(f"learning rate {rate}" for rate in CONDITION_RATES)], rows
     )
 
 
 def _rates(found: Found) -> str:
-    """Of all methods, on the validation split; that of the rate which was chosen stands out."""
+    """AP of each method at each of its learning rates on the validation split; the chosen rate is bold."""
     rates = sorted({rate for name in found.methods for rate in METHODS[name].rates})
     rows = []
     for name in found.methods:
@@ -201,12 +211,12 @@ def _starts(found: Found) -> str:
     rows = []
     for start in STARTS:
         measured = [found.values(task, OURS, fields=start, times=part, seeds=1) for task in tasks for part in PARTS]
-        rows.append([dict(start).get("init_weights", "normal, the default"), *map(spread, measured)])
+        rows.append([dict(start).get("init_weights", "normal (default)"), *map(spread, measured)])
     return table(["`init_weights`", *(f"{task}, {round(n * STEPS)} steps" for task in tasks for n in PARTS)], rows)
 
 
 def _prompts(found: Found) -> str:
-    """Of each fusion layer before training and after, means over seeds."""
+    """For each fusion layer: values before and after training, as means over seeds."""
     rows = []
     for task in ablation_tasks(found.tasks):
         for method, condition in (*((name, None) for name in DIAGNOSED), *(("sdpt", worse) for worse in CONDITIONS)):
@@ -222,13 +232,13 @@ def _prompts(found: Found) -> str:
 
 
 def missing(results: Results) -> int:
-    """How many runs of the plan have not been made."""
+    """Number of planned runs without a result."""
     planned = plan(results["tasks"], results["methods"], results["seeds"], results["cells"])
     return sum(cell.key not in results["cells"] for cell in planned)
 
 
 def report(results: Results) -> str:
-    """All of it, in Markdown."""
+    """The whole report in Markdown."""
     found, about = Found(results), results["machine"]
     tasks = [[name, DIFFERENCES.get(name, "")] for name in found.tasks]
     left = missing(results)
@@ -237,30 +247,32 @@ def report(results: Results) -> str:
     if devices:
         runs += f" ({', '.join(f'{count} on {name}' for name, count in devices.items())})"
     parts = [
-        f"Host: {about['host']}, torch {about['torch']}, transformers {about['transformers']}, peft {about['peft']}, "
-        f"peft_sdpt {about['peft_sdpt']}. {runs}" + (f"; {left} more are known to be missing.\n" if left else ".\n"),
+        f"Base model `{about['host']}`, torch {about['torch']}, transformers {about['transformers']}, "
+        f"peft {about['peft']}, peft_sdpt {about['peft_sdpt']}. {runs}"
+        + (f"; {left} more are known to be missing.\n" if left else ".\n"),
         table(["task", "what differs from pre-training"], tasks),
-        "Where there is a ±, it is the sample's standard deviation over seeds; else there is one seed. Means are of "
-        "the seeds that all tasks have.\n",
-        f"### {SHOTS} images a class: AP\n",
+        "Values with ± are the mean and the sample standard deviation over seeds. Values without ± come from one seed. "
+        "The column `mean` averages all tasks over the seeds that all of them have.\n",
+        f"### {SHOTS} images per class: AP\n",
         _comparison(found, "AP"),
-        f"### {SHOTS} images a class: AP50\n",
+        f"### {SHOTS} images per class: AP50\n",
         _comparison(found, "AP50"),
         "![AP and trained parameters](transfer-parameters.svg)\n",
         "### Few and many images: AP\n",
         _shots(found),
-        "![AP and images a class](transfer-shots.svg)\n",
-        f"### Settings, {SHOTS} images a class: AP\n",
+        "![AP and images per class](transfer-shots.svg)\n",
+        f"### Settings of SDPT, {SHOTS} images per class: AP\n",
         _ablations(found),
-        f"### The inverse, {SHOTS} images a class: AP on {ablation_tasks(found.tasks)[0]}\n",
+        f"### Inverses on ill-conditioned base models, {SHOTS} images per class: "
+        f"AP on {ablation_tasks(found.tasks)[0]}\n",
         _conditions(found),
-        f"### More steps, {SHOTS} images a class, the first seed: AP\n",
+        f"### More steps, {SHOTS} images per class, seed 0: AP\n",
         _longer(found),
-        f"### Starts, {SHOTS} images a class, the first seed: AP\n",
+        f"### Initial tokens, {SHOTS} images per class, seed 0: AP\n",
         _starts(found),
-        f"### Learning rates, {SHOTS} images a class: AP on the validation split of {found.tasks[0]}\n",
+        f"### Learning rates, {SHOTS} images per class: AP on the validation split of {found.tasks[0]}\n",
         _rates(found),
-        "### What prompts do\n",
+        "### Norms, attention and gradients of the prompts\n",
         _prompts(found),
     ]
     return "\n".join(parts)

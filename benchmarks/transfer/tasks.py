@@ -13,12 +13,12 @@ from peft_sdpt.detection.loading import load_split
 
 # What a task asks of a host that knows Noto's pictograms of 355 names.
 DIFFERENCES = {
-    "twemoji": "another drawing style of known categories",
-    "twemoji-line-art": "line art, without colours",
+    "twemoji": "known categories in another drawing style",
+    "twemoji-line-art": "known categories as line art without colours",
     "noto-new": "new categories in a known style",
-    "twemoji-crowded": "small and crowded, in another style",
-    "bccd": "photographs: blood cells under a microscope",
-    "boards": "photographs: microcontroller boards",
+    "twemoji-crowded": "known categories in another style, small and crowded",
+    "bccd": "photographs of blood cells under a microscope",
+    "boards": "photographs of microcontroller boards",
 }
 
 
