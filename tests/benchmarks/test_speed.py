@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from xml.etree import ElementTree
@@ -28,7 +29,7 @@ from benchmarks.speed.plot import draw
 from benchmarks.speed.released import ReleasedFusion
 from benchmarks.window_prompts import PromptedWindows
 from peft_sdpt import SDPTLayer
-from peft_sdpt.detection import feature_cache
+from tests.helpers.backbones import counted
 from tests.helpers.detectors import HOST_NAMES, make_attention
 from tests.helpers.detectors import make_host as tiny_host
 
@@ -262,13 +263,16 @@ def test_a_training_cell_measures_all_that_the_tables_need(host, dtype):
         assert results["full"]["held_bytes"] > 2.9 * results["vpt"]["held_bytes"] - 1e5
 
 
-def test_stored_features_are_there_before_epochs_are_timed(monkeypatch):
-    computed, at_each_epoch = [], []
-    features_of = feature_cache._Stored._features_of
-    monkeypatch.setattr(feature_cache._Stored, "_features_of", lambda *args: computed.append(1) or features_of(*args))
-    results = epochs.measure_epochs(2, "cpu", lambda _: at_each_epoch.append(len(computed)))
+def test_stored_features_are_there_before_epochs_are_timed():
+    begun = []
+    with counted() as count:
+        results = epochs.measure_epochs(2, "cpu", lambda name: begun.append((name, sum(count.values()))))
+        begun.append(("end", sum(count.values())))
+    computed = {"cached": [], "sdpt": []}
+    for (name, before), (_, after) in itertools.pairwise(begun):
+        computed[name].append(after - before)
     # The pictures and the one prompt, in the epoch before the first that counts.
-    assert at_each_epoch == [0, 3, 3, 3, 3] and len(computed) == 3
+    assert computed == {"cached": [3, 0, 0], "sdpt": [4, 4]}
     assert {name: len(result["seconds"]) for name, result in results.items()} == {"sdpt": 2, "cached": 2}
 
 
@@ -299,6 +303,25 @@ def command(monkeypatch, *arguments) -> int:
     return 0
 
 
+@pytest.fixture(scope="module")
+def measured_cells():
+    return {}
+
+
+@pytest.fixture
+def measured_once(measured_cells, monkeypatch):
+    """The command measures a cell once for all tests."""
+
+    def measure_once(cell, repeats, device, dtype, tick):
+        key = (cell, repeats, device, dtype)
+        if key not in measured_cells:
+            measured_cells[key] = measure(*key, tick)
+        return measured_cells[key]
+
+    monkeypatch.setattr(speed, "measure", measure_once)
+
+
+@pytest.mark.usefixtures("measured_once")
 def test_a_run_ends_in_results_tables_and_a_picture(tmp_path, monkeypatch, capsys):
     assert command(monkeypatch, "--output_dir", tmp_path, "--all", "--device", "cpu") == 0
     results = json.loads((tmp_path / "results.json").read_text())
@@ -331,6 +354,7 @@ def test_a_run_ends_in_results_tables_and_a_picture(tmp_path, monkeypatch, capsy
     assert (tmp_path / "performance-cpu.svg").exists()
 
 
+@pytest.mark.usefixtures("measured_once")
 def test_a_killed_run_goes_on_with_the_cells_that_it_lacks(tmp_path, monkeypatch, capsys):
     real, measured = speed.measure, []
 
@@ -361,6 +385,7 @@ def test_a_killed_run_goes_on_with_the_cells_that_it_lacks(tmp_path, monkeypatch
     assert set(after["cells"]["grounding-dino-tiny-64x64-8-training"]["methods"]) == set(suitable("training", False))
 
 
+@pytest.mark.usefixtures("measured_once")
 def test_results_of_another_kind_are_not_mixed(tmp_path, monkeypatch, capsys):
     arguments = ("--output_dir", tmp_path, "--device", "cpu", "--only", "*attach")
     assert command(monkeypatch, *arguments) == 0

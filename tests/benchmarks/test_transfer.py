@@ -14,7 +14,6 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from transformers import AutoProcessor
 
 from benchmarks import EXAMPLES
@@ -36,6 +35,8 @@ from benchmarks.transfer.tuning import Diverged, tune
 from peft_sdpt import SDPTLayer
 from peft_sdpt.attention import Prompts
 from peft_sdpt.detection.grounding import class_prompt
+from tests.helpers.main_job import reset_accelerate
+from tests.helpers.patience import PATIENCE
 from tests.helpers.small_tasks import write_small_task
 
 HOST = str(EXAMPLES / "host")
@@ -55,7 +56,7 @@ def processor():
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
     """Two steps of two pictures."""
-    AcceleratorState._reset_state(reset_partial_state=True)
+    reset_accelerate()
     monkeypatch.setattr(grid, "STEPS", 2)
     monkeypatch.setattr(grid, "STEPS_OF_ALL", 2)
     monkeypatch.setattr(tuning, "BATCH", 2)
@@ -547,7 +548,7 @@ def test_runs_are_made_by_processes_of_their_own(tmp_path, task):
     ]
     ended = subprocess.run(
         [sys.executable, "-m", "benchmarks.transfer", *map(str, arguments)],
-        cwd=EXAMPLES.parent, capture_output=True, text=True, timeout=300,
+        cwd=EXAMPLES.parent, capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     cells = json.loads((tmp_path / "results.json").read_text())["cells"]

@@ -21,6 +21,7 @@ from peft_sdpt import SDPTConfig
 from peft_sdpt.convert import convert, main
 from tests.helpers.bi_multi_head import DL, DV, WIDTH, Glip
 from tests.helpers.detectors import ROOT, adapted_layers
+from tests.helpers.patience import PATIENCE
 from tests.helpers.tiny import randomise
 
 N, NV, NL = 5, 9, 6
@@ -427,11 +428,11 @@ def command(*arguments):
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        timeout=120,
+        timeout=PATIENCE,
     )
 
 
-def test_command(saved, tmp_path):
+def test_command(saved, tmp_path, capsys):
     file, folder = saved(), tmp_path / "adapter"
     done = command(file, folder, "--base_model_name_or_path", "somebody/glip-large")
     assert done.returncode == 0, done.stderr
@@ -439,9 +440,11 @@ def test_command(saved, tmp_path):
     for part in (*ADAPTED, "2 fusion layers", f"{N} tokens a layer", f"{WIDTH} wide", f"{size:,} bytes", str(folder)):
         assert part in done.stdout
     assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "somebody/glip-large"
-    again = command(file, folder)
-    assert again.returncode == 2 and again.stdout == ""
-    assert again.stderr.splitlines()[-1].startswith("peft_sdpt.convert: output_dir ")
+    with pytest.raises(SystemExit) as again:
+        main([str(file), str(folder)])
+    captured = capsys.readouterr()
+    assert again.value.code == 2 and captured.out == ""
+    assert captured.err.splitlines()[-1].startswith("peft_sdpt.convert: output_dir ")
 
 
 def test_help_says_what_it_takes(capsys):

@@ -592,7 +592,7 @@ def test_an_interrupted_check_ends(folder, coco):
 
     def interrupt(index: int) -> None:
         opened.append(index)
-        time.sleep(0.001)
+        time.sleep(0.01)
         if len(opened) == 5:
             raise KeyboardInterrupt
 

@@ -21,6 +21,7 @@ from peft_sdpt import SDPTConfig
 from peft_sdpt.detection import loss as loss_module
 from peft_sdpt.detection.loss import GroundedDetectionLoss
 from tests.helpers.detectors import HOST_NAMES, make_host
+from tests.helpers.patience import PATIENCE
 
 # Tokens of each class of each image's prompt: equal counts in different layouts, two sizes of prompt.
 LAYOUTS = [[1, 3], [2, 2], [3, 1]]
@@ -422,7 +423,7 @@ def test_mean_over_processes_is_the_loss_of_the_whole_batch(case, monkeypatch):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(PATIENCE)
         assert process.exitcode == 0
     results = dict(queue.get() for _ in processes)
     assert all(isinstance(losses, list) for losses in results.values()), results

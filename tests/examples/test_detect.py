@@ -26,10 +26,10 @@ from peft_sdpt import SDPTConfig
 from peft_sdpt.detection import images, prediction
 from peft_sdpt.detection.grounding import split_classes
 from peft_sdpt.detection.saved_adapter import common_base_model, find_adapter, find_adapters, load_processor
-from tests.helpers.hub import serve, use
+from tests.helpers.detectors import ROOT
+from tests.helpers.main_job import HOST
+from tests.helpers.patience import wait_until
 
-ROOT = Path(__file__).resolve().parents[2]
-HOST = ROOT / "examples" / "host"
 NAMES = ["grinning face", "dog", "red apple"]
 # Low, because noise is what the tests' pictures show.
 THRESHOLD = 0.02
@@ -269,14 +269,6 @@ def test_host_of_the_adapters(adapters, tmp_path, monkeypatch):
 # ---- the Hub
 
 
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A server in place of the Hub."""
-    with serve() as hub:
-        use(hub, monkeypatch, tmp_path / "home")
-        yield hub
-
-
 def test_an_adapter_of_the_hub(run, photos, adapters, hub, tmp_path):
     folder = tmp_path / "pushed"
     shutil.copytree(adapters[0], folder)
@@ -307,13 +299,6 @@ def test_an_adapter_that_the_hub_has_not(run, photos, hub, tmp_path, capsys):
 # ---- watching
 
 
-def until(condition, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "nothing happened"
-        time.sleep(0.02)
-
-
 def test_watch(run, photos, adapters, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(images, "SECONDS_BETWEEN_LOOKS", 0.05)
     noise(5).save(tmp_path / "late.png")
@@ -325,14 +310,14 @@ def test_watch(run, photos, adapters, tmp_path, monkeypatch, capsys):
 
     def user() -> None:
         try:
-            until(lambda: len(written()) == 3)
+            wait_until(lambda: len(written()) == 3)
             seen["at first"] = written()
             (photos / "late.png").write_bytes(late[: len(late) // 2])
             (photos / "never.jpg").write_bytes(b"no picture")
             time.sleep(0.3)
             seen["half there"] = written()
             (photos / "late.png").write_bytes(late)
-            until(lambda: len(written()) == 4)
+            wait_until(lambda: len(written()) == 4)
             time.sleep(0.2)
             seen["there"] = written()
         except BaseException as failure:
@@ -396,12 +381,6 @@ def test_a_watched_folder_that_goes_away(run, photos, adapters, tmp_path, monkey
 
 
 # ---- what is refused
-
-
-@pytest.fixture
-def offline(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture

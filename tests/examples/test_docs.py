@@ -22,7 +22,6 @@ import pytest
 import torch
 import transformers
 from accelerate.commands.launch import launch_command_parser
-from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch.distributed.run import get_args_parser
 from transformers import AutoModelForZeroShotObjectDetection
@@ -37,6 +36,7 @@ from peft_sdpt import SDPTConfig, SDPTLayer
 from peft_sdpt.hosts import HOSTS
 from tests.helpers.detectors import ROOT, attach, make_host, run
 from tests.helpers.hub import OWNER, serve, use
+from tests.helpers.main_job import reset_accelerate
 
 DOCS = ROOT / "docs"
 PAGES = [*sorted(DOCS.glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "examples/host/README.md"]
@@ -158,7 +158,7 @@ def compile_fusion(model, compile=torch.compile):
 def test_python_runs(page, hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch, "compile", compile_fusion)
-    AcceleratorState._reset_state(reset_partial_state=True)
+    reset_accelerate()
     torch.manual_seed(0)
     namespace: dict = {}
     known = list(HOSTS)

@@ -3,12 +3,8 @@
 """The shipped host and the recipe that makes it."""
 
 import json
-import os
 import signal
-import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,9 +15,9 @@ from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 import pretrain_host
 from peft_sdpt import SDPTLayer
 from peft_sdpt.detection.metrics import evaluate
-
-ROOT = Path(__file__).resolve().parents[2]
-HOST = ROOT / "examples" / "host"
+from tests.helpers.detectors import ROOT
+from tests.helpers.main_job import HOST, launched, reset_accelerate
+from tests.helpers.patience import wait_until
 
 
 @pytest.fixture(scope="module")
@@ -47,23 +43,25 @@ def test_the_shipped_host_finds_pictograms_it_was_trained_on(host):
 
 
 @pytest.mark.slow
-def test_a_killed_pre_training_goes_on_as_if_nothing_had_happened(tmp_path):
+def test_a_killed_pre_training_goes_on_as_if_nothing_had_happened(tmp_path, monkeypatch):
     flags = [
         *("--max_train_steps", "4", "--checkpointing_steps", "2", "--per_device_train_batch_size", "2"),
         *("--num_eval_images", "2", "--mixed_precision", "no"),
     ]
-    command = [sys.executable, str(ROOT / "examples" / "pretrain_host.py"), *flags, "--output_dir"]
-    subprocess.run([*command, str(tmp_path / "whole")], check=True, timeout=240)
 
-    killed = subprocess.Popen([*command, str(tmp_path / "killed")])
+    def run(folder):
+        reset_accelerate()
+        monkeypatch.setattr(sys, "argv", ["pretrain_host.py", *flags, "--output_dir", str(folder)])
+        pretrain_host.main()
+
+    run(tmp_path / "whole")
+    killed = launched([ROOT / "examples" / "pretrain_host.py", *flags, "--output_dir", tmp_path / "killed"])
     checkpoint = tmp_path / "killed" / "checkpoint.pt"
-    deadline = time.monotonic() + 120
-    while not checkpoint.exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.kill(killed.pid, signal.SIGKILL)
-    killed.wait()
+    wait_until(lambda: checkpoint.exists() or killed.poll() is not None)
+    killed.kill()
+    assert killed.wait() == -signal.SIGKILL
     assert checkpoint.exists() and not (tmp_path / "killed" / "model.safetensors").exists()
-    subprocess.run([*command, str(tmp_path / "killed")], check=True, timeout=240)
+    run(tmp_path / "killed")
 
     whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)

@@ -34,6 +34,7 @@ from transformers.models.mm_grounding_dino.modeling_mm_grounding_dino import (
 
 import peft_sdpt
 from peft_sdpt import SDPTConfig, SDPTLayer
+from tests.helpers.patience import PATIENCE
 
 # The method as it was published, where defaults are others.
 PUBLISHED = {"init_weights": "uniform", "pinv_rtol": None, "prompt_space": "aligned"}
@@ -189,5 +190,5 @@ def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess:
         capture_output=True,
         text=True,
         env=environment,
-        timeout=60,
+        timeout=PATIENCE,
     )

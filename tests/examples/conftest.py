@@ -1,0 +1,78 @@
+# Copyright 2026 The peft_sdpt authors
+# SPDX-License-Identifier: Apache-2.0
+"""The main job on few pictures, and runs of it that tests share."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+import train_detection
+from tests.helpers.main_job import SHORT, run_main_job
+from tests.helpers.small_tasks import write_small_task
+
+
+@pytest.fixture(scope="session")
+def small_task(made_once):
+    """The built-in task with few pictures, as a COCO folder."""
+    return made_once("task", lambda folder: write_small_task(folder, train=12, val=4, test=4))
+
+
+@pytest.fixture
+def own_task(small_task, tmp_path):
+    """A copy of the task to damage."""
+    return Path(shutil.copytree(small_task, tmp_path / "own"))
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c_is_heard():
+    """Shells start what they run in the background deaf to it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def main_job(tmp_path):
+    """Run the main job in this process, with `SHORT`; returns its exit code, 0 when it just returns."""
+
+    def run(*flags) -> int:
+        return run_main_job("--output_dir", tmp_path / "out", *SHORT, *flags)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def trained(made_once, small_task):
+    """The output folder of a run on `small_task` with the given flags. It is made once: tests read it, or copy it."""
+
+    def trained(*flags) -> Path:
+        def run(out: Path) -> None:
+            assert run_main_job("--dataset_name", small_task, "--output_dir", out, *SHORT, *flags) == 0
+
+        return made_once("run-" + hashlib.sha256(repr(flags).encode()).hexdigest()[:12], run)
+
+    return trained
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """Have something done in the middle of a training step, the first being 1, once."""
+
+    def arrange(step: int, action, accumulated: int = 1) -> None:
+        compute, calls = train_detection.GroundedDetectionLoss.__call__, 0
+
+        def call(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == step * accumulated:
+                action()
+            return compute(*args, **kwargs)
+
+        monkeypatch.setattr(train_detection.GroundedDetectionLoss, "__call__", call)
+
+    return arrange
