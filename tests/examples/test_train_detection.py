@@ -441,9 +441,7 @@ def test_images_that_do_not_open_are_left_out_only_when_asked(main_job, own_task
         (("--adapter", "no-such-folder"), "--adapter no-such-folder"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(main_job, small_task, flags, message, capsys, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+def test_bad_input_is_one_line_and_exit_code_2(main_job, small_task, offline, flags, message, capsys):
     assert main_job("--dataset_name", small_task, *flags) == 2
     error = capsys.readouterr().err
     assert message in error.strip().splitlines()[-1]
