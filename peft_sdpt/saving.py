@@ -13,7 +13,7 @@ import os
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft.config import PeftConfig
 from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
@@ -135,6 +135,9 @@ def _weights_file(adapter: str, subfolder: str | None, **download: Any) -> str |
         return None
     offline: LocalEntryNotFoundError | None = None
     for name in names:
+        if constants.HF_HUB_OFFLINE and subfolder:
+            # PEFT 0.21 looks for subfolder/subfolder/... when it is offline, and would fail later.
+            name = f"{subfolder}/{name}"
         try:
             return hf_hub_download(adapter, name, subfolder=subfolder, **download)
         except LocalEntryNotFoundError as error:  # the Hub cannot be reached, and the cache does not have the file

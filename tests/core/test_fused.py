@@ -17,8 +17,8 @@ import peft_sdpt.fused_attention
 import peft_sdpt.layer
 from peft_sdpt import SDPTConfig
 from peft_sdpt.fused_attention import absorbing_pays
-from tests.core.test_layer import NL, TOLERANCE, VARIANTS, make_inputs, make_layer
 from tests.helpers.detectors import D_MODEL, HOST_NAMES, LAYERS, attach, make_host, model_inputs, run
+from tests.helpers.layers import NL, TOLERANCE, VARIANTS, make_inputs, make_layer
 
 
 def outputs(layer, *inputs):

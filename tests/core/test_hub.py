@@ -15,9 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from peft_sdpt import SDPTConfig, __version__
 from peft_sdpt.model_card import with_section
-from tests.core.test_saving import snapshot
 from tests.helpers.bi_multi_head import FusionTower
-from tests.helpers.detectors import ROOT, adapted_layers, attach, make_host, run
+from tests.helpers.detectors import ROOT, adapted_layers, attach, make_host, run, snapshot
 from tests.helpers.hub import OWNER, READER
 from tests.helpers.patience import PATIENCE
 from tests.helpers.tiny import cases
@@ -139,7 +138,7 @@ def test_a_subfolder_offline_is_refused_before_the_host_is_touched(hub, tmp_path
     request.getfixturevalue("offline")
     host = make_host()
     before = snapshot(host)
-    with pytest.raises(ValueError, match=r"'user/adapter/best' cannot be loaded, and nothing was put on the host"):
+    with pytest.raises(ValueError, match=r"'user/adapter/best' cannot be loaded, and nothing was put on the base model"):
         PeftModel.from_pretrained(host, REPO, subfolder="best")
     assert snapshot(host) == before
     folder = snapshot_download(REPO, local_files_only=True)
@@ -222,7 +221,7 @@ def test_damaged_weights(hub, tmp_path, where, how):
     file.write_bytes(damage(file.read_bytes(), how))
     hub.add(REPO, folder)
     name = str(folder) if where == "folder" else REPO
-    error = refused("weights of the SDPT adapter .* cannot be loaded, and nothing was put on the host: ", name)
+    error = refused("weights of the SDPT adapter .* cannot be loaded, and nothing was put on the base model: ", name)
     assert name in str(error)
 
 
@@ -233,9 +232,9 @@ def test_weights_of_another_config(tmp_path, mode):
     weights = load_file(tmp_path / WEIGHTS)
     changed = {key: value[..., :3, :].contiguous() for key, value in weights.items()}
     save_file(changed, tmp_path / WEIGHTS)
-    refused(r"not those of its config.*expected \((2, 4, 128|4, 64)\), found \((2, 3, 128|3, 64)\)", str(tmp_path))
+    refused(r"do not fit its config.*expected \((2, 4, 128|4, 64)\), found \((2, 3, 128|3, 64)\)", str(tmp_path))
     save_file(dict(list(weights.items())[:1]), tmp_path / WEIGHTS)
-    refused("not those of its config.*found no prompts", str(tmp_path))
+    refused("do not fit its config.*found no prompts", str(tmp_path))
 
 
 def test_a_download_that_breaks_off_goes_on(hub, impatient):
@@ -249,7 +248,7 @@ def test_a_download_that_breaks_off_for_good(hub, impatient):
     model = attach(make_host())
     model.push_to_hub(REPO, token=OWNER)
     hub.dropped = {WEIGHTS: 10**6}
-    refused("cannot be loaded, and nothing was put on the host: RemoteProtocolError")
+    refused("cannot be loaded, and nothing was put on the base model: RemoteProtocolError")
     hub.dropped = {}
     assert torch.equal(run(PeftModel.from_pretrained(make_host(), REPO)), run(model))
 
@@ -258,7 +257,7 @@ def test_weights_that_the_hub_does_not_give_out(hub):
     attach(make_host()).push_to_hub(REPO, token=OWNER)
     for status in (401, 403):
         hub.refused = {WEIGHTS: status}
-        refused("cannot be loaded, and nothing was put on the host")
+        refused("cannot be loaded, and nothing was put on the base model")
 
 
 def test_what_the_hub_has_not(hub):

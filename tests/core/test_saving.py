@@ -35,6 +35,7 @@ from tests.helpers.detectors import (
     make_host,
     run,
     run_python,
+    snapshot,
 )
 
 
@@ -43,16 +44,6 @@ def saved(path, name: str = "grounding_dino", host: dict | None = None, **config
     model = attach(make_host(name, **(host or {})), **config)
     model.save_pretrained(path)
     return run(model)
-
-
-def snapshot(host: nn.Module):
-    """Everything a refused load must leave as it was."""
-    return (
-        [(name, type(module), module.training) for name, module in host.named_modules()],
-        [(name, p.requires_grad, p.data_ptr()) for name, p in host.named_parameters()],
-        hasattr(host, "peft_config"),
-        run(host).tolist(),
-    )
 
 
 @pytest.mark.parametrize(

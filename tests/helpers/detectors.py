@@ -170,6 +170,16 @@ def run(model: nn.Module, **changes) -> torch.Tensor:
     return torch.cat([outputs.logits.flatten(), outputs.pred_boxes.flatten()])
 
 
+def snapshot(model: nn.Module):
+    """Return everything that a refused load must leave as it was."""
+    return (
+        [(name, type(module), module.training) for name, module in model.named_modules()],
+        [(name, p.requires_grad, p.data_ptr()) for name, p in model.named_parameters()],
+        hasattr(model, "peft_config"),
+        run(model).tolist(),
+    )
+
+
 def adapted_layers(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, SDPTLayer)]
 
