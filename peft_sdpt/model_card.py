@@ -16,7 +16,7 @@ import re
 import shutil
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import Any, ClassVar, Protocol, cast
 
 import peft
 import yaml
@@ -24,9 +24,6 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft.config import PeftConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING_NAMES
-
-if TYPE_CHECKING:
-    from .config import SDPTConfig
 
 CARD = "README.md"
 PIPELINE_TAG = "zero-shot-object-detection"
@@ -38,7 +35,23 @@ _BASE_MODEL_TAG = "base_model:adapter:"
 _VERSIONS = "### Framework versions"
 
 
-def complete_card(folder: str | os.PathLike, config: PeftConfig) -> None:
+class AdapterConfig(Protocol):
+    """The fields of `SDPTConfig` that a card needs. Importing the class would be a circle."""
+
+    base_model_name_or_path: str | None
+    revision: str | None
+    auto_mapping: dict[str, Any] | None
+    num_virtual_tokens: int
+    prompt_mode: str
+    fusion_layers: dict[str, int] | None
+    modules_to_save: Any
+    peft_sdpt_version: str | None
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def prompt_shape(self, dim: int) -> tuple[int, ...]: ...
+
+
+def complete_card(folder: str | os.PathLike, saved_config: PeftConfig) -> None:
     """Complete the model card in a folder, if it is a card of PEFT or an empty form. Other files are left alone.
 
     The metadata gets the library, the pipeline, the tags, and the base model if it is on the Hub. A `license` stays,
@@ -47,10 +60,9 @@ def complete_card(folder: str | os.PathLike, config: PeftConfig) -> None:
 
     Args:
         folder: Folder of the saved adapter.
-        config: Config of the adapter, an `SDPTConfig`.
+        saved_config: Config of the adapter, an `SDPTConfig`.
     """
-    # Its base class calls this function, so the type is checked only here.
-    config = cast("SDPTConfig", config)
+    config = cast(AdapterConfig, saved_config)
     file = Path(folder) / CARD
     if not file.is_file():
         return
@@ -130,7 +142,7 @@ def write_results(card: Path, results: str | None) -> None:
     card.write_text(with_section(card.read_text(encoding="utf-8"), "results", results), encoding="utf-8")
 
 
-def _name(config: SDPTConfig) -> str:
+def _name(config: AdapterConfig) -> str:
     """Name of the base model for a reader: its Hub id, or the last part of its path, which keeps the path private."""
     name = config.base_model_name_or_path or ""
     return _hub_id(name) or Path(name).name or "the base model"
@@ -145,7 +157,7 @@ def _hub_id(name: str | None) -> str | None:
     return name if name and not os.path.exists(name) else None
 
 
-def _describe(config: SDPTConfig, base_model: str | None) -> str:
+def _describe(config: AdapterConfig, base_model: str | None) -> str:
     """The section on an adapter.
 
     Args:
@@ -212,7 +224,7 @@ def _describe(config: SDPTConfig, base_model: str | None) -> str:
     return "\n".join(lines)
 
 
-def _auto_class(config: SDPTConfig) -> str | None:
+def _auto_class(config: AdapterConfig) -> str | None:
     """Name of the class in transformers that loads the base model. None for other libraries, or if it is not known."""
     known = config.auto_mapping or {}
     if not str(known.get("parent_library", "")).startswith("transformers."):

@@ -456,7 +456,7 @@ def test_command(saved, tmp_path, capsys):
         main([str(file), str(folder)])
     captured = capsys.readouterr()
     assert again.value.code == 2 and captured.out == ""
-    assert captured.err.splitlines()[-1].startswith("peft_sdpt.convert: output_dir ")
+    assert captured.err.splitlines()[-1].startswith("peft_sdpt.convert: output_dir=")
 
 
 def test_help_says_what_it_takes(capsys):

@@ -138,7 +138,7 @@ def test_a_subfolder_offline_is_refused_before_the_host_is_touched(hub, tmp_path
     request.getfixturevalue("offline")
     host = make_host()
     before = snapshot(host)
-    with pytest.raises(ValueError, match=r"'user/adapter/best' cannot be loaded, and nothing was put on the base model"):
+    with pytest.raises(ValueError, match="'user/adapter/best' cannot be loaded, and nothing was put on the base model"):
         PeftModel.from_pretrained(host, REPO, subfolder="best")
     assert snapshot(host) == before
     folder = snapshot_download(REPO, local_files_only=True)
