@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import operator
 import re
 from dataclasses import dataclass, field
@@ -12,7 +14,7 @@ from typing import Any, NoReturn
 
 from peft.utils import PeftType
 
-from .saving import SavedConfig, Shapes
+from .saving import SavedConfig, Shapes, plain_name
 from .version import __version__
 
 INIT_WEIGHTS = (
@@ -58,7 +60,8 @@ class SDPTConfig(SavedConfig):
             `target_modules`.
         layers_to_transform (`list[int]` or `int`, *optional*): The fusion layers to adapt by index, counted from 0 over
             the fusion layers that are adapted by default, in the order of the base model (`cpt_layers` of the released
-            code). None adapts all. An index that the base model does not have raises when the adapter is attached.
+            code). None adapts all of these. An index that the base model does not have raises when the adapter is
+            attached.
         init_weights (`str` or `bool`, *optional*, defaults to `"normal"`): How prototype tokens start. They are drawn
             from torch's default CPU generator, so `torch.manual_seed` gives the same start on every device. `"normal"`
             is N(0, 1) and `"uniform"` is U(-1, 1), the released default. `"xavier_uniform"`, `"xavier_normal"`,
@@ -92,6 +95,8 @@ class SDPTConfig(SavedConfig):
         fusion_layers (`dict[str, int]`, *optional*): Do not set this by hand. It is filled in when the adapter is
             attached, and maps the name of each adapted fusion layer to the dimension of its prompts. It is saved with
             the adapter, so that loading onto a base model with other layers is refused before that model is touched.
+        fusion_layers_digest (`str`, *optional*): Do not set this by hand. It is filled in with `fusion_layers`, and
+            tells whether a field that decides the prompts has changed. A changed config belongs to no base model.
         peft_sdpt_version (`str`): Do not set this by hand. The version of this package that made the adapter. In
             `adapter_config.json` it also tells what to import: without `import peft_sdpt`, PEFT fails with
             `KeyError: 'SDPT'`.
@@ -100,13 +105,13 @@ class SDPTConfig(SavedConfig):
     num_virtual_tokens: int = field(default=20, metadata={"help": "Number of prototype tokens of each fusion layer."})
     target_modules: list[str] | str | None = field(
         default=None,
-        metadata={"help": "Fusion layers to adapt: a list of names, a regular expression, or None for all."},
+        metadata={"help": "Fusion layers to adapt: a list of names, a regular expression, or None for all by default."},
     )
     exclude_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Fusion layers not to adapt: a list of names or a regular expression."}
     )
     layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Indices of the fusion layers to adapt, or None for all."}
+        default=None, metadata={"help": "Indices of the fusion layers to adapt, or None for all by default."}
     )
     init_weights: str | bool = field(
         default="normal", metadata={"help": f"How the tokens start: one of {INIT_WEIGHTS}."}
@@ -136,13 +141,14 @@ class SDPTConfig(SavedConfig):
     fusion_layers: dict[str, int] | None = field(
         default=None, metadata={"help": "Filled in when attached: dimension of the prompts of each adapted layer."}
     )
+    fusion_layers_digest: str | None = field(
+        default=None, metadata={"help": "Filled in when attached: digest of the fields that decide the prompts."}
+    )
     peft_sdpt_version: str = field(
         default=__version__, metadata={"help": "Filled in: version of the package to import before loading."}
     )
 
     def __post_init__(self) -> None:
-        # Only a file has the type as a plain string. `dataclasses.replace` and `copy` pass PEFT's own.
-        from_file = type(self.peft_type) is str
         super().__post_init__()
         self.peft_type = PeftType("SDPT")
         if isinstance(self.init_weights, bool):
@@ -161,18 +167,30 @@ class SDPTConfig(SavedConfig):
         if isinstance(self.layers_to_transform, list):
             self.layers_to_transform = [_plain_int(index) for index in self.layers_to_transform]
         self._check()
-        self._loaded = self._shaping_values() if from_file and self.fusion_layers is not None else None
+        if self.fusion_layers is not None:
+            self.fusion_layers = {plain_name(name): dim for name, dim in self.fusion_layers.items()}
+            if self.fusion_layers_digest is None:
+                self.fusion_layers_digest = self._digest()
+
+    def attached(self, fusion_layers: dict[str, int]) -> SDPTConfig:
+        """Return a copy of this config for an adapter with these fusion layers.
+
+        Args:
+            fusion_layers: Dimension of the prompts of each adapted fusion layer, by its plain name.
+        """
+        config = copy.deepcopy(self)
+        config.fusion_layers = fusion_layers
+        config.fusion_layers_digest = config._digest()
+        return config
 
     @property
-    def is_of_saved_adapter(self) -> bool:
-        """Whether this config was loaded with an adapter, and the fields that decide its prompts are as they were.
+    def belongs_to_base_model(self) -> bool:
+        """Whether this is the config of an attached or saved adapter, and what decides its prompts was not changed."""
+        return self.fusion_layers is not None and self.fusion_layers_digest == self._digest()
 
-        Such a config belongs to the base model of that adapter. Any other belongs to no base model.
-        """
-        return self._loaded is not None and self._loaded == self._shaping_values()
-
-    def _shaping_values(self) -> dict[str, Any]:
-        return {name: copy.deepcopy(getattr(self, name)) for name in _SHAPING_FIELDS}
+    def _digest(self) -> str:
+        values = json.dumps([getattr(self, name) for name in _SHAPING_FIELDS], sort_keys=True, default=sorted)
+        return hashlib.sha256(values.encode()).hexdigest()[:16]
 
     def prompt_shape(self, dim: int) -> tuple[int, ...]:
         """Return the shape of the prompts of a fusion layer, if a prompt has dimension `dim`."""
@@ -243,6 +261,8 @@ class SDPTConfig(SavedConfig):
             and all(_is_int(dim) and dim > 0 for dim in self.fusion_layers.values())
         ):
             self._refuse("fusion_layers", "None or a mapping of module names to prompt dimensions", TypeError)
+        if not isinstance(self.fusion_layers_digest, (str, type(None))):
+            self._refuse("fusion_layers_digest", "None or a string", TypeError)
         if not isinstance(self.peft_sdpt_version, str):
             self._refuse("peft_sdpt_version", "a version", TypeError)
 

@@ -12,7 +12,7 @@ from peft.tuners._buffer_dict import BufferDict
 from torch import nn
 
 from .inverse import inverse_projection, reachable_basis
-from .weights import WeightState, dense_weight, device_and_dtype, refuse_adapted
+from .weights import WeightState, dense_weight, device_and_dtype, is_adapted, refuse_adapted
 
 # A fusion layer joins at most two sequences.
 MAX_SIDES = 2
@@ -45,9 +45,9 @@ class InverseCache(BufferDict):
         inverse: torch.Tensor = self[_name(side, rtol)]
         return inverse
 
-    def replace_inverse(self, side: int, rtol: float | None, inverse: torch.Tensor) -> None:
-        """Use another inverse until a weight changes, for experiments."""
-        self[_name(side, rtol)] = inverse.to(self.inverse(side, rtol))
+    def set_inverse(self, side: int, rtol: float | None, inverse: torch.Tensor) -> None:
+        """Replace the inverse of a side until a weight changes."""
+        self[_name(side, rtol)] = inverse
 
     @property
     def basis(self) -> torch.Tensor | None:
@@ -71,31 +71,33 @@ class InverseCache(BufferDict):
         """
         for projection in projections:
             refuse_adapted(projection)
-        current = self.up_to_date(projections) and not force
         rtols = tuple(dict.fromkeys(rtols))
-        self.keep(rtols if current else (), needs_basis and current)
+        current = self.up_to_date(projections) and not force
+        computed: dict[str, torch.Tensor] = {}
         for side, projection in enumerate(projections):
             for rtol in rtols:
-                if _name(side, rtol) not in self:
+                if not (current and _name(side, rtol) in self):
                     with dense_weight(projection) as weight:
-                        self[_name(side, rtol)] = inverse_projection(weight, rtol)
-        if needs_basis and _BASIS not in self:
-            self[_BASIS] = reachable_basis(list(_copies(projections)))
-        self._rtols = rtols
+                        computed[_name(side, rtol)] = inverse_projection(weight, rtol)
+        if needs_basis and not (current and _BASIS in self):
+            computed[_BASIS] = reachable_basis(list(_copies(projections)))
+        # Added before others are dropped, because another thread may be reading.
+        self.update(computed)
+        self.keep(rtols, needs_basis)
         self._states = tuple(WeightState.of(projection) for projection in projections)
 
     def keep(self, rtols: Collection[float | None], needs_basis: bool) -> None:
         """Drop the inverses of other tolerances, and the basis if it is not needed any more."""
-        self._rtols = tuple(rtol for rtol in self._rtols if rtol in rtols)
-        names = {_name(side, rtol) for side in range(MAX_SIDES) for rtol in self._rtols}
+        self._rtols = tuple(rtols)
+        names = {_name(side, rtol) for side in range(MAX_SIDES) for rtol in rtols}
         if needs_basis:
             names.add(_BASIS)
         for name in [name for name in self if name not in names]:
             del self[name]
 
-    def refresh(self, projections: Sequence[nn.Linear], force: bool = False) -> None:
-        """Compute again what is out of date, or everything with `force`; see `require`."""
-        self.require(projections, self._rtols, self.basis is not None, force)
+    def has(self, rtol: float | None) -> bool:
+        """Return whether the inverses of this tolerance are computed."""
+        return rtol in self._rtols
 
     def up_to_date(self, projections: Sequence[nn.Linear]) -> bool:
         """Return whether no weight has changed since the inverses were computed."""
@@ -115,9 +117,12 @@ class InverseCache(BufferDict):
             self._states = None
         elif before.up_to_date and before.dtypes == self._dtypes(projections):
             self._states = tuple(WeightState.of(projection) for projection in projections)
+        elif any(map(is_adapted, projections)):
+            # The next forward refuses the adapter of the other tuner. Here, the rest of the model would stay behind.
+            self._states = None
         else:
             # A cast rounds the weights. It has cast the inverses too, perhaps below float32.
-            self.refresh(projections, force=True)
+            self.require(projections, self._rtols, self.basis is not None, force=True)
 
     def _dtypes(self, projections: Sequence[nn.Linear]) -> list[torch.dtype]:
         return [device_and_dtype(projection)[1] for projection in projections] + [each.dtype for each in self.values()]

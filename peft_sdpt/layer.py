@@ -18,7 +18,7 @@ from .hosts import FusionHost
 from .initialization import init_prompts, prompt_dim
 from .inverse import to_aligned_space, to_input_space
 from .inverse_cache import InverseCache
-from .weights import TensorState, WeightState, bias_of, device_and_dtype, refuse_adapted
+from .weights import TensorState, WeightState, bias_of, device_and_dtype, is_adapted, refuse_adapted
 
 CANNOT_MERGE = (
     "SDPT prompts are extra keys and values of the attention and cannot be merged into weights: keep "
@@ -28,6 +28,8 @@ CANNOT_MERGE = (
 
 def _refresh_after_load(layer: SDPTLayer, incompatible_keys: Any) -> None:
     """Hook of `load_state_dict`: compiled code does not compare weights, so this does."""
+    if any(map(is_adapted, layer.projections)):
+        return  # the next forward refuses the other tuner's adapter
     layer.refresh_inverses(force=not all(WeightState.is_certain(projection) for projection in layer.projections))
 
 
@@ -151,6 +153,15 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
         self._follow_weights()
         return self.sdpt_inverses.inverse(side, self.sdpt_config[adapter_name].pinv_rtol)
 
+    def set_inverse(self, side: int, inverse: torch.Tensor, adapter_name: str = "default") -> None:
+        """Use another inverse `(d, E)` until a weight changes, for experiments.
+
+        Adapters with the same tolerance share it.
+        """
+        before = self.inverse(side, adapter_name)
+        self._known_prompts = None
+        self.sdpt_inverses.set_inverse(side, self.sdpt_config[adapter_name].pinv_rtol, inverse.to(before))
+
     def _has_coordinates(self, prompts: torch.Tensor) -> bool:
         return prompts.shape[-1] < self.embed_dim
 
@@ -171,9 +182,8 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
 
     def _needed_inverses(self) -> tuple[list[float | None], bool]:
         """Return the tolerances of the adapters, and whether one of them has coordinates."""
-        configs = self.sdpt_config.values()
-        dims = [prompt_dim(config, self.fusion_host, self.projections) for config in configs]
-        return [config.pinv_rtol for config in configs], any(dim < self.embed_dim for dim in dims)
+        rtols = [config.pinv_rtol for config in self.sdpt_config.values()]
+        return rtols, any(map(self._has_coordinates, self.sdpt_prompts.values()))
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """Take the same arguments and return the same results as the wrapped module; see the class for weights.
@@ -282,7 +292,9 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
         return (wanted[:, None] != owner).to(device)
 
     def _follow_weights(self) -> None:
-        if not self.sdpt_inverses.up_to_date(self.projections):
+        # A tolerance is missing if somebody changed the config of an attached adapter.
+        rtols = [config.pinv_rtol for config in self.sdpt_config.values()]
+        if not (all(map(self.sdpt_inverses.has, rtols)) and self.sdpt_inverses.up_to_date(self.projections)):
             self.refresh_inverses()
 
     def _apply(self, fn: Any, recurse: bool = True) -> SDPTLayer:

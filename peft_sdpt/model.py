@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,11 +15,20 @@ from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
 
 from .config import SDPTConfig
 from .hosts import FusionHost
 from .layer import CANNOT_MERGE, SDPTLayer, SharedSDPTLayer
-from .saving import PROMPTS_KEY, check_base_model, layer_of, plain_name
+from .saving import (
+    PROMPTS_KEY,
+    check_base_model,
+    check_state_dict,
+    layer_of,
+    plain_name,
+    prompts_by_layer,
+    without_wrappers,
+)
 from .targeting import FusionLayer, Selection, check_fusion_layer, matches, select_fusion_layers
 
 # PEFT's name for the base model without an adapter, in `adapter_names`.
@@ -46,9 +55,17 @@ class SDPTModel(BaseTuner):
     peft_config: dict[str, Any]
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        # Before PEFT puts the new config into those of the model.
         _refuse_second_tuner(model)
-        super().__init__(model, *args, **kwargs)
+        # PEFT puts the new config among those of the model before it attaches the adapter.
+        configs = getattr(model, "peft_config", None)
+        before = dict(configs) if isinstance(configs, dict) else {}
+        try:
+            super().__init__(model, *args, **kwargs)
+        except Exception:
+            if isinstance(configs, dict):
+                configs.clear()
+                configs.update(before)
+            raise
 
     def inject_adapter(
         self,
@@ -58,7 +75,8 @@ class SDPTModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Any] | None = None,
     ) -> None:
-        # Removed first, so that a rejected base model stays unchanged.
+        # Removed until nothing can be refused any more. The model then gets a copy, so that the caller's own config can
+        # be used for other base models.
         config: SDPTConfig = self.peft_config.pop(adapter_name)
         selection = select_fusion_layers(model, config)
         layers = selection.layers
@@ -66,21 +84,21 @@ class SDPTModel(BaseTuner):
             # PEFT wraps the modules that the state dict names, whatever the config says. It reads only the keys, as its
             # documentation says, so the values can be empty, and the second modules of fusion layers, which have no
             # prompts of their own, get keys too.
-            named = {layer_of(key) for key in state_dict}
+            named = {plain_name(key.rpartition(PROMPTS_KEY)[0]) for key in state_dict}
             layers = {name: layer for name, layer in selection.known.items() if plain_name(name) in named}
             parts = [part for layer in layers.values() for part in layer.parts]
             state_dict = {f"{_name_in_peft(part)}{PROMPTS_KEY}": torch.empty(0) for part in parts}
         for name, layer in layers.items():
             check_fusion_layer(name, layer, config)
         dims = {plain_name(name): layer.prompt_dim(config) for name, layer in layers.items()}
-        if config.is_of_saved_adapter:
-            _check_saved_adapter(model, config, dims)
+        if config.belongs_to_base_model:
+            check_base_model(
+                found=config.prompt_shapes() or {},
+                expected={name: config.prompt_shape(dim) for name, dim in dims.items()},
+            )
+        _refuse_compiled_modules_to_save(model, config)
         self._set_targets(selection)
-        if config.fusion_layers not in (None, dims):
-            # The adapter of another base model uses the same config.
-            config = copy.deepcopy(config)
-        config.fusion_layers = dims
-        self.peft_config[adapter_name] = config
+        self.peft_config[adapter_name] = config.attached(dims)
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         for name, layer in layers.items():
             for part in layer.parts:
@@ -213,9 +231,9 @@ class SDPTModel(BaseTuner):
         self._check_combination(adapters, weights, adapter_name, combination_type)
         configs = [self.peft_config[name] for name in adapters]
         tokens = [config.num_virtual_tokens for config in configs]
-        config = copy.deepcopy(configs[0])
-        config.num_virtual_tokens = sum(tokens) if combination_type == "cat" else tokens[0]
-        self.peft_config[adapter_name] = config
+        self.peft_config[adapter_name] = dataclasses.replace(
+            configs[0], num_virtual_tokens=sum(tokens) if combination_type == "cat" else tokens[0]
+        )
         self.inject_adapter(self.model, adapter_name)
         with torch.no_grad():
             for _, layer in _layers_with_prompts(self.model, adapter_name):
@@ -257,9 +275,23 @@ class SDPTModel(BaseTuner):
                 )
 
     @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        # By the keys alone: names of modules may have what wrappers add, which keys do not have.
+        return {key: value for key, value in state_dict.items() if key.endswith(f"{PROMPTS_KEY}.{adapter_name}")}
+
+    @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        """Return the key of a saved tensor, without what `torch.compile` adds to names."""
-        return str(super()._remove_adapter_name_from_key(key, adapter_name)).replace("_orig_mod.", "")
+        """Return the key of a saved tensor; for prompts, without what wrappers add to names."""
+        saved = str(super()._remove_adapter_name_from_key(key, adapter_name))
+        # PEFT looks for the keys of `modules_to_save` under the names that the modules have.
+        return without_wrappers(saved) if saved.endswith(PROMPTS_KEY) else saved
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -274,20 +306,23 @@ class SDPTModel(BaseTuner):
         Raises:
             ValueError: Prompts are missing, surplus or of another shape. Nothing has been loaded then.
         """
-        names = {plain_name(name): name for name, _ in _layers_with_prompts(model, adapter_name)}
-        prompts = {layer_of(key): value for key, value in state_dict.items() if PROMPTS_KEY in key}
-        check_base_model(
+        suffix = f"{PROMPTS_KEY}.{adapter_name}"
+        keys = {
+            plain_name(key.removesuffix(suffix)): (key, value.shape)
+            for key, value in model.state_dict().items()
+            if key.endswith(suffix)
+        }
+        prompts = prompts_by_layer(state_dict, adapter_name)
+        check_state_dict(
             found={name: tuple(value.shape) for name, value in prompts.items()},
-            expected={
-                plain_name(name): tuple(layer.sdpt_prompts[adapter_name].shape)
-                for name, layer in _layers_with_prompts(model, adapter_name)
-            },
+            expected={name: tuple(shape) for name, (_, shape) in keys.items()},
+            adapter_name=adapter_name,
         )
-        rest = {key: value for key, value in state_dict.items() if PROMPTS_KEY not in key}
+        rest = {key: value for key, value in state_dict.items() if layer_of(key, adapter_name) is None}
         remapped: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, rest
         )
-        return remapped | {f"{names[name]}{PROMPTS_KEY}.{adapter_name}": value for name, value in prompts.items()}
+        return remapped | {keys[name][0]: value for name, value in prompts.items()}
 
 
 def _name_in_peft(name: str) -> str:
@@ -322,16 +357,11 @@ def _refuse_second_tuner(model: nn.Module) -> None:
             )
 
 
-def _check_saved_adapter(model: nn.Module, config: SDPTConfig, dims: dict[str, int]) -> None:
-    """Check that a saved adapter can be loaded onto a base model, before that is touched."""
-    layers = {plain_name(name): dim for name, dim in (config.fusion_layers or {}).items()}
-    check_base_model(
-        found={name: config.prompt_shape(dim) for name, dim in layers.items()},
-        expected={name: config.prompt_shape(dim) for name, dim in dims.items()},
-    )
-    names = [name for name, _ in model.named_modules() if matches(config.modules_to_save, name)]
-    if any("_orig_mod." in name for name in names):
-        raise ValueError(
-            f"An adapter with modules_to_save={config.modules_to_save} cannot be loaded onto a compiled model, because "
-            "PEFT looks for the modules under the names that torch.compile gives them. Load it first, then compile."
-        )
+def _refuse_compiled_modules_to_save(model: nn.Module, config: SDPTConfig) -> None:
+    for name, module in model.named_modules():
+        if matches(config.modules_to_save, name) and ("_orig_mod" in name or isinstance(module, OptimizedModule)):
+            raise ValueError(
+                f"SDPTConfig.modules_to_save={config.modules_to_save} names '{name}', which is compiled. PEFT would "
+                "save and load it under the name that torch.compile gives it. Attach or load the adapter first, and "
+                "compile the model then."
+            )

@@ -10,7 +10,8 @@ which it does first.
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import constants, hf_hub_download
@@ -24,6 +25,9 @@ from .model_card import complete_card
 Shapes = dict[str, tuple[int, ...]]
 # Between the name of a fusion layer and the name of the adapter, in keys of a state dict.
 PROMPTS_KEY = ".sdpt_prompts"
+# Modules that wrappers put around others: `torch.compile`, `checkpoint_wrapper` and FSDP.
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+T = TypeVar("T")
 
 
 class SavedConfig(PeftConfig):
@@ -35,8 +39,8 @@ class SavedConfig(PeftConfig):
     ) -> Any:
         """Load a config, and check that the weights beside it can be read and fit it.
 
-        `PeftModel.from_pretrained`, `load_adapter` and transformers' `load_adapter` call this before they touch the
-        base model. They do not if they are given `config=`, and there is nothing to check if there are no weights.
+        `PeftModel.from_pretrained` and `load_adapter` call this before they touch the base model, unless they are given
+        `config=`. transformers' own `load_adapter` does not call it. Without weights, there is nothing to check.
 
         Args:
             pretrained_model_name_or_path: Folder, or repository of the Hub.
@@ -75,22 +79,55 @@ class SavedConfig(PeftConfig):
 def plain_name(name: str) -> str:
     """Return the name of a module or parameter without what wrappers add.
 
-    These are `torch.compile` anywhere in the name, and `PeftModel`, DataParallel and DistributedDataParallel at its
-    beginning.
+    These are `torch.compile`, activation checkpointing and FSDP anywhere in the name, and `PeftModel`, DataParallel and
+    DistributedDataParallel at its beginning.
 
     Example:
         >>> plain_name("module.base_model.model._orig_mod.encoder.layers.0._orig_mod.attn")
         'encoder.layers.0.attn'
     """
-    name = name.replace("_orig_mod.", "")
+    name = without_wrappers(name)
     while (inner := name.removeprefix("module.").removeprefix("base_model.model.")) != name:
         name = inner
     return name
 
 
-def layer_of(key: str) -> str:
-    """Return the plain name of the fusion layer whose prompts a key of a state dict names."""
-    return plain_name(key.partition(PROMPTS_KEY)[0])
+def without_wrappers(name: str) -> str:
+    """Return a name without the modules that `torch.compile`, activation checkpointing and FSDP put into it."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def layer_of(key: str, adapter_name: str | None = None) -> str | None:
+    """Return the plain name of the fusion layer whose prompts a key of a state dict names.
+
+    Args:
+        key: Key of a saved adapter, or of a model.
+        adapter_name: The key may end with this name, as those of a model do.
+
+    Returns:
+        None if the key does not name prompts, or those of another adapter.
+    """
+    layer, found, suffix = key.rpartition(PROMPTS_KEY)
+    return plain_name(layer) if found and suffix in ("", f".{adapter_name}") else None
+
+
+def prompts_by_layer(state_dict: Mapping[str, T], adapter_name: str | None = None) -> dict[str, T]:
+    """Return the prompts in a state dict by the plain name of their fusion layer; see `layer_of`.
+
+    Raises:
+        ValueError: Two keys name the prompts of one layer.
+    """
+    prompts: dict[str, T] = {}
+    for key, value in state_dict.items():
+        layer = layer_of(key, adapter_name)
+        if layer is None:
+            continue
+        if layer in prompts:
+            raise ValueError(
+                f"The state dict has two keys for the prompts of the fusion layer '{layer}'; one is '{key}'."
+            )
+        prompts[layer] = value
+    return prompts
 
 
 def check_weights(adapter: str, subfolder: str | None, expected: Shapes | None, **download: Any) -> None:
@@ -116,7 +153,7 @@ def check_weights(adapter: str, subfolder: str | None, expected: Shapes | None, 
         ) from error
     if file is None or expected is None:
         return
-    found = {layer_of(key): shape for key, shape in shapes.items() if PROMPTS_KEY in key}
+    found = prompts_by_layer(shapes)
     if differences := differing_shapes(found, expected):
         raise ValueError(
             f"The weights of the SDPT adapter {path!r} do not fit its config, and nothing was put on the base model "
@@ -155,11 +192,11 @@ def _shapes_in(file: str) -> Shapes:
         with safe_open(file, framework="pt") as weights:
             return {key: tuple(weights.get_slice(key).get_shape()) for key in weights.keys()}  # noqa: SIM118
     weights = torch.load(file, map_location="meta", weights_only=True)
-    return {key: tuple(value.shape) for key, value in weights.items()}
+    return {key: tuple(value.shape) for key, value in weights.items() if isinstance(value, torch.Tensor)}
 
 
 def check_base_model(found: Shapes, expected: Shapes) -> None:
-    """Check that the prompts of an adapter are those that a base model takes.
+    """Check that the prompts of a saved adapter are those that a base model takes.
 
     Args:
         found: Shape of the prompts of each fusion layer in the adapter.
@@ -173,6 +210,24 @@ def check_base_model(found: Shapes, expected: Shapes) -> None:
             "This SDPT adapter was made for another base model (expected: prompts that this base model takes with the "
             f"adapter's config, found: prompts of the adapter). {differences}. A config loaded with an adapter belongs "
             "to its base model; make a new SDPTConfig to start on another one."
+        )
+
+
+def check_state_dict(found: Shapes, expected: Shapes, adapter_name: str) -> None:
+    """Check that the prompts of a state dict are those of an adapter that a model has.
+
+    Args:
+        found: Shape of the prompts of each fusion layer in the state dict.
+        expected: Shape of the prompts of each fusion layer in the model.
+        adapter_name: Name of the adapter.
+
+    Raises:
+        ValueError: They differ. The message names every layer that does, with both shapes.
+    """
+    if differences := differing_shapes(found, expected):
+        raise ValueError(
+            f"The weights do not fit the SDPT adapter {adapter_name!r} of this model, and nothing was loaded "
+            f"(expected: prompts of the model, found: prompts of the weights). {differences}."
         )
 
 

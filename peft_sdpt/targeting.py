@@ -13,6 +13,7 @@ from .config import SDPTConfig
 from .hosts import FusionHost, find_hosts, supported_hosts
 from .initialization import prompt_dim
 from .layer import SDPTLayer
+from .saving import plain_name
 from .weights import refuse_adapted, refuse_out_of_reach
 
 
@@ -69,6 +70,10 @@ def select_fusion_layers(model: nn.Module, config: SDPTConfig) -> Selection:
             f"{type(model).__name__} has no fusion layer that SDPT knows{outside}. Models that have one: "
             f"{supported_hosts()}. Others: peft_sdpt.register_host."
         )
+    names = [part for layer in layers.values() for part in layer.parts]
+    for name in names:
+        if outer := next((other for other in names if name.startswith(f"{other}.")), None):
+            raise ValueError(f"The fusion layer '{name}' is inside the fusion layer '{outer}': SDPT cannot adapt both.")
     # Only these have an index, so that it keeps its meaning when specs of other layers are added.
     indexed = [name for name, layer in layers.items() if layer.spec.adapted_by_default]
     names = list(layers) if config.target_modules is not None else indexed
@@ -132,9 +137,10 @@ def _transformed_names(model: nn.Module, indexed: list[str], config: SDPTConfig)
     assert isinstance(indices, list)
     absent = [index for index in indices if index >= len(indexed)]
     if absent:
+        numbers = f", numbered 0 to {len(indexed) - 1}" if indexed else " that are adapted by default"
         raise ValueError(
             f"SDPTConfig.layers_to_transform has {absent}, but {type(model).__name__} has "
-            f"{len(indexed)} fusion layers, numbered 0 to {len(indexed) - 1}."
+            f"{len(indexed)} fusion layers{numbers}."
         )
     return {indexed[index] for index in indices}
 
@@ -163,12 +169,16 @@ def _targeted_names(modules: dict[str, nn.Module], layers: dict[str, FusionLayer
 
 
 def matches(targets: list[str] | str | None, name: str) -> bool:
-    """Return whether a module has one of these names or ends of names, or fits this regular expression."""
+    """Return whether a module has one of these names or ends of names, or fits this regular expression.
+
+    What wrappers add to names does not count.
+    """
+    name = plain_name(name)
     if targets is None:
         return False
     if isinstance(targets, str):
         return bool(match_target_against_key(targets, name))
-    return any(name == target or name.endswith(f".{target}") for target in targets)
+    return any(name == target or name.endswith(f".{target}") for target in map(plain_name, targets))
 
 
 def check_fusion_layer(name: str, layer: FusionLayer, config: SDPTConfig) -> None:

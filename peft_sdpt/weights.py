@@ -135,24 +135,32 @@ def _version(tensor: torch.Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
+def is_adapted(projection: nn.Module) -> bool:
+    """Return whether another tuner's adapter acts on a projection without being merged into it."""
+    return _acting_adapter(projection) is not None
+
+
+def _acting_adapter(projection: nn.Module) -> str | None:
+    if not isinstance(projection, BaseTunerLayer) or projection.disable_adapters or projection.merged:
+        return None
+    for name in projection.active_adapters:
+        if any(name in getattr(projection, attribute) for attribute in projection.adapter_layer_names):
+            return str(name)
+    return None
+
+
 def refuse_adapted(projection: nn.Module) -> None:
     """Check that no other tuner changes a projection: SDPT inverts the base model's own weight.
 
     Raises:
         ValueError: Another tuner's adapter acts on the projection without being merged into it.
     """
-    if isinstance(projection, BaseTunerLayer) and not projection.disable_adapters and not projection.merged:
-        acting = [
-            name
-            for name in projection.active_adapters
-            if any(name in getattr(projection, attribute) for attribute in projection.adapter_layer_names)
-        ]
-        if acting:
-            raise ValueError(
-                f"SDPT inverts a projection that the adapter {acting[0]!r} of another tuner "
-                f"({type(projection).__module__}) changes in every forward. Merge or disable it, or leave the inverted "
-                "projections of the fusion layers out of its target_modules."
-            )
+    if name := _acting_adapter(projection):
+        raise ValueError(
+            f"SDPT inverts a projection that the adapter {name!r} of another tuner ({type(projection).__module__}) "
+            "changes in every forward. Merge or disable it, or leave the inverted projections of the fusion layers out "
+            "of its target_modules."
+        )
 
 
 def refuse_out_of_reach(projection: nn.Linear) -> None:

@@ -30,8 +30,8 @@ def replace_inverses(model: nn.Module, rule: str) -> nn.Module:
             _start_quietly(layer)
             continue
         for side, (modality, projection) in enumerate(zip(("images", "text"), layer.projections, strict=True)):
-            for config in layer.sdpt_config.values():
-                layer.sdpt_inverses.replace_inverse(side, config.pinv_rtol, _inverse(projection, rule, modality))
+            for name in layer.sdpt_config:
+                layer.set_inverse(side, _inverse(projection, rule, modality), name)
     return model
 
 

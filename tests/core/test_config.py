@@ -81,6 +81,7 @@ def test_defaults():
         ("fusion_layers", {"attn": 0}, "a mapping of module names to prompt dimensions", TypeError),
         ("fusion_layers", {"attn": "128"}, "a mapping of module names to prompt dimensions", TypeError),
         ("fusion_layers", ["attn"], "a mapping of module names to prompt dimensions", TypeError),
+        ("fusion_layers_digest", 1, "None or a string", TypeError),
         ("inference_mode", 1, "True or False", TypeError),
         ("inference_mode", "yes", "True or False", TypeError),
         ("inference_mode", None, "True or False", TypeError),
@@ -151,15 +152,26 @@ def test_json_round_trip(tmp_path):
         assert loaded.to_dict() == config.to_dict()
 
 
-def test_only_an_unchanged_config_of_a_saved_adapter_belongs_to_a_base_model(tmp_path):
-    used = SDPTConfig(target_modules=["attn"], fusion_layers={"layers.0.attn": 128})
-    used.save_pretrained(tmp_path)
+def test_only_an_unchanged_config_of_an_adapter_belongs_to_a_base_model(tmp_path):
+    own = SDPTConfig(target_modules=["attn"])
+    attached = own.attached({"layers.0.attn": 128})
+    assert attached.belongs_to_base_model and not own.belongs_to_base_model and own.fusion_layers is None
+    attached.save_pretrained(tmp_path)
     loaded = PeftConfig.from_pretrained(tmp_path)
-    assert loaded.is_of_saved_adapter and copy.deepcopy(loaded).is_of_saved_adapter
-    assert not used.is_of_saved_adapter and not SDPTConfig(**used.to_dict()).is_of_saved_adapter
-    assert not dataclasses.replace(loaded, num_virtual_tokens=8).is_of_saved_adapter
-    loaded.inference_mode = True
-    loaded.attn_implementation = "eager"  # does not decide what the prompts are
-    assert loaded.is_of_saved_adapter
+    for config in (
+        loaded,
+        copy.deepcopy(loaded),
+        SDPTConfig(**loaded.to_dict()),
+        # Fields that do not decide what the prompts are.
+        dataclasses.replace(loaded, attn_implementation="eager", inference_mode=True, pinv_rtol=None),
+    ):
+        assert config.belongs_to_base_model
+    for changes in ({"num_virtual_tokens": 8}, {"exclude_modules": ["x"]}, {"prompt_space": "aligned"}):
+        assert not dataclasses.replace(loaded, **changes).belongs_to_base_model
     loaded.target_modules.append("other")
-    assert not loaded.is_of_saved_adapter
+    assert not loaded.belongs_to_base_model
+
+
+def test_names_of_layers_are_plain():
+    config = SDPTConfig(fusion_layers={"_orig_mod.layers.0.attn": 8, "module.layers.1._orig_mod.attn": 8})
+    assert config.fusion_layers == {"layers.0.attn": 8, "layers.1.attn": 8} and config.belongs_to_base_model

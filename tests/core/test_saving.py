@@ -19,6 +19,7 @@ from peft import (
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers.models.grounding_dino.modeling_grounding_dino import (
     GroundingDinoBiMultiHeadAttention,
 )
@@ -305,34 +306,104 @@ def test_reloading_weights_into_an_adapter(tmp_path):
 # ---- base models in wrappers
 
 
-@pytest.mark.parametrize("compile_layer", [False, True], ids=["model", "encoder layer"])
-@pytest.mark.parametrize("saved_compiled", [False, True], ids=["saved plain", "saved compiled"])
-@pytest.mark.parametrize("modules_to_save", [None, ["enc_output"]])
-def test_names_of_a_compiled_base_model(modules_to_save, saved_compiled, compile_layer, tmp_path):
-    def make(compiled: bool):
-        host = make_host()
-        if not compiled:
-            return host
-        if not compile_layer:
-            return torch.compile(host, backend="eager")
-        layers = host.model.encoder.layers
-        layers[0] = torch.compile(layers[0], backend="eager")
-        return host
+def compiled(module: nn.Module) -> nn.Module:
+    return torch.compile(module, backend="eager")
 
-    model = attach(make(saved_compiled), modules_to_save=modules_to_save)
+
+def with_compiled_layer() -> nn.Module:
+    host = make_host()
+    host.model.encoder.layers[0] = compiled(host.model.encoder.layers[0])
+    return host
+
+
+WRAPPED = {
+    "plain": make_host,
+    "compiled": lambda: compiled(make_host()),
+    "compiled layer": with_compiled_layer,
+    "DataParallel": lambda: nn.DataParallel(make_host()),
+}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"target_modules": r".*encoder\.layers\.0\.fusion_layer\.attn"}, {"exclude_modules": [LAYERS[1]]}],
+    ids=str,
+)
+@pytest.mark.parametrize("wrapper", WRAPPED)
+def test_names_of_a_wrapped_base_model(wrapper, config, tmp_path):
+    model = attach(WRAPPED[wrapper](), **config)
+    layers = LAYERS[:1] if config else LAYERS
+    assert list(model.peft_config["default"].fusion_layers) == layers
     model.save_pretrained(tmp_path)
-    assert "_orig_mod" not in (tmp_path / "adapter_config.json").read_text()
-    assert not [key for key in load_file(tmp_path / "adapter_model.safetensors") if "_orig_mod" in key]
-    for compiled in (False, True):
-        if modules_to_save and compiled and not compile_layer:
-            host = make(True)
-            with pytest.raises(ValueError, match=r"modules_to_save=.* cannot be loaded onto a compiled model"):
-                PeftModel.from_pretrained(host, tmp_path)
+    assert set(load_file(tmp_path / "adapter_model.safetensors")) <= {
+        f"base_model.model.{prefix}{name}.sdpt_prompts" for name in layers for prefix in ("", "module.")
+    }
+    for make in WRAPPED.values():
+        loaded = PeftModel.from_pretrained(make(), tmp_path)
+        assert all(torch.equal(a, b) for a, b in zip(prompts_of(loaded), prompts_of(model), strict=True))
+        assert len(prompts_of(loaded)) == len(layers)
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "base_model.model."])
+def test_a_config_with_names_of_wrappers(prefix, tmp_path):
+    tuned = saved(tmp_path, target_modules=LAYERS)
+    file = tmp_path / "adapter_config.json"
+    config = json.loads(file.read_text())
+    del config["fusion_layers_digest"]
+    config["fusion_layers"] = {prefix + name: dim for name, dim in config["fusion_layers"].items()}
+    config["target_modules"] = [prefix + name for name in config["target_modules"]]
+    file.write_text(json.dumps(config))
+    assert torch.equal(run(PeftModel.from_pretrained(make_host(), tmp_path)), tuned)
+    loaded = PeftModel.from_pretrained(compiled(make_host()), tmp_path)
+    assert len(prompts_of(loaded)) == 2
+
+
+def test_compiled_modules_are_not_saved_whole(tmp_path):
+    saved(tmp_path, modules_to_save=["enc_output"])
+    inner = make_host()
+    inner.model.enc_output = compiled(inner.model.enc_output)
+    for host in (compiled(make_host()), inner):
+        for start in (
+            lambda host: PeftModel.from_pretrained(host, tmp_path),
+            lambda host: attach(host, modules_to_save=["enc_output"]),
+        ):
+            with pytest.raises(ValueError, match=r"modules_to_save=.* names '.*enc_output', which is compiled"):
+                start(host)
             assert adapted_layers(host) == []
-            continue
-        loaded = PeftModel.from_pretrained(make(compiled), tmp_path)
-        for one, other in zip(prompts_of(loaded), prompts_of(model), strict=True):
-            assert torch.equal(one, other)
+    # Compiled afterwards, it trains on from what it has saved.
+    model = attach(make_host(), modules_to_save=["enc_output"])
+    again = compiled(model)
+    again.save_pretrained(tmp_path / "again")
+    model.load_adapter(tmp_path / "again", "default")
+    assert torch.equal(run(PeftModel.from_pretrained(make_host(), tmp_path / "again")), run(model))
+
+
+def test_a_layer_in_a_checkpoint_wrapper_is_saved_and_loaded(tmp_path):
+    model = attach(make_host())
+    layers = model.base_model.model.model.encoder.layers
+    for index in range(2):
+        layers[index] = checkpoint_wrapper(layers[index])
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_host(), tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(prompts_of(loaded), prompts_of(model), strict=True))
+    other = attach(make_host(), seed=7)
+    other.save_pretrained(tmp_path / "other")
+    model.load_adapter(tmp_path / "other", "default")
+    assert all(torch.equal(a, b) for a, b in zip(prompts_of(model), prompts_of(other), strict=True))
+
+
+def test_a_state_dict_of_several_adapters_loads_the_one_that_is_named():
+    model = attach(make_host())
+    model.add_adapter("second", SDPTConfig(num_virtual_tokens=4))
+    state = {key: value for key, value in model.state_dict().items() if "sdpt_prompts" in key}
+    other = attach(make_host(), seed=3)
+    result = set_peft_model_state_dict(other, state)
+    assert len(result.unexpected_keys) == 2 and all(key.endswith(".second") for key in result.unexpected_keys)
+    assert torch.equal(run(other), run(model))
+    twice = get_peft_model_state_dict(model)
+    twice |= {f"module.{key}": value + 1 for key, value in twice.items()}
+    with pytest.raises(ValueError, match=f"two keys for the prompts of the fusion layer '{LAYERS[0]}'"):
+        set_peft_model_state_dict(other, twice)
 
 
 def prompts_of(model: nn.Module) -> list[torch.Tensor]:
@@ -390,13 +461,50 @@ def test_loading_over_a_model_with_sdpt_adapters_names_the_way(tmp_path):
 
 def test_a_changed_config_starts_on_any_base_model(tmp_path):
     saved(tmp_path)
-    used = attach(make_host()).peft_config["default"]
+    own = SDPTConfig(num_virtual_tokens=4)
+    used = get_peft_model(make_host(), own).peft_config["default"]
     loaded = PeftConfig.from_pretrained(tmp_path)
-    for config in (used, dataclasses.replace(used, num_virtual_tokens=8), dataclasses.replace(loaded, pinv_rtol=0.1)):
+    changed = [dataclasses.replace(config, num_virtual_tokens=8) for config in (own, used, loaded)]
+    for config in (own, *changed):
         model = get_peft_model(make_host(d_model=64, layers=3), config)
         assert list(model.peft_config["default"].fusion_layers.values()) == [128] * 3
         assert model.peft_config["default"].num_virtual_tokens == config.num_virtual_tokens
-    with pytest.raises(ValueError, match="made for another base model"):
-        get_peft_model(make_host(d_model=64, layers=3), loaded)
+    for config in (used, loaded):
+        with pytest.raises(ValueError, match="made for another base model"):
+            get_peft_model(make_host(d_model=64, layers=3), config)
     loaded.num_virtual_tokens = 8
     assert len(adapted_layers(get_peft_model(make_host(d_model=64, layers=3), loaded))) == 3
+
+
+@pytest.mark.parametrize("change", [{"attn_implementation": "eager"}, {}], ids=str)
+def test_a_config_that_is_given_beside_an_adapter_is_refused_before_the_base_model_is_touched(change, tmp_path):
+    saved(tmp_path)
+    config = SDPTConfig(**{**PeftConfig.from_pretrained(tmp_path).to_dict(), **change})
+    host = make_host(layers=3)
+    before = snapshot(host)
+    with pytest.raises(ValueError, match="made for another base model"):
+        PeftModel.from_pretrained(host, tmp_path, config=config)
+    assert snapshot(host) == before
+
+
+def test_a_config_that_is_changed_after_use_leaves_models_alone():
+    config = SDPTConfig(num_virtual_tokens=4)
+    torch.manual_seed(1)
+    first = get_peft_model(make_host(), config)
+    before = run(first)
+    config.pinv_rtol, config.prompt_space = 0.3, "aligned"
+    second = get_peft_model(make_host(), config)
+    assert torch.equal(run(first), before)
+    assert second.peft_config["default"].pinv_rtol == 0.3
+    # Of an attached adapter, the tolerance may be changed.
+    first.peft_config["default"].pinv_rtol = 0.6
+    first.train().eval()
+    assert not torch.equal(run(first), before)
+
+
+def test_a_refused_second_injection_keeps_the_first_config():
+    host = inject_adapter_in_model(SDPTConfig(num_virtual_tokens=4), make_host())
+    first = host.peft_config["default"]
+    with pytest.raises(ValueError, match="layers_to_transform has"):
+        inject_adapter_in_model(SDPTConfig(layers_to_transform=7), host)
+    assert host.peft_config == {"default": first}
