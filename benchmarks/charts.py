@@ -14,7 +14,7 @@ matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "peft_sdpt", "fo
 
 
 def as_svg(figure: Figure) -> str:
-    """A figure as the text of an SVG file."""
+    """Return a figure as the text of an SVG file."""
     file = io.StringIO()
     figure.savefig(file, format="svg", bbox_inches="tight", metadata={"Date": None})
     return "\n".join(line.rstrip() for line in file.getvalue().splitlines()) + "\n"

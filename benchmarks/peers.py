@@ -22,7 +22,7 @@ ATTENTION = ("query", "key", "value", "out_proj", "value_proj", "output_proj")
 
 
 def in_layers(*names: str) -> str:
-    """A regular expression for modules with these names in the encoder or decoder of a detector, or in a layer."""
+    """Return a regular expression for modules with these names in the encoder or decoder, or in a layer."""
     return rf"(model\.(encoder|decoder)\.)?layers\.\d+\.(.*\.)?({'|'.join(names)})"
 
 
@@ -40,7 +40,7 @@ def with_peft(host: nn.Module, config: PeftConfig) -> PeftModel:
 
 
 def train(host: nn.Module, chosen: Callable[[str], bool]) -> nn.Module:
-    """Make parameters of the base model trainable, in memory of their own, because models share the frozen weights."""
+    """Make parameters of the base model trainable. They are copied first, because models share the frozen weights."""
     for name, parameter in host.named_parameters():
         if chosen(name):
             parameter.data = parameter.data.clone()
@@ -49,5 +49,5 @@ def train(host: nn.Module, chosen: Callable[[str], bool]) -> nn.Module:
 
 
 def is_bitfit(name: str) -> bool:
-    """Whether BitFit trains a parameter: it is a bias, and not in a backbone."""
+    """Return whether BitFit trains a parameter: whether it is a bias outside the backbones."""
     return name.endswith(".bias") and not re.match(r"model\.(backbone|text_backbone)\.", name)

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""Common parts of the commands: files of results that a run can resume from, and pages that show results."""
+"""Parts that both commands share: files of results that a run can resume from, and pages with results."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def device_name(device: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the libraries that all results depend on."""
+    """Return the versions of the libraries that all results depend on."""
     return {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -68,7 +68,7 @@ def versions() -> dict[str, str]:
 
 
 def earlier(file: Path, machine: dict[str, Any]) -> dict[str, Any]:
-    """Read the results of an earlier run to resume from. Without a file, there are none.
+    """Read the results of an earlier run to resume from. If the file does not exist, there are no results.
 
     Args:
         file: File with the results.
@@ -97,7 +97,7 @@ def write(file: Path, text: str) -> None:
 
 
 def table(head: list[str], rows: Iterable[Iterable[str]]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 

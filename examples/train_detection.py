@@ -4,10 +4,10 @@
 
     accelerate launch examples/train_detection.py
 
-Without flags, this takes the small base model in `examples/host` and the built-in task "twemoji": pictograms of known
-names in a drawing style that the base model has never seen. The script measures COCO AP of the base model, trains,
-measures again, and saves the adapter, `metrics.json` and `detections.png` in the output folder. "Before" is always the
-base model without an adapter.
+Without flags, the script uses the small base model in `examples/host` and the built-in task "twemoji": pictograms with
+known names, in a drawing style that the base model has never seen. The script measures COCO AP of the base model,
+trains, measures again, and saves the adapter, `metrics.json` and `detections.png` in the output folder. "Before" is
+always the base model without an adapter.
 
 With your own photos and boxes in COCO format:
 
@@ -104,7 +104,7 @@ class Setup:
     progress: Progress
 
     def measure(self, split: str, label: str) -> tuple[dict[str, float], list[tuple]]:
-        """Returns the metrics of the model on a split, and its detections."""
+        """Measure the model on a split. Returns its metrics and its detections."""
         args, data = self.args, self.splits[split]
         batch_size, workers = args.per_device_eval_batch_size, args.dataloader_num_workers
         rows = detect_split(self.model, self.processor, data, batch_size, self.accelerator, label, workers)
@@ -113,7 +113,7 @@ class Setup:
 
 @dataclass
 class Training:
-    """What trains the adapter of a `Setup`."""
+    """The objects that train the adapter of a `Setup`."""
 
     samples: TrainingSamples
     loader: DataLoader
@@ -148,7 +148,7 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Setup:
 
 
 def read_data(args: argparse.Namespace, accelerator: Accelerator) -> tuple[dict[str, DetectionSplit], str | None, str]:
-    """Returns the splits by name, the name of the validation split, if any, and the name of the evaluation split."""
+    """Read the splits. Returns them by name, and the names of the validation (or None) and evaluation split."""
     dataset = args.dataset_name
     if dataset in TASKS:
         dataset = str(args.output_dir / "data" / dataset)
@@ -310,7 +310,8 @@ def train_step(
             accelerator.backward(loss)
         step_loss += loss.detach()
     norm = accelerator.clip_grad_norm_(setup.model.parameters(), args.max_grad_norm)
-    # Checked before the step, so that no checkpoint has such prompts. With fp16, the gradient scaler skips such steps.
+    # Checked before the step, so that no checkpoint has prompts that are not finite. With fp16, the gradient scaler
+    # skips such steps.
     if accelerator.scaler is None and not norm.isfinite():
         raise InputError(f"the gradients are not finite any more at step {number}: lower --learning_rate.")
     training.optimizer.step()
@@ -323,7 +324,7 @@ def train_step(
 
 
 def validate(setup: Setup, training: Training) -> None:
-    """Measure the adapter on the validation split, unless it was at this step, and save it if it is the best so far."""
+    """Measure the adapter on the validation split, once per step, and save it if it is the best so far."""
     args, progress = setup.args, setup.progress
     if not setup.validation_split or progress.validated == progress.step:
         return
@@ -382,13 +383,13 @@ def run(args: argparse.Namespace) -> None:
         claim_output_dir(args.output_dir, accelerator, resuming=bool(args.resume_from_checkpoint))
     elif accelerator.is_main_process:
         check_writable(args.output_dir)
-    # Removed from the arguments, because these are saved.
+    # The token is removed from the arguments, because they are saved in `metrics.json`.
     token = vars(args).pop("hub_token")
     hub = prepare_push(args.hub_model_id, token, accelerator) if args.push_to_hub else None
 
     setup = prepare(args, accelerator)
     training = None if args.eval_only else prepare_training(setup)
-    # A checkpoint has it already.
+    # A checkpoint already has the results of the base model.
     setup.progress.before = setup.progress.before or evaluate_base_model(setup)
     after, names = None, []
     if training:

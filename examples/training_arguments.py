@@ -60,7 +60,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
     """Shows defaults, and keeps the line breaks of the description."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        # The help of a flag without a value says itself what its default is.
+        # If a flag has no default value, its help text describes the default.
         return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
@@ -222,12 +222,12 @@ def add_output_flags(group: argparse._ArgumentGroup) -> None:
 
 
 def flags_of(args: argparse.Namespace) -> dict[str, str]:
-    """Maps arguments of the library to flags, for error messages."""
+    """Return the flag for each argument of the library, for error messages."""
     return {name: name for name in vars(args)} | RENAMED
 
 
 def describe_run(args: argparse.Namespace) -> dict[str, str]:
-    """The flags that determine the result of a run. It can resume only from checkpoints with the same values."""
+    """Return the flags that determine the result of a run. Only a run with the same values can resume it."""
     return {f"--{name}": str(value) for name, value in vars(args).items() if name not in FREE_FLAGS}
 
 

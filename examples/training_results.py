@@ -79,7 +79,8 @@ def write_report(
     class_names: list[str],
     card: str | None,
 ) -> None:
-    """Write `metrics.json`, `detections.png` and the results in the model card. Either all are written or none.
+    """Write `metrics.json`, `detections.png` and the results in the model card. Either all of them are written, or
+    none.
 
     Args:
         output_dir: Folder to write to.
@@ -87,8 +88,8 @@ def write_report(
         images: Images to show.
         detections: Maps a heading to the detections in each image.
         class_names: Names of the classes.
-        card: Results for the model card. None for an evaluation. Its files start with `eval_`, so that they do not
-            replace those of a training run in the same folder.
+        card: Results for the model card. None for an evaluation, whose files start with `eval_`, so that they do not
+            replace the files of a training run in the same folder.
     """
     prefix = "" if card else "eval_"
     with whole_files(output_dir) as folder:
@@ -124,7 +125,7 @@ def print_report(output_dir: Path, data: str, record: dict[str, Any]) -> None:
 
 
 def describe_best(dataset_name: str, split: str, metrics: dict[str, float]) -> str:
-    """Results for the model card of the adapter with the highest AP on the validation split."""
+    """Return the results for the model card of the adapter with the highest AP on the validation split."""
     return (
         f"## Results\n\nThis adapter has the highest AP on the split `{split}` of all adapters of a training run on "
         f"`{public_name(dataset_name)}`. It was chosen by that AP, at step {metrics['step']}.\n\n"
@@ -133,7 +134,7 @@ def describe_best(dataset_name: str, split: str, metrics: dict[str, float]) -> s
 
 
 def describe_last(data: str, steps: int, record: dict[str, Any]) -> str:
-    """Results for the model card of the adapter after the last training step.
+    """Return the results for the model card of the adapter after the last training step.
 
     Args:
         data: Description of the evaluation data in Markdown.
@@ -152,13 +153,13 @@ def describe_last(data: str, steps: int, record: dict[str, Any]) -> str:
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:
-    """A Markdown table of metrics, with one row for each entry."""
+    """Return a Markdown table of metrics, with one row for each entry."""
     lines = [["", *METRICS], ["---"] * (len(METRICS) + 1)]
     lines += [[name, *(f"{metrics[key]:.3f}" for key in METRICS)] for name, metrics in rows.items()]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def public_name(value: Any) -> Any:
-    """A value that can be published: the last part of a path, and any other value as it is."""
+    """Return only the last part of a path, so that the value can be published. Return any other value as it is."""
     is_path = isinstance(value, Path) or (isinstance(value, str) and Path(value).exists())
     return Path(value).resolve().name if is_path else value

@@ -5,7 +5,7 @@
 Importing the package registers the tuner type `SDPT`; nothing else is needed.
 """
 
-from aenum import extend_enum  # type: ignore[import-untyped] # it has no types
+from aenum import extend_enum  # type: ignore[import-untyped] # the package has no types
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType, register_peft_method
 
@@ -37,7 +37,7 @@ def _register() -> None:
             "of PEFT without it."
         )
     else:
-        # Imported again after its modules were dropped: the classes in use are the new ones.
+        # The package was imported again after its modules were dropped, so the new classes are used.
         PEFT_TYPE_TO_CONFIG_MAPPING[PeftType["SDPT"]] = SDPTConfig
         PEFT_TYPE_TO_TUNER_MAPPING[PeftType["SDPT"]] = SDPTModel
 

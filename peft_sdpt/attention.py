@@ -24,7 +24,7 @@ _LOGIT_BOUND = 50000.0
 class Side(NamedTuple):
     """The three projections of one modality. The other modality attends to `query`.
 
-    They are `nn.Linear` or act like it: another tuner's layer, a quantised one.
+    They are `nn.Linear`, or act like it: another tuner's layer or a quantised layer.
     """
 
     query: nn.Linear
@@ -50,7 +50,7 @@ class Prompts(NamedTuple):
 
 
 class SideInput(NamedTuple):
-    """What one modality brings to the attention.
+    """The input of one modality to the attention.
 
     Attributes:
         tokens: `(B, L, d)`.
@@ -110,8 +110,8 @@ def hide_invalid(logits: torch.Tensor, mask: torch.Tensor, num_prompts: int) -> 
 def add_validity(logits: torch.Tensor, mask: torch.Tensor, num_prompts: int) -> torch.Tensor:
     """Apply a mask in the convention of GLIP: it is added to the logits, with 0 replaced by -9e15.
 
-    Prompts get what a valid token gets. A boolean mask hides nothing, as in the base model, because -9e15 becomes True
-    in it. mmdetection's Grounding DINO passes such a mask.
+    Prompts are treated like valid tokens. A boolean mask hides nothing, as in the base model, because -9e15 becomes
+    True in it. mmdetection's Grounding DINO passes such a mask.
 
     Args:
         logits: `(B, heads, queries, L + num_prompts)`.
@@ -128,7 +128,7 @@ def append_prompts(tokens: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
 
 
 def append_zeros(positions: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
-    """Append zeros for prompts `(N, d)` to what is added to a sequence, `(B, L, d)`. Returns `(B, L + N, d)`."""
+    """Append a zero vector per prompt `(N, d)` to position encodings `(B, L, d)`. Returns `(B, L + N, d)`."""
     return F.pad(positions, (0, 0, 0, len(prompts)))
 
 

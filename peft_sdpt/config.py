@@ -30,7 +30,7 @@ INIT_WEIGHTS = (
 PROMPT_MODES = ("unified", "independent")
 PROMPT_SPACES = ("reachable", "aligned")
 ATTN_IMPLEMENTATIONS = ("fused", "eager")
-# Fields that decide which prompts an adapter has, and what their numbers are.
+# Fields that determine which prompts an adapter has, and what their entries mean.
 _SHAPING_FIELDS = (
     "num_virtual_tokens",
     "target_modules",
@@ -50,43 +50,42 @@ class SDPTConfig(SavedConfig):
     for a wrong type, that names the field, the value and the rule.
 
     Args:
-        num_virtual_tokens (`int`, *optional*, defaults to 20): Number N of prototype tokens of each fusion layer, at
-            least 1. The paper's 0.04 % of GLIP-L corresponds to about 10 tokens of the aligned space, or 20 as
-            coordinates.
+        num_virtual_tokens (`int`, *optional*, defaults to 20): Number N of prototype tokens per fusion layer, at least
+            1. The paper's 0.04 % of GLIP-L corresponds to about 10 tokens of the aligned space, or 20 as coordinates.
         target_modules (`list[str]` or `str`, *optional*): The fusion layers to adapt. A list holds module names or ends
             of names; a string is a regular expression for the whole name. None adapts every fusion layer that is
             adapted by default.
-        exclude_modules (`list[str]` or `str`, *optional*): The fusion layers not to adapt, written as for
-            `target_modules`.
+        exclude_modules (`list[str]` or `str`, *optional*): The fusion layers that are not adapted: names or a regular
+            expression, as in `target_modules`.
         layers_to_transform (`list[int]` or `int`, *optional*): The fusion layers to adapt by index, counted from 0 over
             the fusion layers that are adapted by default, in the order of the base model (`cpt_layers` of the released
-            code). None adapts all of these. An index that the base model does not have raises when the adapter is
-            attached.
-        init_weights (`str` or `bool`, *optional*, defaults to `"normal"`): How prototype tokens start. They are drawn
-            from torch's default CPU generator, so `torch.manual_seed` gives the same start on every device. `"normal"`
-            is N(0, 1) and `"uniform"` is U(-1, 1), the released default. `"xavier_uniform"`, `"xavier_normal"`,
-            `"kaiming_uniform"` and `"kaiming_normal"` are torch's with their default arguments, applied to each set of
-            tokens (fan_in is their dimension E, fan_out is N). `"zeros"` is the origin of the aligned space.
-            `"prototypes"` is for `initialize_sdpt_prototypes`, which is called next; until then it is `"normal"`. No
-            start leaves the outputs of the base model unchanged, because each prompt takes a share of every softmax.
-            True and False are accepted because PEFT's tools set them, and both mean `"normal"`.
+            code). None adapts all of these. An index that the base model does not have raises an error when the adapter
+            is attached.
+        init_weights (`str` or `bool`, *optional*, defaults to `"normal"`): Initialization of the prototype tokens. They
+            are drawn from torch's default CPU generator, so `torch.manual_seed` gives the same tokens on every device.
+            `"normal"` is N(0, 1) and `"uniform"` is U(-1, 1), the released default. `"xavier_uniform"`,
+            `"xavier_normal"`, `"kaiming_uniform"` and `"kaiming_normal"` are torch's with their default arguments,
+            applied to each set of tokens (fan_in is their dimension E, fan_out is N). `"zeros"` is the origin of the
+            aligned space. `"prototypes"` is `"normal"` until you call `initialize_sdpt_prototypes`. No initialization
+            leaves the outputs of the base model unchanged, because each prompt takes a share of every softmax. True and
+            False are accepted because PEFT's tools set them, and both mean `"normal"`.
         prompt_mode (`str`, *optional*, defaults to `"unified"`): `"unified"` is the method: one set of tokens, mapped
             into both input spaces. `"independent"` is the paper's ablation: two sets in the aligned space, one for each
             modality, each mapped by its own inverse, with twice the parameters. The released code uses the independent
             sets as query and key rows without values; here they have values, like unified tokens.
-        prompt_space (`str`, *optional*): What the trained numbers are. `"reachable"` trains the coordinates of a token
-            in an orthonormal basis of the space that the projections of the layer reach together, at most half as many
-            as E in the base models of the paper. `"aligned"` trains the token itself, as published; the part of it that
-            no projection reaches has no effect and no gradient. None means `"reachable"` for unified tokens and
+        prompt_space (`str`, *optional*): The space of the trained parameters. `"reachable"` trains the coordinates of a
+            token in an orthonormal basis of the space that the projections of the layer reach together, at most half as
+            many as E in the base models of the paper. `"aligned"` trains the token itself, as published; the part of it
+            that no projection reaches has no effect and no gradient. None means `"reachable"` for unified tokens and
             `"aligned"` for independent ones.
-        image_attends_prompts (`bool`, *optional*, defaults to True): Whether image tokens see prompts too. False is the
-            masking of the released code, in which only text tokens do.
-        pinv_rtol (`float`, *optional*, defaults to 0.03): Singular values of a projection below this share of the
-            largest are dropped when it is inverted. Between 0 and 1. One learning rate then also serves
+        image_attends_prompts (`bool`, *optional*, defaults to True): Whether image tokens attend to prompts. False is
+            the masking of the released code: only text tokens attend to prompts.
+        pinv_rtol (`float`, *optional*, defaults to 0.03): Singular values of a projection below this fraction of the
+            largest one are dropped when it is inverted. It must be between 0 and 1. One learning rate then also serves
             ill-conditioned projections, for which steps of the optimizer would otherwise be too large. None computes
             the full inverse, as published.
         prompt_dropout (`float`, *optional*, defaults to 0.0): Probability of zeroing an entry of the prototype tokens
-            in training, scaled to keep the mean (`torch.nn.functional.dropout`). At least 0 and below 1.
+            in training, scaled to keep the mean (`torch.nn.functional.dropout`). It is at least 0 and below 1.
         attn_implementation (`str`, *optional*, defaults to `"fused"`): `"fused"` computes a bi-directional attention
             without attention weights and without projecting image tokens, wherever that is less work. Its outputs are
             the same, and it is faster than the base model. `"eager"` computes it as the base model does, and returns
@@ -94,15 +93,16 @@ class SDPTConfig(SavedConfig):
         modules_to_save (`list[str]`, *optional*): Names of other modules to train and save whole, for instance a head.
         fusion_layers (`dict[str, int]`, *optional*): Do not set this by hand. It is filled in when the adapter is
             attached, and maps the name of each adapted fusion layer to the dimension of its prompts. It is saved with
-            the adapter, so that loading onto a base model with other layers is refused before that model is touched.
+            the adapter, so that loading onto a base model with other layers raises an error before that model is
+            changed.
         fusion_layers_digest (`str`, *optional*): Do not set this by hand. It is filled in with `fusion_layers`, and
             tells whether a field that decides the prompts has changed. A changed config belongs to no base model.
         peft_sdpt_version (`str`): Do not set this by hand. The version of this package that made the adapter. In
-            `adapter_config.json` it also tells what to import: without `import peft_sdpt`, PEFT fails with
+            `adapter_config.json`, it also shows which package to import: without `import peft_sdpt`, PEFT raises
             `KeyError: 'SDPT'`.
     """
 
-    num_virtual_tokens: int = field(default=20, metadata={"help": "Number of prototype tokens of each fusion layer."})
+    num_virtual_tokens: int = field(default=20, metadata={"help": "Number of prototype tokens per fusion layer."})
     target_modules: list[str] | str | None = field(
         default=None,
         metadata={"help": "Fusion layers to adapt: a list of names, a regular expression, or None for all by default."},
@@ -114,21 +114,21 @@ class SDPTConfig(SavedConfig):
         default=None, metadata={"help": "Indices of the fusion layers to adapt, or None for all by default."}
     )
     init_weights: str | bool = field(
-        default="normal", metadata={"help": f"How the tokens start: one of {INIT_WEIGHTS}."}
+        default="normal", metadata={"help": f"Initialization of the tokens: one of {INIT_WEIGHTS}."}
     )
     prompt_mode: str = field(
         default="unified",
         metadata={"help": "One set of tokens for both modalities ('unified'), or one for each ('independent')."},
     )
     prompt_space: str | None = field(
-        default=None, metadata={"help": f"What the trained numbers are: one of {PROMPT_SPACES}, or None."}
+        default=None, metadata={"help": f"Space of the trained parameters: one of {PROMPT_SPACES}, or None."}
     )
     image_attends_prompts: bool = field(
-        default=True, metadata={"help": "Whether image tokens see prompts, or only text tokens."}
+        default=True, metadata={"help": "Whether image tokens attend to prompts, or only text tokens do."}
     )
     pinv_rtol: float | None = field(
         default=0.03,
-        metadata={"help": "Singular values below this share of the largest are dropped; None keeps all."},
+        metadata={"help": "Singular values below this fraction of the largest one are dropped; None keeps all."},
     )
     prompt_dropout: float = field(default=0.0, metadata={"help": "Dropout probability of the prototype tokens."})
     attn_implementation: str = field(
@@ -193,7 +193,7 @@ class SDPTConfig(SavedConfig):
         return hashlib.sha256(values.encode()).hexdigest()[:16]
 
     def prompt_shape(self, dim: int) -> tuple[int, ...]:
-        """Return the shape of the prompts of a fusion layer, if a prompt has dimension `dim`."""
+        """Return the shape of the prompts of a fusion layer whose prompts have dimension `dim`."""
         shape = (self.num_virtual_tokens, dim)
         return (2, *shape) if self.prompt_mode == "independent" else shape
 
@@ -228,7 +228,7 @@ class SDPTConfig(SavedConfig):
             if not isinstance(layers, list) or not all(_is_int(index) for index in layers):
                 self._refuse("layers_to_transform", "an integer or a list of integers", TypeError)
             if not layers or min(layers) < 0 or len(set(layers)) != len(layers):
-                self._refuse("layers_to_transform", "non-empty, non-negative, without repeats")
+                self._refuse("layers_to_transform", "a non-empty list of non-negative integers without repetitions")
 
         for name, values in (
             ("init_weights", INIT_WEIGHTS),
@@ -271,7 +271,7 @@ class SDPTConfig(SavedConfig):
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             self._refuse(name, "a list of module names", TypeError)
         if not value or not all(value):
-            self._refuse(name, "non-empty, of non-empty names")
+            self._refuse(name, "a non-empty list of non-empty names")
 
     def _refuse(self, name: str, rule: str, error: type[Exception] = ValueError) -> NoReturn:
         raise error(f"SDPTConfig.{name} must be {rule}, got {getattr(self, name)!r}")
@@ -286,7 +286,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _plain_int(value: Any) -> Any:
-    """Return the `int` that an integer of NumPy or the like stands for, and anything else as it is."""
+    """Convert an integer of NumPy or a similar type to `int`. Return anything else as it is."""
     try:
         return value if isinstance(value, bool) else operator.index(value)
     except TypeError:

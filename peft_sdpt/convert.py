@@ -4,8 +4,8 @@
 
     python -m peft_sdpt.convert CHECKPOINT.pth OUTPUT_DIR [--base_model_name_or_path NAME]
 
-The format of the checkpoints is that of `maskrcnn_benchmark/utils/checkpoint.py` and `fuse_helper.py` in the released
-code. `"model"` is the state dict of the whole detector. All names start with `module.` if it was trained in several
+`maskrcnn_benchmark/utils/checkpoint.py` and `fuse_helper.py` of the released code define the format of the checkpoints.
+`"model"` is the state dict of the whole detector. All names start with `module.` if it was trained in several
 processes. Each fusion layer with tokens has `rpn.head.dyhead_tower.{i}.b_attn.attn.cpt_input`.
 """
 
@@ -57,7 +57,8 @@ def convert(
 
     The tokens of each layer, shape (1, N, E), become prompts of shape (N, E) in float32, under the full name of the
     attention in GLIP. The config selects the method as released: the full inverse, and prompts that only text tokens
-    attend to. The weights of the base model are not converted. Some outside the fusion layers may have been trained.
+    attend to. The weights of the base model are not converted. Some weights outside the fusion layers may have been
+    trained.
 
     Args:
         checkpoint: A `.pth` file. It is read by `torch.load` with `weights_only=True`, so it cannot run code.
@@ -100,9 +101,9 @@ def convert(
 
 
 def _state_dict(checkpoint: str | os.PathLike) -> Any:
-    """The state dict in a checkpoint, or the checkpoint if it is a state dict. The released code reads both."""
+    """Return the state dict in a checkpoint, or the checkpoint if it is a state dict. The released code reads both."""
     try:
-        # Mapped, so that only the tokens are read into memory: a checkpoint of GLIP-L has gigabytes.
+        # Mapped, so that only the tokens are read into memory. A checkpoint of GLIP-L has several gigabytes.
         mapped = zipfile.is_zipfile(checkpoint)
         content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # pickle, zipfile and torch raise many kinds of errors
@@ -122,7 +123,7 @@ def _tokens(state: Any) -> tuple[dict[str, torch.Tensor], list[str]]:
     """Collect the tokens in a state dict.
 
     Returns:
-        Maps the full name of each attention to its tokens, shape (N, E). And a list of all problems.
+        A dict from the full name of each attention to its tokens, shape (N, E), and a list of all problems.
     """
     if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
         return {}, [f"it, or its 'model', must be a state dict that maps names to tensors, got {type(state).__name__}"]
@@ -175,7 +176,7 @@ def _tokens(state: Any) -> tuple[dict[str, torch.Tensor], list[str]]:
 
 
 def _fault(key: str, value: Any) -> str | None:
-    """What is wrong with tokens or with their mask, or None."""
+    """Return what is wrong with tokens or with their mask, or None."""
     if not isinstance(value, torch.Tensor):
         return f"{key} must be a tensor, got {type(value).__name__}"
     if key.endswith(_MASK):
@@ -193,7 +194,7 @@ def _write(output: Path, tokens: Mapping[str, torch.Tensor], config: SDPTConfig)
     """Write the adapter next to `output` and then rename it, so that `output` is complete or does not exist."""
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as unfinished:
-        # In a new folder, because other users cannot read the temporary one, also after it is renamed.
+        # Written to a new folder, because other users cannot read the temporary one, even after it is renamed.
         folder = Path(unfinished, "adapter")
         folder.mkdir()
         (folder / CARD).write_text(_CARD, encoding="utf-8")

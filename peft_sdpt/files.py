@@ -49,7 +49,7 @@ def whole_file(file: str | os.PathLike, *, durable: bool = True) -> Iterator[Pat
     except WRITE_ERRORS as error:
         raise InputError(f"{file}: cannot be written ({error}).") from error
     finally:
-        # Removes what an error or Ctrl-C left.
+        # Remove the file that an error or Ctrl-C left.
         with contextlib.suppress(OSError):
             unfinished.unlink(missing_ok=True)
 

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""The outputs of `attention.bi_attention` in less time and memory, without its attention weights."""
+"""Computes the outputs of `attention.bi_attention` in less time and memory, without its attention weights."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def fused_bi_attention(
     keys and values of all heads. A bias of the image's queries shifts all logits of a key. It shifts those of a text
     token by the same number, which a softmax does not depend on.
 
-    On the CPU, no tensor of the size of the logits is kept. On a GPU, in half precision and in compiled code, the two
+    On the CPU, no tensor of the size of the logits is stored. On a GPU, in half precision, or in compiled code, the two
     directions are two calls of `torch.nn.functional.scaled_dot_product_attention`. Otherwise, and with dropout, they
     share their logits in `_BothDirections`.
 
@@ -144,7 +144,7 @@ _LOGITS_AT_A_TIME = 2**19
 
 
 class _Shared:
-    """What the chunks of `_BothDirections` share, in single precision at least.
+    """The tensors that all chunks of `_BothDirections` share, in at least single precision.
 
     Attributes:
         keys, values: `(B, heads * K, d)`.
@@ -190,7 +190,7 @@ class _Shared:
 
 
 def _keep(weights: torch.Tensor, dropout: float) -> torch.Tensor | None:
-    """Draw which weights are kept, as bool; None without dropout."""
+    """Return a random mask, bool, of the weights that dropout keeps. None without dropout."""
     return torch.empty_like(weights, dtype=torch.bool).bernoulli_(1 - dropout) if dropout else None
 
 
@@ -202,8 +202,8 @@ class _BothDirections(torch.autograd.Function):
     """Both directions of the attention in chunks of image tokens, with the logits of a chunk computed once for both.
 
     The softmax of a text token over all image tokens is an online softmax (arXiv 1805.02867), with a running maximum
-    and a running sum. The backward computes the logits again (arXiv 2205.14135). Saved for it are the inputs, what the
-    text tokens read, and, with dropout, which weights were kept.
+    and a running sum. The backward computes the logits again (arXiv 2205.14135). It needs the inputs, the values that
+    the text tokens read, and, with dropout, the mask of the weights.
 
     Shapes: `image (B, M, d)`, `prompts (B, N, d)` that only text tokens see, `keys` and `values (B, heads, K, d)` of
     which the first `T = text_length` are text tokens, `text_bias (B, heads or 1, 1, K)`, `image_bias (B, 1, 1, M + N)`.

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""The shape of the prompts of a fusion layer, and how they start."""
+"""The dimension of the prompts of a fusion layer, and their initial values."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _INITIALISERS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "kaiming_uniform": nn.init.kaiming_uniform_,
     "kaiming_normal": nn.init.kaiming_normal_,
     "zeros": nn.init.zeros_,
-    # Until `initialize_sdpt_prototypes` is called.
+    # Used until `initialize_sdpt_prototypes` is called.
     "prototypes": nn.init.normal_,
 }
 
@@ -41,22 +41,22 @@ def prompt_dim(config: SDPTConfig, spec: FusionHost, projections: Sequence[nn.Li
 
 
 def init_prompts(config: SDPTConfig, dim: int, embed_dim: int) -> torch.Tensor:
-    """Create prompts as `config` starts them.
+    """Create prompts with the initial values that `config` asks for.
 
-    They are drawn on the CPU from torch's default generator, so that a seed gives the same start on every device.
-    Coordinates in an orthonormal basis start as tokens do, because the part that has an effect is equally large.
+    They are drawn on the CPU from torch's default generator, so that a seed gives the same prompts on every device.
+    Coordinates in an orthonormal basis start like tokens. The part of a token that has an effect is then equally large.
 
     Args:
         config: Config of the adapter.
         dim: Dimension of a prompt, see `prompt_dim`.
-        embed_dim: Dimension E of the aligned space, which decides the size of some starts.
+        embed_dim: Dimension E of the aligned space, which determines the size of some initial values.
 
     Returns:
         `(N, dim)`, or `(2, N, dim)` in independent mode (image prompts, text prompts); float32.
     """
     prompts = torch.empty(config.prompt_shape(dim), device="cpu", dtype=torch.float32)
     initialise = _INITIALISERS[str(config.init_weights)]
-    # Each set on its own, because torch would read a 3-D tensor as the weight of a convolution.
+    # Each set is initialized on its own, because torch would read a 3-D tensor as the weight of a convolution.
     for prompt_set in prompts.view(-1, config.num_virtual_tokens, dim):
         if str(config.init_weights).startswith(("xavier", "kaiming")):
             prompt_set.copy_(initialise(torch.empty(len(prompt_set), embed_dim, device="cpu"))[:, :dim])

@@ -86,15 +86,15 @@ def reachable_basis(weights: Sequence[torch.Tensor]) -> torch.Tensor:
     with torch.inference_mode(False):
         columns = torch.cat([_exact(weight) for weight in weights], dim=1)
         left, values, right = torch.linalg.svd(columns, full_matrices=False)
-        # The threshold below which `pinv` takes a singular value for zero.
+        # `pinv` treats singular values below this threshold as zero.
         nonzero = values > values[0] * max(columns.shape) * torch.finfo(values.dtype).eps
         basis: torch.Tensor = left[:, nonzero] @ right[nonzero]
         return basis.to(device=device, dtype=dtype)
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[None]:
-    """A context in which products keep the dtype of their factors."""
-    has_autocast = torch.amp.is_autocast_available(device_type)  # the meta device has none
+    """Return a context in which autocast does not change the dtype of products."""
+    has_autocast = torch.amp.is_autocast_available(device_type)  # False for the meta device
     return torch.autocast(device_type, enabled=False) if has_autocast else nullcontext()
 
 
@@ -102,7 +102,7 @@ def to_aligned_space(coordinates: torch.Tensor, basis: torch.Tensor) -> torch.Te
     """Map coordinates `(..., r)` in a basis `(E, r)` to tokens `(..., E)`, in the wider of the two dtypes."""
     dtype = torch.promote_types(coordinates.dtype, basis.dtype)
     with without_autocast(coordinates.device.type):
-        # A copy, because the alignment of a tensor in memory decides how its products are rounded, and a loaded tensor
+        # Copied, because the alignment of a tensor in memory affects the rounding of its products, and a loaded tensor
         # is aligned as in its file.
         return coordinates.to(dtype, copy=True) @ basis.to(dtype).T
 

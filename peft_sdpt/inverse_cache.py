@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""The inverse projections of a fusion layer, computed once and again when a weight has changed."""
+"""A cache of the inverse projections of a fusion layer, which are computed again when a weight has changed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _BASIS = "reachable_basis"
 
 
 class _BeforeApply(NamedTuple):
-    """What `InverseCache.after_apply` compares with."""
+    """The state before a module is moved or cast, for `InverseCache.after_apply`."""
 
     up_to_date: bool
     on_meta: bool
@@ -31,8 +31,8 @@ class InverseCache(BufferDict):
     """Inverse projections by side and tolerance, and the basis of what the projections reach together.
 
     Adapters with the same tolerance share them. They are buffers, so they move with the module; they are not saved,
-    and are never below float32 whatever the dtype of the base model. As PEFT's own container of buffers, it tells PEFT
-    that none of them belongs to one adapter.
+    and are never below float32 whatever the dtype of the base model. The class is a `BufferDict` of PEFT, so PEFT does
+    not treat them as buffers of one adapter.
     """
 
     def __init__(self) -> None:
@@ -63,11 +63,11 @@ class InverseCache(BufferDict):
             projections: The projection of each side.
             rtols: Tolerances that adapters have.
             needs_basis: Whether an adapter needs the basis.
-            force: Compute everything again.
+            force: Whether to compute everything again.
 
         Raises:
             ValueError: Another tuner's adapter acts on a projection.
-            TypeError: A weight is not floating point, and its quantisation is not known.
+            TypeError: A weight is not floating point, and its quantisation is not supported.
         """
         for projection in projections:
             refuse_adapted(projection)
@@ -129,12 +129,12 @@ class InverseCache(BufferDict):
 
 
 def _name(side: int, rtol: float | None) -> str:
-    # Names of buffers have no full stop.
+    # Names of buffers must not have full stops.
     return f"side_{side}_rtol_{rtol}".replace(".", "_")
 
 
 def _copies(projections: Iterable[nn.Linear]) -> Iterator[torch.Tensor]:
     for projection in projections:
         with dense_weight(projection) as weight:
-            # A copy, because a gathered weight is gone after this.
+            # Copied, because a gathered weight is released after this.
             yield weight.detach().clone()

@@ -27,7 +27,7 @@ CANNOT_MERGE = (
 
 
 def _refresh_after_load(layer: SDPTLayer, incompatible_keys: Any) -> None:
-    """Hook of `load_state_dict`: compiled code does not compare weights, so this does."""
+    """Refresh the inverses after `load_state_dict`, because compiled code does not compare weights."""
     if any(map(is_adapted, layer.projections)):
         return  # the next forward refuses the other tuner's adapter
     layer.refresh_inverses(force=not all(WeightState.is_certain(projection) for projection in layer.projections))
@@ -49,15 +49,15 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
     if the weight of a projection has changed: by `load_state_dict`, an operation in place, a new parameter or new
     `.data`, a cast, or a merge of another tuner's adapter. PyTorch does not count other writes: in place through
     `weight.data`, through NumPy, or into a quantised weight. Call `refresh_inverses(force=True)` after such a write. An
-    adapter of another tuner that acts on an inverted projection without being merged into it is refused. No gradient
-    flows to the weights through their inverse.
+    adapter of another tuner that acts on an inverted projection without being merged into it raises an error. No
+    gradient flows to the weights through their inverse.
 
     Args:
         base_layer: Fusion layer of the base model.
         fusion_host: Spec of the fusion layer.
         adapter_name: Name of the first adapter.
         config: Config of the first adapter.
-        side: Which side of the fusion layer `base_layer` is. None if it has all sides.
+        side: Index of the side that `base_layer` is. None if it has all sides of the fusion layer.
 
     Attributes:
         sdpt_prompts: The trained parameters, by adapter name: `(N, r)`, coordinates of tokens in the basis of what the
@@ -107,7 +107,7 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
         return self.projections[0].out_features
 
     def update_layer(self, adapter_name: str, config: SDPTConfig) -> None:
-        """Add the prompts of an adapter, with the start that `config` asks for."""
+        """Add the prompts of an adapter, initialized as `config` says."""
         self.sdpt_config[adapter_name] = config
         dim = prompt_dim(config, self.fusion_host, self.projections)
         prompts = nn.Parameter(init_prompts(config, dim, self.embed_dim))
@@ -127,7 +127,7 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def set_tokens(self, adapter_name: str, tokens: torch.Tensor) -> None:
-        """Set the prototype tokens of an adapter. If its prompts are coordinates, they become the nearest ones.
+        """Set the prototype tokens of an adapter. If its prompts are coordinates, the nearest reachable tokens are set.
 
         Args:
             adapter_name: Name of the adapter.
@@ -186,11 +186,11 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
         return rtols, any(map(self._has_coordinates, self.sdpt_prompts.values()))
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """Take the same arguments and return the same results as the wrapped module; see the class for weights.
+        """Call the fusion layer with prompts. See the class for attention weights.
 
         Args:
-            adapter_names: For each sample, the adapter to use, `"__base__"` for none, as
-                `model(..., adapter_names=[...])` passes it on. None: all samples use the active adapters.
+            adapter_names: For each sample, the adapter to use, or `"__base__"` for the base model. None if all samples
+                use the active adapters. `model(..., adapter_names=[...])` passes it on.
         """
         wanted = self.active_adapters if adapter_names is None else dict.fromkeys(adapter_names)
         names = [name for name in wanted if name in self.sdpt_prompts]
@@ -233,7 +233,7 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
             return self._map_prompts(names, adapter_names, projections)
         self._follow_weights()
         if self.training or torch.is_grad_enabled():
-            # An optimizer may follow that writes through `.data`, which PyTorch does not count.
+            # The prompts are not cached, because an optimizer may write through `.data`, which PyTorch does not count.
             self._known_prompts = None
             return self._map_prompts(names, adapter_names, projections)
         if adapter_names is not None:
@@ -272,7 +272,7 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
                 continue
             parts = [
                 to_input_space(
-                    # In independent mode, each side has a set.
+                    # In independent mode, each side has its own set.
                     tokens[name][side] if tokens[name].dim() == 3 else tokens[name],
                     self.sdpt_inverses.inverse(place, self.sdpt_config[name].pinv_rtol),
                     bias_of(projection),
@@ -284,7 +284,7 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
         return prompts
 
     def _mask(self, adapter_names: Sequence[str], owners: list[str], device: torch.device) -> torch.Tensor:
-        """Return `(B, N)`, True if a prompt does not belong to the adapter of the sample."""
+        """Return a mask `(B, N)` that is True if a prompt does not belong to the adapter of the sample."""
         sizes = torch.tensor([self.sdpt_config[name].num_virtual_tokens for name in owners])
         owner = torch.arange(len(owners)).repeat_interleave(sizes)
         number = {name: index for index, name in enumerate(owners)}
@@ -328,7 +328,7 @@ class SharedSDPTLayer(SDPTLayer):
     """
 
     def _make_prompts(self) -> None:
-        # In a tuple, so that the first module does not become a submodule of this one.
+        # It is in a tuple, so that the first module does not become a submodule of this one.
         self._first: tuple[SDPTLayer, ...] = ()
 
     def share(self, first: SDPTLayer) -> None:
@@ -340,6 +340,6 @@ class SharedSDPTLayer(SDPTLayer):
         return self._first[0].sdpt_prompts if self._first else {}
 
     def update_layer(self, adapter_name: str, config: SDPTConfig) -> None:
-        """Add an adapter. The first module gets its prompts."""
+        """Add an adapter. Its prompts are added to the first module."""
         self.sdpt_config[adapter_name] = config
         self.refresh_inverses()

@@ -6,4 +6,4 @@ import warnings
 
 from .detection.loss import *  # noqa: F403
 
-warnings.warn("Import from peft_sdpt.detection; peft_sdpt.loss goes in version 0.2.", FutureWarning, stacklevel=2)
+warnings.warn("Import from peft_sdpt.detection; peft_sdpt.loss is removed in 0.2.", FutureWarning, stacklevel=2)

@@ -38,8 +38,8 @@ BASE = "__base__"
 class SDPTModel(BaseTuner):
     """Synchronous dual prompt tuning of a fusion-based vision-language model (arXiv 2407.11414).
 
-    It is made by `peft.get_peft_model(model, SDPTConfig(...))` and the other entry points of PEFT. A base model whose
-    fusion layers do not suit the config is refused before it is touched. PEFT itself checks `modules_to_save`, later.
+    `peft.get_peft_model(model, SDPTConfig(...))` and the other functions of PEFT make it. A base model whose fusion
+    layers do not suit the config is rejected before it is changed. PEFT checks `modules_to_save` itself, later.
 
     Raises:
         ValueError: The base model has no known fusion layer, or is a `PeftModel` with SDPT adapters; `target_modules`
@@ -109,7 +109,7 @@ class SDPTModel(BaseTuner):
 
     def _set_targets(self, selection: Selection) -> None:
         """Store what PEFT is told about each module while it walks through the base model."""
-        # The spec of each module that can be wrapped, and whether the module holds the prompts of its fusion layer.
+        # Maps each module that can be wrapped to its spec, and to whether it has the prompts of its fusion layer.
         self._specs: dict[str, tuple[FusionHost, bool]] = {}
         for name, layer in selection.known.items():
             for part in layer.parts:
@@ -146,7 +146,7 @@ class SDPTModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # The base class expects a `.weight`. The layer is on the device of the base model already.
+        # The base class expects a `.weight`. The new layer already is on the device of the base model.
         setattr(parent, child_name, new_module)
 
     def _get_module_names_tied_with_embedding(self) -> list[str]:
@@ -157,7 +157,7 @@ class SDPTModel(BaseTuner):
             return []
 
     def _check_merge_allowed(self) -> None:
-        # Here as well as in the layer, because the layers of another tuner may come before the first of ours.
+        # Checked here as well as in the layer, because a layer of another tuner may come before the first of ours.
         raise NotImplementedError(CANNOT_MERGE)
 
     @contextmanager
@@ -171,7 +171,7 @@ class SDPTModel(BaseTuner):
         if adapter_names is None:
             yield
             return
-        # In PEFT's words, which callers may look for.
+        # The message is PEFT's own, because callers may look for it.
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         # PEFT keeps the configs of another tuner beside ours. Its adapters act on all samples.
@@ -189,7 +189,7 @@ class SDPTModel(BaseTuner):
                 names = [name if name in module._adapters else BASE for name in names]
             return args, {**kwargs, "adapter_names": names}
 
-        # SDPT layers, and modules of which our adapters have copies (`modules_to_save`).
+        # The SDPT layers, and the modules that our adapters have copies of (`modules_to_save`).
         takers = [
             module
             for module in self.model.modules()
@@ -220,13 +220,12 @@ class SDPTModel(BaseTuner):
                 `image_attends_prompts`, `pinv_rtol` and fusion layers, and no `modules_to_save`.
             weights: A factor for the tokens of each adapter, in the aligned space.
             adapter_name: Name of the new adapter. It is not active, and not trainable until it is made active.
-            combination_type: `"cat"` appends the tokens of one adapter to those of the other. With weights of 1, this
-                equals activating all of them. `"linear"` is the weighted sum of their tokens; all must have the same
-                number of tokens.
+            combination_type: `"cat"` concatenates the tokens of all adapters. With weights of 1, this equals activating
+                all of them. `"linear"` is the weighted sum of their tokens; all must have the same number of tokens.
 
         Raises:
-            ValueError: A name is unknown or taken, numbers do not match, or the adapters cannot be combined. The
-                message names the argument.
+            ValueError: A name is unknown or taken, `adapters` and `weights` have different lengths, or the adapters
+                cannot be combined. The message names the argument.
         """
         self._check_combination(adapters, weights, adapter_name, combination_type)
         configs = [self.peft_config[name] for name in adapters]
@@ -238,7 +237,7 @@ class SDPTModel(BaseTuner):
         with torch.no_grad():
             for _, layer in _layers_with_prompts(self.model, adapter_name):
                 parts = [layer.sdpt_prompts[name] * weight for name, weight in zip(adapters, weights, strict=True)]
-                # Tokens are the last dimension but one, also where each modality has a set.
+                # Tokens are the second to last dimension, also if each modality has its own set.
                 combined = torch.cat(parts, dim=-2) if combination_type == "cat" else functools.reduce(torch.add, parts)
                 layer.sdpt_prompts[adapter_name].copy_(combined)
         self.set_requires_grad(adapter_name, requires_grad=False)
@@ -253,7 +252,7 @@ class SDPTModel(BaseTuner):
         if adapter_name in self.peft_config:
             raise ValueError(f"adapter_name {adapter_name!r} is taken; this model has {sorted(self.peft_config)}")
         if not adapters or len(adapters) != len(weights):
-            raise ValueError(f"adapters and weights must be as many, at least one; got {adapters} and {weights}")
+            raise ValueError(f"adapters and weights must be equally long, at least 1; got {adapters} and {weights}")
         ours = self._sdpt_adapters()
         unknown = [name for name in adapters if name not in ours]
         if unknown:
@@ -304,7 +303,7 @@ class SDPTModel(BaseTuner):
         """Map the keys of saved prompts to those of the model, whatever wrappers either of them had.
 
         Raises:
-            ValueError: Prompts are missing, surplus or of another shape. Nothing has been loaded then.
+            ValueError: Prompts are missing, surplus or of another shape. In this case, nothing has been loaded.
         """
         suffix = f"{PROMPTS_KEY}.{adapter_name}"
         keys = {
@@ -326,7 +325,7 @@ class SDPTModel(BaseTuner):
 
 
 def _name_in_peft(name: str) -> str:
-    """Return how PEFT calls a module when it matches a state dict: without what compiling the whole model adds."""
+    """Return the name of a module in PEFT's state dicts, without the prefix that compiling the model adds."""
     return name.removeprefix("_orig_mod.")
 
 
@@ -336,7 +335,7 @@ def _names_of_parts(layers: dict[str, FusionLayer]) -> set[str]:
 
 
 def _layers_with_prompts(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, SDPTLayer]]:
-    """Yield each layer that holds prompts of an adapter, with its full name."""
+    """Yield each layer that has prompts of an adapter, with its full name."""
     for name, module in model.named_modules():
         if (
             isinstance(module, SDPTLayer)
@@ -347,7 +346,7 @@ def _layers_with_prompts(model: nn.Module, adapter_name: str) -> Iterator[tuple[
 
 
 def _refuse_second_tuner(model: nn.Module) -> None:
-    """Refuse a `PeftModel` with SDPT adapters: its own methods add and load adapters."""
+    """Raise a `ValueError` for a `PeftModel` with SDPT adapters, whose own methods add and load adapters."""
     for module in model.modules():
         if isinstance(module, PeftModel) and isinstance(module.base_model, SDPTModel):
             raise ValueError(

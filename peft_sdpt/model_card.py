@@ -36,7 +36,7 @@ _VERSIONS = "### Framework versions"
 
 
 class AdapterConfig(Protocol):
-    """The fields of `SDPTConfig` that a card needs. Importing the class would be a circle."""
+    """The fields of `SDPTConfig` that a card needs. Importing the class would be circular."""
 
     base_model_name_or_path: str | None
     revision: str | None
@@ -54,9 +54,9 @@ class AdapterConfig(Protocol):
 def complete_card(folder: str | os.PathLike, saved_config: PeftConfig) -> None:
     """Complete the model card in a folder, if it is a card of PEFT or an empty form. Other files are left alone.
 
-    The metadata gets the library, the pipeline, the tags, and the base model if it is on the Hub. A `license` stays,
-    and none is guessed. An empty form is replaced by our text. A text that somebody wrote stays, and our section is
-    added after it, or replaced where it is.
+    The metadata gets the library, the pipeline, the tags, and the base model if it is on the Hub. An existing `license`
+    is kept, and no licence is guessed. An empty form is replaced by our text. A text that somebody wrote is kept, and
+    our section is added after it, or replaced in its place.
 
     Args:
         folder: Folder of the saved adapter.
@@ -74,7 +74,7 @@ def complete_card(folder: str | os.PathLike, saved_config: PeftConfig) -> None:
     except (OSError, ValueError, yaml.YAMLError) as error:  # only a warning, because the adapter itself is saved
         warnings.warn(f"{file}: not completed, because it cannot be read as a model card ({error}).", stacklevel=3)
         return
-    # `ModelCard` declares the class of all cards, of which this one is a subclass.
+    # `ModelCard.data` is declared as the class for all kinds of cards, of which this is a subclass.
     data = cast(ModelCardData, card.data)
     unfilled = _is_unfilled(card.text)
     if not unfilled and data.library_name != "peft":
@@ -143,13 +143,13 @@ def write_results(card: Path, results: str | None) -> None:
 
 
 def _name(config: AdapterConfig) -> str:
-    """Name of the base model for a reader: its Hub id, or the last part of its path, which keeps the path private."""
+    """Return a name of the base model: its Hub id, or only the last part of its path, to keep the path private."""
     name = config.base_model_name_or_path or ""
     return _hub_id(name) or Path(name).name or "the base model"
 
 
 def _hub_id(name: str | None) -> str | None:
-    """The name if it can be a Hub id and is not a local path, else None."""
+    """Return the name if it can be a Hub id and is not a local path, else None."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -158,7 +158,7 @@ def _hub_id(name: str | None) -> str | None:
 
 
 def _describe(config: AdapterConfig, base_model: str | None) -> str:
-    """The section on an adapter.
+    """Return the section that describes an adapter.
 
     Args:
         config: Config of the adapter.
@@ -225,7 +225,7 @@ def _describe(config: AdapterConfig, base_model: str | None) -> str:
 
 
 def _auto_class(config: AdapterConfig) -> str | None:
-    """Name of the class in transformers that loads the base model. None for other libraries, or if it is not known."""
+    """Return the class of transformers that loads the base model. None for other libraries, or if it is not known."""
     known = config.auto_mapping or {}
     if not str(known.get("parent_library", "")).startswith("transformers."):
         return None
@@ -234,13 +234,13 @@ def _auto_class(config: AdapterConfig) -> str | None:
 
 
 def _is_unfilled(text: str) -> bool:
-    """Whether a text is the empty form that PEFT and transformers save with this version of huggingface_hub."""
+    """Return whether a text is the empty form that PEFT and transformers save with this version of huggingface_hub."""
     return {line.strip() for line in text.splitlines()} <= _form() | {_VERSIONS, f"- PEFT {peft.__version__}"}
 
 
 @functools.cache
 def _form() -> frozenset[str]:
-    """All lines of the empty forms."""
+    """Return all lines of the empty forms."""
     description = (
         "This is the model card of a 🤗 transformers model that has been pushed on the Hub. This model card has been "
         "automatically generated."

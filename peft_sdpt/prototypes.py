@@ -3,8 +3,8 @@
 """Prompts that start as prototypes of the downstream tokens, as in Self-Prompt Tuning (arXiv 2402.02382).
 
 In that paper, a prompt of a vision transformer starts as a token of the task's images. A fusion layer compares image
-and text in the space of unified prototype tokens, so both modalities give candidates: the query states of image tokens
-inside boxes, and the query states of the text tokens of their classes.
+and text in the space of unified prototype tokens, so both modalities give candidates: the projected image tokens inside
+boxes, and the projected text tokens of their classes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .hosts.bi_attention import BiAttentionHost
 from .layer import SDPTLayer
 
-# Number of candidates per modality and layer. If there are more, they are drawn at random.
+# Maximum number of candidates per modality and layer. If there are more, these are drawn at random.
 MOST_CANDIDATES = 4096
 PROTOTYPES = ("kmeans", "random", "mean")
 
@@ -35,15 +35,15 @@ def initialize_sdpt_prototypes(
 ) -> None:
     """Start the prompts of an adapter as prototypes of the tokens of some training batches.
 
-    Call it after `get_peft_model(model, SDPTConfig(init_weights="prototypes"))`, as PEFT's
-    `initialize_lora_eva_weights`. The prompts are trained and saved as usual afterwards. The forward passes run the
-    base model without prompts. It needs the extra `detection`.
+    Call it after `get_peft_model(model, SDPTConfig(init_weights="prototypes"))`, as you would call PEFT's
+    `initialize_lora_eva_weights`. Afterwards, the prompts are trained and saved as usual. The forward passes run the
+    base model without prompts. The function needs the extra `detection`.
 
     Args:
         model: A Grounding DINO or MM Grounding DINO with the adapter.
         dataloader: Batches, as pairs of the inputs of the model (with `input_ids`) and a list of labels, one per image:
-            `boxes` `(n, 4)`, with centre, width and height as shares of the image, and `class_labels` `(n,)`, indices
-            of the phrases in the prompt.
+            `boxes` `(n, 4)`, with centre, width and height relative to the image size, and `class_labels` `(n,)`,
+            indices of the phrases in the prompt.
         adapter_name: Name of the adapter.
         num_batches: Number of batches to read, at least 1.
         prototypes: `"kmeans"` uses the centres of clusters (SciPy's, with a k-means++ start), `"random"` uses random
@@ -51,7 +51,7 @@ def initialize_sdpt_prototypes(
         seed: Seed of all random choices.
 
     Raises:
-        ValueError: An argument breaks its rule, the base model is of another kind, or the boxes of the batches hold
+        ValueError: An argument breaks its rule, the base model is of another kind, or the boxes of the batches contain
             fewer tokens than there are prompts.
     """
     if prototypes not in PROTOTYPES:
@@ -64,7 +64,7 @@ def initialize_sdpt_prototypes(
         if isinstance(module, SDPTLayer) and adapter_name in module.sdpt_prompts
     }
     if not layers:
-        raise ValueError(f"adapter_name must be that of an SDPT adapter of the model, got {adapter_name!r}")
+        raise ValueError(f"adapter_name must name an SDPT adapter of the model, got {adapter_name!r}")
     encoders = [module for module in model.modules() if hasattr(type(module), "get_reference_points")]
     if not encoders or not all(isinstance(layer.fusion_host, BiAttentionHost) for layer in layers.values()):
         raise ValueError(
@@ -87,7 +87,7 @@ def initialize_sdpt_prototypes(
         if independent:
             chosen[name] = torch.stack([_prototypes(side, count, prototypes, generator) for side in sides])
         else:
-            # Equally many of both modalities if possible, because there are many more image tokens than text tokens.
+            # Takes equally many tokens of both modalities if possible, because there are many more image tokens.
             most = max(min(sizes), count)
             both = torch.cat([_drawn(side, most, generator) for side in sides])
             chosen[name] = _prototypes(both, count, prototypes, generator)
@@ -104,7 +104,7 @@ def _candidates(
     num_batches: int,
     seed: int,
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return query states `(n, E)` for each layer: of image tokens in boxes, and of text tokens of their classes."""
+    """Return projected tokens `(n, E)` for each layer: image tokens in boxes, and text tokens of their classes."""
     # Imported here, because `import peft_sdpt` must work without the extra `detection`.
     from .detection.grounding import class_token_maps
 
@@ -114,7 +114,7 @@ def _candidates(
     def see_positions(_: nn.Module, args: tuple, kwargs: dict) -> None:
         ratios = kwargs["valid_ratios"]
         points = encoder.get_reference_points(kwargs["spatial_shapes_list"], ratios, device=ratios.device)
-        # As shares of the image without its padding.
+        # Relative to the size of the image without its padding.
         centres = points[:, :, 0] / ratios[:, None, 0]
         current["image"] = torch.stack(
             [
@@ -162,7 +162,7 @@ def _candidates(
 
 
 class _Sample:
-    """A random sample of the rows that are added: each row draws a number, and the lowest `MOST_CANDIDATES` stay."""
+    """A random sample of the added rows. Each row gets a random number, and rows with the lowest numbers are kept."""
 
     def __init__(self, width: int, seed: int) -> None:
         self.rows, self._numbers = torch.empty(0, width), torch.empty(0)
@@ -197,7 +197,7 @@ def _distinct(rows: Tensor) -> Tensor:
 
     Before the first fusion layer, a word has the same state for all images.
     """
-    # In double precision, because distances are computed from products.
+    # Computed in double precision, because `cdist` computes distances from products.
     near = torch.cdist(rows.double(), rows.double()) < 1e-4 * rows.norm(dim=-1, keepdim=True).clamp(min=1e-12)
     return rows[~near.tril(-1).any(-1)]
 

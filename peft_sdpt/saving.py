@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""Saved adapters: whether their weights can be read and fit, found out before a base model is touched.
+"""Checks the saved weights of an adapter before a base model is changed.
 
 PEFT attaches an adapter first, and fetches and reads its weights afterwards. If that failed, the base model would be
 left with an adapter of random numbers. So the names and shapes of the weights are read when PEFT loads the config,
@@ -23,7 +23,7 @@ from safetensors import safe_open
 from .model_card import complete_card
 
 Shapes = dict[str, tuple[int, ...]]
-# Between the name of a fusion layer and the name of the adapter, in keys of a state dict.
+# In keys of a state dict, this is between the name of a fusion layer and the name of the adapter.
 PROMPTS_KEY = ".sdpt_prompts"
 # Modules that wrappers put around others: `torch.compile`, `checkpoint_wrapper` and FSDP.
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 class SavedConfig(PeftConfig):
-    """How the config of an adapter is read from its folder or repository, and written into it."""
+    """A config that checks the weights beside it when it is loaded, and completes the model card when it is saved."""
 
     @classmethod
     def from_pretrained(
@@ -44,7 +44,7 @@ class SavedConfig(PeftConfig):
 
         Args:
             pretrained_model_name_or_path: Folder, or repository of the Hub.
-            subfolder: Subfolder of it.
+            subfolder: Subfolder in the folder or repository.
             kwargs: Arguments of `huggingface_hub.hf_hub_download`. Others are ignored.
 
         Raises:
@@ -64,8 +64,8 @@ class SavedConfig(PeftConfig):
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Write `adapter_config.json`, and complete the model card if PEFT has put one beside it."""
-        # PEFT's model passes the class of the base model here. It is kept, so that saving or pushing the config alone
-        # later does not lose it.
+        # PEFT's model passes the class of the base model here. It is stored, so that it is not lost if the config alone
+        # is saved or pushed later.
         self.auto_mapping = kwargs.get("auto_mapping_dict") or self.auto_mapping
         super().save_pretrained(os.fspath(save_directory), **kwargs)
         complete_card(save_directory, self)
@@ -134,8 +134,8 @@ def check_weights(adapter: str, subfolder: str | None, expected: Shapes | None, 
     """Check the names and shapes of the saved weights of an adapter. Without weights, there is nothing to check.
 
     Args:
-        adapter: Folder, or repository of the Hub. What is fetched from there stays in the cache for PEFT.
-        subfolder: Subfolder of it.
+        adapter: Folder, or repository of the Hub. Files from the Hub stay in the cache, where PEFT finds them.
+        subfolder: Subfolder in the folder or repository.
         expected: Shape of the prompts of each fusion layer. None accepts any.
         download: Arguments of `huggingface_hub.hf_hub_download`: `revision`, `token`, `cache_dir` and so on.
 
@@ -146,7 +146,7 @@ def check_weights(adapter: str, subfolder: str | None, expected: Shapes | None, 
     try:
         file = _weights_file(adapter, subfolder, **download)
         shapes = {} if file is None else _shapes_in(file)
-    except Exception as error:  # of safetensors, pickle, the file system, HTTP
+    except Exception as error:  # safetensors, pickle, the file system and HTTP raise many kinds of errors
         raise ValueError(
             f"The weights of the SDPT adapter {path!r} cannot be loaded, and nothing was put on the base model: "
             f"{type(error).__name__}: {error}"
@@ -162,7 +162,7 @@ def check_weights(adapter: str, subfolder: str | None, expected: Shapes | None, 
 
 
 def _weights_file(adapter: str, subfolder: str | None, **download: Any) -> str | None:
-    """Return the file that PEFT will load, fetched from the Hub if it is there; None if there is none."""
+    """Return the path of the file that PEFT will load, fetched from the Hub if necessary. None if it does not exist."""
     folder = os.path.join(adapter, subfolder or "")
     names = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
     for name in names:
@@ -200,10 +200,10 @@ def check_base_model(found: Shapes, expected: Shapes) -> None:
 
     Args:
         found: Shape of the prompts of each fusion layer in the adapter.
-        expected: Shape of the prompts that each fusion layer of the base model takes.
+        expected: Shape of the prompts that fit each fusion layer of the base model.
 
     Raises:
-        ValueError: They differ. The message names every layer that does, with both shapes.
+        ValueError: They do not fit. The message names every layer that differs, with both shapes.
     """
     if differences := differing_shapes(found, expected):
         raise ValueError(
@@ -232,7 +232,7 @@ def check_state_dict(found: Shapes, expected: Shapes, adapter_name: str) -> None
 
 
 def differing_shapes(found: Shapes, expected: Shapes) -> str:
-    """Describe every fusion layer whose prompts are not as expected, with both shapes; empty if there is none."""
+    """Describe every fusion layer whose prompts are not as expected, with both shapes. The text is empty if all are."""
     return "; ".join(
         f"layer '{name}': expected {expected.get(name, 'no such fusion layer')}, found {found.get(name, 'no prompts')}"
         for name in sorted(expected.keys() | found.keys())

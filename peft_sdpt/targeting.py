@@ -41,9 +41,9 @@ class Selection:
     """The fusion layers of a base model, each under the full name of its first module, in the model's order.
 
     Attributes:
-        known: All of them.
-        layers: Those that the config asks for.
-        excluded: Those that only `exclude_modules` leaves out.
+        known: All fusion layers of the base model.
+        layers: The layers that the config selects.
+        excluded: The layers that `exclude_modules` removes from the selection.
     """
 
     known: dict[str, FusionLayer]
@@ -74,7 +74,7 @@ def select_fusion_layers(model: nn.Module, config: SDPTConfig) -> Selection:
     for name in names:
         if outer := next((other for other in names if name.startswith(f"{other}.")), None):
             raise ValueError(f"The fusion layer '{name}' is inside the fusion layer '{outer}': SDPT cannot adapt both.")
-    # Only these have an index, so that it keeps its meaning when specs of other layers are added.
+    # Only layers that are adapted by default have an index, so indices keep their meaning when other specs are added.
     indexed = [name for name, layer in layers.items() if layer.spec.adapted_by_default]
     names = list(layers) if config.target_modules is not None else indexed
     if config.layers_to_transform is not None:
@@ -102,7 +102,7 @@ def select_fusion_layers(model: nn.Module, config: SDPTConfig) -> Selection:
 
 
 def _adaptable_modules(model: nn.Module, config: SDPTConfig) -> dict[str, nn.Module]:
-    """All named modules, except those inside tuner layers or trained whole (`modules_to_save`)."""
+    """Return all named modules, except those inside SDPT layers and those in `modules_to_save`."""
     modules: dict[str, nn.Module] = {}
     closed: tuple[str, ...] = ()
     for name, module in model.named_modules():
@@ -118,7 +118,7 @@ def _adaptable_modules(model: nn.Module, config: SDPTConfig) -> dict[str, nn.Mod
 
 
 def _fusion_layers(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, FusionLayer]:
-    """All fusion layers among `modules`, except those with only one of their two modules."""
+    """Return all fusion layers among `modules`, except layers with only one of their two modules."""
     specs = find_hosts(model)
     layers: dict[str, FusionLayer] = {}
     for name, module in modules.items():
@@ -132,7 +132,7 @@ def _fusion_layers(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str,
 
 
 def _transformed_names(model: nn.Module, indexed: list[str], config: SDPTConfig) -> set[str]:
-    """Names of the fusion layers that `layers_to_transform` asks for."""
+    """Return the names of the fusion layers that `layers_to_transform` selects."""
     indices = config.layers_to_transform
     assert isinstance(indices, list)
     absent = [index for index in indices if index >= len(indexed)]
@@ -146,7 +146,7 @@ def _transformed_names(model: nn.Module, indexed: list[str], config: SDPTConfig)
 
 
 def _targeted_names(modules: dict[str, nn.Module], layers: dict[str, FusionLayer], config: SDPTConfig) -> set[str]:
-    """Names of modules of fusion layers that `target_modules` matches, by PEFT's rules."""
+    """Return the names of the modules of fusion layers that `target_modules` matches, by PEFT's rules."""
     targets = config.target_modules
     assert targets is not None
     parts = {part: layer for layer in layers.values() for part in layer.parts}
@@ -185,8 +185,8 @@ def check_fusion_layer(name: str, layer: FusionLayer, config: SDPTConfig) -> Non
     """Check that a fusion layer can be adapted.
 
     Raises:
-        ValueError: It does not suit the config, another tuner's adapter acts on an inverted projection, or the weight
-            of such a projection is sharded or offloaded.
+        ValueError: The layer does not suit the config, another tuner's adapter acts on an inverted projection, or the
+            weight of such a projection is sharded or offloaded.
     """
     spec = layer.spec
     if config.prompt_mode == "independent" and spec.num_sides != 2:

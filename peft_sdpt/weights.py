@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""The weight of a frozen projection: its dense values however they are stored, and whether it has changed.
+"""Reads the weight of a frozen projection, however it is stored, and detects whether it has changed.
 
 Projections are typed as `nn.Linear`. They may be another tuner's layer or a quantised one, which act like it.
 """
@@ -22,7 +22,7 @@ def dense_weight(projection: nn.Linear) -> Iterator[torch.Tensor]:
     """Yield the weight that a projection applies, `(out_features, in_features)`.
 
     Weights that DeepSpeed ZeRO-3 or FSDP2 have sharded are gathered, by all processes together. Quantised weights are
-    dequantised: the dynamic int8 of PyTorch, torchao and bitsandbytes are known.
+    dequantised: the dynamic int8 of PyTorch, torchao and bitsandbytes are supported.
     """
     module: Any = projection.get_base_layer() if isinstance(projection, BaseTunerLayer) else projection
     if callable(module.weight):  # dynamic int8
@@ -58,7 +58,7 @@ def device_and_dtype(projection: nn.Linear) -> tuple[torch.device, torch.dtype]:
 def is_plain_linear(module: nn.Module) -> bool:
     """Return whether a projection is nothing but its weight and bias, so that they may be used without calling it.
 
-    An adapter, quantisation, weights that are gathered or fetched by a call, and hooks all make it more than that.
+    A projection with an adapter, quantisation or hooks is not, nor is one whose weights a call gathers or fetches.
     """
     return (
         type(module) is nn.Linear
@@ -103,7 +103,7 @@ class WeightState(NamedTuple):
 
     @staticmethod
     def is_certain(projection: nn.Linear) -> bool:
-        """Return whether a change in place is noticed. It is not for quantised and sharded weights."""
+        """Return whether changes in place are detected. For quantised and sharded weights, they are not."""
         return _is_plain(_stored(projection))
 
     def still_holds(self, projection: nn.Linear) -> bool:
@@ -131,7 +131,7 @@ def _merged(projection: nn.Linear) -> tuple[str, ...]:
 
 
 def _version(tensor: torch.Tensor) -> int | None:
-    # Inference tensors have no version. Only the load hook notices a change of one in place.
+    # Inference tensors have no version, so only the load hook detects that one was changed in place.
     return None if tensor.is_inference() else tensor._version
 
 

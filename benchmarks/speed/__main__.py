@@ -85,7 +85,7 @@ def chosen(args: argparse.Namespace) -> list[Cell]:
 
 
 def machine(args: argparse.Namespace) -> dict[str, Any]:
-    """Everything that all results in a file must have in common."""
+    """Return everything that all results in a file must have in common."""
     return {
         "device": args.device,
         "name": device_name(args.device),

@@ -30,8 +30,8 @@ class Cell:
 
     Attributes:
         host: Name of the base model, a key of `full_hosts.MODELS` or `full_hosts.FUSIONS`.
-        task: "inference". "training": a step with its optimizer for a model, forward and backward for a fusion layer.
-            "attach": making an adapter. "epoch": an epoch of training on the data of `epochs`.
+        task: "inference". "training" is a step with its optimizer for a model, and forward and backward for a fusion
+            layer. "attach" makes an adapter. "epoch" is an epoch of training on the data of `epochs`.
         size: Height and width of the image in pixels.
         tokens: Number of text tokens.
         methods: Keys of `methods.METHODS`. None for all that suit the task.
@@ -59,7 +59,7 @@ class Cell:
 
 
 def everything() -> list[Cell]:
-    """All cells, quick ones first."""
+    """Return all cells, quick ones first."""
     shapes = [(size, tokens) for size in (SMALL, LARGE) for tokens in (SHORT, LONG)]
     tasks = ("inference", "training")
     cells = [Cell("grounding-dino-tiny", "attach"), Cell("small-host", "epoch")]
@@ -71,7 +71,7 @@ def everything() -> list[Cell]:
 
 
 def affordable() -> list[Cell]:
-    """The cells that two CPU cores measure in about an hour. Larger sizes and models have only a few methods."""
+    """Return the cells that two CPU cores measure in about an hour. Larger sizes and models have only a few methods."""
     tiny = "grounding-dino-tiny"
     tasks = ("inference", "training")
     whole = {(tiny, task, SMALL, tokens) for task in tasks for tokens in (SHORT, LONG)}

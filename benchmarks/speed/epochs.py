@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""An epoch of training the small base model, with features of its frozen backbones computed or read from the disk."""
+"""Measuring an epoch of training the small base model, with and without cached features of its backbones."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ NUM_IMAGES, BATCH_SIZE = 120, 12
 def measure_epochs(repeats: int, device: str, tick: Callable[[str], None] = lambda _: None) -> dict[str, dict]:
     """Measure the seconds of each round of `sdpt` and of `cached`, whose features were all stored before.
 
-    The images are generated before. An epoch processes and batches them, as in training.
+    The images are generated before the rounds. An epoch processes and batches them, as in training.
     """
     host = AutoModelForZeroShotObjectDetection.from_pretrained(EXAMPLES / "host", dtype=torch.float32)
     model = get_peft_model(host, SDPTConfig(**PUBLISHED)).to(device).train()

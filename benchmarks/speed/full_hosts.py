@@ -31,7 +31,7 @@ SWIN_BASE = {"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 
 
 
 def detector(model_class: type, config_class: type, swin: dict[str, Any], **changes: Any) -> nn.Module:
-    """A detector whose outputs depend on prompts. A fresh one scales its fusion by 1e-4 and never moves a box."""
+    """Return a detector whose outputs depend on prompts. Other random weights would hide their effect."""
     backbone = SwinConfig(image_size=384, out_features=["stage2", "stage3", "stage4"], **swin)
     host = model_class(config_class(backbone_config=backbone, **changes))
     with torch.no_grad():
@@ -86,13 +86,13 @@ FUSION_SHAPES = {
 
 
 def make_host(name: str, device: str, dtype: torch.dtype) -> nn.Module:
-    """A base model in evaluation mode, with the same weights in each call."""
+    """Return a base model in evaluation mode, with the same weights in each call."""
     torch.manual_seed(0)
     return {**MODELS, **FUSIONS}[name]().to(device, dtype).eval()
 
 
 def image_tokens(size: tuple[int, int], strides: tuple[int, ...]) -> int:
-    """Number of tokens of an image. Each level has half the height and width of the one before, rounded up.
+    """Return the number of tokens of an image. Each level has half the height and width of the one before, rounded up.
 
     Example:
         >>> image_tokens((480, 640), (8, 16, 32, 64)), image_tokens((800, 1333), (8, 16, 32, 64))
@@ -102,7 +102,7 @@ def image_tokens(size: tuple[int, int], strides: tuple[int, ...]) -> int:
 
 
 def fusion_inputs(name: str, size: tuple[int, int], tokens: int, device: str, dtype: torch.dtype) -> dict[str, Any]:
-    """Inputs of a fusion layer as its model makes them, with masks: a single image without padding."""
+    """Return the inputs of a fusion layer as its model makes them, with masks: a single image without padding."""
     image_width, text_width, strides = FUSION_SHAPES[name]
     generator = torch.Generator().manual_seed(0)
     count = image_tokens(size, strides)
@@ -117,7 +117,7 @@ def fusion_inputs(name: str, size: tuple[int, int], tokens: int, device: str, dt
 
 
 def model_inputs(size: tuple[int, int], tokens: int, device: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """An image of noise, and a prompt of `tokens` tokens with classes of three words, each with its period."""
+    """Return an image of noise, and a prompt of `tokens` tokens, with classes of three words and a full stop."""
     generator = torch.Generator().manual_seed(0)
     # Above the ids of single letters, and inside the vocabulary of the small models in tests.
     ids = torch.randint(PERIOD + 1, PERIOD + 80, (1, tokens), generator=generator)
@@ -133,7 +133,7 @@ def model_inputs(size: tuple[int, int], tokens: int, device: str, dtype: torch.d
 
 
 def labels(inputs: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-    """Ten boxes with classes of the prompt, spread over the image."""
+    """Return ten boxes with classes of the prompt, spread over the image."""
     classes = int((inputs["input_ids"] == PERIOD).sum())
     places = (torch.arange(BOXES) + 0.5) / BOXES
     boxes = torch.stack([places, places.flip(0), 0.1 + 0.2 * places, 0.3 - 0.2 * places], dim=1)
@@ -142,7 +142,7 @@ def labels(inputs: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
 
 
 def sharing_copy(host: nn.Module) -> nn.Module:
-    """A frozen copy of a base model that shares its memory, so that several methods need the weights only once."""
+    """Return a frozen copy of a base model that shares its memory, so that methods share the weights."""
     memo: dict[int, Any] = {id(buffer): buffer for buffer in host.buffers()}
     for parameter in host.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.data, requires_grad=False)

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""The fusion layer of GLIP-L (microsoft/GLIP), written anew because GLIP itself cannot be installed any more.
+"""The fusion layer of GLIP-L (microsoft/GLIP), rewritten because GLIP itself cannot be installed any more.
 
 The names of attributes and arguments are those of GLIP, by which SDPT and the other methods find the layer.
 """

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""Measure the memory that a training step keeps between forward and backward, for each part of the detector.
+"""Measure the memory that a training step stores between forward and backward, for each part of the detector.
 
     python -m benchmarks.speed.kept
 
@@ -54,7 +54,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def kept(model: nn.Module, inputs: dict[str, torch.Tensor]) -> Counter[str]:
-    """Bytes that one step keeps for each part."""
+    """Return the bytes that one step stores for each part."""
     entered, bytes_of, seen = [REST], Counter(), []
     known = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
 

@@ -88,7 +88,7 @@ def _attaching(host: nn.Module, name: str) -> Callable[[], Any]:
 def _runs(
     cell: Cell, model: nn.Module, device: str, dtype: torch.dtype
 ) -> tuple[Callable[[], Any], Callable[[], list[torch.Tensor]]]:
-    """The function to time, and a function that returns the tensors of its optimizer."""
+    """Return the function to time, and a function that returns the tensors of its optimizer."""
     if cell.is_fusion:
         inputs = fusion_inputs(cell.host, cell.size, cell.tokens, device, dtype)
     else:
@@ -130,7 +130,7 @@ def _runs(
 
 
 def _sizes(tensors: list[torch.Tensor]) -> dict[int, int]:
-    """Bytes of each storage. Tensors that share a storage count once."""
+    """Return the bytes of each storage. Tensors that share a storage count once."""
     storages = [tensor.untyped_storage() for tensor in tensors]
     return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
@@ -165,7 +165,7 @@ def _wait(device: str) -> None:
 
 
 def allocated(run: Callable[[], Any], device: str) -> int:
-    """Peak memory in bytes of the tensors that a call allocates.
+    """Return the peak memory in bytes of the tensors that a call allocates.
 
     On a GPU, torch counts it. On a CPU, it is computed from the allocations that the profiler of torch records, and is
     the same in each run. The peak memory of the process would include memory that the C library keeps from earlier
@@ -190,7 +190,7 @@ def allocated(run: Callable[[], Any], device: str) -> int:
 
 @contextlib.contextmanager
 def _silent_profiler() -> Iterator[None]:
-    """A context without stderr: some builds of the profiler write there directly, into the progress bar."""
+    """Silence stderr in this context, because some builds of the profiler write to it, into the progress bar."""
     sys.stderr.flush()
     stderr = os.dup(2)
     with open(os.devnull, "w") as nowhere:
@@ -203,7 +203,7 @@ def _silent_profiler() -> Iterator[None]:
 
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:
-    """Lower quartile, median and upper quartile.
+    """Return the lower quartile, the median and the upper quartile.
 
     Example:
         >>> quartiles([4.0, 1.0, 2.0, 3.0, 5.0])

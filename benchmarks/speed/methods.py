@@ -83,7 +83,7 @@ METHODS = {
 
 
 def suitable(task: str, is_fusion: bool) -> tuple[str, ...]:
-    """The methods that suit a task, in the order of the tables."""
+    """Return the methods that suit a task, in the order of the tables."""
     if task == "attach":
         return ("sdpt", "lora", "ia3")
     if task == "epoch":
@@ -97,7 +97,7 @@ def suitable(task: str, is_fusion: bool) -> tuple[str, ...]:
 
 
 def saved_bytes(model: nn.Module) -> int:
-    """Size of the saved weights in bytes: the file of PEFT, or the trained parameters in a safetensors file."""
+    """Return the size of the saved weights in bytes: PEFT's file, or a safetensors file of what is trained."""
     trained = trained_parameters(model)
     if not trained:
         return 0

@@ -30,7 +30,7 @@ ROW_INCHES = 0.24
 
 
 def draw(results: dict[str, Any]) -> str:
-    """An SVG with time on the left and peak memory on the right, as ratios to the method in the heading of the rows."""
+    """Return an SVG of time and peak memory, as ratios to the method in the heading of the rows."""
     rows: list[tuple[str, dict[str, Any] | None, tuple[str, ...], str]] = []
     for title, is_fusion, task, reference in TABLES:
         cells = select(results, is_fusion, task)
@@ -45,7 +45,7 @@ def draw(results: dict[str, Any]) -> str:
         return min(max(ratio, LOWEST), HIGHEST)
 
     for place, (_, methods, names, reference) in enumerate(rows):
-        # Draws SDPT last, on top of the others.
+        # SDPT is drawn last, on top of the others.
         for name in sorted(names, key=lambda name: name == "sdpt"):
             if methods is None or name not in methods or name == reference:
                 continue

@@ -25,7 +25,7 @@ Results = dict[str, Any]
 
 
 def ratios(methods: dict[str, Any], name: str, reference: str) -> tuple[float, float, float]:
-    """Quartiles of the ratio of a method's time to that of `reference` in the same round."""
+    """Return quartiles of the ratio of a method's time to the time of `reference` in the same round."""
     pairs = zip(methods[name]["seconds"], methods[reference]["seconds"], strict=True)
     return quartiles([seconds / reference_seconds for seconds, reference_seconds in pairs])
 
@@ -35,13 +35,13 @@ def memory_ratio(methods: dict[str, Any], name: str, reference: str) -> float:
 
 
 def _beside_weights(methods: dict[str, Any]) -> float:
-    """Ratio of the peak memory of SDPT to that of LoRA, without the weights and optimizer states."""
+    """Return the ratio of the peak memory of SDPT and LoRA, without the weights and optimizer states."""
     ours, lora = (methods[name]["peak_bytes"] - methods[name]["held_bytes"] for name in ("sdpt", "lora"))
     return ours / lora
 
 
 def select(results: Results, is_fusion: bool, task: str) -> list[dict[str, Any]]:
-    """The cells of a table, in the order of the grid."""
+    """Return the cells of a table, in the order of the grid."""
     order = {cell.key: place for place, cell in enumerate(everything())}
     selected = [(key, cell) for key, cell in results["cells"].items()
              if cell["is_fusion"] == is_fusion and cell["task"] == task]  # fmt: skip
@@ -52,7 +52,7 @@ def select(results: Results, is_fusion: bool, task: str) -> list[dict[str, Any]]
 
 
 def _each(cells: Iterable[dict], value: Callable[[dict], float], bound: float, needed: tuple[str, ...]) -> tuple:
-    """Text and verdict for an aim that bounds a number of each cell."""
+    """Return text and verdict for an aim that bounds a number of each cell."""
     values = [(cell["label"], value(cell["methods"])) for cell in cells if set(needed) <= cell["methods"].keys()]
     if not values:
         return NOT_YET, NOT_YET
@@ -82,7 +82,7 @@ def _added_time(cells: list[dict]) -> tuple[str, str]:
 
 
 def aims(results: Results) -> str:
-    """A table with each aim and the measured values."""
+    """Return a table with each aim and the measured values."""
     layers = {task: select(results, True, task) for task in ("inference", "training")}
     models = {task: select(results, False, task) for task in ("inference", "training")}
     attach = results["cells"].get("grounding-dino-tiny-attach")
@@ -174,7 +174,7 @@ def _sizetable(results: Results) -> str:
 
 
 def left_out(results: Results) -> str:
-    """List of the cells of the whole grid that have no results."""
+    """Return a list of the cells of the whole grid that have no results."""
     missing: dict[str, list[str]] = {}
     for cell in everything():
         key = cell.key
@@ -198,7 +198,7 @@ def machine(results: Results) -> str:
 
 
 def report(results: Results, plot: str) -> str:
-    """The whole report in Markdown. `plot` is the path of the chart."""
+    """Return the whole report in Markdown. `plot` is the path of the chart."""
     parts = [f"Measured on {machine(results)}\n", aims(results), f"![Time and peak memory as ratios]({plot})\n"]
     for title, is_fusion, task, reference in TABLES:
         parts += [f"### {title}\n", _cell_tables(results, is_fusion, task, reference)]

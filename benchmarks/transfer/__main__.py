@@ -4,7 +4,7 @@
 
     python -m benchmarks.transfer
 
-Without flags, the command takes the small base model in `examples/host` and the built-in tasks: pictograms in another
+Without flags, the command uses the small base model in `examples/host` and the built-in tasks: pictograms in another
 drawing style, as line art, small and crowded, and with new names. --folders adds photos in COCO format. The learning
 rate of each method is the best of four, chosen on the validation split of the first task with ten images per class.
 Then every method is tuned to every task with three seeds. Four methods are also tuned with other numbers of images, and
@@ -94,7 +94,7 @@ def check_args(args: argparse.Namespace) -> None:
 
 
 def find_tasks(args: argparse.Namespace) -> list[Task]:
-    """The tasks that the flags select.
+    """Return the tasks that the flags select.
 
     Raises:
         ValueError: Two tasks have the same name, or the data of a task cannot be used.
@@ -107,12 +107,12 @@ def find_tasks(args: argparse.Namespace) -> list[Task]:
         raise ValueError(f"--folders: several tasks are called {twice.pop()}")
     for task in tasks:
         for split in ("train", "val", "test"):
-            task.load(split)  # raises errors now, not after hours
+            task.load(split)  # so that errors are raised now, not after hours
     return tasks
 
 
 def machine(args: argparse.Namespace) -> dict[str, Any]:
-    """Everything that all results in a file must have in common.
+    """Return everything that all results in a file must have in common.
 
     The name of the CPU or GPU is not part of it, because it changes only rounding. Each run records it.
     """
@@ -182,7 +182,7 @@ def render(file: Path) -> None:
 
 
 def shortened(cell: dict[str, Any]) -> dict[str, Any]:
-    """The results of a run that tables need, rounded to four digits."""
+    """Return the results of a run that tables need, rounded to four digits."""
     return json.loads(
         json.dumps({name: value for name, value in cell.items() if name not in ("losses", "seconds", "pictures")}),
         parse_float=lambda digits: float(f"{float(digits):.4g}"),

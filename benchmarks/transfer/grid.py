@@ -95,12 +95,12 @@ Results = dict[str, dict[str, Any]]  # maps the key of a cell to its results
 
 
 def rates_cells(task: str, methods: Iterable[str]) -> list[Cell]:
-    """Runs of each method with each of its learning rates, on one task, measured on the validation split."""
+    """Plan runs of each method with each of its learning rates, on one task, measured on the validation split."""
     return [Cell(task, name, rate, split="val") for name in methods for rate in METHODS[name].rates]
 
 
 def best_rate(task: str, method: str, results: Results) -> float | None:
-    """The learning rate with the highest AP on the validation split. None before all have been measured."""
+    """Return the learning rate with the highest AP on the validation split. None before all have been measured."""
     cells = rates_cells(task, [method])
     if not all(cell.key in results for cell in cells):
         return None
@@ -108,13 +108,13 @@ def best_rate(task: str, method: str, results: Results) -> float | None:
 
 
 def best_rates(task: str, methods: Iterable[str], results: Results) -> dict[str, float]:
-    """The best learning rates of the methods whose rates have all been measured."""
+    """Return the best learning rates of the methods whose rates have all been measured."""
     best = {name: best_rate(task, name, results) for name in methods}
     return {name: rate for name, rate in best.items() if rate is not None}
 
 
 def compare_cells(tasks: list[str], rates: dict[str, float], seeds: int, shots: Iterable[int | None]) -> list[Cell]:
-    """Runs of methods with their learning rates, on several tasks and with several seeds and numbers of images."""
+    """Plan runs of methods with their learning rates, on several tasks and with several seeds and numbers of images."""
     return [
         Cell(task, name, rate, count, seed)
         for seed in range(seeds)
@@ -125,7 +125,7 @@ def compare_cells(tasks: list[str], rates: dict[str, float], seeds: int, shots: 
 
 
 def leaders(tasks: list[str], rates: dict[str, float], results: Results) -> list[str] | None:
-    """SDPT and the best other methods, by AP over all tasks with the first seed. None before all have been measured."""
+    """Return SDPT and the best other methods, by AP with the first seed. None before all are measured."""
     scores: dict[str, float] = {}
     for name, rate in rates.items():
         cells = compare_cells(tasks, {name: rate}, 1, [SHOTS])
@@ -137,12 +137,12 @@ def leaders(tasks: list[str], rates: dict[str, float], results: Results) -> list
 
 
 def ablation_tasks(tasks: list[str]) -> list[str]:
-    """The tasks for comparing settings: those in `ABLATION_TASKS`, or else the first task."""
+    """Return the tasks for comparing settings: those in `ABLATION_TASKS`, or else the first task."""
     return [task for task in ABLATION_TASKS if task in tasks] or tasks[:1]
 
 
 def ablation_cells(tasks: list[str], rates: dict[str, float]) -> list[Cell]:
-    """Runs of SDPT with one setting changed, with the first seed. `start_cells` has some with all seeds."""
+    """Plan runs of SDPT with one setting changed and the first seed. `start_cells` has some with all seeds."""
     return [
         Cell(task, OURS, rates[OURS], fields=((name, value),))
         for task in ablation_tasks(tasks)
@@ -152,7 +152,7 @@ def ablation_cells(tasks: list[str], rates: dict[str, float]) -> list[Cell]:
 
 
 def condition_cells(tasks: list[str], methods: Iterable[str], seeds: int) -> list[Cell]:
-    """Runs of SDPT with inverses that drop more or fewer singular values, on base models that differ in condition only.
+    """Plan runs of SDPT with several inverses, on base models that differ only in the condition of their projections.
 
     Inverses that the config cannot select have only the first seed and the highest learning rate.
     """
@@ -172,14 +172,14 @@ def condition_cells(tasks: list[str], methods: Iterable[str], seeds: int) -> lis
 
 
 def longer_cells(tasks: list[str], rates: dict[str, float]) -> list[Cell]:
-    """Runs with more steps, with the first seed, to see whether the weaker methods only need longer."""
+    """Plan runs with more steps, with the first seed, to see whether the weaker methods only need more steps."""
     return [
         Cell(task, name, rates[name], times=TIMES) for task in ablation_tasks(tasks) for name in LONGER if name in rates
     ]
 
 
 def start_cells(tasks: list[str], rates: dict[str, float], seeds: int) -> list[Cell]:
-    """Runs of SDPT with other initializations: fewer steps with the first seed, and all steps with all seeds."""
+    """Plan runs of SDPT with other initializations: fewer steps with the first seed, and all steps with all seeds."""
     return [
         Cell(task, OURS, rates[OURS], seed=seed, fields=start, times=part)
         for seed in range(seeds)
@@ -191,13 +191,13 @@ def start_cells(tasks: list[str], rates: dict[str, float], seeds: int) -> list[C
 
 
 def is_diagnosed(cell: Cell) -> bool:
-    """Whether a run measures its prompts before and after training."""
+    """Return whether a run measures its prompts before and after training."""
     usual = cell.shots == SHOTS and cell.times == 1 and cell.split == "test" and not cell.fields
     return usual and cell.method in DIAGNOSED
 
 
 def plan(tasks: list[str], methods: list[str], seeds: int, results: Results) -> list[Cell]:
-    """All runs that can be planned with the results so far, in the order to measure them.
+    """Plan all runs that the results so far allow, in the order to measure them.
 
     Args:
         tasks: Names of the tasks. Learning rates are chosen on the first one.

@@ -72,7 +72,7 @@ def _prompts(kind: str) -> Attach:
 
 
 def _lora_config(rank: int, targets: str) -> LoraConfig:
-    """A config of LoRA with the scaling 2 for every rank."""
+    """Return a config of LoRA with the scaling 2 for every rank."""
     return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
 
 

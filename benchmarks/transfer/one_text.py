@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 @contextlib.contextmanager
 def text_computed_once(detector: nn.Module) -> Iterator[None]:
-    """A context in which a frozen text encoder computes each prompt once, without dropout.
+    """Let a frozen text encoder compute each prompt only once in this context, without dropout.
 
     A text encoder that trains is not changed.
 

@@ -18,7 +18,7 @@ SDPT, OTHERS = "#d62728", "#1f77b4"
 
 
 def plots(results: dict[str, Any]) -> dict[str, str]:
-    """Maps the file name of each plot to its SVG."""
+    """Return the SVG of each plot by its file name."""
     runs = Runs(results)
     return {"transfer-parameters.svg": _parameters(runs), "transfer-shots.svg": _shots(runs)}
 

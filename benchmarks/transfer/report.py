@@ -102,7 +102,7 @@ _INVERSE_LABELS = {
 
 
 def spread(values: list[float]) -> str:
-    """Mean in percent, with the standard deviation if there are several values."""
+    """Return the mean in percent, with the standard deviation if there are several values."""
     if not values:
         return ""
     text = f"{100 * mean(values):.1f}"
@@ -184,7 +184,7 @@ def _conditions(runs: Runs) -> str:
 
 
 def _rates(runs: Runs) -> str:
-    """AP of each method at each of its learning rates on the validation split; the chosen rate is bold."""
+    """Return a table of the AP of each method at each learning rate on the validation split. The best rate is bold."""
     rates = sorted({rate for name in runs.methods for rate in METHODS[name].rates})
     rows = []
     for name in runs.methods:
@@ -216,7 +216,7 @@ def _starts(runs: Runs) -> str:
 
 
 def _prompts(runs: Runs) -> str:
-    """For each fusion layer: values before and after training, as means over seeds."""
+    """Return a table of values before and after training for each fusion layer, as means over seeds."""
     rows = []
     for task in ablation_tasks(runs.tasks):
         for method, condition in (*((name, None) for name in DIAGNOSED), *(("sdpt", worse) for worse in CONDITIONS)):
@@ -232,13 +232,13 @@ def _prompts(runs: Runs) -> str:
 
 
 def missing(results: Results) -> int:
-    """Number of planned runs without a result."""
+    """Return the number of planned runs without a result."""
     planned = plan(results["tasks"], results["methods"], results["seeds"], results["cells"])
     return sum(cell.key not in results["cells"] for cell in planned)
 
 
 def report(results: Results) -> str:
-    """The whole report in Markdown."""
+    """Return the whole report in Markdown."""
     runs, about = Runs(results), results["machine"]
     tasks = [[name, DIFFERENCES.get(name, "")] for name in runs.tasks]
     left = missing(results)

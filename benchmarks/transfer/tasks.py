@@ -41,7 +41,7 @@ class Task:
 
 
 def built_in(output_dir: Path) -> list[Task]:
-    """The built-in tasks. Their files are generated, unless they exist."""
+    """Return the built-in tasks. Their files are generated, unless they exist."""
     tasks = [Task(name, output_dir / "tasks" / name) for name in DIFFERENCES if name in TASKS]
     for task in tasks:
         write_task(task.name, task.folder)

@@ -16,8 +16,8 @@ from peft_sdpt.detection.grounding import class_prompt
 class TrainedText(nn.Module):
     """A replacement of the text encoder, with one embedding for each token of a single prompt (arXiv 2504.07252).
 
-    The embeddings start from the output of the encoder. From random embeddings, as in that paper, no class is detected
-    at first, and the paper reports that training on one image per class is unstable.
+    The embeddings start from the output of the encoder. The paper starts from random embeddings. With these, no class
+    is detected at first, and the paper reports that training on one image per class is unstable.
     """
 
     def __init__(self, start: torch.Tensor) -> None:

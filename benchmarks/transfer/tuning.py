@@ -20,7 +20,7 @@ from peft_sdpt.detection.loss import GroundedDetectionLoss
 from peft_sdpt.detection.samples import TrainingSamples
 from peft_sdpt.training import trained_parameters
 
-# Smaller batches than in train_detection.py, because there are many steps and few images. The rest is as there.
+# Smaller batches than in train_detection.py, because there are many steps and few images. Other settings are the same.
 BATCH, WARM_UP, MAX_GRAD_NORM = 8, 10, 1.0
 
 
@@ -29,13 +29,13 @@ class Diverged(Exception):
 
 
 def batches(processor: Any, model: nn.Module, data: DetectionSplit, num_images: int, seed: int) -> DataLoader:
-    """Batches of this many training images, augmented as in train_detection.py."""
+    """Yield batches of this many training images, augmented as in train_detection.py."""
     samples = TrainingSamples(data, num_images, processor, model.config.max_text_len, seed)
     return DataLoader(samples, BATCH, collate_fn=samples.collate)
 
 
 def moved(tensors: Mapping[str, Tensor], device: str) -> dict[str, Tensor]:
-    """The tensors on a device."""
+    """Move the tensors to a device."""
     return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 

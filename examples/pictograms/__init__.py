@@ -39,7 +39,7 @@ class Category:
 
 @lru_cache
 def read_categories() -> tuple[Category, ...]:
-    """All categories, in the order of the sheets."""
+    """Return all categories, in the order of the sheets."""
     categories, seen = [], True
     for line in (FOLDER / "categories.txt").read_text().splitlines():
         if line.startswith("#") or not line.strip():
@@ -55,7 +55,7 @@ def read_categories() -> tuple[Category, ...]:
 
 @lru_cache
 def tiles(style: str, line_art: bool = False) -> tuple[Image.Image, ...]:
-    """The pictograms of one style, cropped to their visible part, in the order of `read_categories()`."""
+    """Return the pictograms of one style, cropped to their visible part, in the order of `read_categories()`."""
     if line_art:
         return tuple(map(_line_art, tiles(style)))
     sheet = Image.open(FOLDER / f"{STYLES[style]}.webp").convert("RGBA")
@@ -88,7 +88,7 @@ class SceneStyle:
 
 
 def _line_art(tile: Image.Image) -> Image.Image:
-    """A pictogram as a line drawing: its edges, dark on white within its outline."""
+    """Return a pictogram as a line drawing: its edges, dark on white within its outline."""
     paper = Image.new("RGB", (tile.width + 4, tile.height + 4), "white")
     paper.paste(tile, (2, 2), tile)
     edges = [band.filter(ImageFilter.FIND_EDGES) for band in paper.split()]
@@ -100,7 +100,7 @@ def _line_art(tile: Image.Image) -> Image.Image:
 
 
 def _background(rng: np.random.Generator, size: int) -> Image.Image:
-    """Smoothed noise with a tint and some grain."""
+    """Return a background of smoothed noise with a tint and some grain."""
     cells = int(rng.integers(2, 9))
     noise = rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8)
     # Each image has its own tint, because smoothed noise alone is grey on average.
@@ -112,7 +112,7 @@ def _background(rng: np.random.Generator, size: int) -> Image.Image:
 
 
 def _overlap(box: tuple, others: list[tuple]) -> float:
-    """The largest overlap of a box with other boxes, as a fraction of the smaller box of each pair."""
+    """Return the largest overlap of a box with other boxes, as a fraction of the smaller box of each pair."""
     largest = 0.0
     for other in others:
         width = min(box[2], other[2]) - max(box[0], other[0])

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training and evaluating grounded detectors: data, prompts, loss, detection and average precision.
 
-These parts work with any training loop. Install them by `pip install peft_sdpt[detection]`.
+These parts work with any training loop. Install them with `pip install peft_sdpt[detection]`.
 """
 
 try:

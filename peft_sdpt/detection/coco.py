@@ -29,7 +29,7 @@ LAYOUTS = (
 VALIDATION_NAMES = ("val", "valid", "validation")
 NUMBER = (int, float)
 ID = (int, float, str)
-# The fields that are read of each entry of a COCO file, and their types. Boxes and names are checked later.
+# The fields that are read from each entry of a COCO file, and their types. Boxes and names are checked later.
 COCO_FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
     "images": {"id": ID, "file_name": (str,), "width": NUMBER, "height": NUMBER},
     "annotations": {"image_id": ID, "category_id": ID, "bbox": (object,)},
@@ -50,7 +50,7 @@ class SplitFields(TypedDict):
 
 
 def split_names(split: str) -> tuple[str, ...]:
-    """All names of a split, starting with the given one."""
+    """Return all names of a split, starting with the given one."""
     return (split, *(name for name in VALIDATION_NAMES if split in VALIDATION_NAMES and name != split))
 
 
@@ -155,10 +155,10 @@ def read_coco(file: Path) -> dict:
 
 
 def _unused_roots(coco: dict, folder: Path) -> set[Any]:
-    """Ids of categories that Roboflow adds as parents of the others, if no split annotates them."""
+    """Return the ids of categories that Roboflow adds as parents of others, if no split uses them."""
     roots = _roots(coco)
     if roots:
-        # Looks at the files of all splits, so that all splits drop the same categories.
+        # The files of all splits are read, so that all splits drop the same categories.
         for file in sorted(folder.glob(ROBOFLOW_FILE.format(split="*"))):
             other = read_coco(file)
             theirs = _roots(other)
@@ -168,7 +168,7 @@ def _unused_roots(coco: dict, folder: Path) -> set[Any]:
 
 
 def _roots(coco: dict) -> dict[Any, str]:
-    """Maps the id of each root category to its name."""
+    """Return the name of each root category by its id."""
     parents = {category.get("supercategory") for category in coco["categories"]} - {"none"}
     return {
         category["id"]: category["name"]
@@ -192,7 +192,7 @@ def read_json(file: Path) -> Any:
 
 
 def one_name(value: Any, where: str) -> str:
-    """A class name. Of a list of names, such as the `synonyms` of LVIS, the first one.
+    """Return a class name. If the value is a list of names, such as `synonyms` in LVIS, return the first one.
 
     Raises:
         InputError: The value is neither; the message starts with `where`.
@@ -204,7 +204,7 @@ def one_name(value: Any, where: str) -> str:
 
 
 def is_crowd(value: Any, where: str) -> bool:
-    """Whether a box marks a crowd.
+    """Return whether a box marks a crowd.
 
     Raises:
         InputError: The value is not a flag; the message starts with `where`.
@@ -218,7 +218,7 @@ def is_crowd(value: Any, where: str) -> bool:
 
 @dataclass(frozen=True)
 class CocoImages:
-    """Opens the image with an index as RGB. It checks the file each time, because files may change during a run.
+    """Opens images by index, as RGB. It checks the file each time, because files may change during a run.
 
     Attributes:
         folder: Folder of the images.

@@ -52,11 +52,11 @@ class DetectionSplit:
         return len(self.image_ids)
 
     def has_objects(self) -> bool:
-        """Whether any box marks a single object, not a crowd."""
+        """Return whether any box marks a single object, not a crowd."""
         return not all(crowd for crowds in self.crowds for crowd in crowds)
 
     def as_coco(self) -> dict:
-        """The split as the content of a COCO annotation file. Its image and category ids are indices."""
+        """Return the split as the content of a COCO annotation file. The ids of images and categories are indices."""
         annotations: list[dict[str, Any]] = []
         for image, (boxes, labels, crowds) in enumerate(zip(self.boxes, self.labels, self.crowds, strict=True)):
             for box, label, crowd in zip(boxes, labels, crowds, strict=True):
@@ -78,7 +78,7 @@ class DetectionSplit:
         }
 
     def subset(self, indices: Sequence[int]) -> DetectionSplit:
-        """A split of some of the images, in the order of `indices`, with the same classes."""
+        """Return a split of some of the images, in the order of `indices`, with the same classes."""
         per_image = ("image_ids", "sizes", "boxes", "labels", "crowds")
         return replace(
             self,
@@ -87,7 +87,7 @@ class DetectionSplit:
         )
 
     def fingerprint(self) -> str:
-        """A hash of everything but the pixels, 16 hex digits. A resumed run compares it to check its data."""
+        """Return a hash of everything but the pixels, 16 hex digits. A resumed run uses it to check its data."""
         fields = [self.class_names, self.image_ids, self.sizes, self.boxes, self.labels, self.crowds]
         return hashlib.sha256(json.dumps(fields).encode()).hexdigest()[:16]
 
@@ -113,9 +113,9 @@ def centre_boxes(boxes: list[Box], size: tuple[int, int]) -> torch.Tensor:
 def few_shot(data: DetectionSplit, shots: int, seed: int) -> list[int]:
     """Choose images for few-shot training as GLIP does for ODinW (`few_shot` in its `COCODataset`).
 
-    The function goes through the images in random order. It takes an image if any class on it is on fewer than `shots`
-    of the images taken so far. So each class is on at least `shots` images, or on all its images if it has fewer.
-    Frequent classes are on more. Crowds do not count.
+    The function goes through the images in random order. It takes an image if one of its classes is on fewer than
+    `shots` of the images taken so far. So each class is on at least `shots` of the chosen images, or on all images that
+    have it. Frequent classes are on more images. Crowds do not count.
 
     Args:
         data: The split to choose from.
@@ -169,7 +169,7 @@ def check_images(
         results = pool.map(problem, images)
         problems = list(tqdm(results, desc="checking images", total=len(images), disable=disable_progress))
     finally:
-        # After Ctrl-C, does not wait for the remaining images.
+        # After Ctrl-C, the remaining images are not waited for.
         pool.shutdown(cancel_futures=True)
     return {index: text for index, text in zip(images, problems, strict=True) if text}
 
@@ -209,6 +209,6 @@ def require_same_classes(splits: dict[str, DetectionSplit], dataset_name: str) -
 
 
 def listed(names: list[str]) -> str:
-    """Names for an error message, at most ten: LVIS has 1203 classes."""
+    """Return names for an error message. Only ten are listed, because LVIS has 1203 classes."""
     more = [f"{len(names) - 10} more"] if len(names) > 10 else []
     return ", ".join([*map(repr, names[:10]), *more])

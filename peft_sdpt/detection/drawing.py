@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""Drawing detections on images, one image alone or the results of several models side by side."""
+"""Drawing detections on images, and drawing the results of several models side by side."""
 
 from __future__ import annotations
 
@@ -31,11 +31,12 @@ def draw_detections(
     size = (round(image.width * scale), max(1, round(image.height * scale)))
     canvas = image.copy() if size == image.size else image.resize(size, Image.Resampling.LANCZOS)
     draw = ImageDraw.Draw(canvas)
-    # Grows as the square root of the image size, because people view large photos both scaled down and enlarged.
+    # Letters grow with the square root of the image size, because large photos are viewed both scaled down and
+    # enlarged.
     letters = max(10, round(0.85 * (canvas.width * canvas.height) ** 0.25))
     line = round(letters / 5)
     font = ImageFont.load_default(letters)
-    # Draws the best detection last, on top of those that it overlaps.
+    # The best detection is drawn last, on top of others that it overlaps.
     order = detections["scores"].argsort()
     boxes, scores, labels = (
         values[order].tolist() for values in (detections["boxes"], detections["scores"], detections["labels"])

@@ -85,25 +85,26 @@ class FeatureCache:
 
     @contextlib.contextmanager
     def used(self, prompts: bool = True) -> Iterator[None]:
-        """A context in which the detector reads features from the folder, and stores features that are missing.
+        """Read features from the folder in this context, and store features that are missing.
 
         A forward raises `InputError` if it cannot store a feature.
 
         Args:
-            prompts: Whether to use stored features of prompts. False is for random prompts, which do not come back.
+            prompts: Whether to use stored features of prompts. Use False for random prompts, which do not occur again.
         """
         with self._stored["pictures"].in_place(), self._stored["prompts"].in_place() if prompts else nullcontext():
             yield
 
 
 class _Stored:
-    """The forward of a frozen module, with stored features for each sample of a batch.
+    """Replaces the forward of a frozen module by one that uses stored features for each sample of a batch.
 
     Args:
-        module: The module. It takes tensors with one row per sample. The features of a sample do not depend on others.
+        module: The module. It takes tensors with one row per sample. The features of a sample do not depend on other
+            samples.
         folder: Folder of all entries.
         name: Name for the entries of this module.
-        as_output: Makes the output of the module from its features, each a batch.
+        as_output: Makes the output of the module from batches of its features.
     """
 
     def __init__(self, module: nn.Module, folder: Path, name: str, as_output: Callable[[list[Tensor]], Any]):
@@ -114,7 +115,7 @@ class _Stored:
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """A context in which calls of the module use stored features."""
+        """Let calls of the module use stored features in this context."""
         # `nn.Module` prefers an attribute `forward` to the method of the class. So the module stays in the model, with
         # its parameters and its name.
         before = vars(self.module).get("forward")
@@ -144,7 +145,7 @@ class _Stored:
         return self.as_output([torch.stack(features).to(device) for features in levels])
 
     def _keys(self, arguments: list, names: list[str], device: torch.device) -> list[str]:
-        """The key of each row."""
+        """Return the key of each row."""
         autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
         common = [self.module_key, torch.__version__, transformers.__version__, device.type, str(autocast), str(names)]
         tensors = [value.cpu() for value in arguments if torch.is_tensor(value)]
@@ -177,7 +178,7 @@ def _text_output(features: list[Tensor]) -> BaseModelOutput:
 
 
 def _configuration(module: nn.Module) -> list[str]:
-    """What the module computes, apart from its weights."""
+    """Return what determines the output of the module, apart from its weights and inputs."""
     # Any, because `nn.Module` does not declare the config of a model of transformers.
     model_config: Any = module.config
     config = model_config.to_dict()
@@ -196,7 +197,7 @@ def _digest(parts: Iterable[str | Tensor]) -> str:
     digest = hashlib.sha256()
     for part in parts:
         kind, data = ("text", part.encode()) if isinstance(part, str) else (_kind(part), _bytes(part))
-        # With kind and length, so that the end of one part cannot be taken for the start of the next.
+        # Kind and length are hashed too, so that the end of one part cannot be taken for the start of the next.
         digest.update(f"{kind} {len(data)} ".encode())
         digest.update(data)
     return digest.hexdigest()
@@ -207,13 +208,13 @@ def _kind(tensor: Tensor) -> str:
 
 
 def _bytes(tensor: Tensor) -> Any:
-    """The memory of a tensor on the CPU, for a hash or a checksum: an array of uint8, which serves as a buffer."""
-    # As uint8, because NumPy has no bfloat16.
+    """Return the memory of a tensor on the CPU as an array of uint8, for a hash or a checksum."""
+    # Viewed as uint8, because NumPy has no bfloat16.
     return tensor.contiguous().flatten().view(torch.uint8).numpy()
 
 
 def _about(key: str, features: list[Tensor]) -> dict[str, str]:
-    """Metadata of an entry: its key and a checksum of its features."""
+    """Return the metadata of an entry: its key and a checksum of its features."""
     checksum = 0
     for feature in features:
         checksum = zlib.crc32(_bytes(feature), zlib.crc32(_kind(feature).encode(), checksum))
@@ -222,7 +223,7 @@ def _about(key: str, features: list[Tensor]) -> dict[str, str]:
 
 
 def _read(file: Path, key: str) -> list[Tensor] | None:
-    """Features of an entry, mapped into memory. None if it does not exist or is damaged."""
+    """Return the features of an entry, mapped into memory. None if it does not exist or is damaged."""
     try:
         with safe_open(file, framework="pt") as entry:
             about = entry.metadata()
@@ -264,7 +265,7 @@ def _cannot_be_written(folder: Path, cause: BaseException | None) -> InputError:
 
 
 def _drops(module: nn.Module) -> bool:
-    """Whether a module has dropout in training mode, including DropPath and the dropout of attention."""
+    """Return whether a module has dropout in training mode, including DropPath and the dropout of attention."""
 
     def rates(part: nn.Module) -> list[Any]:
         return [value for name, value in vars(part).items() if "drop" in name or name == "p"]

@@ -50,7 +50,7 @@ def class_prompt(class_names: Sequence[str]) -> str:
 
 
 def phrase_lengths(class_names: Sequence[str], tokenizer: Any) -> list[int]:
-    """Number of tokens of each class in a prompt, including its full stop.
+    """Return the number of tokens of each class in a prompt, including its full stop.
 
     Raises:
         InputError: The tokenizer knows no word of a name. Such a class would have no tokens of its own, and the classes
@@ -58,7 +58,7 @@ def phrase_lengths(class_names: Sequence[str], tokenizer: Any) -> list[int]:
     """
     tokens = [tokenizer(class_prompt([name]), add_special_tokens=False)["input_ids"] for name in class_names]
     for name, ids in zip(class_names, tokens, strict=True):
-        # Without the full stop at the end.
+        # The last token is the full stop.
         if set(ids[:-1]) <= {tokenizer.unk_token_id}:
             raise InputError(
                 f"class_names: the tokenizer knows no word of {name!r}; every class needs a word that it knows."

@@ -75,7 +75,7 @@ def load_hub_split(dataset_name: str, split: str, class_names_column: str | None
 
 
 def _object_fields(rows: datasets.Dataset) -> dict[str, Any]:
-    """Maps each field of an object to its feature."""
+    """Return the feature of each field of an object."""
     # A row has a list of dicts, or the dict of lists that `Sequence` makes of one.
     feature = rows.features["objects"]
     if isinstance(feature, dict):
@@ -84,7 +84,7 @@ def _object_fields(rows: datasets.Dataset) -> dict[str, Any]:
 
 
 def _objects(rows: datasets.Dataset, source: str) -> Iterator[tuple[str, dict[str, list]]]:
-    """For each row, its name for error messages, and its objects as a dict of lists of the same length."""
+    """Yield for each row its name in error messages, and its objects as a dict of lists of the same length."""
     fields = list(_object_fields(rows))
     for index, objects in enumerate(rows["objects"]):
         where = f"{source}: image {index}"
@@ -100,7 +100,7 @@ def _objects(rows: datasets.Dataset, source: str) -> Iterator[tuple[str, dict[st
 def _classes(
     all_splits: datasets.DatasetDict, category: Any, class_names_column: str | None, dataset_name: str
 ) -> dict[Any, str]:
-    """Maps each value of `objects.category` to the name of the class, in the order of the classes.
+    """Return the class name for each value of `objects.category`, in the order of the classes.
 
     Args:
         all_splits: All splits of the data set.
@@ -127,10 +127,10 @@ def _classes(
 
 
 class HubImages:
-    """Opens the image with an index from the column `image` as RGB.
+    """Opens images of the column `image` by index, as RGB.
 
     Attributes:
-        sizes: (width, height) of each image in pixels, after the turn that EXIF asks for. They are read from the
+        sizes: (width, height) of each image in pixels, after the rotation that EXIF asks for. They are read from the
             headers, without decoding the images.
     """
 

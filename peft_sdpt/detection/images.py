@@ -27,10 +27,10 @@ SECONDS_BETWEEN_LOOKS = 0.5
 
 
 def read_image(source: str | Path | IO[bytes], where: str, size: tuple[int, int] | None = None) -> Image.Image:
-    """Read an image as RGB, turned as its EXIF data says.
+    """Read an image as RGB, rotated as its EXIF orientation says.
 
-    Cameras store a turned image as it left the sensor, and annotations may belong to the stored or the turned one. So
-    an image that is stored in the expected `size` is not turned.
+    Cameras store a rotated photo as it left the sensor, and annotations may belong to the stored or to the rotated
+    image. So an image that is stored in the expected `size` is not rotated.
 
     Args:
         source: A path or a file object.
@@ -49,7 +49,7 @@ def opened(source: str | Path | IO[bytes], where: str) -> Iterator[Image.Image]:
     """Open an image and read its header only.
 
     Raises:
-        InputError: As in `read_image`. Also if the code in this context reads on and finds damaged data.
+        InputError: As in `read_image`, also if the code in this context reads the pixels and they are damaged.
     """
     try:
         with Image.open(source) as image:
@@ -61,13 +61,13 @@ def opened(source: str | Path | IO[bytes], where: str) -> Iterator[Image.Image]:
 
 
 def images_in(folder: Path) -> list[Path]:
-    """The files in a folder with the suffix of an image, sorted.
+    """Return the files in a folder with the suffix of an image, sorted.
 
     Raises:
         InputError: The folder cannot be read.
     """
     try:
-        # Skips hidden files: files that are still being copied, or files that macOS stores beside a photo.
+        # Hidden files are skipped: files that are still being copied, or files that macOS stores beside a photo.
         return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
     except OSError as error:
         raise InputError(f"{folder}: cannot be read ({error}).") from None
@@ -143,7 +143,7 @@ def watch(folders: list[Path]) -> Iterator[Iterator[tuple[Path, Image.Image]]]:
             if interrupted:
                 return
             try:
-                # Before opening the file, so that anything written meanwhile counts as a change.
+                # Read before the file is opened, so that anything written meanwhile counts as a change.
                 stat = path.stat()
                 state = (stat.st_size, stat.st_mtime_ns)
                 if path in tried and tried[path] in (None, state):

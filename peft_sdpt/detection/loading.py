@@ -23,7 +23,7 @@ BOX_FORMATS = {"xywh": "x, y, width, height", "xyxy": "x0, y0, x1, y1"}
 
 
 def has_split(dataset_name: str, split: str) -> bool:
-    """Whether a local folder, or a data set on the Hub, has a split.
+    """Return whether a local folder or a data set on the Hub has a split.
 
     Raises:
         InputError: The Hub does not answer.
@@ -58,7 +58,8 @@ def load_split(
 
     Args:
         dataset_name: A folder in one of `coco.LAYOUTS`: `<split>.json` and `images/`, or the layout of Roboflow, ODinW
-            or COCO. Or a Hub id of a data set with the columns `image` and `objects`, which has `bbox` and `category`.
+            or COCO. Or the Hub id of a data set with the columns `image` and `objects`. Objects have `bbox` and
+            `category`.
         split: For instance "train", "val", "test" or "train2017". "val", "valid" and "validation" are the same split.
         bbox_format: Format of the boxes in the data set, in pixels: "xywh" as in COCO, or "xyxy". The returned boxes
             are "xywh".
@@ -117,7 +118,7 @@ def load_splits(
         dataset_name: See `load_split`.
         splits: Names of the splits.
         accelerator: The accelerator of the launch. Its main process prints what is left out.
-        skip_bad_images: Leave out images that do not open, instead of raising.
+        skip_bad_images: Whether to leave out images that cannot be opened, instead of raising.
         options: Other arguments of `load_split`.
 
     Returns:
@@ -226,7 +227,7 @@ def _read_boxes(data: DetectionSplit, bbox_format: str, source: str, skip_bad_bo
 
 
 def _box_problem(box: Any, size: tuple[int, int], bbox_format: str) -> str | None:
-    """What is wrong with a box in an image of this (width, height), or None."""
+    """Return what is wrong with a box in an image of this (width, height), or None."""
     try:
         # Without this check, a string of four digits would count as four numbers.
         x, y, width, height = _as_xywh(None if isinstance(box, str) else box, bbox_format)
@@ -238,13 +239,13 @@ def _box_problem(box: Any, size: tuple[int, int], bbox_format: str) -> str | Non
         if bbox_format == "xyxy":
             return "is empty; x1 and y1 must be greater than x0 and y0"
         return "is empty; width and height must be positive"
-    # Allows one pixel, because annotation tools round.
+    # A box may extend over the border by one pixel, because annotation tools round.
     if x < -1 or y < -1 or x + width > size[0] + 1 or y + height > size[1] + 1:
         return f"lies outside its image of {size[0]} x {size[1]} pixels"
     return None
 
 
 def _as_xywh(box: Any, bbox_format: str) -> Box:
-    """A box as (x, y, width, height). Raises TypeError or ValueError if it is not four numbers."""
+    """Return a box as (x, y, width, height). Raises TypeError or ValueError if it is not four numbers."""
     x, y, a, b = map(float, box)
     return (x, y, a, b) if bbox_format == "xywh" else (x, y, a - x, b - y)

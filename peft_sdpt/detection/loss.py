@@ -80,7 +80,7 @@ class GroundedDetectionLoss:
                 (n, 4), centre, width and height as fractions of the image size. n may be 0.
             num_items_in_batch: The number that the loss is divided by. None for `mean_boxes_per_process(labels)`. With
                 gradient accumulation, pass the number for the labels of all accumulated batches; then their losses add
-                up to the loss of one large batch. (The `Trainer` of transformers 5.24 passes None for such labels.)
+                up to the loss of one large batch. The `Trainer` of transformers 5.24 passes None for such labels.
 
         Returns:
             The weighted sum of the losses, a scalar.
@@ -111,7 +111,7 @@ class GroundedDetectionLoss:
 
 
 def mean_boxes_per_process(labels: list[dict[str, Tensor]]) -> float:
-    """Number of boxes in a batch: the mean over the processes of a launch, and at least 1 in all processes together.
+    """Return the mean number of boxes per process in a batch, with at least 1 box in all processes together.
 
     All processes of a launch call this together.
 

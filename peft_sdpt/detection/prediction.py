@@ -70,7 +70,7 @@ def _detect(
     class_names: list[str],
     chunks: list[list[int]],
 ) -> list[Detections]:
-    """`detect` in images of these sizes, given as the output of the image processor."""
+    """Detect in images of these sizes, which the image processor has processed to `pixels`."""
     none: Detections = {
         "boxes": torch.empty(0, 4),
         "scores": torch.empty(0),
@@ -181,12 +181,12 @@ def detect_split(
 
 
 def _process(data: DetectionSplit, image_processor: Any, images: list[int]) -> tuple[list[int], Any]:
-    """The indices of some images, and the output of the image processor for these images."""
+    """Return the indices of some images, and the output of the image processor for them."""
     return images, image_processor([data.open_image(image) for image in images], return_tensors="pt")
 
 
 def rows_of(image: int, result: Detections) -> list[Row]:
-    """The detections in one image as rows.
+    """Return the detections in one image as rows.
 
     Args:
         image: Index of the image.
@@ -197,7 +197,7 @@ def rows_of(image: int, result: Detections) -> list[Row]:
 
 
 def result_of(image: int, rows: list[Row]) -> Detections:
-    """The detections in one image from the rows of all images: the inverse of `rows_of`."""
+    """Return the detections in one image from the rows of all images. This is the inverse of `rows_of`."""
     mine = [row for row in rows if row[0] == image]
     return {
         "boxes": torch.tensor([row[1:5] for row in mine], dtype=torch.float32).reshape(-1, 4),

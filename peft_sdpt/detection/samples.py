@@ -22,7 +22,7 @@ from .grounding import class_prompt, phrase_lengths
 
 # The "standard" scale jitter of arXiv 2012.07177. The stronger jitter there is for training from scratch.
 SCALES = (0.8, 1.25)
-# A box that the crop cuts is kept if at least this fraction of its area remains.
+# A box that a crop cuts remains if at least this fraction of its area is in the crop.
 MIN_VISIBLE = 0.25
 # RGB colour around an image that was made smaller: the mean of ImageNet, which processors map to zero.
 GREY = (124, 116, 104)
@@ -56,8 +56,8 @@ def augment(image: Image.Image, boxes: Tensor, generator: torch.Generator) -> tu
         generator: Random generator on the CPU.
 
     Returns:
-        The new image. The boxes in it, cut at its edges, shape (n, 4). A boolean mask of shape (n,) of the boxes that
-        still have `MIN_VISIBLE` of their area in the image.
+        The new image, the boxes in it, shape (n, 4), cut at its edges, and a boolean mask of shape (n,) of the boxes
+        that have at least `MIN_VISIBLE` of their area in the image.
     """
     width, height = image.size
     flip, scale, left, top = torch.rand(4, generator=generator).tolist()
@@ -171,14 +171,14 @@ class TrainingSamples(Dataset[Sample]):
         )
 
     def _order(self, epoch: int) -> list[int]:
-        """The images in the order of an epoch."""
+        """Return the indices of the images in the order of an epoch."""
         if self._shuffled[0] != epoch:
             order = torch.randperm(len(self.data), generator=_generator(self.seed, epoch, of_epochs=True))
             self._shuffled = (epoch, order.tolist())
         return self._shuffled[1]
 
     def _choose_classes(self, present: list[int], generator: torch.Generator) -> list[int]:
-        """The classes of a prompt: those in the image and as many random others as fit."""
+        """Choose the classes of a prompt: the classes in the image and as many random others as fit."""
         if self.has_one_prompt:
             return list(range(len(self.lengths)))
         shuffled = torch.randperm(len(self.lengths), generator=generator).tolist()
@@ -194,6 +194,6 @@ class TrainingSamples(Dataset[Sample]):
 
 
 def _generator(seed: int, number: int, of_epochs: bool = False) -> torch.Generator:
-    """A random generator for a sample, or for the order of an epoch."""
+    """Return a random generator for a sample, or for the order of an epoch."""
     # torch uses only the lower 32 bits of a seed, so the three numbers are hashed into them.
     return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, of_epochs, number)).generate_state(1)[0]))

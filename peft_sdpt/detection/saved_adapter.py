@@ -43,7 +43,7 @@ class SavedAdapter:
 
 
 def find_adapter(adapter: str) -> SavedAdapter:
-    """Find a saved adapter. Only small files are fetched from the Hub.
+    """Find a saved adapter in a folder or on the Hub. Its files are downloaded from the Hub.
 
     Args:
         adapter: A folder or a Hub id, perhaps with `name=` in front.
@@ -58,7 +58,7 @@ def find_adapter(adapter: str) -> SavedAdapter:
     folder = Path(source)
     if not folder.is_dir():
         try:
-            # Downloads all files here, so that the rest of the code handles only local folders.
+            # The files are downloaded here, so that the rest of the code handles only local folders.
             patterns = ["*.json", "*.txt", "adapter_model.safetensors"]
             folder = Path(snapshot_download(source, allow_patterns=patterns, ignore_patterns="*/*"))
         except Exception as error:  # `huggingface_hub` raises many kinds of errors
@@ -96,7 +96,7 @@ def find_adapters(adapters: Sequence[str]) -> list[SavedAdapter]:
 
 
 def common_base_model(adapters: Sequence[SavedAdapter]) -> str:
-    """The base model that all adapters were trained on: a folder or a Hub id.
+    """Return the base model that all adapters were trained on: a folder or a Hub id.
 
     Args:
         adapters: At least one adapter.
@@ -149,7 +149,7 @@ def load_detector(model_name_or_path: str | os.PathLike, adapters: Sequence[Save
 
 
 def load_trainable(model_name_or_path: str | os.PathLike, adapter: SavedAdapter) -> PeftModel:
-    """Load a base model in float32 with a saved adapter on it that trains. Its name in the model is "default".
+    """Load a base model in float32 with a saved, trainable adapter on it. The name of the adapter is "default".
 
     Raises:
         InputError: The base model or the adapter cannot be loaded.
@@ -180,7 +180,7 @@ def load_base_model(model_name_or_path: str | os.PathLike) -> nn.Module:
 
 
 def load_processor(adapter: SavedAdapter | None, model_name_or_path: str | os.PathLike) -> Any:
-    """Load the processor saved with an adapter, so that images are as large as in training, or the base model's own.
+    """Load the processor that was saved with an adapter, with the image size of its training, or the base model's own.
 
     Raises:
         InputError: No processor can be loaded, or it lacks a tokenizer or an image processor.

@@ -20,12 +20,12 @@ from .declaration import FusionHost
 class BiAttentionHost(FusionHost):
     """Spec of a bi-directional attention, which the method was made for.
 
-    The query projection of one modality makes the keys of the other, so it is the one that is inverted. The module
-    also has `num_heads`, `scale` (a factor of the image's queries) and `dropout` (a probability).
+    The query projection of one modality also computes the keys that the other attends to, so SDPT inverts it. The
+    module also has `num_heads`, `scale` (a factor of the image's queries) and `dropout` (a probability).
 
     Attributes:
         image_projections, text_projections: Attribute names of the query, value and output projections of a modality.
-        image_tokens, text_tokens, image_mask, text_mask: The arguments that hold these. None if there is no such mask.
+        image_tokens, text_tokens, image_mask, text_mask: Names of these arguments. None if there is no such mask.
         image_mask_function, text_mask_function: How a mask acts on the logits.
         returns_weights: Whether the module returns `((image, weights), (text, weights))`, or `(image, text)`.
     """

@@ -3,9 +3,9 @@
 """BLIP, BLIP-2, InstructBLIP and InstructBlipVideo of transformers: text, or queries, attend to the image.
 
 Written for transformers 5.24. The fusion has one direction: the image never attends to anything else. Prompts are
-therefore keys and values beside the image's patches, reached through the inverse of a key projection, and nothing is
-synchronous. In BLIP-2 the image encoder is wider than the text (1408 and 768), so the projection reaches all of the
-key space, and the whole of a token has an effect. Layers without cross-attention are not adapted.
+therefore keys and values beside the image's patches. They come from the inverse of the key projection, and nothing is
+synchronous. In BLIP-2 the image encoder is wider than the text (1408 and 768), so the projection reaches all of the key
+space, and the whole token has an effect. Layers without cross-attention are not adapted.
 """
 
 from .cross_attention import Context, CrossAttentionHost
@@ -19,7 +19,7 @@ BLIP = CrossAttentionHost(
             key="crossattention.self.key",
             tokens=("encoder_hidden_states",),
             mask="encoder_attention_mask",
-            # Its cross-attention looks for the mask under another name than the one it is passed by.
+            # The layer passes the mask by a name that its cross-attention does not know.
             mask_is_obeyed=False,
         ),
     ),

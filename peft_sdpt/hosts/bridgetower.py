@@ -9,12 +9,12 @@ either has run, so the two are one fusion layer in two directions. They share no
 Prompts are appended to what each layer attends to, through the inverse of its own key projection. The tokens belong to
 the module of the text layer, and the module of the image layer uses the same tokens. This is a choice, not a
 derivation. In GLIP, one logit matrix serves both directions and puts both modalities into one space. Here the two key
-spaces were trained apart, and a number in one says nothing about the same number in the other. What one set of tokens
-gives is the training: a step that one direction asks for moves what the other direction sees.
-`prompt_mode="independent"` gives each direction tokens of its own. It assumes nothing and doubles the parameters.
+spaces were trained apart, and a number in one says nothing about the same number in the other. One set of tokens
+couples the training: a gradient from one direction also moves the prompts of the other direction.
+`prompt_mode="independent"` gives each direction its own tokens. It needs no such assumption and doubles the parameters.
 
-Keys are as wide as the tokens they are made of. Each inverse is therefore a true one, as far as its weight has full
-rank, and the whole of a token has an effect in both directions.
+Keys are as wide as the tokens they are made of. So each inverse is exact if its weight has full rank, and the whole
+token has an effect in both directions.
 
 `image_attends_prompts=False` keeps the prompts out of the image layers. The self-attention within both layers sees no
 prompts, because it fuses a modality with itself only.

@@ -20,10 +20,10 @@ class Context:
 
     Attributes:
         key: Dotted attribute name of the key projection, which is inverted.
-        tokens: The arguments that hold the sequence: one, or one for the keys and one for the values. Prompts are
+        tokens: Names of the arguments with the sequence: one, or one for the keys and one for the values. Prompts are
             appended to each.
         zeros: Arguments that are added to the sequence, for instance position encodings. Zeros are appended to them.
-        mask: The argument that holds its mask, in transformers' conventions (see `peft_sdpt.attention.extend_mask`).
+        mask: Name of the argument with its mask, in transformers' conventions (see `peft_sdpt.attention.extend_mask`).
             None if the module has no mask.
         mask_is_obeyed: Whether the module applies the mask. Only then can prompts be hidden from some samples.
     """

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""The spec of a fusion layer: what SDPT has to know about it. The three kinds of fusion are in modules of their own."""
+"""The spec of a fusion layer: what SDPT needs to know about it. Each kind of fusion has its own module."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class FusionHost(ABC):
         name: What users call the base model. Registering another spec of the same name replaces this one.
         class_names: Class names of the module that is adapted.
         arguments: The first parameters of its forward, in order. The first one is a tensor `(B, L, d)`.
-        within: Class names of which one must be the class of a module around it. Empty if any model will do.
+        within: Class names. A module around it must have one of them. Empty if it may be in any module.
         split: For fusion layers whose two directions are modules in different places: the parts of their full names in
             which they differ. The first module reads the image, the second reads the text. Both use one set of tokens,
             which belongs to the first.
@@ -77,7 +77,7 @@ class FusionHost(ABC):
             module: A module of the family.
             args, kwargs: Arguments of the call.
             prompts: Prompts of each side of the module. At least one side has tokens.
-            eager: Whether to compute the attention as the module does, with weights, if there is a faster way.
+            eager: Whether to compute the attention as the module does, with weights, even if there is a faster way.
         """
 
     def matches(self, module: nn.Module, ancestors: Iterable[nn.Module] = ()) -> bool:
@@ -97,7 +97,7 @@ class FusionHost(ABC):
     def projections(self, module: nn.Module) -> tuple[nn.Linear, ...]:
         """Return the projections that are inverted, one for each side of the module.
 
-        They are `nn.Linear` or act like it: another tuner's layer, a quantised one.
+        They are `nn.Linear`, or act like it: another tuner's layer or a quantised layer.
         """
         return tuple(_attribute(module, name) for name in self.inverted)
 
@@ -154,5 +154,5 @@ def _attribute(module: Any, name: str) -> Any:
 
 @functools.cache
 def parameters_of(cls: type) -> tuple[str, ...]:
-    """Names of the parameters of a module class's forward, in order."""
+    """Return the names of the parameters of a module class's forward, in order."""
     return tuple(inspect.signature(cls.forward).parameters)[1:]  # type: ignore[attr-defined] # of a module class

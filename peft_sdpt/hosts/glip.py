@@ -1,6 +1,7 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""GLIP, the original Grounding DINO, and mmdetection's ports of both: attentions of one name and four signatures.
+"""GLIP, the original Grounding DINO, and mmdetection's ports of both: attentions with one class name and four
+signatures.
 
 Written for microsoft/GLIP (`maskrcnn_benchmark/utils/fuse_helper.py`), IDEA-Research/GroundingDINO
 (`groundingdino/models/GroundingDINO/fuse_modules.py`) and mmdetection (`mmdet/models/utils/vlfuse_helper.py`).

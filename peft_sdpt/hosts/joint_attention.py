@@ -23,8 +23,8 @@ class JointAttentionHost(FusionHost):
 
     Attributes:
         key: Dotted attribute name of the key projection, which is inverted.
-        tokens: The argument that holds the sequence.
-        mask: The argument that holds its mask, in transformers' conventions (see `peft_sdpt.attention.extend_mask`).
+        tokens: Name of the argument with the sequence.
+        mask: Name of the argument with its mask, in transformers' conventions (see `peft_sdpt.attention.extend_mask`).
     """
 
     key: str

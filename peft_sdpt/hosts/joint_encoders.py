@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """FLAVA and ViLT of transformers: image and text tokens in one sequence.
 
-Written for transformers 5.24. There is one set of tokens and one inverse, that of `key`. The attention does not know
-two modalities, so nothing is synchronous: what remains of the method are tokens in the space of keys, reached through
-an exact inverse.
+Written for transformers 5.24. There is one set of tokens, and SDPT inverts the projection `key`. The attention does not
+distinguish two modalities, so nothing is synchronous. As in the paper, tokens are trained in the space of keys and
+mapped by an inverse.
 """
 
 from dataclasses import replace

@@ -3,8 +3,8 @@
 """OmDet-Turbo of transformers: object queries and task tokens in one self-attention of each decoder layer.
 
 Written for transformers 5.24. Queries, keys and values are three arguments, so prompts can be keys and values only.
-There is one sequence, so there is one set of tokens and one inverse, that of `key`. What remains of the method are
-tokens in the space of keys.
+There is one sequence, so there is one set of tokens, and SDPT inverts the projection `key`. As in the paper, tokens are
+trained in the space of keys.
 """
 
 from .cross_attention import Context, CrossAttentionHost

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""SAM 3 of transformers (also SAM 3 Lite Text, and the detector within SAM 3 Video): fusion one way at a time.
+"""SAM 3 of transformers (also SAM 3 Lite Text, and the detector within SAM 3 Video): fusion in one direction at a time.
 
 Written for transformers 5.24. The concept prompt is a phrase, followed by example boxes if there are any. It meets the
 image at three places. All of them are attentions with query, key and value projections of one dimension:
@@ -9,16 +9,16 @@ image at three places. All of them are attentions with query, key and value proj
 * in each layer of the DETR decoder, object queries attend to the concept prompt, and then to the image;
 * in the mask decoder, the encoder's image tokens attend to the concept prompt once more.
 
-This holds of the method: prompts are keys and values of frozen attentions, reached through the inverse of the frozen
-key projection. Keys are as wide as the tokens, so the inverse is a true one, as far as the weight has full rank, and
-the whole of a prototype token has an effect.
+As in the method, prompts are keys and values of frozen attentions, and come from the inverse of the frozen key
+projection. Keys are as wide as the tokens, so the inverse is exact if the weight has full rank, and the whole prototype
+token has an effect.
 
-This cannot hold: nothing is dual. Concept tokens attend to no image token in these layers, so no layer has two
-modalities in one aligned space, and nothing is synchronous between them. In the encoder and the mask decoder, a prompt
-is one more concept token, at that layer only. In the decoder, one set of tokens is a key of the concept prompt and a
-key of the image, for the same object queries and through two unrelated key projections. Sharing them is a choice, and
-`prompt_mode="independent"` gives each its own, for an adapter of decoder layers only. The same tokens attend
-throughout a module, so `image_attends_prompts=False` is refused.
+Unlike in the method, nothing is dual. Concept tokens attend to no image token in these layers, so no layer has two
+modalities in one aligned space, and nothing is synchronous. In the encoder and the mask decoder, a prompt is one more
+concept token, at that layer only. In the decoder, one set of tokens is a key of the concept prompt and a key of the
+image, for the same object queries and through two unrelated key projections. Sharing them is a choice, and
+`prompt_mode="independent"` gives each its own, for an adapter of decoder layers only. In each module, only one kind of
+tokens attends, so `image_attends_prompts=False` raises an error.
 
 The image's keys get a position encoding and, depending on their position relative to a query's box, a bias on the
 logits. A prompt has no position and gets neither, just as the presence token sees all image tokens. Scores compare

@@ -13,13 +13,13 @@ from torch.optim.swa_utils import AveragedModel
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of a model that require gradients, by name."""
+    """Return the parameters of a model that require gradients, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 @contextlib.contextmanager
 def averaged(model: nn.Module, average: AveragedModel | None) -> Iterator[None]:
-    """A context in which the trained parameters of a model have the values of their moving average.
+    """Give the trained parameters of a model the values of their moving average in this context.
 
     Args:
         model: The model.

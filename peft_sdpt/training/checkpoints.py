@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints of a training run, and the state of the run that they hold.
+"""Checkpoints of a training run, and the progress of the run, which is stored in them.
 
 A checkpoint gets its name only after all of it is on the disk. So a run may be killed at any time.
 """
@@ -29,7 +29,7 @@ RUN_FILE = "run.json"
 
 @dataclass
 class Progress:
-    """The progress of a run, which its checkpoints hold.
+    """The progress of a run, which is stored in its checkpoints.
 
     Attributes:
         step: Number of optimizer steps so far.
@@ -124,8 +124,8 @@ class Checkpoints:
         """Load a checkpoint, if there is one. All processes of a launch call this together.
 
         Args:
-            resume_from_checkpoint: Folder of a checkpoint. "latest" for the newest one of this run, if it has one. None
-                for no checkpoint.
+            resume_from_checkpoint: Folder of a checkpoint. "latest" loads the newest checkpoint of this run, if it
+                exists. None loads no checkpoint.
 
         Returns:
             The folder of the loaded checkpoint, or None.
@@ -147,7 +147,7 @@ class Checkpoints:
         """Load a checkpoint. All processes of a launch call this together.
 
         Raises:
-            InputError: The folder is not a complete checkpoint, belongs to another run, or cannot be read. Or the
+            InputError: The folder is not a complete checkpoint, belongs to another run, or cannot be read, or the
                 folder of this run has newer checkpoints.
         """
         where = f"checkpoint={str(checkpoint)!r}"
@@ -166,7 +166,7 @@ class Checkpoints:
             if (then := run.get(name)) != json.loads(json.dumps(value)):
                 raise InputError(f"{where}: belongs to another run, with {name} {then!r} instead of {value!r}.")
         try:
-            # Read here first, because Accelerate ignores random states that it cannot read.
+            # The random states are read here first, because Accelerate ignores those that it cannot read.
             torch.load(checkpoint / f"random_states_{self.accelerator.process_index}.pkl", weights_only=False)
             self.accelerator.load_state(str(checkpoint))
         except Exception as error:  # a damaged file can raise anything
@@ -181,13 +181,13 @@ class Checkpoints:
 
 
 def latest(folder: Path) -> Path | None:
-    """The complete checkpoint with the highest step in a folder, or None."""
+    """Return the complete checkpoint with the highest step in a folder, or None."""
     checkpoints = _complete(folder)
     return checkpoints[-1][1] if checkpoints else None
 
 
 def _complete(folder: Path) -> list[tuple[int, Path]]:
-    """The steps and folders of all complete checkpoints in a folder, sorted by step."""
+    """Return the steps and folders of all complete checkpoints in a folder, sorted by step."""
     return sorted((int(m[1]), path) for path in folder.glob("step_*") if (m := re.fullmatch(r"step_(\d+)", path.name)))
 
 

@@ -1,8 +1,8 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""Ctrl-C and SIGTERM in a training loop: the current step is completed first.
+"""Handling Ctrl-C and SIGTERM in a training loop, after the current step is completed.
 
-Schedulers and launchers stop a program by SIGTERM.
+Schedulers and launchers stop a program with SIGTERM.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Interruption:
             print("\nstopping after this step; press Ctrl-C again to stop at once", file=sys.stderr)
 
     def asked_for(self) -> bool:
-        """Whether any process of the launch has received a signal. All processes call this together."""
+        """Return whether any process of the launch has received a signal. All processes call this together."""
         if self.accelerator.num_processes == 1:
             return self.received
         received = torch.tensor(int(self.received), device=self.accelerator.device)

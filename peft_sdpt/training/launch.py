@@ -50,13 +50,13 @@ def use_all_cores(accelerator: Accelerator) -> None:
     """Divide the cores of this machine among its processes, if the launcher gave each process a single thread.
 
     `accelerate launch` (1.15) sets one thread unless `--num_cpu_threads_per_process` is given. A user who asks for
-    exactly one thread cannot be told apart and also gets all cores.
+    exactly one thread also gets all cores, because the two cases look the same.
     """
     if os.environ.get("OMP_NUM_THREADS") == "1" and "ACCELERATE_MIXED_PRECISION" in os.environ:
         torch.set_num_threads(cores_per_process(accelerator))
 
 
 def cores_per_process(accelerator: Accelerator) -> int:
-    """Number of CPU cores for each process on this machine, at least 1."""
+    """Return the number of CPU cores per process on this machine, at least 1."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes)))

@@ -49,7 +49,7 @@ def test_defaults():
         ("exclude_modules", ["attn", 3], "a list of module names", TypeError),
         ("layers_to_transform", -1, "non-negative", ValueError),
         ("layers_to_transform", [0, -1], "non-negative", ValueError),
-        ("layers_to_transform", [1, 1], "without repeats", ValueError),
+        ("layers_to_transform", [1, 1], "without repetitions", ValueError),
         ("layers_to_transform", [], "non-empty", ValueError),
         ("layers_to_transform", True, "an integer or a list", TypeError),
         ("layers_to_transform", [0, True], "an integer or a list", TypeError),
