@@ -137,10 +137,14 @@ def _transformed_names(model: nn.Module, indexed: list[str], config: SDPTConfig)
     assert isinstance(indices, list)
     absent = [index for index in indices if index >= len(indexed)]
     if absent:
-        numbers = f", numbered 0 to {len(indexed) - 1}" if indexed else " that are adapted by default"
+        if not indexed:
+            raise ValueError(
+                f"SDPTConfig.layers_to_transform has {absent}, but {type(model).__name__} has no fusion layer that is "
+                "adapted by default."
+            )
         raise ValueError(
             f"SDPTConfig.layers_to_transform has {absent}, but {type(model).__name__} has "
-            f"{len(indexed)} fusion layers{numbers}."
+            f"{len(indexed)} fusion layers, numbered 0 to {len(indexed) - 1}."
         )
     return {indexed[index] for index in indices}
 
