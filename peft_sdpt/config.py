@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import operator
@@ -95,8 +94,9 @@ class SDPTConfig(SavedConfig):
             attached, and maps the name of each adapted fusion layer to the dimension of its prompts. It is saved with
             the adapter, so that loading onto a base model with other layers raises an error before that model is
             changed.
-        fusion_layers_digest (`str`, *optional*): Do not set this by hand. It is filled in with `fusion_layers`, and
-            tells whether a field that decides the prompts has changed. A changed config belongs to no base model.
+        fusion_layers_digest (`str`, *optional*): Do not set this by hand. It is filled in when the config is saved, and
+            tells whether a field that determines the prompts has changed since. A changed config belongs to no base
+            model.
         peft_sdpt_version (`str`): Do not set this by hand. The version of this package that made the adapter. In
             `adapter_config.json`, it also shows which package to import: without `import peft_sdpt`, PEFT raises
             `KeyError: 'SDPT'`.
@@ -142,7 +142,7 @@ class SDPTConfig(SavedConfig):
         default=None, metadata={"help": "Filled in when attached: dimension of the prompts of each adapted layer."}
     )
     fusion_layers_digest: str | None = field(
-        default=None, metadata={"help": "Filled in when attached: digest of the fields that decide the prompts."}
+        default=None, metadata={"help": "Filled in when saved: digest of the fields that determine the prompts."}
     )
     peft_sdpt_version: str = field(
         default=__version__, metadata={"help": "Filled in: version of the package to import before loading."}
@@ -169,24 +169,21 @@ class SDPTConfig(SavedConfig):
         self._check()
         if self.fusion_layers is not None:
             self.fusion_layers = {plain_name(name): dim for name, dim in self.fusion_layers.items()}
-            if self.fusion_layers_digest is None:
-                self.fusion_layers_digest = self._digest()
-
-    def attached(self, fusion_layers: dict[str, int]) -> SDPTConfig:
-        """Return a copy of this config for an adapter with these fusion layers.
-
-        Args:
-            fusion_layers: Dimension of the prompts of each adapted fusion layer, by its plain name.
-        """
-        config = copy.deepcopy(self)
-        config.fusion_layers = fusion_layers
-        config.fusion_layers_digest = config._digest()
-        return config
 
     @property
     def belongs_to_base_model(self) -> bool:
-        """Whether this is the config of an attached or saved adapter, and what decides its prompts was not changed."""
-        return self.fusion_layers is not None and self.fusion_layers_digest == self._digest()
+        """Whether this config was saved with an adapter, and the fields that determine its prompts are unchanged."""
+        return self.fusion_layers_digest is not None and self.fusion_layers_digest == self._digest()
+
+    def mark_as_saved(self) -> None:
+        """Note that the config belongs to the base model of a saved adapter, if its file does not say so."""
+        if self.fusion_layers is not None and self.fusion_layers_digest is None:
+            self.fusion_layers_digest = self._digest()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as they are saved."""
+        values: dict[str, Any] = super().to_dict()
+        return values | {"fusion_layers_digest": None if self.fusion_layers is None else self._digest()}
 
     def _digest(self) -> str:
         values = json.dumps([getattr(self, name) for name in _SHAPING_FIELDS], sort_keys=True, default=sorted)

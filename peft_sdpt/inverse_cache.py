@@ -95,10 +95,6 @@ class InverseCache(BufferDict):
         for name in [name for name in self if name not in names]:
             del self[name]
 
-    def has(self, rtol: float | None) -> bool:
-        """Return whether the inverses of this tolerance are computed."""
-        return rtol in self._rtols
-
     def up_to_date(self, projections: Sequence[nn.Linear]) -> bool:
         """Return whether no weight has changed since the inverses were computed."""
         return self._states is not None and all(

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import MutableMapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,13 @@ def _refresh_after_load(layer: SDPTLayer, incompatible_keys: Any) -> None:
     if any(map(is_adapted, layer.projections)):
         return  # the next forward refuses the other tuner's adapter
     layer.refresh_inverses(force=not all(WeightState.is_certain(projection) for projection in layer.projections))
+
+
+class _Fixed(NamedTuple):
+    """Fields of an adapter's config as they were when it was attached. Changing the config does not change them."""
+
+    pinv_rtol: float | None
+    image_attends_prompts: bool
 
 
 class SDPTLayer(nn.Module, BaseTunerLayer):
@@ -68,7 +75,7 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names: tuple[str, ...] = ("sdpt_prompts",)
-    other_param_names: tuple[str, ...] = ("sdpt_config",)
+    other_param_names: tuple[str, ...] = ("sdpt_config", "sdpt_fixed")
     base_layer: nn.Module
 
     def __init__(
@@ -85,6 +92,7 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
         self.side = side
         self._make_prompts()
         self.sdpt_config: dict[str, SDPTConfig] = {}
+        self.sdpt_fixed: dict[str, _Fixed] = {}
         self.sdpt_inverses = InverseCache()
         self._known_prompts: tuple[list[TensorState], list[Prompts]] | None = None
         # A new module is in training mode, and prompt dropout would act in a base model in evaluation mode.
@@ -109,6 +117,7 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
     def update_layer(self, adapter_name: str, config: SDPTConfig) -> None:
         """Add the prompts of an adapter, initialized as `config` says."""
         self.sdpt_config[adapter_name] = config
+        self.sdpt_fixed[adapter_name] = _Fixed(config.pinv_rtol, config.image_attends_prompts)
         dim = prompt_dim(config, self.fusion_host, self.projections)
         prompts = nn.Parameter(init_prompts(config, dim, self.embed_dim))
         self.sdpt_prompts[adapter_name] = prompts
@@ -138,7 +147,7 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
         """
         if adapter_name not in self.sdpt_prompts:
             raise ValueError(f"adapter_name must be one of {sorted(self.sdpt_prompts)}, got {adapter_name!r}")
-        shape = self.sdpt_config[adapter_name].prompt_shape(self.embed_dim)
+        shape = (*self.sdpt_prompts[adapter_name].shape[:-1], self.embed_dim)
         if tokens.shape != shape:
             raise ValueError(f"tokens of {adapter_name!r} must have the shape {shape}, got {tuple(tokens.shape)}")
         self._follow_weights()
@@ -151,7 +160,7 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
     def inverse(self, side: int, adapter_name: str = "default") -> torch.Tensor:
         """Return the inverse projection `(d, E)` that an adapter uses on a side of the module."""
         self._follow_weights()
-        return self.sdpt_inverses.inverse(side, self.sdpt_config[adapter_name].pinv_rtol)
+        return self.sdpt_inverses.inverse(side, self.sdpt_fixed[adapter_name].pinv_rtol)
 
     def set_inverse(self, side: int, inverse: torch.Tensor, adapter_name: str = "default") -> None:
         """Use another inverse `(d, E)` until a weight changes, for experiments.
@@ -160,7 +169,7 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
         """
         before = self.inverse(side, adapter_name)
         self._known_prompts = None
-        self.sdpt_inverses.set_inverse(side, self.sdpt_config[adapter_name].pinv_rtol, inverse.to(before))
+        self.sdpt_inverses.set_inverse(side, self.sdpt_fixed[adapter_name].pinv_rtol, inverse.to(before))
 
     def _has_coordinates(self, prompts: torch.Tensor) -> bool:
         return prompts.shape[-1] < self.embed_dim
@@ -182,7 +191,7 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
 
     def _needed_inverses(self) -> tuple[list[float | None], bool]:
         """Return the tolerances of the adapters, and whether one of them has coordinates."""
-        rtols = [config.pinv_rtol for config in self.sdpt_config.values()]
+        rtols = [fixed.pinv_rtol for fixed in self.sdpt_fixed.values()]
         return rtols, any(map(self._has_coordinates, self.sdpt_prompts.values()))
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
@@ -265,7 +274,7 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
             visible = [
                 name
                 for name in names
-                if self.sdpt_config[name].image_attends_prompts or side != self.fusion_host.image_reads
+                if self.sdpt_fixed[name].image_attends_prompts or side != self.fusion_host.image_reads
             ]
             if not visible:
                 prompts.append(Prompts(None))
@@ -274,7 +283,7 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
                 to_input_space(
                     # In independent mode, each side has its own set.
                     tokens[name][side] if tokens[name].dim() == 3 else tokens[name],
-                    self.sdpt_inverses.inverse(place, self.sdpt_config[name].pinv_rtol),
+                    self.sdpt_inverses.inverse(place, self.sdpt_fixed[name].pinv_rtol),
                     bias_of(projection),
                 )
                 for name in visible
@@ -285,16 +294,14 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
 
     def _mask(self, adapter_names: Sequence[str], owners: list[str], device: torch.device) -> torch.Tensor:
         """Return a mask `(B, N)` that is True if a prompt does not belong to the adapter of the sample."""
-        sizes = torch.tensor([self.sdpt_config[name].num_virtual_tokens for name in owners])
+        sizes = torch.tensor([self.sdpt_prompts[name].shape[-2] for name in owners])
         owner = torch.arange(len(owners)).repeat_interleave(sizes)
         number = {name: index for index, name in enumerate(owners)}
         wanted = torch.tensor([number.get(name, -1) for name in adapter_names])
         return (wanted[:, None] != owner).to(device)
 
     def _follow_weights(self) -> None:
-        # A tolerance is missing if somebody changed the config of an attached adapter.
-        rtols = [config.pinv_rtol for config in self.sdpt_config.values()]
-        if not (all(map(self.sdpt_inverses.has, rtols)) and self.sdpt_inverses.up_to_date(self.projections)):
+        if not self.sdpt_inverses.up_to_date(self.projections):
             self.refresh_inverses()
 
     def _apply(self, fn: Any, recurse: bool = True) -> SDPTLayer:
@@ -342,4 +349,5 @@ class SharedSDPTLayer(SDPTLayer):
     def update_layer(self, adapter_name: str, config: SDPTConfig) -> None:
         """Add an adapter. Its prompts are added to the first module."""
         self.sdpt_config[adapter_name] = config
+        self.sdpt_fixed[adapter_name] = _Fixed(config.pinv_rtol, config.image_attends_prompts)
         self.refresh_inverses()

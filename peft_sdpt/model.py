@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Iterator
@@ -75,8 +76,7 @@ class SDPTModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Any] | None = None,
     ) -> None:
-        # Removed until nothing can be refused any more. The model then gets a copy, so that the caller's own config can
-        # be used for other base models.
+        # Removed until nothing can be refused any more, so that a rejected base model stays unchanged.
         config: SDPTConfig = self.peft_config.pop(adapter_name)
         selection = select_fusion_layers(model, config)
         layers = selection.layers
@@ -98,7 +98,12 @@ class SDPTModel(BaseTuner):
             )
         _refuse_compiled_modules_to_save(model, config)
         self._set_targets(selection)
-        self.peft_config[adapter_name] = config.attached(dims)
+        if config.fusion_layers not in (None, dims):
+            # The adapter of another base model uses the same config.
+            config = copy.deepcopy(config)
+        if not config.belongs_to_base_model:
+            config.fusion_layers, config.fusion_layers_digest = dims, None
+        self.peft_config[adapter_name] = config
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         for name, layer in layers.items():
             for part in layer.parts:

@@ -56,7 +56,12 @@ class SavedConfig(PeftConfig):
         if isinstance(config, SavedConfig):
             download, _, _ = cls._split_kwargs(kwargs)
             check_weights(path, subfolder, config.prompt_shapes(), **download)
+            config.mark_as_saved()
         return config
+
+    def mark_as_saved(self) -> None:
+        """Note that the config belongs to the base model of a saved adapter, if its file does not say so."""
+        raise NotImplementedError
 
     def prompt_shapes(self) -> Shapes | None:
         """Return the shape of the prompts of each adapted fusion layer; None if the config does not name the layers."""

@@ -465,13 +465,12 @@ def test_a_changed_config_starts_on_any_base_model(tmp_path):
     used = get_peft_model(make_host(), own).peft_config["default"]
     loaded = PeftConfig.from_pretrained(tmp_path)
     changed = [dataclasses.replace(config, num_virtual_tokens=8) for config in (own, used, loaded)]
-    for config in (own, *changed):
+    for config in (own, used, *changed):
         model = get_peft_model(make_host(d_model=64, layers=3), config)
         assert list(model.peft_config["default"].fusion_layers.values()) == [128] * 3
         assert model.peft_config["default"].num_virtual_tokens == config.num_virtual_tokens
-    for config in (used, loaded):
-        with pytest.raises(ValueError, match="made for another base model"):
-            get_peft_model(make_host(d_model=64, layers=3), config)
+    with pytest.raises(ValueError, match="made for another base model"):
+        get_peft_model(make_host(d_model=64, layers=3), loaded)
     loaded.num_virtual_tokens = 8
     assert len(adapted_layers(get_peft_model(make_host(d_model=64, layers=3), loaded))) == 3
 
@@ -492,14 +491,34 @@ def test_a_config_that_is_changed_after_use_leaves_models_alone():
     torch.manual_seed(1)
     first = get_peft_model(make_host(), config)
     before = run(first)
-    config.pinv_rtol, config.prompt_space = 0.3, "aligned"
+    config.pinv_rtol, config.prompt_space, config.image_attends_prompts, config.num_virtual_tokens = (
+        0.3,
+        "aligned",
+        False,
+        2,
+    )
     second = get_peft_model(make_host(), config)
-    assert torch.equal(run(first), before)
-    assert second.peft_config["default"].pinv_rtol == 0.3
-    # Of an attached adapter, the tolerance may be changed.
-    first.peft_config["default"].pinv_rtol = 0.6
-    first.train().eval()
-    assert not torch.equal(run(first), before)
+    assert torch.equal(run(first.train().eval()), before)
+    layer = next(module for module in first.modules() if isinstance(module, SDPTLayer))
+    layer.refresh_inverses(force=True)
+    assert layer.tokens().shape == (4, 128)
+    assert torch.equal(run(first), before) and not torch.equal(run(second), before)
+
+
+@pytest.mark.parametrize("name", ["fusion_layers_digest", "prompt_space"])
+def test_an_adapter_that_was_saved_without_a_field(name, tmp_path):
+    """Of an adapter that was saved before the field, another base model is refused before it is touched as well."""
+    tuned = saved(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    config = json.loads(file.read_text())
+    del config[name]
+    file.write_text(json.dumps(config))
+    assert torch.equal(run(PeftModel.from_pretrained(make_host(), tmp_path)), tuned)
+    host = make_host(layers=3)
+    before = snapshot(host)
+    with pytest.raises(ValueError, match="made for another base model"):
+        PeftModel.from_pretrained(host, tmp_path)
+    assert snapshot(host) == before
 
 
 def test_a_refused_second_injection_keeps_the_first_config():
