@@ -96,6 +96,7 @@ def convert(
         base_model_name_or_path=base_model_name_or_path,
         inference_mode=True,
     )
+    config.mark_as_saved()
     _write(output, tokens, config)
     return config
 

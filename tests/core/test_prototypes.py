@@ -184,7 +184,7 @@ def test_points_within_boxes():
     [
         ({"prototypes": "best"}, "prototypes must be one of .*'best'"),
         ({"num_batches": 0}, "num_batches must be at least 1, got 0"),
-        ({"adapter_name": "none"}, "adapter_name must be .*'none'"),
+        ({"adapter_name": "none"}, "adapter_name must name .*'none'"),
     ],
 )
 def test_bad_arguments(change, message):
