@@ -166,7 +166,7 @@ class SDPTConfig(SavedConfig):
                 setattr(self, name, sorted(value, key=str) if isinstance(value, set) else list(value))
         if isinstance(self.layers_to_transform, list):
             self.layers_to_transform = [_plain_int(index) for index in self.layers_to_transform]
-        self._check()
+        self.check()
         if self.fusion_layers is not None:
             self.fusion_layers = {plain_name(name): dim for name, dim in self.fusion_layers.items()}
 
@@ -200,7 +200,13 @@ class SDPTConfig(SavedConfig):
             return None
         return {name: self.prompt_shape(dim) for name, dim in self.fusion_layers.items()}
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Check all fields. This is called when the config is made, and when it is attached.
+
+        Raises:
+            ValueError: A value breaks a rule.
+            TypeError: A value has the wrong type.
+        """
         if not _is_int(self.num_virtual_tokens):
             self._refuse("num_virtual_tokens", "an integer", TypeError)
         if self.num_virtual_tokens < 1:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -78,6 +79,8 @@ class SDPTModel(BaseTuner):
     ) -> None:
         # Removed until nothing can be refused any more, so that a rejected base model stays unchanged.
         config: SDPTConfig = self.peft_config.pop(adapter_name)
+        _check_adapter_name(adapter_name)
+        config.check()  # a field may have been changed since the config was made
         selection = select_fusion_layers(model, config)
         layers = selection.layers
         if state_dict is not None:
@@ -252,12 +255,14 @@ class SDPTModel(BaseTuner):
     ) -> None:
         if combination_type not in ("cat", "linear"):
             raise ValueError(f"combination_type must be 'cat' or 'linear', got {combination_type!r}")
-        if not adapter_name or "." in adapter_name or adapter_name == BASE:
-            raise ValueError(f"adapter_name must be a name without full stops, and not {BASE!r}; got {adapter_name!r}")
+        _check_adapter_name(adapter_name)
         if adapter_name in self.peft_config:
             raise ValueError(f"adapter_name {adapter_name!r} is taken; this model has {sorted(self.peft_config)}")
         if not adapters or len(adapters) != len(weights):
             raise ValueError(f"adapters and weights must be equally long, at least 1; got {adapters} and {weights}")
+        for weight in weights:
+            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+                raise ValueError(f"weights must be finite numbers, got {weight!r}")
         ours = self._sdpt_adapters()
         unknown = [name for name in adapters if name not in ours]
         if unknown:
@@ -332,6 +337,12 @@ class SDPTModel(BaseTuner):
 def _name_in_peft(name: str) -> str:
     """Return the name of a module in PEFT's state dicts, without the prefix that compiling the model adds."""
     return name.removeprefix("_orig_mod.")
+
+
+def _check_adapter_name(adapter_name: str) -> None:
+    # PyTorch separates the names of modules by full stops.
+    if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name or adapter_name == BASE:
+        raise ValueError(f"adapter_name must be a name without full stops, and not {BASE!r}; got {adapter_name!r}")
 
 
 def _names_of_parts(layers: dict[str, FusionLayer]) -> set[str]:

@@ -352,6 +352,30 @@ def test_layers_that_are_not_adapted_by_default(monkeypatch, tmp_path):
         attach(host)
 
 
+@pytest.mark.parametrize("name", ["a.b", "", "__base__"])
+def test_an_unfit_adapter_name_is_refused_and_leaves_no_trace(name):
+    model = attach(make_host())
+    before = run(model)
+    with pytest.raises(ValueError, match=r"adapter_name must be a name without full stops, and not '__base__'; got"):
+        model.add_adapter(name, SDPTConfig())
+    model.add_adapter("good", SDPTConfig())
+    assert torch.equal(run(model), before) and sorted(model.peft_config) == ["default", "good"]
+    host = make_host()
+    with pytest.raises(ValueError, match="adapter_name must be"):
+        get_peft_model(host, SDPTConfig(), adapter_name=name)
+    assert adapted_layers(host) == []
+
+
+@pytest.mark.parametrize("change", [{"prompt_mode": "x"}, {"num_virtual_tokens": -3}, {"pinv_rtol": 2}])
+def test_a_config_that_was_made_invalid_is_refused(change):
+    config, host = SDPTConfig(), make_host()
+    for name, value in change.items():
+        setattr(config, name, value)
+    with pytest.raises(ValueError, match=rf"SDPTConfig\.{next(iter(change))} must be"):
+        get_peft_model(host, config)
+    assert adapted_layers(host) == []
+
+
 def test_plain_modules_are_hosts():
     stack = FusionStack().eval()
     image, text = torch.randn(2, 5, 32), torch.randn(2, 3, 32)
@@ -587,6 +611,14 @@ def test_another_tuners_adapter_is_not_combined(host):
     model = attach(host)
     with pytest.raises(ValueError, match=r"has \['lora'\], but the SDPT adapters of this model are \['default'\]"):
         combined(model, ["default", "lora"], [1.0, 1.0])
+
+
+@pytest.mark.parametrize("weight", ["a", None, float("nan"), True])
+def test_weights_that_are_not_numbers_are_refused(weight):
+    model = attach(make_host())
+    with pytest.raises(ValueError, match="weights must be finite numbers, got"):
+        model.add_weighted_adapter(["default"], [weight], "new")
+    assert list(model.peft_config) == ["default"]
 
 
 @pytest.mark.parametrize(
