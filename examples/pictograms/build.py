@@ -9,8 +9,8 @@ Both packages have pictograms for the same keys, in the styles of two vendors. T
 with one RGBA tile of 64 x 64 pixels per category, row by row in the order of `categories.txt`.
 """
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 from PIL import Image
@@ -35,6 +35,15 @@ def build_sheet(node_modules: Path, vendor: str, package: str) -> None:
     sheet.save(FOLDER / f"{vendor}.webp", lossless=True, quality=100, method=6)
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.pictograms.build", description="Make the sheets of pictograms from two npm packages."
+    )
+    parser.add_argument("node_modules", type=Path, help="Folder in which npm has installed the packages.")
+    args = parser.parse_args()
+    build_sheet(args.node_modules, "google", "emoji-datasource-google")
+    build_sheet(args.node_modules, "twitter", "emoji-datasource-twitter")
+
+
 if __name__ == "__main__":
-    build_sheet(Path(sys.argv[1]), "google", "emoji-datasource-google")
-    build_sheet(Path(sys.argv[1]), "twitter", "emoji-datasource-twitter")
+    main()

@@ -7,14 +7,15 @@ python -m examples.pictograms.tasks twemoji path/to/folder
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from peft_sdpt.errors import InputError, one_line_errors
 from peft_sdpt.files import UNFINISHED, whole_file
 
 from . import SceneStyle, read_categories, scene_split
@@ -87,5 +88,19 @@ def write_task(name: str, folder: Path, size: int = 96, disable_progress: bool =
             unfinished.write_text(json.dumps(coco))
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.pictograms.tasks", description="Write a built-in task as a COCO folder."
+    )
+    parser.add_argument("task", choices=TASKS, help="Name of the task.")
+    parser.add_argument("folder", type=Path, help="Folder to write to. It is made if it does not exist.")
+    args = parser.parse_args()
+    with one_line_errors("pictograms.tasks"):
+        try:
+            write_task(args.task, args.folder)
+        except OSError as error:
+            raise InputError(f"{args.folder}: cannot be written ({error}).") from None
+
+
 if __name__ == "__main__":
-    write_task(sys.argv[1], Path(sys.argv[2]))
+    main()
