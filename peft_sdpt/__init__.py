@@ -5,7 +5,7 @@
 Importing the package registers the tuner type `SDPT`; nothing else is needed.
 """
 
-from aenum import extend_enum  # type: ignore[import-untyped] # the package has no types
+from aenum import extend_enum
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType, register_peft_method
 

@@ -210,7 +210,7 @@ def _prototypes(rows: Tensor, count: int, kind: str, generator: torch.Generator)
     if kind == "mean":
         return torch.stack([group.mean(0) for group in rows.tensor_split(count)])
     # Imported here, because the core of the package does not need SciPy.
-    from scipy.cluster.vq import kmeans2  # type: ignore[import-untyped] # it has no types
+    from scipy.cluster.vq import kmeans2
 
     seed = int(torch.randint(2**31, (), generator=generator))
     centres, _ = kmeans2(rows.double().numpy(), count, minit="++", seed=seed, missing="warn")

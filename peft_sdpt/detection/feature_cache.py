@@ -120,7 +120,7 @@ class _Stored:
         # its parameters and its name.
         before = vars(self.module).get("forward")
         self._compute = self.module.forward
-        self.module.forward = self._forward  # type: ignore[method-assign]  # replaced on purpose, see above
+        self.module.forward = self._forward
         try:
             yield
         finally:
