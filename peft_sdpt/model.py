@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import functools
 import math
+import numbers
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -261,7 +262,7 @@ class SDPTModel(BaseTuner):
         if not adapters or len(adapters) != len(weights):
             raise ValueError(f"adapters and weights must be equally long, at least 1; got {adapters} and {weights}")
         for weight in weights:
-            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+            if isinstance(weight, bool) or not isinstance(weight, numbers.Real) or not math.isfinite(weight):
                 raise ValueError(f"weights must be finite numbers, got {weight!r}")
         ours = self._sdpt_adapters()
         unknown = [name for name in adapters if name not in ours]
