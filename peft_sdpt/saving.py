@@ -145,7 +145,8 @@ def check_weights(adapter: str, subfolder: str | None, expected: Shapes | None, 
         download: Arguments of `huggingface_hub.hf_hub_download`: `revision`, `token`, `cache_dir` and so on.
 
     Raises:
-        ValueError: The weights cannot be fetched or read, or prompts are missing, surplus or of another shape.
+        ValueError: The weights cannot be fetched or read, prompts are missing, surplus or of another shape, or other
+            modules have names of a compiled model.
     """
     path = os.path.join(adapter, subfolder or "")
     try:
@@ -156,6 +157,12 @@ def check_weights(adapter: str, subfolder: str | None, expected: Shapes | None, 
             f"The weights of the SDPT adapter {path!r} cannot be loaded, and nothing was put on the base model: "
             f"{type(error).__name__}: {error}"
         ) from error
+    wrapped = [key for key in shapes if layer_of(key) is None and without_wrappers(key) != key]
+    if wrapped:
+        raise ValueError(
+            f"The weights of the SDPT adapter {path!r} name a module as a compiled or wrapped model does "
+            f"({wrapped[0]!r}), and PEFT cannot load it. Rename the key to {without_wrappers(wrapped[0])!r}."
+        )
     if file is None or expected is None:
         return
     found = prompts_by_layer(shapes)

@@ -378,6 +378,20 @@ def test_compiled_modules_are_not_saved_whole(tmp_path):
     assert torch.equal(run(PeftModel.from_pretrained(make_host(), tmp_path / "again")), run(model))
 
 
+def test_modules_that_were_saved_under_compiled_names_are_refused_before_the_base_model_is_touched(tmp_path):
+    saved(tmp_path, modules_to_save=["enc_output"])
+    file = tmp_path / "adapter_model.safetensors"
+    weights = {key.replace("model.enc_output", "_orig_mod.model.enc_output"): v for key, v in load_file(file).items()}
+    save_file(weights, file)
+    host = make_host()
+    before = snapshot(host)
+    with pytest.raises(
+        ValueError, match=r"_orig_mod\.model\.enc_output.*Rename the key to 'base_model\.model\.model\.enc"
+    ):
+        PeftModel.from_pretrained(host, tmp_path)
+    assert snapshot(host) == before
+
+
 def test_a_layer_in_a_checkpoint_wrapper_is_saved_and_loaded(tmp_path):
     model = attach(make_host())
     layers = model.base_model.model.model.encoder.layers
