@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..errors import InputError
-from ..training.interruption import leave_signals_to_the_main_process
+from ..training.interruption import make_worker_init_fn
 from .data import DetectionSplit
 from .grounding import class_prompt, class_scores, class_token_maps, split_classes
 
@@ -161,7 +161,7 @@ def detect_split(
         batch_sampler=batches,
         collate_fn=functools.partial(_process, data, processor.image_processor),
         num_workers=num_workers,
-        worker_init_fn=leave_signals_to_the_main_process,
+        worker_init_fn=make_worker_init_fn(num_workers),
         # Starting a loader draws from its generator. The default one belongs to training.
         generator=torch.Generator(),
     )

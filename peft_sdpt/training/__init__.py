@@ -4,7 +4,7 @@
 
 from .averaging import averaged, trained_parameters
 from .checkpoints import Checkpoints, Progress, check_writable, claim_output_dir, latest
-from .interruption import Interruption, leave_signals_to_the_main_process
+from .interruption import Interruption, make_worker_init_fn
 from .launch import cores_per_process, make_accelerator
 from .pushing import prepare_push, push
 
@@ -17,8 +17,8 @@ __all__ = [
     "claim_output_dir",
     "cores_per_process",
     "latest",
-    "leave_signals_to_the_main_process",
     "make_accelerator",
+    "make_worker_init_fn",
     "prepare_push",
     "push",
     "trained_parameters",
