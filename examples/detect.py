@@ -41,9 +41,11 @@ from peft_sdpt.detection import (
     split_classes,
 )
 from peft_sdpt.detection.images import SUFFIXES, batches, find_images, read_images, watch
-from peft_sdpt.errors import InputError, one_line_errors
+from peft_sdpt.errors import InputError, hint, one_line_errors
 from peft_sdpt.files import whole_files
 
+# Arguments of the library whose flag has another name.
+RENAMED = {"adapters": "adapter"}
 HERE = Path(__file__).resolve().parent
 
 
@@ -191,7 +193,8 @@ def prepare_results(args: argparse.Namespace, base_model: str, adapters: list[Sa
     for adapter in adapters or [None]:
         if not args.class_names and adapter is None:
             raise InputError("--class_names: is needed without an --adapter that has class names.")
-        class_names = args.class_names or read_class_names(adapter)
+        with hint("Pass --class_names."):
+            class_names = args.class_names or read_class_names(adapter)
         processor = load_processor(adapter, base_model)
         phrases = [class_prompt([name]) for name in class_names]
         chunks = split_classes(class_names, processor.tokenizer, max_text_len)
@@ -262,7 +265,8 @@ def run(args: argparse.Namespace) -> None:
     check_args(args)
     paths = [] if args.watch else find_images(args.inputs, args.skip_bad_images)
     adapters = find_adapters(args.adapter)
-    base_model = args.model_name_or_path or (common_base_model(adapters) if adapters else str(HERE / "host"))
+    with hint("Choose one by --model_name_or_path."):
+        base_model = args.model_name_or_path or (common_base_model(adapters) if adapters else str(HERE / "host"))
     results = prepare_results(args, base_model, adapters)
     sources = args.inputs if args.watch else {path.parent for path in paths}
     make_folders([result.folder for result in results], sources)
@@ -275,7 +279,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main() -> None:
     args = parse_args()
-    with one_line_errors("detect.py", {name: name for name in vars(args)}):
+    with one_line_errors("detect.py", {name: name for name in vars(args)} | RENAMED):
         run(args)
 
 

@@ -62,7 +62,7 @@ from peft_sdpt.detection import (
     set_image_size,
     split_classes,
 )
-from peft_sdpt.errors import InputError, one_line_errors
+from peft_sdpt.errors import InputError, hint, one_line_errors
 from peft_sdpt.training import (
     Checkpoints,
     Interruption,
@@ -409,7 +409,10 @@ def run(args: argparse.Namespace) -> None:
     if hub:
         best = [f"best/{name}" for name in names if setup.progress.best]
         names = [*names, "metrics.json", "detections.png", *best]
-        print(f"pushed to {push(hub, args.hub_model_id, args.output_dir, names)}")
+        repository, folder = args.hub_model_id, args.output_dir
+        again = f'hf upload {repository} {folder} . --exclude "step_*/*" --exclude "data/*"'
+        with hint(f"To try again: {again}"):
+            print(f"pushed to {push(hub, repository, folder, names)}")
 
 
 def main() -> None:

@@ -108,16 +108,11 @@ def common_base_model(adapters: Sequence[SavedAdapter]) -> str:
     for adapter in adapters:
         base_model = adapter.base_model
         if not base_model:
-            raise InputError(
-                f"adapter={adapter.source!r}: does not name its base model; pass model_name_or_path=... as well."
-            )
+            raise InputError(f"adapters={adapter.source!r}: does not name its base model.")
         base_models[str(Path(base_model).resolve()) if Path(base_model).is_dir() else base_model] = adapter
     if len(base_models) > 1:
         named = "; ".join(f"{adapter.name}: {base_model}" for base_model, adapter in base_models.items())
-        raise InputError(
-            f"adapter=...: the adapters were trained on different base models ({named}); pass "
-            "model_name_or_path=... to choose one."
-        )
+        raise InputError(f"adapters=...: the adapters were trained on different base models ({named}).")
     return next(iter(base_models))
 
 
@@ -144,7 +139,7 @@ def load_detector(model_name_or_path: str | os.PathLike, adapters: Sequence[Save
             else:
                 model = PeftModel.from_pretrained(model, folder, adapter_name=name)
         except Exception as error:  # a damaged folder can raise anything
-            raise _does_not_load(adapter, model_name_or_path, error) from None
+            raise _does_not_load("adapters", adapter, model_name_or_path, error) from None
     return model.eval()
 
 
@@ -158,11 +153,15 @@ def load_trainable(model_name_or_path: str | os.PathLike, adapter: SavedAdapter)
     try:
         return PeftModel.from_pretrained(model, str(adapter.folder), is_trainable=True)
     except Exception as error:  # a damaged folder can raise anything
-        raise _does_not_load(adapter, model_name_or_path, error) from None
+        raise _does_not_load("adapter", adapter, model_name_or_path, error) from None
 
 
-def _does_not_load(adapter: SavedAdapter, model_name_or_path: str | os.PathLike, error: Exception) -> InputError:
-    return InputError(f"adapter={adapter.source!r}: cannot be loaded on the base model {model_name_or_path} ({error}).")
+def _does_not_load(
+    argument: str, adapter: SavedAdapter, model_name_or_path: str | os.PathLike, error: Exception
+) -> InputError:
+    return InputError(
+        f"{argument}={adapter.source!r}: cannot be loaded on the base model {model_name_or_path} ({error})."
+    )
 
 
 def load_base_model(model_name_or_path: str | os.PathLike) -> nn.Module:
@@ -213,9 +212,7 @@ def read_class_names(adapter: SavedAdapter) -> list[str]:
     """
     file = adapter.folder / CLASS_NAMES_FILE
     if not file.is_file():
-        raise InputError(
-            f"adapter={adapter.source!r}: was saved without class names ({file.name}); pass class_names=... as well."
-        )
+        raise InputError(f"adapter={adapter.source!r}: was saved without class names ({file.name}).")
     try:
         class_names = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -212,8 +212,8 @@ def claim_output_dir(output_dir: Path, accelerator: Accelerator, resuming: bool)
     earlier = latest(output_dir)
     if earlier and not resuming:
         raise InputError(
-            f"output_dir={str(output_dir)!r}: has {earlier.name} of an earlier run; resume it by "
-            "resume_from_checkpoint='latest', or choose another folder."
+            f"output_dir={str(output_dir)!r}: has {earlier.name} of an earlier run; resume it by resuming=True, "
+            "or choose another folder."
         )
 
 

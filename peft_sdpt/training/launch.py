@@ -39,7 +39,7 @@ def make_accelerator(mixed_precision: str | None = None, **options: Any) -> Acce
         # accelerate 1.15 cannot launch several processes on the CPU of one machine.
         print(
             "`accelerate launch --cpu --num_processes N` starts only one process. To start N processes on the CPU: "
-            f"ACCELERATE_USE_CPU=true torchrun --nproc_per_node N {sys.argv[0]}",
+            "ACCELERATE_USE_CPU=true torchrun --nproc_per_node N SCRIPT",
             file=sys.stderr,
         )
     use_all_cores(accelerator)

@@ -473,7 +473,9 @@ def test_bad_adapters(refused, photos, adapters, tmp_path):
     nowhere = changed("nowhere", base_model_name_or_path="no/such host")
     refused("no/such host: cannot be loaded as a detector", photos, "--adapter", nowhere)
     refused("The adapter names this base model; pass --model_name_or_path.", photos, "--adapter", nowhere)
-    refused("trained on different base models (one:", photos, "--adapter", adapters[0], nowhere)
+    different = ("--adapter", adapters[0], nowhere)
+    refused("--adapter: the adapters were trained on different base models (one:", photos, *different)
+    refused("no/such host). Choose one by --model_name_or_path.", photos, *different)
     refused("does not name its base model", photos, "--adapter", changed("hostless", base_model_name_or_path=None))
     refused("adapter_config.json cannot be read", photos, "--adapter", changed("strange", peft_type="NOSUCH"))
     get_peft_model(load_host().model.text_backbone, LoraConfig(target_modules=["query"])).save_pretrained(
@@ -491,7 +493,7 @@ def test_bad_adapters(refused, photos, adapters, tmp_path):
         (changed("named") / "class_names.json").write_text(text)
         refused(message, photos, "--adapter", tmp_path / "named")
     (tmp_path / "named" / "class_names.json").unlink()
-    message = "saved without class names (class_names.json); pass --class_names as well"
+    message = "saved without class names (class_names.json). Pass --class_names."
     refused(message, photos, "--adapter", tmp_path / "named")
     (tmp_path / "named" / "class_names.json").write_text('["dog"]')
     (tmp_path / "named" / "processor_config.json").write_text("{")

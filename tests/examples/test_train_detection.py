@@ -640,7 +640,7 @@ def test_a_worker_that_is_left_at_the_end_does_not_hold_it_up():
 IMPORT = """
 import atexit, signal
 registered, register = [], atexit.register
-atexit.register = lambda function, *args, **kwargs: (registered.append(function), register(function, *args, **kwargs))[0]
+atexit.register = lambda function, *args, **kwargs: registered.append(function) or register(function, *args, **kwargs)
 before = [signal.getsignal(number) for number in signal.valid_signals()]
 import peft_sdpt.detection, peft_sdpt.training
 assert registered  # torch registers some
