@@ -34,7 +34,7 @@ from peft_sdpt.detection import (
     common_base_model,
     detect,
     draw_detections,
-    find_adapters,
+    find_adapter,
     load_detector,
     load_processor,
     read_class_names,
@@ -45,7 +45,7 @@ from peft_sdpt.errors import InputError, hint, one_line_errors
 from peft_sdpt.files import whole_files
 
 # Arguments of the library whose flag has another name.
-RENAMED = {"adapters": "adapter"}
+RENAMED = {"adapters": "adapter", "source": "adapter"}
 HERE = Path(__file__).resolve().parent
 
 
@@ -174,6 +174,25 @@ def free_name(path: Path, taken: set[str]) -> str:
     return name
 
 
+def find_adapters(args: argparse.Namespace) -> list[SavedAdapter]:
+    """Find the adapters of `--adapter`. Each one has a name of its own, for the folder of its results."""
+    adapters = []
+    named: dict[str, SavedAdapter] = {}
+    for text in args.adapter:
+        name, equals, source = text.partition("=")
+        # The path of a folder may have an equals sign.
+        adapter = find_adapter(source, name) if equals and not Path(text).is_dir() else find_adapter(text)
+        if adapter.name in ("", "..") or Path(adapter.name).name != adapter.name:
+            raise InputError(f"--adapter {text}: {adapter.name!r} cannot be the name of a folder; write NAME=ADAPTER.")
+        # Some file systems do not distinguish upper and lower case.
+        other = named.setdefault(adapter.name.casefold(), adapter)
+        if other is not adapter:
+            sources = f"{other.source} {adapter.source}"
+            raise InputError(f"--adapter {sources}: both are called {adapter.name}; write NAME=ADAPTER.")
+        adapters.append(adapter)
+    return adapters
+
+
 def read_max_text_len(args: argparse.Namespace, base_model: str) -> int:
     """Return the maximum number of tokens in a prompt of the base model. Only its config is loaded."""
     try:
@@ -264,7 +283,7 @@ def run(args: argparse.Namespace) -> None:
     # All input is checked before the weights are loaded.
     check_args(args)
     paths = [] if args.watch else find_images(args.inputs, args.skip_bad_images)
-    adapters = find_adapters(args.adapter)
+    adapters = find_adapters(args)
     with hint("Choose one by --model_name_or_path."):
         base_model = args.model_name_or_path or (common_base_model(adapters) if adapters else str(HERE / "host"))
     results = prepare_results(args, base_model, adapters)

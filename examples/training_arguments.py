@@ -35,6 +35,7 @@ RENAMED = {
     "checkpoint": "resume_from_checkpoint",
     "repo_id": "hub_model_id",
     "resuming": "resume_from_checkpoint latest",
+    "source": "adapter",
     "token": "hub_token",
 }
 # The schedulers of transformers that need only a number of steps.

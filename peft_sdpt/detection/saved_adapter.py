@@ -30,8 +30,8 @@ class SavedAdapter:
     """A saved SDPT adapter.
 
     Attributes:
-        source: The path or Hub id as the user gave it, perhaps with `name=` in front.
-        name: Name of the adapter: the one given in `source`, or the last part of the path or id.
+        source: The folder or Hub id as the user gave it.
+        name: Name of the adapter.
         folder: Folder with the files of the adapter.
         base_model: Folder or Hub id of the base model it was trained on. None if its config does not say.
     """
@@ -42,19 +42,20 @@ class SavedAdapter:
     base_model: str | None
 
 
-def find_adapter(adapter: str) -> SavedAdapter:
+def find_adapter(source: str, name: str | None = None) -> SavedAdapter:
     """Find a saved adapter in a folder or on the Hub. Its files are downloaded from the Hub.
 
     Args:
-        adapter: A folder or a Hub id, perhaps with `name=` in front.
+        source: A folder or a Hub id.
+        name: Name of the adapter. None for the last part of the folder or id.
+
+    Returns:
+        The adapter. Its weights are not loaded.
 
     Raises:
-        InputError: There is no such adapter, it is not an SDPT adapter, or its name cannot be the name of a folder.
+        InputError: There is no such adapter, or it is not an SDPT adapter.
     """
-    where = f"adapter={adapter!r}"
-    name, equals, source = adapter.partition("=")
-    if not equals or Path(adapter).is_dir():
-        name, source = "", adapter
+    where = f"source={source!r}"
     folder = Path(source)
     if not folder.is_dir():
         try:
@@ -63,9 +64,6 @@ def find_adapter(adapter: str) -> SavedAdapter:
             folder = Path(snapshot_download(source, allow_patterns=patterns, ignore_patterns="*/*"))
         except Exception as error:  # `huggingface_hub` raises many kinds of errors
             raise InputError(f"{where}: no such folder, and no such repository on the Hub ({error}).") from None
-    name = name or Path(source).resolve().name
-    if name in ("", "..") or Path(name).name != name:
-        raise InputError(f"{where}: {name!r} cannot be the name of a folder; write NAME=ADAPTER.")
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / file).is_file():
             raise InputError(f"{where}: is not a saved adapter, because {folder} has no {file}.")
@@ -75,24 +73,7 @@ def find_adapter(adapter: str) -> SavedAdapter:
         raise InputError(f"{where}: adapter_config.json cannot be read ({error!r}).") from None
     if not isinstance(config, SDPTConfig):
         raise InputError(f"{where}: is not an SDPT adapter, because its config is a {type(config).__name__}.")
-    return SavedAdapter(adapter, name, folder, config.base_model_name_or_path)
-
-
-def find_adapters(adapters: Sequence[str]) -> list[SavedAdapter]:
-    """Find several saved adapters; see `find_adapter`.
-
-    Raises:
-        InputError: One of them cannot be used, or two have the same name.
-    """
-    saved = [find_adapter(adapter) for adapter in adapters]
-    named: dict[str, SavedAdapter] = {}
-    for adapter in saved:
-        # Some file systems do not distinguish upper and lower case.
-        other = named.setdefault(adapter.name.casefold(), adapter)
-        if other is not adapter:
-            sources = f"{other.source} {adapter.source}"
-            raise InputError(f"adapter={sources!r}: both are called {adapter.name}; write NAME=ADAPTER.")
-    return saved
+    return SavedAdapter(source, name or Path(source).resolve().name, folder, config.base_model_name_or_path)
 
 
 def common_base_model(adapters: Sequence[SavedAdapter]) -> str:

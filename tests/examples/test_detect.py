@@ -25,7 +25,7 @@ import detect
 from peft_sdpt import SDPTConfig
 from peft_sdpt.detection import images, prediction
 from peft_sdpt.detection.grounding import split_classes
-from peft_sdpt.detection.saved_adapter import common_base_model, find_adapter, find_adapters, load_processor
+from peft_sdpt.detection.saved_adapter import common_base_model, find_adapter, load_processor
 from tests.helpers.detectors import ROOT
 from tests.helpers.main_job import HOST
 from tests.helpers.patience import wait_until
@@ -258,7 +258,8 @@ def test_the_adapters_own_processor(run, photos, adapters, tmp_path):
 
 
 def test_host_of_the_adapters(adapters, tmp_path, monkeypatch):
-    found = find_adapters([str(adapter) for adapter in adapters])
+    found = [find_adapter(str(adapters[0])), find_adapter(str(adapters[1]), "second")]
+    assert [adapter.name for adapter in found] == ["one", "second"]
     assert common_base_model(found) == str(HOST)
     # One folder, two ways of writing it.
     monkeypatch.chdir(ROOT)
