@@ -56,11 +56,11 @@ from peft_sdpt.detection import (
     load_splits,
     load_trainable,
     mean_boxes_per_process,
-    publish_adapter,
     result_of,
     save_adapter,
     set_image_size,
     split_classes,
+    write_adapter,
 )
 from peft_sdpt.errors import InputError, hint, one_line_errors
 from peft_sdpt.training import (
@@ -221,7 +221,7 @@ def prepare_training(setup: Setup) -> Training:
     checkpoints = Checkpoints(
         accelerator,
         args.output_dir,
-        lambda folder: save_adapter(folder, detector, setup.processor, train.class_names),
+        lambda folder: write_adapter(folder, detector, setup.processor, train.class_names),
         run,
         args.checkpoints_total_limit,
     )
@@ -344,7 +344,7 @@ def save(setup: Setup, training: Training, folder: Path, results: str | None = N
         return []
     class_names = setup.splits[setup.args.train_split].class_names
     with averaged(setup.detector, training.average):
-        return publish_adapter(folder, setup.detector, setup.processor, class_names, results)
+        return save_adapter(folder, setup.detector, setup.processor, class_names, results)
 
 
 def log_step(setup: Setup, loss: torch.Tensor, learning_rate: float) -> None:

@@ -32,10 +32,10 @@ from .saved_adapter import (
     load_detector,
     load_processor,
     load_trainable,
-    publish_adapter,
     read_class_names,
     save_adapter,
     set_image_size,
+    write_adapter,
 )
 
 __all__ = [
@@ -71,7 +71,6 @@ __all__ = [
     "load_trainable",
     "mean_boxes_per_process",
     "phrase_lengths",
-    "publish_adapter",
     "read_class_names",
     "require_same_classes",
     "result_of",
@@ -80,4 +79,5 @@ __all__ = [
     "set_image_size",
     "side_by_side",
     "split_classes",
+    "write_adapter",
 ]

@@ -203,11 +203,13 @@ def read_class_names(adapter: SavedAdapter) -> list[str]:
     return class_names
 
 
-def save_adapter(folder: str | os.PathLike, model: PeftModel, processor: Any, class_names: Sequence[str]) -> None:
-    """Save an adapter with everything that detecting with it needs: its processor and its class names.
+def write_adapter(folder: str | os.PathLike, model: PeftModel, processor: Any, class_names: Sequence[str]) -> None:
+    """Write the files of `save_adapter` directly into a folder, for code that moves the complete folder itself.
+
+    The function suits `peft_sdpt.training.Checkpoints`. If it fails, a part of the files may be there.
 
     Args:
-        folder: Folder to write to.
+        folder: Folder to write to. It is made if it does not exist.
         model: The model with the adapter.
         processor: The processor of the model.
         class_names: Names of the classes that the adapter was trained on.
@@ -218,14 +220,17 @@ def save_adapter(folder: str | os.PathLike, model: PeftModel, processor: Any, cl
     (Path(folder) / CLASS_NAMES_FILE).write_text(text, encoding="utf-8")
 
 
-def publish_adapter(
+def save_adapter(
     folder: str | os.PathLike,
     model: PeftModel,
     processor: Any,
     class_names: Sequence[str],
     results: str | None = None,
 ) -> list[str]:
-    """Save an adapter as `save_adapter` does, completely or not at all, and keep the model card of the folder.
+    """Save an adapter with everything that detecting with it needs: its processor and its class names.
+
+    Each file is written completely or not at all. The model card of the folder is kept, apart from its section on
+    results.
 
     Args:
         folder: Folder to write to. It is made if it does not exist.
@@ -242,6 +247,6 @@ def publish_adapter(
     """
     with whole_files(folder) as unfinished:
         carry_card(Path(folder), unfinished)
-        save_adapter(unfinished, model, processor, class_names)
+        write_adapter(unfinished, model, processor, class_names)
         write_results(unfinished / CARD, results)
         return sorted(path.name for path in unfinished.iterdir())
