@@ -77,16 +77,13 @@ def load_split(
     if bbox_format not in BOX_FORMATS:
         raise InputError(f"bbox_format={bbox_format!r}: must be one of {', '.join(BOX_FORMATS)}.")
     folder = Path(dataset_name)
-    try:
-        if folder.exists():
-            fields, source = load_coco_folder(folder, split, class_names_column)
-        else:
-            # Imported here, because `datasets` is slow to import and not needed for a folder.
-            from .hub import load_hub_split
+    if folder.exists():
+        fields, source = load_coco_folder(folder, split, class_names_column)
+    else:
+        # Imported here, because `datasets` is slow to import and not needed for a folder.
+        from .hub import load_hub_split
 
-            fields, source = load_hub_split(dataset_name, split, class_names_column)
-    except (TypeError, KeyError, AttributeError) as error:  # for instance, a list in the place of a number
-        raise InputError(f"{dataset_name}: split {split!r} is not in COCO format ({error!r}).") from None
+        fields, source = load_hub_split(dataset_name, split, class_names_column)
     data = DetectionSplit(**fields)
     if not len(data):
         raise InputError(f"{dataset_name}: split {split!r} has no images.")
