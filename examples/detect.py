@@ -42,7 +42,7 @@ from peft_sdpt.detection import (
 )
 from peft_sdpt.detection.images import SUFFIXES, batches, find_images, read_images, watch
 from peft_sdpt.errors import InputError, hint, one_line_errors
-from peft_sdpt.files import whole_files
+from peft_sdpt.files import check_writable, whole_files
 
 # Arguments of the library whose flag has another name.
 RENAMED = {"adapters": "adapter", "source": "adapter"}
@@ -238,11 +238,7 @@ def make_folders(folders: list[Path], inputs: Iterable[Path]) -> None:
     for folder in folders:
         if folder.resolve() in sources:
             raise InputError(f"--output_dir: {folder} has the input images, which would be overwritten.")
-        try:
-            with whole_files(folder):
-                pass
-        except InputError as error:
-            raise InputError(f"--output_dir {error}") from None
+        check_writable(folder)
 
 
 def detect_all(args: argparse.Namespace, paths: list[Path], model: nn.Module, results: list[Results]) -> int:

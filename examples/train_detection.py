@@ -63,12 +63,12 @@ from peft_sdpt.detection import (
     write_adapter,
 )
 from peft_sdpt.errors import InputError, hint, one_line_errors
+from peft_sdpt.files import check_writable
 from peft_sdpt.training import (
     Checkpoints,
     Interruption,
     Progress,
     averaged,
-    check_writable,
     claim_output_dir,
     make_accelerator,
     prepare_push,

@@ -3,7 +3,7 @@
 """Parts of a training script around its loop: launching, checkpoints, interruption, moving averages and pushing."""
 
 from .averaging import averaged, trained_parameters
-from .checkpoints import Checkpoints, Progress, check_writable, claim_output_dir, latest
+from .checkpoints import Checkpoints, Progress, claim_output_dir, latest
 from .interruption import Interruption, make_worker_init_fn
 from .launch import cores_per_process, make_accelerator
 from .pushing import prepare_push, push
@@ -13,7 +13,6 @@ __all__ = [
     "Interruption",
     "Progress",
     "averaged",
-    "check_writable",
     "claim_output_dir",
     "cores_per_process",
     "latest",

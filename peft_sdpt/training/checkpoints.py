@@ -22,7 +22,7 @@ from accelerate.utils import gather_object
 from peft import load_peft_weights, set_peft_model_state_dict
 
 from ..errors import InputError
-from ..files import UNFINISHED, WRITE_ERRORS, publish_folder, whole_files
+from ..files import UNFINISHED, WRITE_ERRORS, check_writable, publish_folder
 
 RUN_FILE = "run.json"
 
@@ -215,19 +215,6 @@ def claim_output_dir(output_dir: Path, accelerator: Accelerator, resuming: bool)
             f"output_dir={str(output_dir)!r}: has {earlier.name} of an earlier run; resume it by resuming=True, "
             "or choose another folder."
         )
-
-
-def check_writable(output_dir: Path) -> None:
-    """Check that files can be written to a folder. It is made if it does not exist.
-
-    Raises:
-        InputError: The folder cannot be written.
-    """
-    try:
-        with whole_files(output_dir):
-            pass
-    except InputError as error:
-        raise InputError(f"output_dir={str(output_dir)!r}: cannot be written ({error.__cause__}).") from None
 
 
 def remove_unfinished(folder: Path) -> None:

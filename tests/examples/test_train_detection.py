@@ -403,7 +403,7 @@ def test_images_that_do_not_open_are_left_out_only_when_asked(main_job, own_task
         (("--weight_decay", -1), "--weight_decay -1"),
         (("--num_warmup_steps", -1), "--num_warmup_steps -1"),
         (("--seed", -1), "--seed -1"),
-        (("--output_dir", "/proc/nowhere"), "--output_dir /proc/nowhere"),
+        (("--output_dir", "/proc/nowhere"), "/proc/nowhere: cannot be written ("),
         (
             ("--learning_rate", 1e37, "--validation_steps", 9),
             "boxes are not finite any more at step 2: lower --learning_rate",
