@@ -23,7 +23,14 @@ BOX_FORMATS = {"xywh": "x, y, width, height", "xyxy": "x0, y0, x1, y1"}
 
 
 def has_split(dataset_name: str, split: str) -> bool:
-    """Return whether a local folder or a data set on the Hub has a split.
+    """Tell whether a local folder or a data set on the Hub has a split.
+
+    Args:
+        dataset_name: See `load_split`.
+        split: Name of the split, as in `load_split`.
+
+    Returns:
+        Whether there is such a split. False for a data set that does not exist.
 
     Raises:
         InputError: The Hub does not answer.
@@ -70,6 +77,9 @@ def load_split(
             `objects.category` on the Hub.
         skip_bad_boxes: Whether to leave out boxes that are empty, not finite or outside their image, instead of
             raising.
+
+    Returns:
+        The split.
 
     Raises:
         InputError: The split cannot be used. The message names the file and the image, annotation or category.

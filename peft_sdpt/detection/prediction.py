@@ -204,13 +204,24 @@ def rows_of(image: int, result: Detections) -> list[Row]:
     Args:
         image: Index of the image.
         result: Its detections, from `detect`.
+
+    Returns:
+        One row per detection.
     """
     columns = (result["boxes"].tolist(), result["scores"].tolist(), result["labels"].tolist())
     return [(image, *box, score, label) for box, score, label in zip(*columns, strict=True)]
 
 
 def result_of(image: int, rows: list[Row]) -> Detections:
-    """Return the detections in one image from the rows of all images. This is the inverse of `rows_of`."""
+    """Return the detections in one image from the rows of all images. This is the inverse of `rows_of`.
+
+    Args:
+        image: Index of the image.
+        rows: Rows of any images.
+
+    Returns:
+        The detections in this image, in the order of their rows.
+    """
     mine = [row for row in rows if row[0] == image]
     return {
         "boxes": torch.tensor([row[1:5] for row in mine], dtype=torch.float32).reshape(-1, 4),

@@ -144,6 +144,9 @@ class TrainingSamples(Dataset[Sample]):
     def collate(self, samples: list[Sample]) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
         """Make a batch of samples.
 
+        Args:
+            samples: Samples of this data set.
+
         Returns:
             The inputs of the detector, and the labels of each image.
         """
@@ -158,6 +161,9 @@ class TrainingSamples(Dataset[Sample]):
         Args:
             batch_size: Batch size per device.
             num_workers: Number of processes that read images. They ignore Ctrl-C, which the main process handles.
+
+        Returns:
+            The loader. It yields what `collate` returns.
         """
         return DataLoader(
             self,

@@ -77,10 +77,13 @@ def find_adapter(source: str, name: str | None = None) -> SavedAdapter:
 
 
 def common_base_model(adapters: Sequence[SavedAdapter]) -> str:
-    """Return the base model that all adapters were trained on: a folder or a Hub id.
+    """Find the base model that all adapters were trained on.
 
     Args:
         adapters: At least one adapter.
+
+    Returns:
+        The folder or Hub id.
 
     Raises:
         InputError: An adapter does not name its base model, or two name different ones.
@@ -125,7 +128,14 @@ def load_detector(model_name_or_path: str | os.PathLike, adapters: Sequence[Save
 
 
 def load_trainable(model_name_or_path: str | os.PathLike, adapter: SavedAdapter) -> PeftModel:
-    """Load a base model in float32 with a saved, trainable adapter on it. The name of the adapter is "default".
+    """Load a base model in float32 with a saved, trainable adapter on it.
+
+    Args:
+        model_name_or_path: Folder or Hub id of the base model.
+        adapter: The adapter. Its name in the model is "default".
+
+    Returns:
+        The base model with the adapter.
 
     Raises:
         InputError: The base model or the adapter cannot be loaded.
@@ -148,6 +158,12 @@ def _does_not_load(
 def load_base_model(model_name_or_path: str | os.PathLike) -> nn.Module:
     """Load a zero-shot detector of transformers in float32.
 
+    Args:
+        model_name_or_path: Folder or Hub id of the detector.
+
+    Returns:
+        The detector, in evaluation mode.
+
     Raises:
         InputError: The model cannot be loaded.
     """
@@ -161,6 +177,13 @@ def load_base_model(model_name_or_path: str | os.PathLike) -> nn.Module:
 
 def load_processor(adapter: SavedAdapter | None, model_name_or_path: str | os.PathLike) -> Any:
     """Load the processor that was saved with an adapter, with the image size of its training, or the base model's own.
+
+    Args:
+        adapter: The adapter. If it was saved without a processor, or is None, the base model's processor is loaded.
+        model_name_or_path: Folder or Hub id of the base model.
+
+    Returns:
+        The processor.
 
     Raises:
         InputError: No processor can be loaded, or it lacks a tokenizer or an image processor.
@@ -179,7 +202,12 @@ def load_processor(adapter: SavedAdapter | None, model_name_or_path: str | os.Pa
 
 
 def set_image_size(processor: Any, shorter_edge: int) -> None:
-    """Make the processor of a detector resize images to this shorter edge in pixels."""
+    """Set the size to which the processor of a detector resizes images.
+
+    Args:
+        processor: The processor, which is changed.
+        shorter_edge: Shorter edge of an image in pixels. The longer edge is limited in proportion.
+    """
     # Detectors are trained with images of at most 800 by 1333 pixels.
     longest_edge = round(shorter_edge * 1333 / 800)
     processor.image_processor.size = {"shortest_edge": shorter_edge, "longest_edge": longest_edge}
@@ -187,6 +215,12 @@ def set_image_size(processor: Any, shorter_edge: int) -> None:
 
 def read_class_names(adapter: SavedAdapter) -> list[str]:
     """Read the names of the classes that an adapter was trained on.
+
+    Args:
+        adapter: The adapter.
+
+    Returns:
+        The names, in the order of training.
 
     Raises:
         InputError: The file is missing, or is not a list of names in JSON.

@@ -90,6 +90,9 @@ class Checkpoints:
     def save(self, step: int) -> None:
         """Write the checkpoint `step_<step>`, unless it exists. All processes of a launch call this together.
 
+        Args:
+            step: Number of optimizer steps so far.
+
         Raises:
             InputError: A process cannot write its part. All processes raise it, and earlier checkpoints stay as they
                 are.
@@ -146,6 +149,9 @@ class Checkpoints:
     def load(self, checkpoint: Path) -> None:
         """Load a checkpoint. All processes of a launch call this together.
 
+        Args:
+            checkpoint: Folder of the checkpoint.
+
         Raises:
             InputError: The folder is not a complete checkpoint, belongs to another run, or cannot be read, or the
                 folder of this run has newer checkpoints.
@@ -181,7 +187,14 @@ class Checkpoints:
 
 
 def latest(folder: Path) -> Path | None:
-    """Return the complete checkpoint with the highest step in a folder, or None."""
+    """Find the newest complete checkpoint in a folder.
+
+    Args:
+        folder: Folder of the checkpoints, which need not exist.
+
+    Returns:
+        The checkpoint with the highest step. None if there is no checkpoint.
+    """
     checkpoints = _complete(folder)
     return checkpoints[-1][1] if checkpoints else None
 
