@@ -142,9 +142,20 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Setup:
         accelerator.print("--cache_features: the backbones have dropout; stored features are computed without it")
     if args.image_size:
         check_image_size(detector, processor, args.image_size)
+    # Called for its error: a class name that does not fit into a prompt should end the run before it starts.
     split_classes(splits[eval_split].class_names, processor.tokenizer, detector.config.max_text_len)
-    names = (validation_split, eval_split)
-    return Setup(args, accelerator, splits, *names, processor, detector, detector, cache, Progress())
+    return Setup(
+        args=args,
+        accelerator=accelerator,
+        splits=splits,
+        validation_split=validation_split,
+        eval_split=eval_split,
+        processor=processor,
+        detector=detector,
+        model=detector,
+        cache=cache,
+        progress=Progress(),
+    )
 
 
 def read_data(args: argparse.Namespace, accelerator: Accelerator) -> tuple[dict[str, DetectionSplit], str | None, str]:
@@ -228,7 +239,17 @@ def prepare_training(setup: Setup) -> Training:
     checkpoints.resume(args.resume_from_checkpoint)
     if not (args.output_dir / "best").is_dir():  # the checkpoint came from another output folder
         progress.best = {}
-    return Training(samples, loader, trained, optimizer, scheduler, average, checkpoints, steps_per_epoch, max_steps)
+    return Training(
+        samples=samples,
+        loader=loader,
+        trained=trained,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        average=average,
+        checkpoints=checkpoints,
+        steps_per_epoch=steps_per_epoch,
+        max_steps=max_steps,
+    )
 
 
 # ---- train
