@@ -620,6 +620,7 @@ import multiprocessing, os, signal, sys
 from torch.utils.data import DataLoader
 from peft_sdpt.training import make_worker_init_fn
 
+multiprocessing.set_start_method(sys.argv[1])
 batches = iter(DataLoader(range(40), num_workers=1, worker_init_fn=make_worker_init_fn(1)))
 next(batches)
 for worker in multiprocessing.active_children():
@@ -632,8 +633,9 @@ multiprocessing.kept = batches  # as the traceback of an error may keep it, to t
 """
 
 
-def test_a_worker_that_is_left_at_the_end_does_not_hold_it_up():
-    result = run_python(LEFT_WORKER)
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_worker_that_is_left_at_the_end_does_not_hold_it_up(method):
+    result = run_python(LEFT_WORKER, method)
     assert result.returncode == 0 and "DataLoader" not in result.stderr and "Traceback" not in result.stderr
 
 
