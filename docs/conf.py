@@ -28,7 +28,7 @@ html_math_renderer = "mathml"
 # References to this package must resolve. Those to other libraries would need a network.
 nitpicky = True
 nitpick_ignore_regex = [
-    ("py:class", r"(torch|nn|peft|collections|os|abc|pathlib|PIL|accelerate)\.\S+|PeftType|TaskType"),
+    ("py:class", r"(torch|nn|peft|collections|os|abc|pathlib|PIL|accelerate|huggingface_hub)\.\S+|PeftType|TaskType"),
     # How an `SDPTConfig` is read and written; its methods are documented with the config.
     ("py:class", r"peft_sdpt\.saving\.SavedConfig"),
     # If an entry of `Attributes` has two names, the builder takes the first for a type.

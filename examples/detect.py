@@ -34,16 +34,18 @@ from peft_sdpt.detection import (
     common_base_model,
     detect,
     draw_detections,
-    find_adapters,
+    find_adapter,
     load_detector,
     load_processor,
     read_class_names,
     split_classes,
 )
 from peft_sdpt.detection.images import SUFFIXES, batches, find_images, read_images, watch
-from peft_sdpt.errors import InputError, one_line_errors
-from peft_sdpt.files import whole_files
+from peft_sdpt.errors import InputError, hint, one_line_errors
+from peft_sdpt.files import check_writable, whole_files
 
+# Arguments of the library whose flag has another name.
+RENAMED = {"adapters": "adapter", "source": "adapter"}
 HERE = Path(__file__).resolve().parent
 
 
@@ -172,6 +174,25 @@ def free_name(path: Path, taken: set[str]) -> str:
     return name
 
 
+def find_adapters(args: argparse.Namespace) -> list[SavedAdapter]:
+    """Find the adapters of `--adapter`. Each one has a name of its own, for the folder of its results."""
+    adapters = []
+    named: dict[str, SavedAdapter] = {}
+    for text in args.adapter:
+        name, equals, source = text.partition("=")
+        # The path of a folder may have an equals sign.
+        adapter = find_adapter(source, name) if equals and not Path(text).is_dir() else find_adapter(text)
+        if adapter.name in ("", "..") or Path(adapter.name).name != adapter.name:
+            raise InputError(f"--adapter {text}: {adapter.name!r} cannot be the name of a folder; write NAME=ADAPTER.")
+        # Some file systems do not distinguish upper and lower case.
+        other = named.setdefault(adapter.name.casefold(), adapter)
+        if other is not adapter:
+            sources = f"{other.source} {adapter.source}"
+            raise InputError(f"--adapter {sources}: both are called {adapter.name}; write NAME=ADAPTER.")
+        adapters.append(adapter)
+    return adapters
+
+
 def read_max_text_len(args: argparse.Namespace, base_model: str) -> int:
     """Return the maximum number of tokens in a prompt of the base model. Only its config is loaded."""
     try:
@@ -191,7 +212,8 @@ def prepare_results(args: argparse.Namespace, base_model: str, adapters: list[Sa
     for adapter in adapters or [None]:
         if not args.class_names and adapter is None:
             raise InputError("--class_names: is needed without an --adapter that has class names.")
-        class_names = args.class_names or read_class_names(adapter)
+        with hint("Pass --class_names."):
+            class_names = args.class_names or read_class_names(adapter)
         processor = load_processor(adapter, base_model)
         phrases = [class_prompt([name]) for name in class_names]
         chunks = split_classes(class_names, processor.tokenizer, max_text_len)
@@ -216,11 +238,7 @@ def make_folders(folders: list[Path], inputs: Iterable[Path]) -> None:
     for folder in folders:
         if folder.resolve() in sources:
             raise InputError(f"--output_dir: {folder} has the input images, which would be overwritten.")
-        try:
-            with whole_files(folder):
-                pass
-        except InputError as error:
-            raise InputError(f"--output_dir {error}") from None
+        check_writable(folder)
 
 
 def detect_all(args: argparse.Namespace, paths: list[Path], model: nn.Module, results: list[Results]) -> int:
@@ -261,8 +279,9 @@ def run(args: argparse.Namespace) -> None:
     # All input is checked before the weights are loaded.
     check_args(args)
     paths = [] if args.watch else find_images(args.inputs, args.skip_bad_images)
-    adapters = find_adapters(args.adapter)
-    base_model = args.model_name_or_path or (common_base_model(adapters) if adapters else str(HERE / "host"))
+    adapters = find_adapters(args)
+    with hint("Choose one by --model_name_or_path."):
+        base_model = args.model_name_or_path or (common_base_model(adapters) if adapters else str(HERE / "host"))
     results = prepare_results(args, base_model, adapters)
     sources = args.inputs if args.watch else {path.parent for path in paths}
     make_folders([result.folder for result in results], sources)
@@ -275,7 +294,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main() -> None:
     args = parse_args()
-    with one_line_errors("detect.py", {name: name for name in vars(args)}):
+    with one_line_errors("detect.py", {name: name for name in vars(args)} | RENAMED):
         run(args)
 
 

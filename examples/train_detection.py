@@ -56,19 +56,19 @@ from peft_sdpt.detection import (
     load_splits,
     load_trainable,
     mean_boxes_per_process,
-    publish_adapter,
     result_of,
     save_adapter,
     set_image_size,
     split_classes,
+    write_adapter,
 )
-from peft_sdpt.errors import InputError, one_line_errors
+from peft_sdpt.errors import InputError, hint, one_line_errors
+from peft_sdpt.files import check_writable
 from peft_sdpt.training import (
     Checkpoints,
     Interruption,
     Progress,
     averaged,
-    check_writable,
     claim_output_dir,
     make_accelerator,
     prepare_push,
@@ -142,9 +142,20 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator) -> Setup:
         accelerator.print("--cache_features: the backbones have dropout; stored features are computed without it")
     if args.image_size:
         check_image_size(detector, processor, args.image_size)
+    # Called for its error: a class name that does not fit into a prompt should end the run before it starts.
     split_classes(splits[eval_split].class_names, processor.tokenizer, detector.config.max_text_len)
-    names = (validation_split, eval_split)
-    return Setup(args, accelerator, splits, *names, processor, detector, detector, cache, Progress())
+    return Setup(
+        args=args,
+        accelerator=accelerator,
+        splits=splits,
+        validation_split=validation_split,
+        eval_split=eval_split,
+        processor=processor,
+        detector=detector,
+        model=detector,
+        cache=cache,
+        progress=Progress(),
+    )
 
 
 def read_data(args: argparse.Namespace, accelerator: Accelerator) -> tuple[dict[str, DetectionSplit], str | None, str]:
@@ -221,14 +232,24 @@ def prepare_training(setup: Setup) -> Training:
     checkpoints = Checkpoints(
         accelerator,
         args.output_dir,
-        lambda folder: save_adapter(folder, detector, setup.processor, train.class_names),
+        lambda folder: write_adapter(folder, detector, setup.processor, train.class_names),
         run,
         args.checkpoints_total_limit,
     )
     checkpoints.resume(args.resume_from_checkpoint)
     if not (args.output_dir / "best").is_dir():  # the checkpoint came from another output folder
         progress.best = {}
-    return Training(samples, loader, trained, optimizer, scheduler, average, checkpoints, steps_per_epoch, max_steps)
+    return Training(
+        samples=samples,
+        loader=loader,
+        trained=trained,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        average=average,
+        checkpoints=checkpoints,
+        steps_per_epoch=steps_per_epoch,
+        max_steps=max_steps,
+    )
 
 
 # ---- train
@@ -344,7 +365,7 @@ def save(setup: Setup, training: Training, folder: Path, results: str | None = N
         return []
     class_names = setup.splits[setup.args.train_split].class_names
     with averaged(setup.detector, training.average):
-        return publish_adapter(folder, setup.detector, setup.processor, class_names, results)
+        return save_adapter(folder, setup.detector, setup.processor, class_names, results)
 
 
 def log_step(setup: Setup, loss: torch.Tensor, learning_rate: float) -> None:
@@ -409,7 +430,10 @@ def run(args: argparse.Namespace) -> None:
     if hub:
         best = [f"best/{name}" for name in names if setup.progress.best]
         names = [*names, "metrics.json", "detections.png", *best]
-        print(f"pushed to {push(hub, args.hub_model_id, args.output_dir, names)}")
+        repository, folder = args.hub_model_id, args.output_dir
+        again = f'hf upload {repository} {folder} . --exclude "step_*/*" --exclude "data/*"'
+        with hint(f"To try again: {again}"):
+            print(f"pushed to {push(hub, repository, folder, names)}")
 
 
 def main() -> None:

@@ -28,11 +28,14 @@ FREE_FLAGS = (
     *("dataset_name", "train_split", "validation_split", "eval_split", "shots", *DATA_FLAGS),
     *("num_train_epochs", "max_train_steps", "per_device_train_batch_size", "mixed_precision"),
 )
-# Arguments of the library whose flags have other names.
+# Arguments of the library whose flags have other names, or need a value.
 RENAMED = {
+    "adapters": "adapter",
     "cache_folder": "cache_features",
     "checkpoint": "resume_from_checkpoint",
     "repo_id": "hub_model_id",
+    "resuming": "resume_from_checkpoint latest",
+    "source": "adapter",
     "token": "hub_token",
 }
 # The schedulers of transformers that need only a number of steps.

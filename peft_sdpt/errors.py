@@ -40,6 +40,19 @@ def one_line_errors(program: str, flags: Mapping[str, str] | None = None) -> Ite
         sys.exit(130)
 
 
+@contextlib.contextmanager
+def hint(text: str) -> Iterator[None]:
+    """Add a sentence to the message of an `InputError` that is raised in this context.
+
+    Args:
+        text: The sentence, for instance the flag of a command that helps.
+    """
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{error} {text}") from None
+
+
 def with_flags(message: str, flags: Mapping[str, str]) -> str:
     """Write the arguments in a message as flags.
 

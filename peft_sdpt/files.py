@@ -11,6 +11,7 @@ import contextlib
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,28 @@ from .errors import InputError
 UNFINISHED = ".unfinished"
 # The errors of torch, safetensors and Pillow if the disk is full or a file cannot be written.
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
+
+
+def check_writable(folder: str | os.PathLike) -> None:
+    """Check that files can be written to a folder. Several processes may do this at the same time.
+
+    Args:
+        folder: The folder. It is made if it does not exist.
+
+    Raises:
+        InputError: The folder cannot be written.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise _cannot_be_written(folder, error) from error
+
+
+def _cannot_be_written(path: str | os.PathLike, error: Exception) -> InputError:
+    return InputError(f"{path}: cannot be written ({error}).")
 
 
 @contextlib.contextmanager
@@ -47,7 +70,7 @@ def whole_file(file: str | os.PathLike, *, durable: bool = True) -> Iterator[Pat
             flush(unfinished)
         os.replace(unfinished, file)
     except WRITE_ERRORS as error:
-        raise InputError(f"{file}: cannot be written ({error}).") from error
+        raise _cannot_be_written(file, error) from error
     finally:
         # Remove the file that an error or Ctrl-C left.
         with contextlib.suppress(OSError):
@@ -78,7 +101,7 @@ def whole_files(folder: str | os.PathLike) -> Iterator[Path]:
         unfinished.rmdir()
     except WRITE_ERRORS as error:
         shutil.rmtree(unfinished, ignore_errors=True)
-        raise InputError(f"{folder}: cannot be written ({error}).") from error
+        raise _cannot_be_written(folder, error) from error
 
 
 def publish_folder(unfinished: Path, folder: Path) -> None:

@@ -28,15 +28,14 @@ from .saved_adapter import (
     SavedAdapter,
     common_base_model,
     find_adapter,
-    find_adapters,
     load_base_model,
     load_detector,
     load_processor,
     load_trainable,
-    publish_adapter,
     read_class_names,
     save_adapter,
     set_image_size,
+    write_adapter,
 )
 
 __all__ = [
@@ -63,7 +62,6 @@ __all__ = [
     "evaluate",
     "few_shot",
     "find_adapter",
-    "find_adapters",
     "has_split",
     "load_base_model",
     "load_detector",
@@ -73,7 +71,6 @@ __all__ = [
     "load_trainable",
     "mean_boxes_per_process",
     "phrase_lengths",
-    "publish_adapter",
     "read_class_names",
     "require_same_classes",
     "result_of",
@@ -82,4 +79,5 @@ __all__ = [
     "set_image_size",
     "side_by_side",
     "split_classes",
+    "write_adapter",
 ]

@@ -169,11 +169,12 @@ def _unused_roots(coco: dict, folder: Path) -> set[Any]:
 
 def _roots(coco: dict) -> dict[Any, str]:
     """Return the name of each root category by its id."""
-    parents = {category.get("supercategory") for category in coco["categories"]} - {"none"}
+    # Names and parents are not checked yet. Only strings can be those of a root.
+    parents = {p for category in coco["categories"] if isinstance(p := category.get("supercategory"), str)} - {"none"}
     return {
-        category["id"]: category["name"]
+        category["id"]: name
         for category in coco["categories"]
-        if category.get("supercategory") == "none" and category["name"] in parents
+        if category.get("supercategory") == "none" and isinstance(name := category["name"], str) and name in parents
     }
 
 

@@ -78,7 +78,14 @@ class DetectionSplit:
         }
 
     def subset(self, indices: Sequence[int]) -> DetectionSplit:
-        """Return a split of some of the images, in the order of `indices`, with the same classes."""
+        """Select some of the images.
+
+        Args:
+            indices: Indices of the images, in the new order.
+
+        Returns:
+            A split of these images with the same classes.
+        """
         per_image = ("image_ids", "sizes", "boxes", "labels", "crowds")
         return replace(
             self,

@@ -26,6 +26,9 @@ def draw_detections(
         class_names: Names of the classes.
         threshold: Lowest score to draw.
         width: Width of the copy in pixels. None for the width of the image.
+
+    Returns:
+        The copy with the boxes, class names and scores.
     """
     scale = (width or image.width) / image.width
     size = (round(image.width * scale), max(1, round(image.height * scale)))
@@ -70,6 +73,9 @@ def side_by_side(
         columns: Maps a heading, for instance the name of a model, to its detections in each image.
         class_names: Names of the classes.
         threshold: Lowest score to draw.
+
+    Returns:
+        The sheet, with the headings in its first row.
     """
     groups = [
         [draw_detections(image, detections[i], class_names, threshold, SIDE) for detections in columns.values()]

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BackboneOutput, BaseModelOutput
 
 from ..errors import InputError
-from ..files import UNFINISHED, whole_file
+from ..files import UNFINISHED, check_writable, whole_file
 
 # Unfinished entries older than this many seconds come from killed processes. Writing takes far less than a second.
 ABANDONED = 3600
@@ -236,32 +236,19 @@ def _read(file: Path, key: str) -> list[Tensor] | None:
 
 def _write(file: Path, key: str, features: list[Tensor]) -> None:
     data = save({str(level): feature for level, feature in enumerate(features)}, metadata=_about(key, features))
-    try:
-        # Need not be durable, because the checksum detects an entry that a power cut damaged.
-        with whole_file(file, durable=False) as unfinished:
-            unfinished.write_bytes(data)
-    except InputError as error:
-        raise _cannot_be_written(file.parents[1], error.__cause__) from None
+    # Need not be durable, because the checksum detects an entry that a power cut damaged.
+    with whole_file(file, durable=False) as unfinished:
+        unfinished.write_bytes(data)
 
 
 def _make(folder: Path) -> None:
     """Make the folder, check that it can be written, and remove unfinished entries of killed processes."""
-    try:
-        with whole_file(folder / "probe", durable=False) as unfinished:
-            unfinished.write_bytes(b"")
-        (folder / "probe").unlink(missing_ok=True)  # another process may have been faster
-        for file in folder.rglob(f"*{UNFINISHED}"):
-            with contextlib.suppress(FileNotFoundError):
-                if time.time() - file.stat().st_mtime > ABANDONED:
-                    file.unlink()
-    except InputError as error:
-        raise _cannot_be_written(folder, error.__cause__) from None
-    except OSError as error:
-        raise _cannot_be_written(folder, error) from None
-
-
-def _cannot_be_written(folder: Path, cause: BaseException | None) -> InputError:
-    return InputError(f"cache_folder={str(folder)!r}: cannot be written ({cause}).")
+    check_writable(folder)
+    for file in folder.rglob(f"*{UNFINISHED}"):
+        # Another process may be faster, and a file of another user may stay.
+        with contextlib.suppress(OSError):
+            if time.time() - file.stat().st_mtime > ABANDONED:
+                file.unlink()
 
 
 def _drops(module: nn.Module) -> bool:

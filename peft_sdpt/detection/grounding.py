@@ -31,6 +31,12 @@ def class_prompt(class_names: Sequence[str]) -> str:
     Full stops and question marks inside a name would split its phrase in two, so they become spaces. The last phrase
     needs its full stop too: with the masks of transformers, the tokens of an open phrase attend only to themselves.
 
+    Args:
+        class_names: Names of the classes.
+
+    Returns:
+        The prompt, in lower case.
+
     Raises:
         InputError: There are no names, or a name has no word.
 
@@ -50,7 +56,14 @@ def class_prompt(class_names: Sequence[str]) -> str:
 
 
 def phrase_lengths(class_names: Sequence[str], tokenizer: Any) -> list[int]:
-    """Return the number of tokens of each class in a prompt, including its full stop.
+    """Count the tokens of each class in a prompt.
+
+    Args:
+        class_names: Names of the classes.
+        tokenizer: Tokenizer of the detector.
+
+    Returns:
+        For each class, the number of its tokens, including its full stop.
 
     Raises:
         InputError: The tokenizer knows no word of a name. Such a class would have no tokens of its own, and the classes

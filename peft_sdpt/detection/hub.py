@@ -47,9 +47,16 @@ def load_hub_split(dataset_name: str, split: str, class_names_column: str | None
     if not isinstance(rows.features["image"], datasets.Image):
         raise InputError(f"{dataset_name}: the column image has no images but {rows.features['image']}.")
     object_fields = _object_fields(rows)
+    if not isinstance(object_fields, dict):
+        raise InputError(f"{dataset_name}: the column objects must have fields, got {object_fields}.")
     for field in ("bbox", "category", class_names_column or "category"):
         if field not in object_fields:
             raise InputError(f"{dataset_name}: `objects` has no `{field}`; it has {sorted(object_fields)}.")
+    if not isinstance(object_fields["category"], (datasets.Value, datasets.ClassLabel)):
+        raise InputError(
+            f"{dataset_name}: `objects.category` must be a number, a string or a ClassLabel, got "
+            f"{object_fields['category']}."
+        )
     classes = _classes(all_splits, object_fields["category"], class_names_column, dataset_name)
     position = {value: index for index, value in enumerate(classes)}
     crowd_field = next((field for field in ("iscrowd", "is_crowd") if field in object_fields), "")
@@ -74,8 +81,8 @@ def load_hub_split(dataset_name: str, split: str, class_names_column: str | None
     return fields, source
 
 
-def _object_fields(rows: datasets.Dataset) -> dict[str, Any]:
-    """Return the feature of each field of an object."""
+def _object_fields(rows: datasets.Dataset) -> Any:
+    """Return the feature of each field of an object. It is a dict, unless the objects have no fields."""
     # A row has a list of dicts, or the dict of lists that `Sequence` makes of one.
     feature = rows.features["objects"]
     if isinstance(feature, dict):
@@ -84,12 +91,18 @@ def _object_fields(rows: datasets.Dataset) -> dict[str, Any]:
 
 
 def _objects(rows: datasets.Dataset, source: str) -> Iterator[tuple[str, dict[str, list]]]:
-    """Yield for each row its name in error messages, and its objects as a dict of lists of the same length."""
+    """Yield for each row its name in error messages, and its objects as a dict of lists of the same length.
+
+    Raises:
+        InputError: An object or a field is missing, or the fields have different lengths.
+    """
     fields = list(_object_fields(rows))
     for index, objects in enumerate(rows["objects"]):
         where = f"{source}: image {index}"
         # A row without objects may have None.
         objects = objects or []
+        if None in (objects.values() if isinstance(objects, dict) else objects):
+            raise InputError(f"{where}: a value in `objects` is missing.")
         if not isinstance(objects, dict):
             objects = {field: [item[field] for item in objects] for field in fields}
         if len({len(values) for values in objects.values()}) > 1:
@@ -120,6 +133,8 @@ def _classes(
     for split, rows in all_splits.items():
         for where, objects in _objects(rows, f"{dataset_name} ({split})"):
             for value, name in zip(objects["category"], objects[class_names_column or "category"], strict=True):
+                if value is None:
+                    raise InputError(f"{where}: unknown category {value!r}.")
                 name = one_name(name, f"{where}: `{class_names_column or 'category'}`")
                 if names.setdefault(value, name) != name:
                     raise InputError(f"{where}: category {value!r} is named {name!r} here and {names[value]!r} before.")

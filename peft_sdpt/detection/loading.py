@@ -23,7 +23,14 @@ BOX_FORMATS = {"xywh": "x, y, width, height", "xyxy": "x0, y0, x1, y1"}
 
 
 def has_split(dataset_name: str, split: str) -> bool:
-    """Return whether a local folder or a data set on the Hub has a split.
+    """Tell whether a local folder or a data set on the Hub has a split.
+
+    Args:
+        dataset_name: See `load_split`.
+        split: Name of the split, as in `load_split`.
+
+    Returns:
+        Whether there is such a split. False for a data set that does not exist.
 
     Raises:
         InputError: The Hub does not answer.
@@ -71,22 +78,22 @@ def load_split(
         skip_bad_boxes: Whether to leave out boxes that are empty, not finite or outside their image, instead of
             raising.
 
+    Returns:
+        The split.
+
     Raises:
         InputError: The split cannot be used. The message names the file and the image, annotation or category.
     """
     if bbox_format not in BOX_FORMATS:
         raise InputError(f"bbox_format={bbox_format!r}: must be one of {', '.join(BOX_FORMATS)}.")
     folder = Path(dataset_name)
-    try:
-        if folder.exists():
-            fields, source = load_coco_folder(folder, split, class_names_column)
-        else:
-            # Imported here, because `datasets` is slow to import and not needed for a folder.
-            from .hub import load_hub_split
+    if folder.exists():
+        fields, source = load_coco_folder(folder, split, class_names_column)
+    else:
+        # Imported here, because `datasets` is slow to import and not needed for a folder.
+        from .hub import load_hub_split
 
-            fields, source = load_hub_split(dataset_name, split, class_names_column)
-    except (TypeError, KeyError, AttributeError) as error:  # for instance, a list in the place of a number
-        raise InputError(f"{dataset_name}: split {split!r} is not in COCO format ({error!r}).") from None
+        fields, source = load_hub_split(dataset_name, split, class_names_column)
     data = DetectionSplit(**fields)
     if not len(data):
         raise InputError(f"{dataset_name}: split {split!r} has no images.")

@@ -111,12 +111,15 @@ class GroundedDetectionLoss:
 
 
 def mean_boxes_per_process(labels: list[dict[str, Tensor]]) -> float:
-    """Return the mean number of boxes per process in a batch, with at least 1 box in all processes together.
+    """Compute the mean number of boxes per process in a batch, with at least 1 box in all processes together.
 
     All processes of a launch call this together.
 
     Args:
         labels: Labels as in `GroundedDetectionLoss`.
+
+    Returns:
+        The mean number.
     """
     num_boxes, num_processes = float(sum(len(label["class_labels"]) for label in labels)), 1
     # Without Accelerate there is one process. Making a PartialState here would start a distributed run.

@@ -24,6 +24,7 @@ def evaluate(
     batch_size: int,
     accelerator: Accelerator,
     label: str = "evaluating",
+    num_workers: int = 0,
 ) -> dict[str, float]:
     """Measure COCO AP of a detector on a split. All processes of a launch call this together.
 
@@ -34,11 +35,15 @@ def evaluate(
         batch_size: Batch size per device.
         accelerator: The accelerator of the launch.
         label: Text of the progress bar.
+        num_workers: Number of processes that read images.
 
     Returns:
         `AP`, `AP50` and `AP75` in each process; see `average_precision`.
+
+    Raises:
+        InputError: The scores are not finite.
     """
-    return average_precision(data, detect_split(model, processor, data, batch_size, accelerator, label))
+    return average_precision(data, detect_split(model, processor, data, batch_size, accelerator, label, num_workers))
 
 
 def average_precision(data: DetectionSplit, detections: list[Row]) -> dict[str, float]:

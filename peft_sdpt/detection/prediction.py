@@ -4,8 +4,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
+from collections.abc import Iterator
 from typing import Any, TypedDict
 
 import torch
@@ -17,7 +19,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..errors import InputError
-from ..training.interruption import leave_signals_to_the_main_process
+from ..training.interruption import make_worker_init_fn
 from .data import DetectionSplit
 from .grounding import class_prompt, class_scores, class_token_maps, split_classes
 
@@ -105,7 +107,7 @@ def check_image_size(model: nn.Module, processor: Any, image_size: int) -> None:
     """Detect in a blank square image to check that a model supports an image size.
 
     Args:
-        model: The detector. It is put into evaluation mode.
+        model: The detector. Its mode, training or evaluation, stays as it is.
         processor: Its processor, which resizes images to this size.
         image_size: Width and height in pixels.
 
@@ -113,9 +115,21 @@ def check_image_size(model: nn.Module, processor: Any, image_size: int) -> None:
         InputError: The model fails, for instance because the image has fewer positions than the model has queries.
     """
     try:
-        detect(model.eval(), processor, [Image.new("RGB", (image_size, image_size))], ["object"], [[0]])
+        with _evaluation_mode(model):
+            detect(model, processor, [Image.new("RGB", (image_size, image_size))], ["object"], [[0]])
     except RuntimeError as error:
         raise InputError(f"image_size={image_size}: does not suit this base model ({error}).") from None
+
+
+@contextlib.contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode in this context."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def detect_split(
@@ -133,7 +147,7 @@ def detect_split(
     detections in an image must not depend on the batch size or the number of processes.
 
     Args:
-        model: The detector.
+        model: The detector. Its mode, training or evaluation, stays as it is.
         processor: Its processor.
         data: The split.
         batch_size: Batch size per device.
@@ -147,8 +161,6 @@ def detect_split(
     Raises:
         InputError: The scores are not finite.
     """
-    was_training = model.training
-    model.eval()
     detector = accelerator.unwrap_model(model)
     chunks = split_classes(data.class_names, processor.tokenizer, detector.config.max_text_len)
     mine = sorted(range(len(data)), key=data.sizes.__getitem__)[accelerator.process_index :: accelerator.num_processes]
@@ -161,22 +173,23 @@ def detect_split(
         batch_sampler=batches,
         collate_fn=functools.partial(_process, data, processor.image_processor),
         num_workers=num_workers,
-        worker_init_fn=leave_signals_to_the_main_process,
+        worker_init_fn=make_worker_init_fn(num_workers),
         # Starting a loader draws from its generator. The default one belongs to training.
         generator=torch.Generator(),
     )
     rows: list[Row] = []
-    for images, pixels in tqdm(loader, desc=label, leave=False, disable=not accelerator.is_local_main_process):
-        sizes = [data.sizes[image] for image in images]
-        with accelerator.autocast():
-            results = _detect(detector, processor.tokenizer, pixels, sizes, data.class_names, chunks)
-        for image, result in zip(images, results, strict=True):
-            if not result["scores"].isfinite().all():
-                raise InputError(
-                    f"{label}: the scores are not finite. If training caused this, lower the learning rate."
-                )
-            rows += rows_of(image, result)
-    model.train(was_training)
+    bar = tqdm(loader, desc=label, leave=False, disable=not accelerator.is_local_main_process)
+    with _evaluation_mode(model):
+        for images, pixels in bar:
+            sizes = [data.sizes[image] for image in images]
+            with accelerator.autocast():
+                results = _detect(detector, processor.tokenizer, pixels, sizes, data.class_names, chunks)
+            for image, result in zip(images, results, strict=True):
+                if not result["scores"].isfinite().all():
+                    raise InputError(
+                        f"{label}: the scores are not finite. If training caused this, lower the learning rate."
+                    )
+                rows += rows_of(image, result)
     return gather_object(rows)
 
 
@@ -191,13 +204,24 @@ def rows_of(image: int, result: Detections) -> list[Row]:
     Args:
         image: Index of the image.
         result: Its detections, from `detect`.
+
+    Returns:
+        One row per detection.
     """
     columns = (result["boxes"].tolist(), result["scores"].tolist(), result["labels"].tolist())
     return [(image, *box, score, label) for box, score, label in zip(*columns, strict=True)]
 
 
 def result_of(image: int, rows: list[Row]) -> Detections:
-    """Return the detections in one image from the rows of all images. This is the inverse of `rows_of`."""
+    """Return the detections in one image from the rows of all images. This is the inverse of `rows_of`.
+
+    Args:
+        image: Index of the image.
+        rows: Rows of any images.
+
+    Returns:
+        The detections in this image, in the order of their rows.
+    """
     mine = [row for row in rows if row[0] == image]
     return {
         "boxes": torch.tensor([row[1:5] for row in mine], dtype=torch.float32).reshape(-1, 4),

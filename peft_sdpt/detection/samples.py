@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..training.interruption import leave_signals_to_the_main_process
+from ..training.interruption import make_worker_init_fn
 from .data import DetectionSplit, centre_boxes
 from .grounding import class_prompt, phrase_lengths
 
@@ -144,6 +144,9 @@ class TrainingSamples(Dataset[Sample]):
     def collate(self, samples: list[Sample]) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
         """Make a batch of samples.
 
+        Args:
+            samples: Samples of this data set.
+
         Returns:
             The inputs of the detector, and the labels of each image.
         """
@@ -158,13 +161,16 @@ class TrainingSamples(Dataset[Sample]):
         Args:
             batch_size: Batch size per device.
             num_workers: Number of processes that read images. They ignore Ctrl-C, which the main process handles.
+
+        Returns:
+            The loader. It yields what `collate` returns.
         """
         return DataLoader(
             self,
             batch_size=batch_size,
             collate_fn=self.collate,
             num_workers=num_workers,
-            worker_init_fn=leave_signals_to_the_main_process,
+            worker_init_fn=make_worker_init_fn(num_workers),
             # Starting a loader draws from its generator. The default one also drives dropout, and a resumed run would
             # draw from it once more.
             generator=torch.Generator(),

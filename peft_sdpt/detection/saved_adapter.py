@@ -30,8 +30,8 @@ class SavedAdapter:
     """A saved SDPT adapter.
 
     Attributes:
-        source: The path or Hub id as the user gave it, perhaps with `name=` in front.
-        name: Name of the adapter: the one given in `source`, or the last part of the path or id.
+        source: The folder or Hub id as the user gave it.
+        name: Name of the adapter.
         folder: Folder with the files of the adapter.
         base_model: Folder or Hub id of the base model it was trained on. None if its config does not say.
     """
@@ -42,19 +42,20 @@ class SavedAdapter:
     base_model: str | None
 
 
-def find_adapter(adapter: str) -> SavedAdapter:
+def find_adapter(source: str, name: str | None = None) -> SavedAdapter:
     """Find a saved adapter in a folder or on the Hub. Its files are downloaded from the Hub.
 
     Args:
-        adapter: A folder or a Hub id, perhaps with `name=` in front.
+        source: A folder or a Hub id.
+        name: Name of the adapter. None for the last part of the folder or id.
+
+    Returns:
+        The adapter. Its weights are not loaded.
 
     Raises:
-        InputError: There is no such adapter, it is not an SDPT adapter, or its name cannot be the name of a folder.
+        InputError: There is no such adapter, or it is not an SDPT adapter.
     """
-    where = f"adapter={adapter!r}"
-    name, equals, source = adapter.partition("=")
-    if not equals or Path(adapter).is_dir():
-        name, source = "", adapter
+    where = f"source={source!r}"
     folder = Path(source)
     if not folder.is_dir():
         try:
@@ -63,9 +64,6 @@ def find_adapter(adapter: str) -> SavedAdapter:
             folder = Path(snapshot_download(source, allow_patterns=patterns, ignore_patterns="*/*"))
         except Exception as error:  # `huggingface_hub` raises many kinds of errors
             raise InputError(f"{where}: no such folder, and no such repository on the Hub ({error}).") from None
-    name = name or Path(source).resolve().name
-    if name in ("", "..") or Path(name).name != name:
-        raise InputError(f"{where}: {name!r} cannot be the name of a folder; write NAME=ADAPTER.")
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / file).is_file():
             raise InputError(f"{where}: is not a saved adapter, because {folder} has no {file}.")
@@ -75,31 +73,17 @@ def find_adapter(adapter: str) -> SavedAdapter:
         raise InputError(f"{where}: adapter_config.json cannot be read ({error!r}).") from None
     if not isinstance(config, SDPTConfig):
         raise InputError(f"{where}: is not an SDPT adapter, because its config is a {type(config).__name__}.")
-    return SavedAdapter(adapter, name, folder, config.base_model_name_or_path)
-
-
-def find_adapters(adapters: Sequence[str]) -> list[SavedAdapter]:
-    """Find several saved adapters; see `find_adapter`.
-
-    Raises:
-        InputError: One of them cannot be used, or two have the same name.
-    """
-    saved = [find_adapter(adapter) for adapter in adapters]
-    named: dict[str, SavedAdapter] = {}
-    for adapter in saved:
-        # Some file systems do not distinguish upper and lower case.
-        other = named.setdefault(adapter.name.casefold(), adapter)
-        if other is not adapter:
-            sources = f"{other.source} {adapter.source}"
-            raise InputError(f"adapter={sources!r}: both are called {adapter.name}; write NAME=ADAPTER.")
-    return saved
+    return SavedAdapter(source, name or Path(source).resolve().name, folder, config.base_model_name_or_path)
 
 
 def common_base_model(adapters: Sequence[SavedAdapter]) -> str:
-    """Return the base model that all adapters were trained on: a folder or a Hub id.
+    """Find the base model that all adapters were trained on.
 
     Args:
         adapters: At least one adapter.
+
+    Returns:
+        The folder or Hub id.
 
     Raises:
         InputError: An adapter does not name its base model, or two name different ones.
@@ -108,16 +92,11 @@ def common_base_model(adapters: Sequence[SavedAdapter]) -> str:
     for adapter in adapters:
         base_model = adapter.base_model
         if not base_model:
-            raise InputError(
-                f"adapter={adapter.source!r}: does not name its base model; pass model_name_or_path=... as well."
-            )
+            raise InputError(f"adapters={adapter.source!r}: does not name its base model.")
         base_models[str(Path(base_model).resolve()) if Path(base_model).is_dir() else base_model] = adapter
     if len(base_models) > 1:
         named = "; ".join(f"{adapter.name}: {base_model}" for base_model, adapter in base_models.items())
-        raise InputError(
-            f"adapter=...: the adapters were trained on different base models ({named}); pass "
-            "model_name_or_path=... to choose one."
-        )
+        raise InputError(f"adapters=...: the adapters were trained on different base models ({named}).")
     return next(iter(base_models))
 
 
@@ -144,12 +123,19 @@ def load_detector(model_name_or_path: str | os.PathLike, adapters: Sequence[Save
             else:
                 model = PeftModel.from_pretrained(model, folder, adapter_name=name)
         except Exception as error:  # a damaged folder can raise anything
-            raise _does_not_load(adapter, model_name_or_path, error) from None
+            raise _does_not_load("adapters", adapter, model_name_or_path, error) from None
     return model.eval()
 
 
 def load_trainable(model_name_or_path: str | os.PathLike, adapter: SavedAdapter) -> PeftModel:
-    """Load a base model in float32 with a saved, trainable adapter on it. The name of the adapter is "default".
+    """Load a base model in float32 with a saved, trainable adapter on it.
+
+    Args:
+        model_name_or_path: Folder or Hub id of the base model.
+        adapter: The adapter. Its name in the model is "default".
+
+    Returns:
+        The base model with the adapter.
 
     Raises:
         InputError: The base model or the adapter cannot be loaded.
@@ -158,15 +144,25 @@ def load_trainable(model_name_or_path: str | os.PathLike, adapter: SavedAdapter)
     try:
         return PeftModel.from_pretrained(model, str(adapter.folder), is_trainable=True)
     except Exception as error:  # a damaged folder can raise anything
-        raise _does_not_load(adapter, model_name_or_path, error) from None
+        raise _does_not_load("adapter", adapter, model_name_or_path, error) from None
 
 
-def _does_not_load(adapter: SavedAdapter, model_name_or_path: str | os.PathLike, error: Exception) -> InputError:
-    return InputError(f"adapter={adapter.source!r}: cannot be loaded on the base model {model_name_or_path} ({error}).")
+def _does_not_load(
+    argument: str, adapter: SavedAdapter, model_name_or_path: str | os.PathLike, error: Exception
+) -> InputError:
+    return InputError(
+        f"{argument}={adapter.source!r}: cannot be loaded on the base model {model_name_or_path} ({error})."
+    )
 
 
 def load_base_model(model_name_or_path: str | os.PathLike) -> nn.Module:
     """Load a zero-shot detector of transformers in float32.
+
+    Args:
+        model_name_or_path: Folder or Hub id of the detector.
+
+    Returns:
+        The detector, in evaluation mode.
 
     Raises:
         InputError: The model cannot be loaded.
@@ -181,6 +177,13 @@ def load_base_model(model_name_or_path: str | os.PathLike) -> nn.Module:
 
 def load_processor(adapter: SavedAdapter | None, model_name_or_path: str | os.PathLike) -> Any:
     """Load the processor that was saved with an adapter, with the image size of its training, or the base model's own.
+
+    Args:
+        adapter: The adapter. If it was saved without a processor, or is None, the base model's processor is loaded.
+        model_name_or_path: Folder or Hub id of the base model.
+
+    Returns:
+        The processor.
 
     Raises:
         InputError: No processor can be loaded, or it lacks a tokenizer or an image processor.
@@ -199,7 +202,12 @@ def load_processor(adapter: SavedAdapter | None, model_name_or_path: str | os.Pa
 
 
 def set_image_size(processor: Any, shorter_edge: int) -> None:
-    """Make the processor of a detector resize images to this shorter edge in pixels."""
+    """Set the size to which the processor of a detector resizes images.
+
+    Args:
+        processor: The processor, which is changed.
+        shorter_edge: Shorter edge of an image in pixels. The longer edge is limited in proportion.
+    """
     # Detectors are trained with images of at most 800 by 1333 pixels.
     longest_edge = round(shorter_edge * 1333 / 800)
     processor.image_processor.size = {"shortest_edge": shorter_edge, "longest_edge": longest_edge}
@@ -208,14 +216,18 @@ def set_image_size(processor: Any, shorter_edge: int) -> None:
 def read_class_names(adapter: SavedAdapter) -> list[str]:
     """Read the names of the classes that an adapter was trained on.
 
+    Args:
+        adapter: The adapter.
+
+    Returns:
+        The names, in the order of training.
+
     Raises:
         InputError: The file is missing, or is not a list of names in JSON.
     """
     file = adapter.folder / CLASS_NAMES_FILE
     if not file.is_file():
-        raise InputError(
-            f"adapter={adapter.source!r}: was saved without class names ({file.name}); pass class_names=... as well."
-        )
+        raise InputError(f"adapter={adapter.source!r}: was saved without class names ({file.name}).")
     try:
         class_names = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -225,11 +237,13 @@ def read_class_names(adapter: SavedAdapter) -> list[str]:
     return class_names
 
 
-def save_adapter(folder: str | os.PathLike, model: PeftModel, processor: Any, class_names: Sequence[str]) -> None:
-    """Save an adapter with everything that detecting with it needs: its processor and its class names.
+def write_adapter(folder: str | os.PathLike, model: PeftModel, processor: Any, class_names: Sequence[str]) -> None:
+    """Write the files of `save_adapter` directly into a folder, for code that moves the complete folder itself.
+
+    The function suits `peft_sdpt.training.Checkpoints`. If it fails, a part of the files may be there.
 
     Args:
-        folder: Folder to write to.
+        folder: Folder to write to. It is made if it does not exist.
         model: The model with the adapter.
         processor: The processor of the model.
         class_names: Names of the classes that the adapter was trained on.
@@ -240,14 +254,17 @@ def save_adapter(folder: str | os.PathLike, model: PeftModel, processor: Any, cl
     (Path(folder) / CLASS_NAMES_FILE).write_text(text, encoding="utf-8")
 
 
-def publish_adapter(
+def save_adapter(
     folder: str | os.PathLike,
     model: PeftModel,
     processor: Any,
     class_names: Sequence[str],
     results: str | None = None,
 ) -> list[str]:
-    """Save an adapter as `save_adapter` does, completely or not at all, and keep the model card of the folder.
+    """Save an adapter with everything that detecting with it needs: its processor and its class names.
+
+    Each file is written completely or not at all. The model card of the folder is kept, apart from its section on
+    results.
 
     Args:
         folder: Folder to write to. It is made if it does not exist.
@@ -264,6 +281,6 @@ def publish_adapter(
     """
     with whole_files(folder) as unfinished:
         carry_card(Path(folder), unfinished)
-        save_adapter(unfinished, model, processor, class_names)
+        write_adapter(unfinished, model, processor, class_names)
         write_results(unfinished / CARD, results)
         return sorted(path.name for path in unfinished.iterdir())

@@ -3,8 +3,8 @@
 """Parts of a training script around its loop: launching, checkpoints, interruption, moving averages and pushing."""
 
 from .averaging import averaged, trained_parameters
-from .checkpoints import Checkpoints, Progress, check_writable, claim_output_dir, latest
-from .interruption import Interruption, leave_signals_to_the_main_process
+from .checkpoints import Checkpoints, Progress, claim_output_dir, latest
+from .interruption import Interruption, make_worker_init_fn
 from .launch import cores_per_process, make_accelerator
 from .pushing import prepare_push, push
 
@@ -13,12 +13,11 @@ __all__ = [
     "Interruption",
     "Progress",
     "averaged",
-    "check_writable",
     "claim_output_dir",
     "cores_per_process",
     "latest",
-    "leave_signals_to_the_main_process",
     "make_accelerator",
+    "make_worker_init_fn",
     "prepare_push",
     "push",
     "trained_parameters",

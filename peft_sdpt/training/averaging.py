@@ -13,7 +13,14 @@ from torch.optim.swa_utils import AveragedModel
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters of a model that require gradients, by name."""
+    """Find the parameters of a model that require gradients.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The parameters by name.
+    """
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 

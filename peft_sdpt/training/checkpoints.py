@@ -22,7 +22,7 @@ from accelerate.utils import gather_object
 from peft import load_peft_weights, set_peft_model_state_dict
 
 from ..errors import InputError
-from ..files import UNFINISHED, WRITE_ERRORS, publish_folder, whole_files
+from ..files import UNFINISHED, WRITE_ERRORS, check_writable, publish_folder
 
 RUN_FILE = "run.json"
 
@@ -90,6 +90,9 @@ class Checkpoints:
     def save(self, step: int) -> None:
         """Write the checkpoint `step_<step>`, unless it exists. All processes of a launch call this together.
 
+        Args:
+            step: Number of optimizer steps so far.
+
         Raises:
             InputError: A process cannot write its part. All processes raise it, and earlier checkpoints stay as they
                 are.
@@ -146,6 +149,9 @@ class Checkpoints:
     def load(self, checkpoint: Path) -> None:
         """Load a checkpoint. All processes of a launch call this together.
 
+        Args:
+            checkpoint: Folder of the checkpoint.
+
         Raises:
             InputError: The folder is not a complete checkpoint, belongs to another run, or cannot be read, or the
                 folder of this run has newer checkpoints.
@@ -181,7 +187,14 @@ class Checkpoints:
 
 
 def latest(folder: Path) -> Path | None:
-    """Return the complete checkpoint with the highest step in a folder, or None."""
+    """Find the newest complete checkpoint in a folder.
+
+    Args:
+        folder: Folder of the checkpoints, which need not exist.
+
+    Returns:
+        The checkpoint with the highest step. None if there is no checkpoint.
+    """
     checkpoints = _complete(folder)
     return checkpoints[-1][1] if checkpoints else None
 
@@ -212,22 +225,9 @@ def claim_output_dir(output_dir: Path, accelerator: Accelerator, resuming: bool)
     earlier = latest(output_dir)
     if earlier and not resuming:
         raise InputError(
-            f"output_dir={str(output_dir)!r}: has {earlier.name} of an earlier run; resume it by "
-            "resume_from_checkpoint='latest', or choose another folder."
+            f"output_dir={str(output_dir)!r}: has {earlier.name} of an earlier run; resume it by resuming=True, "
+            "or choose another folder."
         )
-
-
-def check_writable(output_dir: Path) -> None:
-    """Check that files can be written to a folder. It is made if it does not exist.
-
-    Raises:
-        InputError: The folder cannot be written.
-    """
-    try:
-        with whole_files(output_dir):
-            pass
-    except InputError as error:
-        raise InputError(f"output_dir={str(output_dir)!r}: cannot be written ({error.__cause__}).") from None
 
 
 def remove_unfinished(folder: Path) -> None:

@@ -8,10 +8,14 @@ Schedulers and launchers stop a program with SIGTERM.
 from __future__ import annotations
 
 import atexit
+import functools
 import multiprocessing
+import os
 import signal
 import sys
+from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -52,24 +56,44 @@ class Interruption:
         return bool(self.accelerator.reduce(received, reduction="sum"))
 
 
-def leave_signals_to_the_main_process(worker: int) -> None:
-    """Ignore Ctrl-C and SIGTERM: a `worker_init_fn` for DataLoader workers.
+def make_worker_init_fn(num_workers: int) -> Callable[[int], None] | None:
+    """Make a `worker_init_fn` for a DataLoader whose workers leave Ctrl-C and SIGTERM to the main process.
 
-    A signal to the whole process group also reaches the workers, but the current step still needs their images.
+    A signal to the whole process group also reaches the workers, but the current step still needs their images. At the
+    exit of the main process, the workers that are left end at SIGTERM, which `multiprocessing` then sends. Otherwise
+    it would wait for them forever.
+
+    Args:
+        num_workers: Number of workers of the DataLoader.
+
+    Returns:
+        The function, for this process only. None without workers.
     """
+    return functools.partial(_ignore_signals, _exit_flag(os.getpid())) if num_workers else None
+
+
+def _ignore_signals(main_process_exits: Any, worker: int) -> None:
+    """Ignore signals in a DataLoader worker until the main process exits."""
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        if main_process_exits.value:
+            # With exit code 0, the main process does not report a failed worker.
+            os._exit(0)
+
     for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, receive)
 
 
-@atexit.register
-def _end_workers() -> None:
-    """Kill DataLoader workers that are left after a failed run.
+@functools.cache
+def _exit_flag(process: int) -> Any:
+    """Return the flag, shared with the workers, that tells whether this process, which has the given id, exits."""
+    # Without a lock, because a worker that was killed could hold it.
+    flag = multiprocessing.RawValue("b", 0)
+    atexit.register(_set_exit_flag, flag, process)
+    return flag
 
-    At exit, `multiprocessing` sends them SIGTERM, which they ignore, and would wait for them forever.
-    """
-    workers = [child for child in multiprocessing.active_children() if child.daemon]
-    if workers:
-        # The handler of torch would report the killed workers as an error.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for worker in workers:
-        worker.kill()
+
+def _set_exit_flag(flag: Any, process: int) -> None:
+    # A fork of the main process inherits its exit handlers.
+    if os.getpid() == process:
+        flag.value = 1

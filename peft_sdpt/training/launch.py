@@ -21,6 +21,9 @@ def make_accelerator(mixed_precision: str | None = None, **options: Any) -> Acce
         mixed_precision: "no", "fp16" or "bf16". None for the setting of `accelerate config`.
         options: Other arguments of `Accelerator`.
 
+    Returns:
+        The accelerator.
+
     Raises:
         InputError: The device does not support `mixed_precision`, or the launcher started more processes than
             Accelerate knows.
@@ -39,7 +42,7 @@ def make_accelerator(mixed_precision: str | None = None, **options: Any) -> Acce
         # accelerate 1.15 cannot launch several processes on the CPU of one machine.
         print(
             "`accelerate launch --cpu --num_processes N` starts only one process. To start N processes on the CPU: "
-            f"ACCELERATE_USE_CPU=true torchrun --nproc_per_node N {sys.argv[0]}",
+            "ACCELERATE_USE_CPU=true torchrun --nproc_per_node N SCRIPT",
             file=sys.stderr,
         )
     use_all_cores(accelerator)
@@ -57,6 +60,13 @@ def use_all_cores(accelerator: Accelerator) -> None:
 
 
 def cores_per_process(accelerator: Accelerator) -> int:
-    """Return the number of CPU cores per process on this machine, at least 1."""
+    """Count the CPU cores of this machine for each of its processes.
+
+    Args:
+        accelerator: The accelerator of the launch.
+
+    Returns:
+        The number of cores per process, at least 1.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes)))

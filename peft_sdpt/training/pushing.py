@@ -68,7 +68,6 @@ def push(api: HfApi, repo_id: str, folder: Path, names: list[str]) -> str:
         )
     except Exception as error:  # as in `prepare_push`
         raise InputError(
-            f"repo_id={repo_id!r}: the upload failed ({error}). All files are still in {folder}; to try "
-            f'again: hf upload {repo_id} {folder} . --exclude "step_*/*" --exclude "data/*"'
+            f"repo_id={repo_id!r}: the upload failed ({error}). All files are still in {folder}."
         ) from None
     return f"{api.endpoint}/{repo_id}"

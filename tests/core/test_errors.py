@@ -7,7 +7,7 @@ import re
 import pytest
 
 from peft_sdpt.detection import load_split
-from peft_sdpt.errors import InputError, one_line_errors, with_flags
+from peft_sdpt.errors import InputError, hint, one_line_errors, with_flags
 from tests.helpers.detectors import ROOT
 
 FLAGS = {"split": "eval_split", "skip_bad_boxes": "skip_bad_boxes", "folder": "output_dir", "rate": "learning_rate"}
@@ -65,6 +65,16 @@ def test_an_interruption_has_exit_code_130(message, line, capsys):
     assert capsys.readouterr().err == f"command.py: {line}\n"
 
 
+def test_a_hint_follows_the_message_of_an_input_error_only():
+    with (
+        pytest.raises(InputError, match=r"^adapter='a': has no names\. Pass --class_names\.$"),
+        hint("Pass --class_names."),
+    ):
+        raise InputError("adapter='a': has no names.")
+    with pytest.raises(KeyError, match="a bug"), hint("Pass --class_names."):
+        raise KeyError("a bug")
+
+
 def test_other_errors_pass_through():
     with pytest.raises(KeyError), one_line_errors("command.py"):
         raise KeyError("a bug")
@@ -76,7 +86,7 @@ def test_an_error_of_the_library_is_a_value_error_with_its_argument():
 
 
 # Flags of other programs, which messages tell a user to run.
-OTHER_FLAGS = {"cpu", "num_processes", "nproc_per_node", "exclude"}
+OTHER_FLAGS = {"cpu", "num_processes", "nproc_per_node"}
 
 
 def test_the_library_names_no_flags_of_scripts():

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from peft_sdpt.errors import InputError
-from peft_sdpt.files import UNFINISHED, publish_folder, whole_file, whole_files
+from peft_sdpt.files import UNFINISHED, check_writable, publish_folder, whole_file, whole_files
 
 
 class Killed(BaseException):
@@ -126,3 +126,12 @@ def test_all_is_flushed_before_the_name_is_given(tmp_path, monkeypatch):
     (tmp_path / "unfinished" / "file.txt").write_text("text")
     publish_folder(tmp_path / "unfinished", tmp_path / "folder")
     assert flushed == [str(tmp_path / "unfinished" / "file.txt"), str(tmp_path / "unfinished")]
+
+
+def test_a_folder_that_can_be_written_is_made_and_stays_empty(tmp_path):
+    (tmp_path / "file").write_text("")
+    check_writable(tmp_path / "new" / "folder")
+    assert names(tmp_path / "new" / "folder") == []
+    for folder in (tmp_path / "file", tmp_path / "file" / "below", "/proc/nowhere"):
+        with pytest.raises(InputError, match=rf"^{folder}: cannot be written \(.*\)\.$"):
+            check_writable(folder)

@@ -16,7 +16,15 @@ import datasets
 import pytest
 from PIL import ExifTags, Image
 
-from peft_sdpt.detection import DetectionSplit, check_images, few_shot, has_split, load_split, require_same_classes
+from peft_sdpt.detection import (
+    DetectionSplit,
+    check_images,
+    few_shot,
+    has_split,
+    load_split,
+    loading,
+    require_same_classes,
+)
 from peft_sdpt.errors import InputError
 
 DATASETS = Path(__file__).resolve().parents[3] / "shared" / "datasets"
@@ -164,6 +172,28 @@ def test_roboflow_root_is_no_class(tmp_path):
     train, val = load_split(str(tmp_path), "train"), load_split(str(tmp_path), "val")
     assert train.class_names == val.class_names == ["RBC", "WBC"]
     assert train.labels == [[1, 0]] and val.labels == [[0]]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("name", ["cells"], None),
+        ("name", {}, "must be a name"),
+        ("name", 1, "must be a name"),
+        ("supercategory", [], None),
+    ],
+)
+def test_roboflow_categories_with_other_types(tmp_path, field, value, message):
+    roboflow(tmp_path, "train", [2, 1])
+    file = tmp_path / "train" / "_annotations.coco.json"
+    coco = json.loads(file.read_text())
+    coco["categories"][0][field] = value
+    put(file, coco)
+    if message:
+        with pytest.raises(InputError, match=message):
+            load_split(str(tmp_path), "train")
+    else:
+        assert load_split(str(tmp_path), "train").class_names == ["cells", "RBC", "WBC"]
 
 
 def test_roboflow_root_may_have_the_name_of_a_class(tmp_path):
@@ -1063,6 +1093,55 @@ def test_objects_of_several_lengths(monkeypatch, category):
     hub(monkeypatch, columns, features)
     with pytest.raises(InputError, match=r"\(train\): image 0: the fields of `objects` have different lengths"):
         load_split("someone/some-data", "train")
+
+
+def test_missing_values_of_the_hub(monkeypatch):
+    box, numbers = OBJECT["bbox"], datasets.Value("int64")
+    columns, features = hub_rows("list of dicts")
+    columns["objects"][0] = [None]
+    hub(monkeypatch, columns, features)
+    with pytest.raises(InputError, match=r"\(train\): image 0: a value in `objects` is missing"):
+        load_split("someone/some-data", "train")
+
+    columns, features = hub_rows("dict of lists")
+    features["objects"] = {"bbox": datasets.Sequence(box), "category": datasets.Sequence(OBJECT["category"])}
+    columns["objects"] = [{"bbox": None, "category": None}, {"bbox": [], "category": []}]
+    hub(monkeypatch, columns, features)
+    with pytest.raises(InputError, match=r"\(train\): image 0: a value in `objects` is missing"):
+        load_split("someone/some-data", "train")
+
+    hub(monkeypatch, *named_rows([1, None], ["a", "b"], numbers))
+    with pytest.raises(InputError, match=r"\(train\): image 0: unknown category None"):
+        load_split("someone/some-data", "train", class_names_column="label_text")
+    hub(monkeypatch, *named_rows([None], ["a"], datasets.Value("string")))
+    with pytest.raises(InputError, match=r"\(train\): image 0: unknown category None"):
+        load_split("someone/some-data", "train")
+    hub(monkeypatch, *named_rows([0, None], ["a", "b"], OBJECT["category"]))
+    with pytest.raises(InputError, match=r"\(train\): image 0: unknown category None"):
+        load_split("someone/some-data", "train")
+    hub(monkeypatch, *named_rows([1], [None], numbers))
+    with pytest.raises(InputError, match="image 0: `label_text` must be a name or a list of names, got None"):
+        load_split("someone/some-data", "train", class_names_column="label_text")
+
+
+def test_columns_of_the_hub_with_other_types(monkeypatch):
+    columns, features = hub_rows("dict of lists")
+    columns["objects"], features["objects"] = ["a", "b"], datasets.Value("string")
+    hub(monkeypatch, columns, features)
+    with pytest.raises(InputError, match="the column objects must have fields, got Value"):
+        load_split("someone/some-data", "train")
+    hub(monkeypatch, *named_rows([["a"]], ["a"], datasets.Sequence(datasets.Value("string"))))
+    with pytest.raises(InputError, match=r"`objects.category` must be a number, a string or a ClassLabel, got"):
+        load_split("someone/some-data", "train")
+
+
+def test_a_bug_of_a_reader_is_not_called_bad_data(tmp_path, monkeypatch):
+    def broken(*_):
+        raise TypeError("a bug")
+
+    monkeypatch.setattr(loading, "load_coco_folder", broken)
+    with pytest.raises(TypeError, match="a bug"):
+        load_split(str(tmp_path), "train")
 
 
 # ---- the photographs

@@ -18,6 +18,7 @@ from peft_sdpt.detection import prediction
 from peft_sdpt.detection.data import DetectionSplit
 from peft_sdpt.detection.metrics import average_precision, evaluate
 from peft_sdpt.detection.prediction import MAX_DETECTIONS, detect, detect_split, result_of, rows_of
+from peft_sdpt.errors import InputError
 from tests.helpers.detectors import HOST_NAMES, make_host
 from tests.helpers.words import make_tokenizer
 
@@ -397,6 +398,40 @@ def test_evaluate_over_more_classes_than_a_prompt_holds(processor):
     assert len(model.prompts) > 2 and max(model.prompts) <= 8
     assert all(0 <= value <= 1 for value in metrics.values())
     assert not model.training
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_of_a_model_stays_even_after_an_error(processor, training):
+    model = make_host("mm_grounding_dino").train(training)
+    data = make_split([[BOX]], [[0]], classes=2)
+
+    def broken(index):
+        raise InputError("no such image")
+
+    data.open_image = broken
+    with pytest.raises(InputError, match="no such image"):
+        detect_split(model, processor, data, 1, Accelerator(cpu=True))
+    assert model.training == training
+    with pytest.raises(InputError, match="image_size=1: does not suit this base model"):
+        prediction.check_image_size(failing(model), processor, 1)
+    assert model.training == training
+
+
+def failing(model):
+    def forward(*args, **kwargs):
+        assert not model.training
+        raise RuntimeError("selected index k out of range")
+
+    model.forward = forward
+    return model
+
+
+def test_evaluate_with_workers(processor):
+    host = make_host("mm_grounding_dino")
+    data = make_split([[BOX], [OTHER], []], [[0], [1], []], classes=2)
+    host.train()
+    one, two = (evaluate(host, processor, data, 2, Accelerator(cpu=True), num_workers=n) for n in (0, 1))
+    assert one == two and host.training
 
 
 def test_evaluate_a_host(processor):

@@ -25,7 +25,7 @@ import detect
 from peft_sdpt import SDPTConfig
 from peft_sdpt.detection import images, prediction
 from peft_sdpt.detection.grounding import split_classes
-from peft_sdpt.detection.saved_adapter import common_base_model, find_adapter, find_adapters, load_processor
+from peft_sdpt.detection.saved_adapter import common_base_model, find_adapter, load_processor
 from tests.helpers.detectors import ROOT
 from tests.helpers.main_job import HOST
 from tests.helpers.patience import wait_until
@@ -258,7 +258,8 @@ def test_the_adapters_own_processor(run, photos, adapters, tmp_path):
 
 
 def test_host_of_the_adapters(adapters, tmp_path, monkeypatch):
-    found = find_adapters([str(adapter) for adapter in adapters])
+    found = [find_adapter(str(adapters[0])), find_adapter(str(adapters[1]), "second")]
+    assert [adapter.name for adapter in found] == ["one", "second"]
     assert common_base_model(found) == str(HOST)
     # One folder, two ways of writing it.
     monkeypatch.chdir(ROOT)
@@ -411,7 +412,7 @@ def refused(run, offline, tmp_path, monkeypatch, capsys):
         ("no-such-folder: cannot be loaded as a detector", ("--model_name_or_path", "no-such-folder")),
         ("--adapter no-such-folder: no such folder", ("--adapter", "no-such-folder")),
         ("--adapter no/such folder: no such folder", ("--adapter", "no/such folder")),
-        ("--output_dir /proc/nowhere: cannot be written", ("--output_dir", "/proc/nowhere", "--class_names", "dog")),
+        ("/proc/nowhere: cannot be written", ("--output_dir", "/proc/nowhere", "--class_names", "dog")),
         ("has no word for a prompt", ("--class_names", "dog", "...")),
         ("must be at least one, and no name twice; got dog. cat. dog.", ("--class_names", "dog", "cat", "Dog ")),
         ("the tokenizer knows no word of '☃'", ("--class_names", "☃")),
@@ -473,7 +474,9 @@ def test_bad_adapters(refused, photos, adapters, tmp_path):
     nowhere = changed("nowhere", base_model_name_or_path="no/such host")
     refused("no/such host: cannot be loaded as a detector", photos, "--adapter", nowhere)
     refused("The adapter names this base model; pass --model_name_or_path.", photos, "--adapter", nowhere)
-    refused("trained on different base models (one:", photos, "--adapter", adapters[0], nowhere)
+    different = ("--adapter", adapters[0], nowhere)
+    refused("--adapter: the adapters were trained on different base models (one:", photos, *different)
+    refused("no/such host). Choose one by --model_name_or_path.", photos, *different)
     refused("does not name its base model", photos, "--adapter", changed("hostless", base_model_name_or_path=None))
     refused("adapter_config.json cannot be read", photos, "--adapter", changed("strange", peft_type="NOSUCH"))
     get_peft_model(load_host().model.text_backbone, LoraConfig(target_modules=["query"])).save_pretrained(
@@ -491,7 +494,7 @@ def test_bad_adapters(refused, photos, adapters, tmp_path):
         (changed("named") / "class_names.json").write_text(text)
         refused(message, photos, "--adapter", tmp_path / "named")
     (tmp_path / "named" / "class_names.json").unlink()
-    message = "saved without class names (class_names.json); pass --class_names as well"
+    message = "saved without class names (class_names.json). Pass --class_names."
     refused(message, photos, "--adapter", tmp_path / "named")
     (tmp_path / "named" / "class_names.json").write_text('["dog"]')
     (tmp_path / "named" / "processor_config.json").write_text("{")

@@ -403,7 +403,7 @@ def test_images_that_do_not_open_are_left_out_only_when_asked(main_job, own_task
         (("--weight_decay", -1), "--weight_decay -1"),
         (("--num_warmup_steps", -1), "--num_warmup_steps -1"),
         (("--seed", -1), "--seed -1"),
-        (("--output_dir", "/proc/nowhere"), "--output_dir /proc/nowhere"),
+        (("--output_dir", "/proc/nowhere"), "/proc/nowhere: cannot be written ("),
         (
             ("--learning_rate", 1e37, "--validation_steps", 9),
             "boxes are not finite any more at step 2: lower --learning_rate",
@@ -616,19 +616,46 @@ def test_two_processes_are_stopped_and_resumed_together(small_task, tmp_path):
 
 
 LEFT_WORKER = """
-import multiprocessing, sys
+import multiprocessing, os, signal, sys
 from torch.utils.data import DataLoader
-from peft_sdpt.training.interruption import leave_signals_to_the_main_process
+from peft_sdpt.training import make_worker_init_fn
 
-batches = iter(DataLoader(range(4), num_workers=1, worker_init_fn=leave_signals_to_the_main_process))
+multiprocessing.set_start_method(sys.argv[1])
+batches = iter(DataLoader(range(40), num_workers=1, worker_init_fn=make_worker_init_fn(1)))
+next(batches)
+for worker in multiprocessing.active_children():
+    os.kill(worker.pid, signal.SIGTERM)
+    os.kill(worker.pid, signal.SIGINT)
+assert [int(batch) for batch in batches] == list(range(1, 40))
+batches = iter(DataLoader(range(40), num_workers=1, worker_init_fn=make_worker_init_fn(1)))
 next(batches)
 multiprocessing.kept = batches  # as the traceback of an error may keep it, to the very end
 """
 
 
-def test_a_worker_that_is_left_at_the_end_does_not_hold_it_up():
-    result = run_python(LEFT_WORKER)
-    assert result.returncode == 0 and "DataLoader" not in result.stderr
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_worker_that_is_left_at_the_end_does_not_hold_it_up(method):
+    result = run_python(LEFT_WORKER, method)
+    assert result.returncode == 0 and "DataLoader" not in result.stderr and "Traceback" not in result.stderr
+
+
+IMPORT = """
+import atexit, signal
+registered, register = [], atexit.register
+atexit.register = lambda function, *args, **kwargs: registered.append(function) or register(function, *args, **kwargs)
+before = [signal.getsignal(number) for number in signal.valid_signals()]
+import peft_sdpt.detection, peft_sdpt.training
+assert registered  # torch registers some
+assert not [f for f in registered if (getattr(f, "__module__", None) or "").startswith("peft_sdpt")], registered
+assert peft_sdpt.training.make_worker_init_fn(0) is None
+assert peft_sdpt.training.interruption._exit_flag.cache_info().currsize == 0
+assert [signal.getsignal(number) for number in signal.valid_signals()] == before
+"""
+
+
+def test_an_import_registers_no_exit_or_signal_handler():
+    result = run_python(IMPORT)
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.slow
