@@ -49,6 +49,13 @@ RENAMED = {"adapters": "adapter", "source": "adapter"}
 HERE = Path(__file__).resolve().parent
 
 
+def output_folder(value: str) -> Path:
+    """Return the folder that a flag names. An empty value would be the current folder."""
+    if not value:
+        raise argparse.ArgumentTypeError("is empty")
+    return Path(value)
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("inputs", nargs="+", type=Path, help="Images and folders of images.")
@@ -76,7 +83,10 @@ def parse_args() -> argparse.Namespace:
         "--batch_size", type=int, default=4, help="Batch size, for consecutive images of the same size. Default: 4."
     )
     parser.add_argument(
-        "--output_dir", type=Path, default=Path("detections"), help="Folder for the results. Default: detections."
+        "--output_dir",
+        type=output_folder,
+        default=Path("detections"),
+        help="Folder for the results. Default: detections.",
     )
     parser.add_argument(
         "--watch", action="store_true", help="Keep looking for new images in the folders, until Ctrl-C."
@@ -238,7 +248,7 @@ def make_folders(folders: list[Path], inputs: Iterable[Path]) -> None:
     for folder in folders:
         if folder.resolve() in sources:
             raise InputError(f"--output_dir: {folder} has the input images, which would be overwritten.")
-        check_writable(folder)
+        check_writable(folder, "output_dir")
 
 
 def detect_all(args: argparse.Namespace, paths: list[Path], model: nn.Module, results: list[Results]) -> int:

@@ -403,7 +403,7 @@ def run(args: argparse.Namespace) -> None:
     if not args.eval_only:
         claim_output_dir(args.output_dir, accelerator, resuming=bool(args.resume_from_checkpoint))
     elif accelerator.is_main_process:
-        check_writable(args.output_dir)
+        check_writable(args.output_dir, "output_dir")
     # The token is removed from the arguments, because they are saved in `metrics.json`.
     token = vars(args).pop("hub_token")
     hub = prepare_push(args.hub_model_id, token, accelerator) if args.push_to_hub else None

@@ -50,6 +50,13 @@ SCHEDULERS = (
 )
 
 
+def output_folder(value: str) -> Path:
+    """Return the folder that a flag names. An empty value would be the current folder."""
+    if not value:
+        raise argparse.ArgumentTypeError("is empty")
+    return Path(value)
+
+
 def parse_args(description: str | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description, formatter_class=Help, allow_abbrev=False)
     add_data_flags(parser.add_argument_group("data"))
@@ -188,7 +195,9 @@ def add_training_flags(group: argparse._ArgumentGroup) -> None:
 
 
 def add_output_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--output_dir", type=Path, default=Path("sdpt-detection"), help="Folder for all results.")
+    group.add_argument(
+        "--output_dir", type=output_folder, default=Path("sdpt-detection"), help="Folder for all results."
+    )
     group.add_argument(
         "--validation_steps", type=int, help="Number of optimizer steps between validations. Default: one epoch."
     )

@@ -25,11 +25,12 @@ UNFINISHED = ".unfinished"
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 
 
-def check_writable(folder: str | os.PathLike) -> None:
+def check_writable(folder: str | os.PathLike, argument: str = "folder") -> None:
     """Check that files can be written to a folder. Several processes may do this at the same time.
 
     Args:
         folder: The folder. It is made if it does not exist.
+        argument: Name of the argument that the message names.
 
     Raises:
         InputError: The folder cannot be written.
@@ -40,7 +41,7 @@ def check_writable(folder: str | os.PathLike) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise _cannot_be_written(folder, error) from error
+        raise InputError(f"{argument}={str(folder)!r}: cannot be written ({error}).") from error
 
 
 def _cannot_be_written(path: str | os.PathLike, error: Exception) -> InputError:

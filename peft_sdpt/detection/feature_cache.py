@@ -243,7 +243,7 @@ def _write(file: Path, key: str, features: list[Tensor]) -> None:
 
 def _make(folder: Path) -> None:
     """Make the folder, check that it can be written, and remove unfinished entries of killed processes."""
-    check_writable(folder)
+    check_writable(folder, "cache_folder")
     for file in folder.rglob(f"*{UNFINISHED}"):
         # Another process may be faster, and a file of another user may stay.
         with contextlib.suppress(OSError):

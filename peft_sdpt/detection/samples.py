@@ -117,6 +117,8 @@ class TrainingSamples(Dataset[Sample]):
         return self.num_samples
 
     def __getitem__(self, number: int) -> Sample:
+        if not 0 <= number < len(self):
+            raise IndexError(f"number must be at least 0 and below {len(self)}, got {number}")
         epoch, place = divmod(number, len(self.data))
         index = self._order(epoch)[place]
         generator = _generator(self.seed, number)

@@ -165,8 +165,13 @@ def load_base_model(model_name_or_path: str | os.PathLike) -> nn.Module:
         The detector, in evaluation mode.
 
     Raises:
-        InputError: The model cannot be loaded.
+        InputError: The model cannot be loaded, or the folder holds an adapter, which transformers would load with it.
     """
+    if (Path(model_name_or_path) / "adapter_config.json").is_file():
+        raise InputError(
+            f"model_name_or_path={str(model_name_or_path)!r}: is the folder of an adapter; give its base model here, "
+            "and load the adapter onto it."
+        )
     try:
         return AutoModelForZeroShotObjectDetection.from_pretrained(model_name_or_path, dtype=torch.float32)
     except (OSError, ValueError) as error:

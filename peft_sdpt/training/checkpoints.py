@@ -219,7 +219,7 @@ def claim_output_dir(output_dir: Path, accelerator: Accelerator, resuming: bool)
         InputError: The folder cannot be written, or it has checkpoints and the run does not resume.
     """
     if accelerator.is_main_process:
-        check_writable(output_dir)
+        check_writable(output_dir, "output_dir")
         remove_unfinished(output_dir)
     accelerator.wait_for_everyone()
     earlier = latest(output_dir)

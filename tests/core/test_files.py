@@ -133,5 +133,5 @@ def test_a_folder_that_can_be_written_is_made_and_stays_empty(tmp_path):
     check_writable(tmp_path / "new" / "folder")
     assert names(tmp_path / "new" / "folder") == []
     for folder in (tmp_path / "file", tmp_path / "file" / "below", "/proc/nowhere"):
-        with pytest.raises(InputError, match=rf"^{folder}: cannot be written \(.*\)\.$"):
+        with pytest.raises(InputError, match=rf"^folder='{folder}': cannot be written \(.*\)\.$"):
             check_writable(folder)

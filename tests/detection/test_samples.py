@@ -206,3 +206,11 @@ def test_a_picture_of_more_classes_than_fit_is_asked_for_some_of_them(processor)
         assert [phrases[c] for c in sample["labels"]["class_labels"]] == phrases
         seen |= set(phrases)
     assert seen == set(names)
+
+
+def test_samples_end(processor):
+    made = samples(processor, num_samples=7)
+    assert len(list(made)) == len(made) == 7
+    for number in (7, -1):
+        with pytest.raises(IndexError, match=f"number must be at least 0 and below 7, got {number}"):
+            made[number]

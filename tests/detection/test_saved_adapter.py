@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoProcessor
 
-from peft_sdpt.detection import find_adapter, read_class_names, save_adapter, write_adapter
+from peft_sdpt.detection import find_adapter, load_base_model, read_class_names, save_adapter, write_adapter
 from peft_sdpt.errors import InputError
 from tests.helpers.detectors import ROOT, attach, make_host
 
@@ -56,3 +56,10 @@ def test_an_adapter_that_cannot_be_saved_leaves_the_old_one(processor, tmp_path,
     with pytest.raises(InputError, match=r"cannot be written \(.*No space left on device\)\.$"):
         save_adapter(tmp_path, model, processor, ["cat"])
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_the_folder_of_an_adapter_is_not_a_base_model(processor, tmp_path):
+    """transformers would load the adapter with its base model, and pass both off as the base model."""
+    save_adapter(tmp_path, attach(make_host()), processor, ["dog"])
+    with pytest.raises(InputError, match=r"model_name_or_path='.*': is the folder of an adapter; give its base model"):
+        load_base_model(tmp_path)

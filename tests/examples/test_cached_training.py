@@ -182,10 +182,13 @@ def full(*args, **kwargs):
             "--cache_features: cannot be used with --eval_only",
         ),
         (("--cache_features", "", "--no_augmentation"), "--cache_features: is empty."),
-        (("--cache_features", "/proc/nowhere", "--no_augmentation"), "/proc/nowhere: cannot be written ("),
+        (
+            ("--cache_features", "/proc/nowhere", "--no_augmentation"),
+            "--cache_features /proc/nowhere: cannot be written (",
+        ),
         (
             ("--cache_features", HOST / "config.json", "--no_augmentation"),
-            f"{HOST / 'config.json'}: cannot be written (",
+            f"--cache_features {HOST / 'config.json'}: cannot be written (",
         ),
     ],
 )

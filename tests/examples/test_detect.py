@@ -412,7 +412,7 @@ def refused(run, offline, tmp_path, monkeypatch, capsys):
         ("no-such-folder: cannot be loaded as a detector", ("--model_name_or_path", "no-such-folder")),
         ("--adapter no-such-folder: no such folder", ("--adapter", "no-such-folder")),
         ("--adapter no/such folder: no such folder", ("--adapter", "no/such folder")),
-        ("/proc/nowhere: cannot be written", ("--output_dir", "/proc/nowhere", "--class_names", "dog")),
+        ("--output_dir /proc/nowhere: cannot be written", ("--output_dir", "/proc/nowhere", "--class_names", "dog")),
         ("has no word for a prompt", ("--class_names", "dog", "...")),
         ("must be at least one, and no name twice; got dog. cat. dog.", ("--class_names", "dog", "cat", "Dog ")),
         ("the tokenizer knows no word of '☃'", ("--class_names", "☃")),

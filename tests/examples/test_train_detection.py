@@ -403,7 +403,7 @@ def test_images_that_do_not_open_are_left_out_only_when_asked(main_job, own_task
         (("--weight_decay", -1), "--weight_decay -1"),
         (("--num_warmup_steps", -1), "--num_warmup_steps -1"),
         (("--seed", -1), "--seed -1"),
-        (("--output_dir", "/proc/nowhere"), "/proc/nowhere: cannot be written ("),
+        (("--output_dir", "/proc/nowhere"), "--output_dir /proc/nowhere: cannot be written ("),
         (
             ("--learning_rate", 1e37, "--validation_steps", 9),
             "boxes are not finite any more at step 2: lower --learning_rate",
@@ -693,3 +693,12 @@ def test_real_photographs_go_through_training(main_job, tmp_path):
         .num_virtual_tokens
         == 20
     )
+
+
+def test_an_empty_output_dir_is_not_the_current_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["train_detection.py", "--output_dir", ""])
+    with pytest.raises(SystemExit) as stopped:
+        train_detection.main()
+    assert stopped.value.code == 2 and "argument --output_dir: is empty" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
