@@ -75,7 +75,7 @@ def initialize_sdpt_prototypes(
     generator = torch.Generator().manual_seed(seed)
     chosen = {}
     for name, layer in layers.items():
-        count = layer.sdpt_config[adapter_name].num_virtual_tokens
+        count = layer.sdpt_prompts[adapter_name].shape[-2]
         sides = [_distinct(_drawn(rows, len(rows), generator)) for rows in candidates[name]]
         sizes = [len(side) for side in sides]
         independent = layer.sdpt_prompts[adapter_name].dim() == 3

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmarks on tiny hosts: methods do what the tables say of them, and a run ends in tables. No test is timed."""
 
-from __future__ import annotations
+from __future__ import dataclasses
 
 import itertools
 import json
@@ -139,7 +139,7 @@ def test_the_released_algorithm_is_sdpt_with_prompts_hidden_from_the_image(host)
     released, ours = attached("released", host).double(), attached("sdpt", host).double()
     inputs = {k: v.double() if v.is_floating_point() else v for k, v in inputs_of(host).items()}
     layer = next(module for module in ours.modules() if isinstance(module, SDPTLayer))
-    layer.sdpt_config["default"].image_attends_prompts = False
+    layer.update_layer("default", dataclasses.replace(layer.sdpt_config["default"], image_attends_prompts=False))
     prompts = next(module for module in released.modules() if isinstance(module, ReleasedFusion)).cpt_input
     with torch.no_grad():
         prompts.copy_(layer.sdpt_prompts["default"][None])
