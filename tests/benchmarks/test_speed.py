@@ -2,8 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmarks on tiny hosts: methods do what the tables say of them, and a run ends in tables. No test is timed."""
 
-from __future__ import dataclasses
+from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import sys
