@@ -42,18 +42,11 @@ from peft_sdpt.detection import (
 )
 from peft_sdpt.detection.images import SUFFIXES, batches, find_images, read_images, watch
 from peft_sdpt.errors import InputError, hint, one_line_errors
-from peft_sdpt.files import check_writable, whole_files
+from peft_sdpt.files import check_writable, output_folder, whole_files
 
 # Arguments of the library whose flag has another name.
 RENAMED = {"adapters": "adapter", "source": "adapter"}
 HERE = Path(__file__).resolve().parent
-
-
-def output_folder(value: str) -> Path:
-    """Return the folder that a flag names. An empty value would be the current folder."""
-    if not value:
-        raise argparse.ArgumentTypeError("is empty")
-    return Path(value)
 
 
 def parse_args() -> argparse.Namespace:

@@ -11,6 +11,7 @@ from pathlib import Path
 from accelerate.tracking import get_available_trackers
 
 from peft_sdpt.errors import InputError
+from peft_sdpt.files import output_folder
 from pictograms.tasks import TASKS
 
 HERE = Path(__file__).resolve().parent
@@ -48,13 +49,6 @@ SCHEDULERS = (
     "constant_with_warmup",
     "inverse_sqrt",
 )
-
-
-def output_folder(value: str) -> Path:
-    """Return the folder that a flag names. An empty value would be the current folder."""
-    if not value:
-        raise argparse.ArgumentTypeError("is empty")
-    return Path(value)
 
 
 def parse_args(description: str | None = None) -> argparse.Namespace:

@@ -7,6 +7,7 @@ A file or folder gets its final name only after all of it is on the disk. So a p
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import secrets
@@ -42,6 +43,23 @@ def check_writable(folder: str | os.PathLike, argument: str = "folder") -> None:
             pass
     except OSError as error:
         raise InputError(f"{argument}={str(folder)!r}: cannot be written ({error}).") from error
+
+
+def output_folder(value: str) -> Path:
+    """Convert the value of a flag to a folder, as the `type` of an argument of `argparse`.
+
+    Args:
+        value: The value. An empty one would be the current folder.
+
+    Returns:
+        The folder, which may not exist yet.
+
+    Raises:
+        argparse.ArgumentTypeError: The value is empty.
+    """
+    if not value:
+        raise argparse.ArgumentTypeError("is empty")
+    return Path(value)
 
 
 def _cannot_be_written(path: str | os.PathLike, error: Exception) -> InputError:

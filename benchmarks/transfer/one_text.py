@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
+from peft_sdpt.detection.prediction import evaluation_mode
+
 
 @contextlib.contextmanager
 def text_computed_once(detector: nn.Module) -> Iterator[None]:
@@ -36,11 +38,9 @@ def text_computed_once(detector: nn.Module) -> Iterator[None]:
         if key not in known:
             first = [value[:1] if torch.is_tensor(value) else value for value in args]
             named = {name: value[:1] if torch.is_tensor(value) else value for name, value in kwargs.items()}
-            was_training = encoder.training
-            encoder.eval()  # a single dropout mask must not hold for the whole run
-            with torch.no_grad():
+            # In evaluation mode, because a single dropout mask must not hold for the whole run.
+            with torch.no_grad(), evaluation_mode(encoder):
                 known[key] = compute(input_ids[:1], *first, **named).last_hidden_state
-            encoder.train(was_training)
         return BaseModelOutput(last_hidden_state=known[key].expand(len(input_ids), -1, -1))
 
     encoder.forward = forward

@@ -35,6 +35,7 @@ from transformers.modeling_outputs import BackboneOutput, BaseModelOutput
 
 from ..errors import InputError
 from ..files import UNFINISHED, check_writable, whole_file
+from .prediction import evaluation_mode
 
 # Unfinished entries older than this many seconds come from killed processes. Writing takes far less than a second.
 ABANDONED = 3600
@@ -159,12 +160,8 @@ class _Stored:
         def one(value: Any) -> Any:
             return value[row : row + 1] if torch.is_tensor(value) else value
 
-        was_training = self.module.training
-        self.module.eval()
-        try:
+        with evaluation_mode(self.module):
             output = self._compute(*map(one, args), **{name: one(value) for name, value in kwargs.items()})
-        finally:
-            self.module.train(was_training)
         features = output.feature_maps if "feature_maps" in output else output[:1]
         return [feature[0].contiguous().cpu() for feature in features]
 

@@ -115,14 +115,14 @@ def check_image_size(model: nn.Module, processor: Any, image_size: int) -> None:
         InputError: The model fails, for instance because the image has fewer positions than the model has queries.
     """
     try:
-        with _evaluation_mode(model):
+        with evaluation_mode(model):
             detect(model, processor, [Image.new("RGB", (image_size, image_size))], ["object"], [[0]])
     except RuntimeError as error:
         raise InputError(f"image_size={image_size}: does not suit this base model ({error}).") from None
 
 
 @contextlib.contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode in this context."""
     was_training = model.training
     model.eval()
@@ -179,7 +179,7 @@ def detect_split(
     )
     rows: list[Row] = []
     bar = tqdm(loader, desc=label, leave=False, disable=not accelerator.is_local_main_process)
-    with _evaluation_mode(model):
+    with evaluation_mode(model):
         for images, pixels in bar:
             sizes = [data.sizes[image] for image in images]
             with accelerator.autocast():
