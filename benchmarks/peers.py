@@ -11,7 +11,13 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
 # The settings of the paper that differ from the defaults of `SDPTConfig`.
-PUBLISHED = {"num_virtual_tokens": 10, "init_weights": "uniform", "pinv_rtol": None, "prompt_space": "aligned"}
+PUBLISHED = {
+    "num_virtual_tokens": 10,
+    "init_weights": "uniform",
+    "pinv_rtol": None,
+    "prompt_space": "aligned",
+    "prompt_gate": None,
+}
 # Names of the six projections of a fusion layer, in transformers and in GLIP.
 FUSION_QUERIES = ("vision_proj", "text_proj", "v_proj", "l_proj")
 FUSION_VALUES = ("values_vision_proj", "values_text_proj", "values_v_proj", "values_l_proj")

@@ -2,15 +2,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention of a fusion layer, with prompts as extra keys and values.
 
-`bi_attention` is the attention of the method (arXiv 2407.11414, section 3). It gives the same result as appending the
-prompts to both inputs and dropping their rows from both outputs, because a softmax is taken per row, and it never
-computes the rows of prompts. `fused_attention` computes the same without projecting image tokens. Base models with
-other attentions run unchanged on a longer context, which `append_prompts`, `append_zeros` and `extend_mask` make.
+`bi_attention` is the attention of the method (arXiv 2407.11414, section 3). Without gates, it gives the same result as
+appending the prompts to both inputs and dropping their rows from both outputs, because a softmax is taken per row, and
+it never computes the rows of prompts. With gates, prompts have a softmax of their own, and a gate for each head decides
+how much of what they say is added: `W_out concat_h(host_h + gate_h softmax(q_h k_h) v_h)`. `fused_attention` computes
+the same without projecting image tokens. Base models with other attentions run unchanged on a longer context, which
+`append_prompts`, `append_zeros` and `extend_mask` make.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypedDict
 
 import torch
@@ -32,16 +34,40 @@ class Side(NamedTuple):
     out: nn.Linear
 
 
+class GatedPrompts(NamedTuple):
+    """Prompts with a softmax of their own. What they say is added to what the base model's attention reads.
+
+    Attributes:
+        tokens: Prompts in the input space of a side, `(N, d)`, in groups that follow one another.
+        sizes: Number of prompts of each of the G groups. Each group has its own softmax.
+        gates: `(B or 1, G, heads)`, the factor of what a head reads from a group. Zero adds nothing.
+    """
+
+    tokens: torch.Tensor
+    sizes: tuple[int, ...]
+    gates: torch.Tensor
+
+    @property
+    def gate_of_prompts(self) -> torch.Tensor:
+        """The gate of each prompt, `(B or 1, heads, N, 1)`."""
+        gates = [
+            gate[..., None].expand(-1, -1, size) for gate, size in zip(self.gates.unbind(1), self.sizes, strict=True)
+        ]
+        return torch.cat(gates, dim=-1)[..., None]
+
+
 class Prompts(NamedTuple):
     """Prompts of one side of a fusion layer.
 
     Attributes:
-        tokens: Prompts in the input space of the side, `(N, d)`; None if the side has no prompts.
+        tokens: Prompts in the input space of the side, `(N, d)`; None if the side has no prompts without gates.
         mask: `(B, N)`, bool, True if a sample does not see a prompt; None if all samples see all prompts.
+        gated: Prompts with gates, or None.
     """
 
     tokens: torch.Tensor | None
     mask: torch.Tensor | None = None
+    gated: GatedPrompts | None = None
 
     @property
     def num_prompts(self) -> int:
@@ -58,12 +84,14 @@ class SideInput(NamedTuple):
         prompts: Extra tokens that the *other* modality attends to, `(N, d)`, or None. They may have any floating point
             dtype, and are cast to that of `tokens`.
         prompt_mask: `(B, N)`, bool, True if a sample does not see a prompt; None if all samples see all prompts.
+        gated: Prompts with gates that the other modality reads, or None.
     """
 
     tokens: torch.Tensor
     mask: torch.Tensor | None
     prompts: torch.Tensor | None
     prompt_mask: torch.Tensor | None = None
+    gated: GatedPrompts | None = None
 
     @property
     def num_prompts(self) -> int:
@@ -174,6 +202,38 @@ def mask_logits(logits: torch.Tensor, keys: SideInput, mask_function: MaskFuncti
     return logits
 
 
+def softmax_by_group(logits: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+    """Take a softmax over each group of the last dimension, whose sizes are given."""
+    if len(sizes) == 1:
+        return logits.softmax(dim=-1)
+    return torch.cat([part.softmax(dim=-1) for part in logits.split(list(sizes), dim=-1)], dim=-1)
+
+
+def read_gated(
+    queries: torch.Tensor, gated: GatedPrompts, side: Side, scale: float = 1.0, dropout: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what queries read from gated prompts, before the output projection.
+
+    Args:
+        queries: Projected queries of all heads, `(B, heads, L, head_dim)`.
+        gated: The prompts.
+        side: Projections of the side that the prompts belong to.
+        scale: Factor of the keys.
+        dropout: Probability of dropping an attention weight.
+
+    Returns:
+        What is added to the attended values, `(B, heads, L, head_dim)`, and the weights times the gates,
+        `(B, heads, L, N)`.
+    """
+    num_heads = queries.shape[1]
+    tokens = gated.tokens.to(queries.dtype)[None]
+    keys = split_heads(side.query(tokens) * scale, num_heads)
+    values = split_heads(side.value(tokens), num_heads)
+    gates = gated.gate_of_prompts.mT
+    weights = softmax_by_group(queries @ keys.mT, gated.sizes) * gates.to(queries.dtype)
+    return F.dropout(weights, p=dropout) @ values, weights
+
+
 def _attend(
     logits: torch.Tensor,
     values: torch.Tensor,
@@ -216,7 +276,8 @@ def bi_attention(
     Returns:
         `((image_out, image_weights), (text_out, text_weights))` with outputs `(B, L, d)` and weights
         `(B * heads, Nv, Nl + N)` and `(B * heads, Nl, Nv + N)`: the base model's shape with one more column at the end
-        for each prompt that the direction sees.
+        for each prompt that the direction sees. The columns of gated prompts come last, and have the weights of their
+        own softmax times the gate.
     """
     image_states = split_heads(image_side.query(image.tokens) * scale, num_heads)
     text_states = split_heads(text_side.query(text.tokens), num_heads)
@@ -247,6 +308,14 @@ def bi_attention(
 
     image_weights, image_out = _attend(image_logits, text_values, text, text_mask_function, dropout)
     text_weights, text_out = _attend(text_logits, image_values, image, image_mask_function, dropout)
+    if text.gated is not None:
+        read, weights = read_gated(image_states, text.gated, text_side, dropout=dropout)
+        image_out = image_out + read.transpose(1, 2).flatten(2)
+        image_weights = torch.cat([image_weights, weights], dim=-1)
+    if image.gated is not None:
+        read, weights = read_gated(text_states, image.gated, image_side, scale, dropout)
+        text_out = text_out + read.transpose(1, 2).flatten(2)
+        text_weights = torch.cat([text_weights, weights], dim=-1)
     return (
         (image_side.out(image_out), image_weights.flatten(0, 1)),
         (text_side.out(text_out), text_weights.flatten(0, 1)),

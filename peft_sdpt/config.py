@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from peft.utils import PeftType
 
-from .saving import SavedConfig, Shapes, plain_name
+from .saving import GATES_KEY, PROMPTS_KEY, SavedConfig, Shapes, plain_name
 from .version import __version__
 
 INIT_WEIGHTS = (
@@ -28,6 +28,7 @@ INIT_WEIGHTS = (
 )
 PROMPT_MODES = ("unified", "independent")
 PROMPT_SPACES = ("reachable", "aligned")
+PROMPT_GATES = ("zero",)
 ATTN_IMPLEMENTATIONS = ("fused", "eager")
 # Fields that determine which prompts an adapter has, and what their entries mean.
 _SHAPING_FIELDS = (
@@ -39,6 +40,8 @@ _SHAPING_FIELDS = (
     "prompt_space",
     "fusion_layers",
 )
+# The same with gates. Adapters without gates are older.
+_SHAPING_FIELDS_OF_GATES = ("prompt_gate", "prompt_groups", "image_attends_prompts", "fusion_gates")
 
 
 @dataclass
@@ -65,9 +68,18 @@ class SDPTConfig(SavedConfig):
             `"normal"` is N(0, 1) and `"uniform"` is U(-1, 1), the released default. `"xavier_uniform"`,
             `"xavier_normal"`, `"kaiming_uniform"` and `"kaiming_normal"` are torch's with their default arguments,
             applied to each set of tokens (fan_in is their dimension E, fan_out is N). `"zeros"` is the origin of the
-            aligned space. `"prototypes"` is `"normal"` until you call `initialize_sdpt_prototypes`. No initialization
-            leaves the outputs of the base model unchanged, because each prompt takes a share of every softmax. True and
-            False are accepted because PEFT's tools set them, and both mean `"normal"`.
+            aligned space. `"prototypes"` is `"normal"` until you call `initialize_sdpt_prototypes`. With gates, every
+            initialization leaves the outputs of the base model unchanged. Without them, none does, because each prompt
+            takes a share of every softmax. As in other tuners of PEFT, True is the default, and False also starts the
+            gates at random, from N(0, 1), so that the adapter has an effect at once (for debugging).
+        prompt_gate (`str`, *optional*, defaults to `"zero"`): `"zero"` gives prompts a softmax of their own, and a
+            trained gate for each head and each direction that starts at zero: `tanh(gate)` times what a head reads from
+            the prompts is added to what it reads from the base model's tokens. A new adapter then equals the base
+            model. None is the published method: prompts are keys and values in the softmax of the base model. Fusion
+            layers in which the base model's own forward runs have no gates.
+        prompt_groups (`list[int]`, *optional*): Sizes of groups of prompts, each with its own softmax and gates. They
+            add up to `num_virtual_tokens`. None is one group. `add_weighted_adapter` makes groups when it
+            concatenates adapters.
         prompt_mode (`str`, *optional*, defaults to `"unified"`): `"unified"` is the method: one set of tokens, mapped
             into both input spaces. `"independent"` is the paper's ablation: two sets in the aligned space, one for each
             modality, each mapped by its own inverse, with twice the parameters. The released code uses the independent
@@ -94,6 +106,9 @@ class SDPTConfig(SavedConfig):
             attached, and maps the name of each adapted fusion layer to the dimension of its prompts. It is saved with
             the adapter, so that loading onto a base model with other layers raises an error before that model is
             changed.
+        fusion_gates (`dict[str, list[int]]`, *optional*): Do not set this by hand. It is filled in when the adapter is
+            attached, and maps the name of each adapted fusion layer with gates to the number of its sides and heads
+            that have gates.
         fusion_layers_digest (`str`, *optional*): Do not set this by hand. It is filled in when the config is saved, and
             tells whether a field that determines the prompts has changed since. A changed config belongs to no base
             model.
@@ -115,6 +130,13 @@ class SDPTConfig(SavedConfig):
     )
     init_weights: str | bool = field(
         default="normal", metadata={"help": f"Initialization of the tokens: one of {INIT_WEIGHTS}."}
+    )
+    prompt_gate: str | None = field(
+        default="zero",
+        metadata={"help": "'zero': prompts have their own softmax and gates that start at zero. None: as published."},
+    )
+    prompt_groups: list[int] | None = field(
+        default=None, metadata={"help": "Sizes of groups of prompts with their own softmax and gates, or None for one."}
     )
     prompt_mode: str = field(
         default="unified",
@@ -141,6 +163,9 @@ class SDPTConfig(SavedConfig):
     fusion_layers: dict[str, int] | None = field(
         default=None, metadata={"help": "Filled in when attached: dimension of the prompts of each adapted layer."}
     )
+    fusion_gates: dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Filled in when attached: numbers of sides and heads with gates of each layer."}
+    )
     fusion_layers_digest: str | None = field(
         default=None, metadata={"help": "Filled in when saved: digest of the fields that determine the prompts."}
     )
@@ -151,24 +176,30 @@ class SDPTConfig(SavedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType("SDPT")
-        if isinstance(self.init_weights, bool):
+        if self.init_weights is True:
             self.init_weights = "normal"
+        if self.fusion_layers is not None and self.fusion_gates is None:
+            self.prompt_gate = None  # the config of an adapter that is older than gates
         if self.prompt_space is None:
             self.prompt_space = "aligned" if self.prompt_mode == "independent" else "reachable"
         self.num_virtual_tokens = _plain_int(self.num_virtual_tokens)
         self.layers_to_transform = _plain_int(self.layers_to_transform)
         if isinstance(self.layers_to_transform, int) and not isinstance(self.layers_to_transform, bool):
             self.layers_to_transform = [self.layers_to_transform]
-        for name in ("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save"):
+        for name in ("target_modules", "exclude_modules", "layers_to_transform", "prompt_groups", "modules_to_save"):
             value = getattr(self, name)
             # Sorted, because the order of a set differs between processes, and two saves should be the same file.
             if isinstance(value, (set, tuple)):
                 setattr(self, name, sorted(value, key=str) if isinstance(value, set) else list(value))
         if isinstance(self.layers_to_transform, list):
             self.layers_to_transform = [_plain_int(index) for index in self.layers_to_transform]
+        if isinstance(self.prompt_groups, list):
+            self.prompt_groups = [_plain_int(size) for size in self.prompt_groups]
         self.check()
         if self.fusion_layers is not None:
             self.fusion_layers = {plain_name(name): dim for name, dim in self.fusion_layers.items()}
+        if self.fusion_gates is not None:
+            self.fusion_gates = {plain_name(name): list(gates) for name, gates in self.fusion_gates.items()}
 
     @property
     def belongs_to_base_model(self) -> bool:
@@ -186,7 +217,8 @@ class SDPTConfig(SavedConfig):
         return values | {"fusion_layers_digest": None if self.fusion_layers is None else self._digest()}
 
     def _digest(self) -> str:
-        values = json.dumps([getattr(self, name) for name in _SHAPING_FIELDS], sort_keys=True, default=sorted)
+        names = _SHAPING_FIELDS + (() if self.prompt_gate is None else _SHAPING_FIELDS_OF_GATES)
+        values = json.dumps([getattr(self, name) for name in names], sort_keys=True, default=sorted)
         return hashlib.sha256(values.encode()).hexdigest()[:16]
 
     def prompt_shape(self, dim: int) -> tuple[int, ...]:
@@ -194,11 +226,24 @@ class SDPTConfig(SavedConfig):
         shape = (self.num_virtual_tokens, dim)
         return (2, *shape) if self.prompt_mode == "independent" else shape
 
-    def prompt_shapes(self) -> Shapes | None:
-        """Return the shape of the prompts of each adapted fusion layer, or None before the adapter is attached."""
-        if self.fusion_layers is None:
-            return None
-        return {name: self.prompt_shape(dim) for name, dim in self.fusion_layers.items()}
+    @property
+    def group_sizes(self) -> tuple[int, ...]:
+        """Number of prompts of each group."""
+        return (self.num_virtual_tokens,) if self.prompt_groups is None else tuple(self.prompt_groups)
+
+    def gate_shape(self, sides_and_heads: list[int]) -> tuple[int, ...]:
+        """Return the shape of the gates of a fusion layer, `(sides, groups, heads)`."""
+        sides, heads = sides_and_heads
+        return sides, len(self.group_sizes), heads
+
+    def shapes_for(self, dims: dict[str, int], gates: dict[str, list[int]]) -> Shapes:
+        """Return the shape of each parameter by its plain name, for fusion layers as in the two filled-in fields."""
+        shapes: Shapes = {f"{name}{PROMPTS_KEY}": self.prompt_shape(dim) for name, dim in dims.items()}
+        return shapes | {f"{name}{GATES_KEY}": self.gate_shape(numbers) for name, numbers in gates.items()}
+
+    def parameter_shapes(self) -> Shapes | None:
+        """Return the shape of each parameter by its plain name, or None before the adapter is attached."""
+        return None if self.fusion_layers is None else self.shapes_for(self.fusion_layers, self.fusion_gates or {})
 
     def check(self) -> None:
         """Check all fields. This is called when the config is made, and when it is attached.
@@ -233,8 +278,19 @@ class SDPTConfig(SavedConfig):
             if not layers or min(layers) < 0 or len(set(layers)) != len(layers):
                 self._refuse("layers_to_transform", "a non-empty list of non-negative integers without repetitions")
 
+        if self.prompt_gate is not None and self.prompt_gate not in PROMPT_GATES:
+            self._refuse("prompt_gate", f"None or one of {PROMPT_GATES}")
+        if self.prompt_groups is not None:
+            groups = self.prompt_groups
+            if not isinstance(groups, list) or not all(_is_int(size) for size in groups):
+                self._refuse("prompt_groups", "None or a list of integers", TypeError)
+            if not groups or min(groups) < 1 or sum(groups) != self.num_virtual_tokens:
+                self._refuse("prompt_groups", f"positive and add up to num_virtual_tokens={self.num_virtual_tokens}")
+            if self.prompt_gate is None:
+                self._refuse("prompt_groups", "None where prompt_gate is None, because groups differ by their gates")
+
         for name, values in (
-            ("init_weights", INIT_WEIGHTS),
+            ("init_weights", (*INIT_WEIGHTS, False)),
             ("prompt_mode", PROMPT_MODES),
             ("attn_implementation", ATTN_IMPLEMENTATIONS),
         ):
@@ -264,6 +320,15 @@ class SDPTConfig(SavedConfig):
             and all(_is_int(dim) and dim > 0 for dim in self.fusion_layers.values())
         ):
             self._refuse("fusion_layers", "None or a mapping of module names to prompt dimensions", TypeError)
+        if self.fusion_gates is not None and not (
+            isinstance(self.fusion_gates, dict)
+            and all(isinstance(name, str) for name in self.fusion_gates)
+            and all(
+                isinstance(gates, (list, tuple)) and len(gates) == 2 and all(_is_int(n) and n > 0 for n in gates)
+                for gates in self.fusion_gates.values()
+            )
+        ):
+            self._refuse("fusion_gates", "None or a mapping of module names to numbers of sides and heads", TypeError)
         if not isinstance(self.fusion_layers_digest, (str, type(None))):
             self._refuse("fusion_layers_digest", "None or a string", TypeError)
         if not isinstance(self.peft_sdpt_version, str):

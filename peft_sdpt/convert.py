@@ -89,6 +89,7 @@ def convert(
         num_virtual_tokens=len(next(iter(tokens.values()))),
         # Full names, so that layers of GLIP without tokens are not adapted.
         target_modules=list(tokens),
+        prompt_gate=None,
         prompt_space="aligned",
         pinv_rtol=None,
         image_attends_prompts=False,

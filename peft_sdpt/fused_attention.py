@@ -4,13 +4,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from .attention import MaskFunction, Side, SideInput, append_prompts, hide_padding, mask_logits, split_heads
+from .attention import (
+    MaskFunction,
+    Side,
+    SideInput,
+    append_prompts,
+    hide_padding,
+    mask_logits,
+    read_gated,
+    softmax_by_group,
+    split_heads,
+)
 from .inverse import without_autocast
 
 
@@ -54,6 +65,9 @@ def fused_bi_attention(
     directions are two calls of `torch.nn.functional.scaled_dot_product_attention`. Otherwise, and with dropout, they
     share their logits in `_BothDirections`.
 
+    Gated prompts of the text are further keys and values of the image, with a softmax of their own. The gate is a
+    factor of their values. Text tokens read gated prompts of the image apart, because both are few.
+
     Args:
         image, text, num_heads, scale, dropout, image_mask_function, text_mask_function: See `bi_attention`. A mask
             function may only add to the logits.
@@ -67,13 +81,24 @@ def fused_bi_attention(
     text_tokens = text.tokens if text.prompts is None else append_prompts(text.tokens, text.prompts)
     text_length = text.tokens.shape[1]
 
+    # Sizes of the groups of keys of the image. Each has a softmax of its own.
+    sizes = [text_tokens.shape[1]]
+    if text.gated is not None:
+        text_tokens = append_prompts(text_tokens, text.gated.tokens)
+        sizes += text.gated.sizes
+
     keys = split_heads(text_side.query(text_tokens) * scale, num_heads)
     values = split_heads(text_side.value(text_tokens), num_heads)
+    if text.gated is not None:
+        ungated, of_prompts = values.split([sizes[0], sum(sizes[1:])], dim=2)
+        values = torch.cat([ungated, of_prompts * text.gated.gate_of_prompts.to(values.dtype)], dim=2)
     query_weight = image_side.query.weight.unflatten(0, (num_heads, -1))  # (heads, head_dim, dv)
     out_weight = image_side.out.weight.unflatten(1, (num_heads, -1)).permute(1, 2, 0)  # (heads, head_dim, dv)
     keys_of_image = keys @ query_weight  # (B, heads, K, dv)
     values_of_image = values @ out_weight  # (B, heads, K, dv)
     text_bias = _added(text, text_mask_function)  # of each key of the image: (B, heads or 1, 1, K)
+    if text_bias is not None:
+        text_bias = F.pad(text_bias, (0, sum(sizes[1:])))
     if image_side.query.bias is not None:
         shift = keys @ image_side.query.bias.view(num_heads, -1, 1)
         text_bias = shift.mT if text_bias is None else shift.mT + text_bias
@@ -81,13 +106,15 @@ def fused_bi_attention(
 
     if dropout == 0.0 and _kernels_pay(keys):
         image_tokens = image.tokens if image.prompts is None else append_prompts(image.tokens, image.prompts)
-        image_out = F.scaled_dot_product_attention(
-            image.tokens[:, None].expand(-1, num_heads, -1, -1),
-            keys_of_image,
-            values_of_image,
-            attn_mask=text_bias,
-            scale=1.0,
-        ).sum(1)
+        queries = image.tokens[:, None].expand(-1, num_heads, -1, -1)
+        biases = [None] * len(sizes) if text_bias is None else text_bias.split(sizes, dim=-1)
+        parts = [
+            F.scaled_dot_product_attention(queries, group_keys, group_values, attn_mask=bias, scale=1.0).sum(1)
+            for group_keys, group_values, bias in zip(
+                keys_of_image.split(sizes, dim=2), values_of_image.split(sizes, dim=2), biases, strict=True
+            )
+        ]
+        image_out = functools.reduce(torch.add, parts)
         read = F.scaled_dot_product_attention(
             keys_of_image[:, :, :text_length].flatten(1, 2)[:, None],
             image_tokens[:, None],
@@ -106,6 +133,7 @@ def fused_bi_attention(
             text_bias,
             image_bias,
             text_length,
+            sizes,
             dropout,
         )
     if image_side.out.bias is not None:
@@ -116,6 +144,8 @@ def fused_bi_attention(
     if image_side.value.bias is not None:
         bias = image_side.value.bias.view(num_heads, 1, -1)
         text_out = text_out + (bias if total is None else total * bias)
+    if image.gated is not None:
+        text_out = text_out + read_gated(keys[:, :, :text_length], image.gated, image_side, dropout=dropout)[0]
     return image_out, text_side.out(text_out.transpose(1, 2).flatten(2))
 
 
@@ -159,10 +189,11 @@ class _Shared:
         text_bias: torch.Tensor | None,
         image_bias: torch.Tensor | None,
         text_length: int,
+        sizes: Sequence[int],
     ) -> None:
         dtype = torch.promote_types(image.dtype, torch.float32)
         self.keys, self.values = keys.to(dtype).flatten(1, 2), values.to(dtype).flatten(1, 2)
-        self.num_heads, self.text_length = keys.shape[1], text_length
+        self.num_heads, self.text_length, self.sizes = keys.shape[1], text_length, sizes
         self.text_bias = None if text_bias is None else text_bias.to(dtype).transpose(1, 2)
         self.image_bias = None if image_bias is None else image_bias.to(dtype).permute(0, 3, 1, 2)
         self.tokens = [(0, image), (image.shape[1], prompts)]
@@ -180,8 +211,15 @@ class _Shared:
         """Return logits `(B, n, heads, K)`, before the masks and the bias of the image's queries are added."""
         return (tokens @ self.keys.mT).unflatten(-1, (self.num_heads, -1))
 
-    def image_logits(self, logits: torch.Tensor) -> torch.Tensor:
-        return logits if self.text_bias is None else logits + self.text_bias
+    def image_weights(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return the weights of the image direction, `(B, n, heads, K)`."""
+        return softmax_by_group(logits if self.text_bias is None else logits + self.text_bias, self.sizes)
+
+    def grad_of_image_logits(self, grad_weights: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Turn the gradient of the weights of the image direction into that of the logits, in place."""
+        for grad, group in zip(grad_weights.split(self.sizes, dim=-1), weights.split(self.sizes, dim=-1), strict=True):
+            grad.sub_((grad * group).sum(-1, keepdim=True)).mul_(group)
+        return grad_weights
 
     def text_logits(self, logits: torch.Tensor, begin: int, end: int) -> torch.Tensor:
         """Return the logits of the text direction, `(B, n, heads, T)`."""
@@ -207,6 +245,7 @@ class _BothDirections(torch.autograd.Function):
 
     Shapes: `image (B, M, d)`, `prompts (B, N, d)` that only text tokens see, `keys` and `values (B, heads, K, d)` of
     which the first `T = text_length` are text tokens, `text_bias (B, heads or 1, 1, K)`, `image_bias (B, 1, 1, M + N)`.
+    `sizes` are those of the groups of the K keys; an image token takes a softmax over each.
     Returns `(B, M, d)`, `(B, heads * T, d)` and, with dropout, the sums of the text's weights `(B, heads, T, 1)`,
     which are not 1 then. Without dropout, the last is None.
     """
@@ -221,10 +260,11 @@ class _BothDirections(torch.autograd.Function):
         text_bias: torch.Tensor | None,
         image_bias: torch.Tensor | None,
         text_length: int,
+        sizes: Sequence[int],
         dropout: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         with without_autocast(image.device.type):
-            shared = _Shared(image, prompts, keys, values, text_bias, image_bias, text_length)
+            shared = _Shared(image, prompts, keys, values, text_bias, image_bias, text_length, sizes)
             kept = []
             image_out = torch.empty_like(image, dtype=keys.dtype)
             # State of the text's softmax over the image tokens and prompts so far: maximum, sum, and what was read.
@@ -234,7 +274,7 @@ class _BothDirections(torch.autograd.Function):
             for begin, end, tokens in shared.chunks():
                 logits = shared.logits(tokens)
                 if begin < image.shape[1]:
-                    weights = shared.image_logits(logits).softmax(-1)
+                    weights = shared.image_weights(logits)
                     kept.append(_keep(weights, dropout))
                     image_out[:, begin:end] = _drop(weights, kept[-1], dropout).flatten(2) @ shared.values
                 text_logits = shared.text_logits(logits, begin, end)
@@ -258,7 +298,7 @@ class _BothDirections(torch.autograd.Function):
             ctx.save_for_backward(
                 image, prompts, keys, values, text_bias, image_bias, read, dropped_total, log_total, *kept
             )
-            ctx.text_length, ctx.dropout = text_length, dropout
+            ctx.text_length, ctx.sizes, ctx.dropout = text_length, sizes, dropout
         return image_out, read.to(keys.dtype), dropped_total[..., None].to(keys.dtype) if dropout else None
 
     @staticmethod
@@ -270,7 +310,7 @@ class _BothDirections(torch.autograd.Function):
         dropout = ctx.dropout
         kept = iter(kept)
         with without_autocast(image.device.type):
-            shared = _Shared(image, prompts, keys, values, text_bias, image_bias, ctx.text_length)
+            shared = _Shared(image, prompts, keys, values, text_bias, image_bias, ctx.text_length, ctx.sizes)
             grad_read = grad_read.to(read.dtype)
             # What the softmax subtracts from the gradients of a text token's logits.
             mean = (grad_read * read).sum(-1).view_as(log_total)
@@ -286,11 +326,11 @@ class _BothDirections(torch.autograd.Function):
                 logits = shared.logits(tokens)
                 of_image = begin < image.shape[1]
                 if of_image:
-                    weights, keep = shared.image_logits(logits).softmax(-1), next(kept)
+                    weights, keep = shared.image_weights(logits), next(kept)
                     grad_out = grad_image_out[:, begin:end].to(read.dtype)
                     grad_values.baddbmm_(_drop(weights, keep, dropout).flatten(2).mT, grad_out)
                     grad_weights = _drop((grad_out @ shared.values.mT).view_as(weights), keep, dropout)
-                    grad_logits = grad_weights.sub_((grad_weights * weights).sum(-1, keepdim=True)).mul_(weights)
+                    grad_logits = shared.grad_of_image_logits(grad_weights, weights)
                     if grad_bias is not None:
                         grad_bias += grad_logits.sum(1)[:, :, None].sum_to_size(grad_bias.shape)
                 else:
@@ -314,4 +354,4 @@ class _BothDirections(torch.autograd.Function):
                         grad_prompts[:, begin - length : end - length] = grad_tokens
         grads = [grad_image, grad_prompts, grad_keys.view_as(keys).to(keys.dtype)]
         grads += [grad_values.view_as(values).to(values.dtype), None if grad_bias is None else grad_bias.to(text_bias)]
-        return (*grads, None, None, None)
+        return (*grads, None, None, None, None)

@@ -55,11 +55,15 @@ def init_prompts(config: SDPTConfig, dim: int, embed_dim: int) -> torch.Tensor:
         `(N, dim)`, or `(2, N, dim)` in independent mode (image prompts, text prompts); float32.
     """
     prompts = torch.empty(config.prompt_shape(dim), device="cpu", dtype=torch.float32)
-    initialise = _INITIALISERS[str(config.init_weights)]
+    initialise = _INITIALISERS[_name_of_init(config)]
     # Each set is initialized on its own, because torch would read a 3-D tensor as the weight of a convolution.
     for prompt_set in prompts.view(-1, config.num_virtual_tokens, dim):
-        if str(config.init_weights).startswith(("xavier", "kaiming")):
+        if _name_of_init(config).startswith(("xavier", "kaiming")):
             prompt_set.copy_(initialise(torch.empty(len(prompt_set), embed_dim, device="cpu"))[:, :dim])
         else:
             initialise(prompt_set)
     return prompts
+
+
+def _name_of_init(config: SDPTConfig) -> str:
+    return "normal" if isinstance(config.init_weights, bool) else config.init_weights

@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.utils._pytree import tree_map
 
-from .attention import Prompts
+from .attention import GatedPrompts, Prompts
 from .config import SDPTConfig
+from .gates import factors_of, gate_sides_and_heads, init_gates
 from .hosts import FusionHost
 from .initialization import init_prompts, prompt_dim
 from .inverse import to_aligned_space, to_input_space
@@ -33,11 +35,19 @@ def _refresh_after_load(layer: SDPTLayer, incompatible_keys: Any) -> None:
     layer.refresh_inverses(force=not all(WeightState.is_certain(projection) for projection in layer.projections))
 
 
+def _values_of(base: Any, outputs: Any) -> Any:
+    """Return a tensor with the values of `base` and the gradients of `outputs`."""
+    if not isinstance(outputs, torch.Tensor) or base.shape != outputs.shape:
+        return outputs
+    return base + (outputs - outputs.detach())
+
+
 class _Fixed(NamedTuple):
     """Fields of an adapter's config as they were when it was attached. Changing the config does not change them."""
 
     pinv_rtol: float | None
     image_attends_prompts: bool
+    group_sizes: tuple[int, ...]
 
 
 class SDPTLayer(nn.Module, BaseTunerLayer):
@@ -45,6 +55,8 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
 
     The layer takes and returns what the wrapped module does. If there are no prompts to see (adapters are disabled, or
     none is active on this layer), it calls the wrapped module, so the outputs are those of the base model bit for bit.
+    In evaluation, so are those of an adapter whose gates are zero, as they are at the start. In training, these are
+    computed with the prompts, and equal but for rounding.
 
     With `attn_implementation="eager"`, attention weights have one more column for each prompt that a direction sees,
     after the columns of the base model. Those of a bi-directional attention are `(B * heads, Nv, Nl + N)` for image
@@ -71,11 +83,14 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
             projections reach, or tokens `(N, E)` if the adapter has `prompt_space="aligned"` or the projections reach
             all of the aligned space. In independent mode `(2, N, E)`, with one set for each side. `tokens` returns the
             tokens in all cases.
+        sdpt_gates: The trained gates, by adapter name: `(sides, groups, heads)`, with a row for each side whose prompts
+            are seen. Prompts count with the factor `tanh(gate)`. Adapters with `prompt_gate=None` have none.
+        sdpt_scale: Factor of the gates, by adapter name; see `set_scale`.
         sdpt_inverses: The inverse projections and the basis.
     """
 
-    adapter_layer_names: tuple[str, ...] = ("sdpt_prompts",)
-    other_param_names: tuple[str, ...] = ("sdpt_config", "sdpt_fixed")
+    adapter_layer_names: tuple[str, ...] = ("sdpt_prompts", "sdpt_gates")
+    other_param_names: tuple[str, ...] = ("sdpt_config", "sdpt_fixed", "sdpt_scale")
     base_layer: nn.Module
 
     def __init__(
@@ -93,8 +108,10 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
         self._make_prompts()
         self.sdpt_config: dict[str, SDPTConfig] = {}
         self.sdpt_fixed: dict[str, _Fixed] = {}
+        self.sdpt_scale: dict[str, float] = {}
         self.sdpt_inverses = InverseCache()
         self._known_prompts: tuple[list[TensorState], list[Prompts]] | None = None
+        self._known_silent: dict[str, tuple[TensorState, bool]] = {}
         # A new module is in training mode, and prompt dropout would act in a base model in evaluation mode.
         self.training = base_layer.training
         self.register_load_state_dict_post_hook(_refresh_after_load)
@@ -103,6 +120,7 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
 
     def _make_prompts(self) -> None:
         self.sdpt_prompts: MutableMapping[str, nn.Parameter] = nn.ParameterDict()  # type: ignore[assignment] # it is one
+        self.sdpt_gates: MutableMapping[str, nn.Parameter] = nn.ParameterDict()  # type: ignore[assignment] # it is one
 
     @property
     def projections(self) -> tuple[nn.Linear, ...]:
@@ -116,13 +134,19 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: SDPTConfig) -> None:
         """Add the prompts of an adapter, initialized as `config` says."""
-        self.sdpt_config[adapter_name] = config
-        self.sdpt_fixed[adapter_name] = _Fixed(config.pinv_rtol, config.image_attends_prompts)
+        self._add_settings(adapter_name, config)
         dim = prompt_dim(config, self.fusion_host, self.projections)
-        prompts = nn.Parameter(init_prompts(config, dim, self.embed_dim))
-        self.sdpt_prompts[adapter_name] = prompts
+        self.sdpt_prompts[adapter_name] = nn.Parameter(init_prompts(config, dim, self.embed_dim))
+        heads = self.fusion_host.num_heads(self.get_base_layer())
+        if gates := gate_sides_and_heads(config, self.fusion_host, heads):
+            self.sdpt_gates[adapter_name] = nn.Parameter(init_gates(config, config.gate_shape(gates)))
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.refresh_inverses()
+
+    def _add_settings(self, adapter_name: str, config: SDPTConfig) -> None:
+        self.sdpt_config[adapter_name] = config
+        self.sdpt_fixed[adapter_name] = _Fixed(config.pinv_rtol, config.image_attends_prompts, config.group_sizes)
+        self.sdpt_scale[adapter_name] = 1.0
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter from this layer, if the layer has it."""
@@ -202,9 +226,15 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
                 use the active adapters. `model(..., adapter_names=[...])` passes it on.
         """
         wanted = self.active_adapters if adapter_names is None else dict.fromkeys(adapter_names)
-        names = [name for name in wanted if name in self.sdpt_prompts]
+        names = [name for name in wanted if name in self.sdpt_prompts and self.sdpt_scale[name] != 0]
         if self.disable_adapters or (not names and adapter_names is None):
             return self.base_layer(*args, **kwargs)
+        # A test of values would wait for a GPU in training, and break the graph of torch.compile.
+        silent = []
+        if not (self.training or torch.compiler.is_compiling()):
+            silent = [name for name in names if self._is_silent(name)]
+            if not torch.is_grad_enabled():
+                names = [name for name in names if name not in silent]
         if adapter_names is not None:
             num_samples = len(self.fusion_host.bind(args, kwargs)[self.fusion_host.arguments[0]])
             if len(adapter_names) != num_samples:
@@ -213,10 +243,38 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
                     f"{len(adapter_names)} and {num_samples} respectively."
                 )
         prompts = self.input_prompts(names, adapter_names)
-        if all(side.tokens is None for side in prompts):
+        if all(side.tokens is None and side.gated is None for side in prompts):
             return self.base_layer(*args, **kwargs)
         eager = any(self.sdpt_config[name].attn_implementation == "eager" for name in names)
-        return self.fusion_host.attend(self.base_layer, args, kwargs, prompts, eager)
+        outputs = self.fusion_host.attend(self.base_layer, args, kwargs, prompts, eager)
+        if len(silent) < len(names):
+            return outputs
+        # Gradients are wanted, to the gates above all, but the values are those of the base model.
+        with torch.no_grad():
+            base = self.base_layer(*args, **kwargs)
+        return tree_map(_values_of, base, outputs)
+
+    def _is_silent(self, name: str) -> bool:
+        """Return whether the gates of an adapter are all zero."""
+        gates = self.sdpt_gates.get(name)
+        if gates is None or gates.is_meta:
+            return False
+        if gates.device.type == "cpu" or torch.is_grad_enabled():
+            return not gates.any()
+        # Known, because the test waits for a GPU.
+        known = self._known_silent.get(name)
+        if known is None or not known[0].still_holds(gates):
+            known = self._known_silent[name] = TensorState.of(gates), not gates.any()
+        return known[1]
+
+    def _gates(self, name: str) -> torch.Tensor:
+        """Return the factors of the prompts of an adapter, `(sides, groups, heads)`."""
+        return factors_of(self.sdpt_gates[name]) * self.sdpt_scale[name]
+
+    def set_scale(self, adapter_name: str, scale: float) -> None:
+        """Multiply the gates of an adapter by `scale`. 0 is the base model, and 1 is the adapter as it was trained."""
+        self.sdpt_scale[adapter_name] = scale
+        self._known_prompts = None
 
     def input_prompts(self, names: Sequence[str], adapter_names: Sequence[str] | None = None) -> list[Prompts]:
         """Map the prompts of some adapters into the input space of each side of the module.
@@ -248,7 +306,8 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
         if adapter_names is not None:
             return self._map_prompts(names, adapter_names, projections)
         biases = [bias for bias in map(bias_of, projections) if bias is not None]
-        sources = [*(self.sdpt_prompts[name] for name in names), *biases]
+        gates = [self.sdpt_gates[name] for name in names if name in self.sdpt_gates]
+        sources = [*(self.sdpt_prompts[name] for name in names), *gates, *biases]
         if self._known_prompts is not None:
             states, prompts = self._known_prompts
             if len(states) == len(sources) and all(
@@ -276,21 +335,41 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
                 for name in names
                 if self.sdpt_fixed[name].image_attends_prompts or side != self.fusion_host.image_reads
             ]
-            if not visible:
-                prompts.append(Prompts(None))
-                continue
-            parts = [
-                to_input_space(
+            parts = {
+                name: to_input_space(
                     # In independent mode, each side has its own set.
                     tokens[name][side] if tokens[name].dim() == 3 else tokens[name],
                     self.sdpt_inverses.inverse(place, self.sdpt_fixed[name].pinv_rtol),
                     bias_of(projection),
                 )
                 for name in visible
-            ]
-            mask = None if adapter_names is None else self._mask(adapter_names, visible, parts[0].device)
-            prompts.append(Prompts(torch.cat(parts), mask))
+            }
+            plain = [name for name in visible if name not in self.sdpt_gates]
+            together = torch.cat([parts[name] for name in plain]) if plain else None
+            mask = None
+            if plain and adapter_names is not None:
+                mask = self._mask(adapter_names, plain, parts[plain[0]].device)
+            gated = [name for name in visible if name in self.sdpt_gates]
+            prompts.append(Prompts(together, mask, self._gated(gated, parts, side, adapter_names)))
         return prompts
+
+    def _gated(
+        self, names: list[str], parts: dict[str, torch.Tensor], side: int, adapter_names: Sequence[str] | None
+    ) -> GatedPrompts | None:
+        """Put the gated prompts of a side together, with a group for each adapter, or several if it has them."""
+        if not names:
+            return None
+        sizes = [size for name in names for size in self.sdpt_fixed[name].group_sizes]
+        gates = []
+        for name in names:
+            gate = self._gates(name)
+            # Without a row for a side that is hidden. The row of the other one is then the only row.
+            gate = gate[min(side, len(gate) - 1)][None]
+            if adapter_names is not None:
+                uses = torch.tensor([wanted == name for wanted in adapter_names]).to(gate.device)
+                gate = gate * uses[:, None, None]
+            gates.append(gate)
+        return GatedPrompts(torch.cat([parts[name] for name in names]), tuple(sizes), torch.cat(gates, dim=1))
 
     def _mask(self, adapter_names: Sequence[str], owners: list[str], device: torch.device) -> torch.Tensor:
         """Return a mask `(B, N)` that is True if a prompt does not belong to the adapter of the sample."""
@@ -313,6 +392,7 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
 
     def train(self, mode: bool = True) -> SDPTLayer:
         self._known_prompts = None
+        self._known_silent.clear()
         return super().train(mode)
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
@@ -346,8 +426,11 @@ class SharedSDPTLayer(SDPTLayer):
     def sdpt_prompts(self) -> MutableMapping[str, nn.Parameter]:  # type: ignore[override] # nobody assigns it here
         return self._first[0].sdpt_prompts if self._first else {}
 
+    @property
+    def sdpt_gates(self) -> MutableMapping[str, nn.Parameter]:  # type: ignore[override] # nobody assigns it here
+        return self._first[0].sdpt_gates if self._first else {}
+
     def update_layer(self, adapter_name: str, config: SDPTConfig) -> None:
         """Add an adapter. Its prompts are added to the first module."""
-        self.sdpt_config[adapter_name] = config
-        self.sdpt_fixed[adapter_name] = _Fixed(config.pinv_rtol, config.image_attends_prompts)
+        self._add_settings(adapter_name, config)
         self.refresh_inverses()

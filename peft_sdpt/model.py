@@ -21,15 +21,16 @@ from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule
 
 from .config import SDPTConfig
+from .gates import factors_of, gates_of
 from .hosts import FusionHost
 from .layer import CANNOT_MERGE, SDPTLayer, SharedSDPTLayer
 from .saving import (
-    PROMPTS_KEY,
+    PARAMETER_KEYS,
     check_base_model,
     check_state_dict,
-    layer_of,
+    parameter_of,
+    parameters_in,
     plain_name,
-    prompts_by_layer,
     without_wrappers,
 )
 from .targeting import FusionLayer, Selection, check_fusion_layer, matches, select_fusion_layers
@@ -88,25 +89,23 @@ class SDPTModel(BaseTuner):
             # PEFT wraps the modules that the state dict names, whatever the config says. It reads only the keys, as its
             # documentation says, so the values can be empty, and the second modules of fusion layers, which have no
             # prompts of their own, get keys too.
-            named = {plain_name(key.rpartition(PROMPTS_KEY)[0]) for key in state_dict}
+            named = {name.rpartition(".")[0] for name in map(parameter_of, state_dict) if name is not None}
             layers = {name: layer for name, layer in selection.known.items() if plain_name(name) in named}
             parts = [part for layer in layers.values() for part in layer.parts]
-            state_dict = {f"{_name_in_peft(part)}{PROMPTS_KEY}": torch.empty(0) for part in parts}
+            state_dict = {f"{_name_in_peft(part)}{PARAMETER_KEYS[0]}": torch.empty(0) for part in parts}
         for name, layer in layers.items():
             check_fusion_layer(name, layer, config)
         dims = {plain_name(name): layer.prompt_dim(config) for name, layer in layers.items()}
+        gates = {plain_name(name): gates for name, layer in layers.items() if (gates := layer.gates(config))}
         if config.belongs_to_base_model:
-            check_base_model(
-                found=config.prompt_shapes() or {},
-                expected={name: config.prompt_shape(dim) for name, dim in dims.items()},
-            )
+            check_base_model(found=config.parameter_shapes() or {}, expected=config.shapes_for(dims, gates))
         _refuse_compiled_modules_to_save(model, config)
         self._set_targets(selection)
-        if config.fusion_layers not in (None, dims):
+        if (config.fusion_layers, config.fusion_gates) not in ((None, None), (dims, gates)):
             # The adapter of another base model uses the same config.
             config = copy.deepcopy(config)
         if not config.belongs_to_base_model:
-            config.fusion_layers, config.fusion_layers_digest = dims, None
+            config.fusion_layers, config.fusion_gates, config.fusion_layers_digest = dims, gates, None
         self.peft_config[adapter_name] = config
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         for name, layer in layers.items():
@@ -215,6 +214,33 @@ class SDPTModel(BaseTuner):
     def _sdpt_adapters(self) -> list[str]:
         return sorted(name for name, config in self.peft_config.items() if isinstance(config, SDPTConfig))
 
+    def set_scale(self, adapter_name: str, scale: float) -> None:
+        """Multiply the effect of an adapter by a number, until it is changed or the adapter is loaded anew.
+
+        0 is the base model, and 1 is the adapter as it was trained. Numbers in between give back some of what tuning
+        has cost on other classes. The scale is not saved.
+
+        Args:
+            adapter_name: Name of an SDPT adapter of this model, with gates.
+            scale: Factor of its gates, a finite number.
+
+        Raises:
+            ValueError: The model has no such adapter, the adapter has no gates, or `scale` is not a finite number.
+        """
+        if adapter_name not in self._sdpt_adapters():
+            raise ValueError(f"adapter_name must be one of {self._sdpt_adapters()}, got {adapter_name!r}")
+        if isinstance(scale, bool) or not isinstance(scale, numbers.Real) or not math.isfinite(scale):
+            raise ValueError(f"scale must be a finite number, got {scale!r}")
+        for name, layer in _layers_with_prompts(self.model, adapter_name):
+            if adapter_name not in layer.sdpt_gates:
+                raise ValueError(
+                    f"adapter_name={adapter_name!r}: scale multiplies gates, and the layer '{name}' has none "
+                    f"(prompt_gate={self.peft_config[adapter_name].prompt_gate!r})"
+                )
+        for module in self.model.modules():
+            if isinstance(module, SDPTLayer) and adapter_name in module.sdpt_scale:
+                module.set_scale(adapter_name, float(scale))
+
     def add_weighted_adapter(
         self,
         adapters: list[str],
@@ -225,31 +251,69 @@ class SDPTModel(BaseTuner):
         """Combine adapters into a new one.
 
         Args:
-            adapters: Names of the adapters, at least one. They must have the same `prompt_mode`, `prompt_space`,
-                `image_attends_prompts`, `pinv_rtol` and fusion layers, and no `modules_to_save`.
-            weights: A factor for the tokens of each adapter, in the aligned space.
+            adapters: Names of the adapters, at least one. They must have the same `prompt_gate`, `prompt_mode`,
+                `prompt_space`, `image_attends_prompts`, `pinv_rtol` and fusion layers, and no `modules_to_save`.
+            weights: A factor for each adapter. With `"cat"` and gates, it multiplies the effect of the adapter, as
+                `set_scale` does. Otherwise, it multiplies parameters: the tokens in the aligned space, and the gates.
             adapter_name: Name of the new adapter. It is not active, and not trainable until it is made active.
-            combination_type: `"cat"` concatenates the tokens of all adapters. With weights of 1, this equals activating
-                all of them. `"linear"` is the weighted sum of their tokens; all must have the same number of tokens.
+            combination_type: `"cat"` concatenates the tokens of all adapters, and keeps each adapter's gates and
+                softmax as a group of its own (`prompt_groups`). With weights of 1, this equals activating all of them.
+                `"linear"` is the weighted sum of their parameters; all must have the same numbers of tokens and groups.
 
         Raises:
             ValueError: A name is unknown or taken, `adapters` and `weights` have different lengths, or the adapters
-                cannot be combined. The message names the argument.
+                cannot be combined. The message names the argument. With gates and `"cat"`, no gate can stand for a
+                factor beyond -1 and 1, so weights may be too large.
         """
         self._check_combination(adapters, weights, adapter_name, combination_type)
+        combined = {
+            name: self._combined(layer, adapters, weights, combination_type)
+            for name, layer in _layers_with_prompts(self.model, adapters[0])
+        }
         configs = [self.peft_config[name] for name in adapters]
-        tokens = [config.num_virtual_tokens for config in configs]
+        groups = configs[0].prompt_groups
+        num_tokens = configs[0].num_virtual_tokens
+        if combination_type == "cat":
+            num_tokens = sum(config.num_virtual_tokens for config in configs)
+            if configs[0].prompt_gate is not None:
+                groups = [size for config in configs for size in config.group_sizes]
         self.peft_config[adapter_name] = dataclasses.replace(
-            configs[0], num_virtual_tokens=sum(tokens) if combination_type == "cat" else tokens[0]
+            configs[0], num_virtual_tokens=num_tokens, prompt_groups=groups
         )
         self.inject_adapter(self.model, adapter_name)
         with torch.no_grad():
-            for _, layer in _layers_with_prompts(self.model, adapter_name):
-                parts = [layer.sdpt_prompts[name] * weight for name, weight in zip(adapters, weights, strict=True)]
-                # Tokens are the second to last dimension, also if each modality has its own set.
-                combined = torch.cat(parts, dim=-2) if combination_type == "cat" else functools.reduce(torch.add, parts)
-                layer.sdpt_prompts[adapter_name].copy_(combined)
+            for name, layer in _layers_with_prompts(self.model, adapter_name):
+                prompts, gates = combined[name]
+                layer.sdpt_prompts[adapter_name].copy_(prompts)
+                if gates is not None:
+                    layer.sdpt_gates[adapter_name].copy_(gates)
         self.set_requires_grad(adapter_name, requires_grad=False)
+
+    @torch.no_grad()
+    def _combined(
+        self, layer: SDPTLayer, adapters: list[str], weights: list[float], combination_type: str
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the prompts and the gates of the combination of some adapters in a layer."""
+        all_prompts: list[torch.Tensor] = [layer.sdpt_prompts[name] for name in adapters]
+        all_gates = [layer.sdpt_gates[name] for name in adapters if name in layer.sdpt_gates]
+        if combination_type == "linear" or not all_gates:
+            all_prompts = [prompts * weight for prompts, weight in zip(all_prompts, weights, strict=True)]
+        if combination_type == "linear":
+            gates = [gate * weight for gate, weight in zip(all_gates, weights, strict=False)]
+            return functools.reduce(torch.add, all_prompts), functools.reduce(torch.add, gates) if gates else None
+        # Tokens are the second to last dimension, also if each modality has its own set. So are the groups of gates.
+        prompts = torch.cat(all_prompts, dim=-2)
+        if not all_gates:
+            return prompts, None
+        scales = [weight * layer.sdpt_scale[name] for name, weight in zip(adapters, weights, strict=True)]
+        try:
+            gates = [
+                gate if scale == 1 else gates_of(factors_of(gate) * scale).to(gate)
+                for gate, scale in zip(all_gates, scales, strict=True)
+            ]
+        except ValueError as error:
+            raise ValueError(f"weights {weights} of the adapters {adapters} are too large: {error}") from error
+        return prompts, torch.cat(gates, dim=-2)
 
     def _check_combination(
         self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str
@@ -268,9 +332,9 @@ class SDPTModel(BaseTuner):
         unknown = [name for name in adapters if name not in ours]
         if unknown:
             raise ValueError(f"adapters has {unknown}, but the SDPT adapters of this model are {ours}")
-        alike = ["prompt_mode", "prompt_space", "image_attends_prompts", "pinv_rtol", "fusion_layers"]
+        alike = ["prompt_gate", "prompt_mode", "prompt_space", "image_attends_prompts", "pinv_rtol", "fusion_layers"]
         if combination_type == "linear":
-            alike.append("num_virtual_tokens")
+            alike += ["num_virtual_tokens", "prompt_groups"]
         for field in alike:
             values = [getattr(self.peft_config[name], field) for name in adapters]
             if any(value != values[0] for value in values):
@@ -294,14 +358,15 @@ class SDPTModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
         # By the keys alone: names of modules may have what wrappers add, which keys do not have.
-        return {key: value for key, value in state_dict.items() if key.endswith(f"{PROMPTS_KEY}.{adapter_name}")}
+        suffixes = tuple(f"{kind}.{adapter_name}" for kind in PARAMETER_KEYS)
+        return {key: value for key, value in state_dict.items() if key.endswith(suffixes)}
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        """Return the key of a saved tensor; for prompts, without what wrappers add to names."""
+        """Return the key of a saved tensor; for our parameters, without what wrappers add to names."""
         saved = str(super()._remove_adapter_name_from_key(key, adapter_name))
         # PEFT looks for the keys of `modules_to_save` under the names that the modules have.
-        return without_wrappers(saved) if saved.endswith(PROMPTS_KEY) else saved
+        return without_wrappers(saved) if saved.endswith(PARAMETER_KEYS) else saved
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -311,28 +376,24 @@ class SDPTModel(BaseTuner):
         adapter_name: str,
         state_dict: dict[str, torch.Tensor],
     ) -> dict[str, torch.Tensor]:
-        """Map the keys of saved prompts to those of the model, whatever wrappers either of them had.
+        """Map the keys of saved parameters to those of the model, whatever wrappers either of them had.
 
         Raises:
-            ValueError: Prompts are missing, surplus or of another shape. In this case, nothing has been loaded.
+            ValueError: A parameter is missing, surplus or of another shape. In this case, nothing has been loaded.
         """
-        suffix = f"{PROMPTS_KEY}.{adapter_name}"
-        keys = {
-            plain_name(key.removesuffix(suffix)): (key, value.shape)
-            for key, value in model.state_dict().items()
-            if key.endswith(suffix)
-        }
-        prompts = prompts_by_layer(state_dict, adapter_name)
+        own = {key: value for key, value in model.state_dict().items() if key.endswith(f".{adapter_name}")}
+        keys = parameters_in({key: key for key in own}, adapter_name)
+        parameters = parameters_in(state_dict, adapter_name)
         check_state_dict(
-            found={name: tuple(value.shape) for name, value in prompts.items()},
-            expected={name: tuple(shape) for name, (_, shape) in keys.items()},
+            found={name: tuple(value.shape) for name, value in parameters.items()},
+            expected={name: tuple(own[key].shape) for name, key in keys.items()},
             adapter_name=adapter_name,
         )
-        rest = {key: value for key, value in state_dict.items() if layer_of(key, adapter_name) is None}
+        rest = {key: value for key, value in state_dict.items() if parameter_of(key, adapter_name) is None}
         remapped: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, rest
         )
-        return remapped | {keys[name][0]: value for name, value in prompts.items()}
+        return remapped | {keys[name]: value for name, value in parameters.items()}
 
 
 def _name_in_peft(name: str) -> str:

@@ -44,11 +44,12 @@ class AdapterConfig(Protocol):
     num_virtual_tokens: int
     prompt_mode: str
     fusion_layers: dict[str, int] | None
+    fusion_gates: dict[str, list[int]] | None
     modules_to_save: Any
     peft_sdpt_version: str | None
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
-    def prompt_shape(self, dim: int) -> tuple[int, ...]: ...
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]] | None: ...
 
 
 def complete_card(folder: str | os.PathLike, saved_config: PeftConfig) -> None:
@@ -175,17 +176,17 @@ def _describe(config: AdapterConfig, base_model: str | None) -> str:
     widths = list((config.fusion_layers or {}).values())
     tokens = f"{config.num_virtual_tokens} per layer" + (" and modality" if config.prompt_mode == "independent" else "")
     if widths:
-        size = sum(math.prod(config.prompt_shape(width)) for width in widths)
+        size = sum(map(math.prod, (config.parameter_shapes() or {}).values()))
         wide = " or ".join(f"{width}" for width in sorted(set(widths)))
         lines += [
-            f"| tokens | {tokens}, {size:,} parameters in total |",
+            f"| tokens | {tokens}, {size:,} parameters in total{' with the gates' if config.fusion_gates else ''} |",
             f"| fusion layers | {len(widths)}, with the embedding dimension {wide}; `fusion_layers` in "
             "`adapter_config.json` lists them |",
         ]
     else:
         lines += [f"| tokens | {tokens} |"]
     defaults = {each.name: each.default for each in dataclasses.fields(config)}
-    for name in ("prompt_mode", "prompt_space", "image_attends_prompts", "pinv_rtol"):
+    for name in ("prompt_gate", "prompt_groups", "prompt_mode", "prompt_space", "image_attends_prompts", "pinv_rtol"):
         if (value := getattr(config, name)) != defaults[name]:
             lines.append(f"| `{name}` | {value} |")
     if config.modules_to_save:

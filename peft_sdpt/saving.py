@@ -22,9 +22,11 @@ from safetensors import safe_open
 
 from .model_card import complete_card
 
+# Shapes of the parameters of an adapter, by plain name.
 Shapes = dict[str, tuple[int, ...]]
-# In keys of a state dict, this is between the name of a fusion layer and the name of the adapter.
-PROMPTS_KEY = ".sdpt_prompts"
+# In keys of a state dict, these are between the name of a fusion layer and the name of the adapter.
+PROMPTS_KEY, GATES_KEY = ".sdpt_prompts", ".sdpt_gates"
+PARAMETER_KEYS = (PROMPTS_KEY, GATES_KEY)
 # Modules that wrappers put around others: `torch.compile`, `checkpoint_wrapper` and FSDP.
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 T = TypeVar("T")
@@ -55,7 +57,7 @@ class SavedConfig(PeftConfig):
         config = super().from_pretrained(path, subfolder=subfolder, **kwargs)
         if isinstance(config, SavedConfig):
             download, _, _ = cls._split_kwargs(kwargs)
-            check_weights(path, subfolder, config.prompt_shapes(), **download)
+            check_weights(path, subfolder, config.parameter_shapes(), **download)
             config.mark_as_saved()
         return config
 
@@ -63,8 +65,8 @@ class SavedConfig(PeftConfig):
         """Note that the config belongs to the base model of a saved adapter, if its file does not say so."""
         raise NotImplementedError
 
-    def prompt_shapes(self) -> Shapes | None:
-        """Return the shape of the prompts of each adapted fusion layer; None if the config does not name the layers."""
+    def parameter_shapes(self) -> Shapes | None:
+        """Return the shape of each parameter by its plain name; None if the config does not name the fusion layers."""
         raise NotImplementedError
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
@@ -102,37 +104,47 @@ def without_wrappers(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
-def layer_of(key: str, adapter_name: str | None = None) -> str | None:
-    """Return the plain name of the fusion layer whose prompts a key of a state dict names.
+def parameter_of(key: str, adapter_name: str | None = None) -> str | None:
+    """Return the plain name of the parameter of a fusion layer that a key of a state dict names.
 
     Args:
         key: Key of a saved adapter, or of a model.
         adapter_name: The key may end with this name, as those of a model do.
 
     Returns:
-        None if the key does not name prompts, or those of another adapter.
+        None if the key names no parameter of this tuner, or one of another adapter.
     """
-    layer, found, suffix = key.rpartition(PROMPTS_KEY)
-    return plain_name(layer) if found and suffix in ("", f".{adapter_name}") else None
+    for kind in PARAMETER_KEYS:
+        layer, found, suffix = key.rpartition(kind)
+        if found and suffix in ("", f".{adapter_name}"):
+            return plain_name(layer) + kind
+    return None
 
 
-def prompts_by_layer(state_dict: Mapping[str, T], adapter_name: str | None = None) -> dict[str, T]:
-    """Return the prompts in a state dict by the plain name of their fusion layer; see `layer_of`.
+def parameters_in(state_dict: Mapping[str, T], adapter_name: str | None = None) -> dict[str, T]:
+    """Return the parameters of fusion layers in a state dict by their plain names; see `parameter_of`.
 
     Raises:
-        ValueError: Two keys name the prompts of one layer.
+        ValueError: Two keys name one parameter.
     """
-    prompts: dict[str, T] = {}
+    parameters: dict[str, T] = {}
     for key, value in state_dict.items():
-        layer = layer_of(key, adapter_name)
-        if layer is None:
+        name = parameter_of(key, adapter_name)
+        if name is None:
             continue
-        if layer in prompts:
+        if name in parameters:
+            layer, kind = _layer_and_kind(name)
             raise ValueError(
-                f"The state dict has two keys for the prompts of the fusion layer '{layer}'; one is '{key}'."
+                f"The state dict has two keys for the {kind} of the fusion layer '{layer}'; one is '{key}'."
             )
-        prompts[layer] = value
-    return prompts
+        parameters[name] = value
+    return parameters
+
+
+def _layer_and_kind(parameter: str) -> tuple[str, str]:
+    """Split the plain name of a parameter into its fusion layer and what it is."""
+    layer, _, kind = parameter.rpartition(".sdpt_")
+    return layer, kind
 
 
 def check_weights(adapter: str, subfolder: str | None, expected: Shapes | None, **download: Any) -> None:
@@ -141,7 +153,7 @@ def check_weights(adapter: str, subfolder: str | None, expected: Shapes | None, 
     Args:
         adapter: Folder, or repository of the Hub. Files from the Hub stay in the cache, where PEFT finds them.
         subfolder: Subfolder in the folder or repository.
-        expected: Shape of the prompts of each fusion layer. None accepts any.
+        expected: Shape of each parameter by its plain name. None accepts any.
         download: Arguments of `huggingface_hub.hf_hub_download`: `revision`, `token`, `cache_dir` and so on.
 
     Raises:
@@ -157,7 +169,7 @@ def check_weights(adapter: str, subfolder: str | None, expected: Shapes | None, 
             f"The weights of the SDPT adapter {path!r} cannot be loaded, and nothing was put on the base model: "
             f"{type(error).__name__}: {error}"
         ) from error
-    wrapped = [key for key in shapes if layer_of(key) is None and without_wrappers(key) != key]
+    wrapped = [key for key in shapes if parameter_of(key) is None and without_wrappers(key) != key]
     if wrapped:
         raise ValueError(
             f"The weights of the SDPT adapter {path!r} name a module as a compiled or wrapped model does "
@@ -165,7 +177,7 @@ def check_weights(adapter: str, subfolder: str | None, expected: Shapes | None, 
         )
     if file is None or expected is None:
         return
-    found = prompts_by_layer(shapes)
+    found = parameters_in(shapes)
     if differences := differing_shapes(found, expected):
         raise ValueError(
             f"The weights of the SDPT adapter {path!r} do not fit its config, and nothing was put on the base model "
@@ -208,11 +220,11 @@ def _shapes_in(file: str) -> Shapes:
 
 
 def check_base_model(found: Shapes, expected: Shapes) -> None:
-    """Check that the prompts of a saved adapter are those that a base model takes.
+    """Check that the parameters of a saved adapter are those that a base model takes.
 
     Args:
-        found: Shape of the prompts of each fusion layer in the adapter.
-        expected: Shape of the prompts that fit each fusion layer of the base model.
+        found: Shape of each parameter of the adapter, by its plain name.
+        expected: Shape of each parameter that fits the base model.
 
     Raises:
         ValueError: They do not fit. The message names every layer that differs, with both shapes.
@@ -226,11 +238,11 @@ def check_base_model(found: Shapes, expected: Shapes) -> None:
 
 
 def check_state_dict(found: Shapes, expected: Shapes, adapter_name: str) -> None:
-    """Check that the prompts of a state dict are those of an adapter that a model has.
+    """Check that the parameters in a state dict are those of an adapter that a model has.
 
     Args:
-        found: Shape of the prompts of each fusion layer in the state dict.
-        expected: Shape of the prompts of each fusion layer in the model.
+        found: Shape of each parameter in the state dict, by its plain name.
+        expected: Shape of each parameter of the model.
         adapter_name: Name of the adapter.
 
     Raises:
@@ -244,9 +256,14 @@ def check_state_dict(found: Shapes, expected: Shapes, adapter_name: str) -> None
 
 
 def differing_shapes(found: Shapes, expected: Shapes) -> str:
-    """Describe every fusion layer whose prompts are not as expected, with both shapes. The text is empty if all are."""
-    return "; ".join(
-        f"layer '{name}': expected {expected.get(name, 'no such fusion layer')}, found {found.get(name, 'no prompts')}"
-        for name in sorted(expected.keys() | found.keys())
-        if expected.get(name) != found.get(name)
-    )
+    """Describe every parameter that is not as expected, with both shapes. The text is empty if all are."""
+    known_layers = {_layer_and_kind(name)[0] for name in expected}
+    differences = []
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) == found.get(name):
+            continue
+        layer, kind = _layer_and_kind(name)
+        of_layer = f"layer '{layer}'" if kind == "prompts" else f"{kind} of layer '{layer}'"
+        nothing = f"no {kind}" if layer in known_layers else "no such fusion layer"
+        differences.append(f"{of_layer}: expected {expected.get(name, nothing)}, found {found.get(name, f'no {kind}')}")
+    return "; ".join(differences)

@@ -10,6 +10,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, match_target_against_key
 from torch import nn
 
 from .config import SDPTConfig
+from .gates import gate_sides_and_heads
 from .hosts import FusionHost, find_hosts, supported_hosts
 from .initialization import prompt_dim
 from .layer import SDPTLayer
@@ -25,15 +26,21 @@ class FusionLayer:
         spec: The spec that it fits.
         parts: Full names of the modules it is made of, in the order of the base model.
         projections: The projections that are inverted, one for each side.
+        heads: Number of heads that have gates. None if this kind of fusion has no gates.
     """
 
     spec: FusionHost
     parts: list[str] = field(default_factory=list)
     projections: list[nn.Linear] = field(default_factory=list)
+    heads: int | None = None
 
     def prompt_dim(self, config: SDPTConfig) -> int:
         """Return the dimension of the layer's prompts."""
         return prompt_dim(config, self.spec, self.projections)
+
+    def gates(self, config: SDPTConfig) -> list[int] | None:
+        """Return the numbers of sides and of heads that have gates; None if the layer has no gates."""
+        return gate_sides_and_heads(config, self.spec, self.heads)
 
 
 @dataclass
@@ -127,7 +134,9 @@ def _fusion_layers(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str,
             continue
         layer = layers.setdefault(spec.leader(name), FusionLayer(spec))
         layer.parts.append(name)
-        layer.projections.extend(spec.projections(module.get_base_layer() if isinstance(module, SDPTLayer) else module))
+        base_layer = module.get_base_layer() if isinstance(module, SDPTLayer) else module
+        layer.projections.extend(spec.projections(base_layer))
+        layer.heads = spec.num_heads(base_layer)
     return {name: layer for name, layer in layers.items() if len(layer.projections) == layer.spec.num_sides}
 
 

@@ -45,6 +45,9 @@ class BiAttentionHost(FusionHost):
     def inverted(self) -> tuple[str, ...]:
         return (self.image_projections[0], self.text_projections[0])
 
+    def num_heads(self, module: nn.Module) -> int:
+        return int(module.num_heads)  # type: ignore[arg-type] # `nn.Module` does not declare it
+
     @property
     def needed(self) -> tuple[str, ...]:
         return (*self.image_projections, *self.text_projections, "num_heads", "scale", "dropout")
@@ -83,7 +86,12 @@ class BiAttentionHost(FusionHost):
         if (
             not eager
             and all(map(is_plain_linear, image_side))
-            and absorbing_pays(image.length, text.length, image_side.query.weight, options["num_heads"])
+            and absorbing_pays(
+                image.length,
+                text.length + (0 if text.gated is None else len(text.gated.tokens)),
+                image_side.query.weight,
+                options["num_heads"],
+            )
         ):
             image_out, text_out = fused_bi_attention(image, text, image_side, text_side, **options)
             image_weights = text_weights = None

@@ -62,6 +62,10 @@ class FusionHost(ABC):
         """Number of sides of a fusion layer. With two, `prompt_mode="independent"` gives each its own tokens."""
         return 2 if self.split else len(self.inverted)
 
+    def num_heads(self, module: nn.Module) -> int | None:
+        """Return the number of heads of the attention, each of which has gates. None if the family has no gates."""
+        return None
+
     @abstractmethod
     def attend(
         self,
@@ -76,7 +80,7 @@ class FusionHost(ABC):
         Args:
             module: A module of the family.
             args, kwargs: Arguments of the call.
-            prompts: Prompts of each side of the module. At least one side has tokens.
+            prompts: Prompts of each side of the module. At least one side has some.
             eager: Whether to compute the attention as the module does, with weights, even if there is a faster way.
         """
 
