@@ -54,6 +54,23 @@ def train(host: nn.Module, chosen: Callable[[str], bool]) -> nn.Module:
     return host
 
 
+def is_released_head(name: str) -> bool:
+    """Return whether the command of SDPT's released code trains a weight of the base model beside the prompts.
+
+    With `froze_fuse 1 FROZEE_SWINT True FROZEE_BERT True`, it freezes the backbones of GLIP, its feature pyramid and
+    the fusion layers (`maskrcnn_benchmark/modeling/rpn/vldyhead.py` and `.../detector/generalized_vl_rcnn.py` of
+    github.com/wuyongjianCODE/SDPT). The rest of the head trains: in each layer the attention over text and the
+    convolutions, and then what predicts classes and boxes. Here, the rest is the encoder without its fusion layers, the
+    decoder, and what predicts classes and boxes. The projections after the backbones stand for the feature pyramid. As
+    the fusion layers are frozen, so are the projections that SDPT inverts.
+
+    Args:
+        name: Name of a parameter, with or without the prefix of PEFT.
+    """
+    frozen = r"model\.(backbone|text_backbone|input_proj_vision|text_projection)\.|\.fusion_layer\.|sdpt_"
+    return not re.search(frozen, name)
+
+
 def is_bitfit(name: str) -> bool:
     """Return whether BitFit trains a parameter: whether it is a bias outside the backbones."""
     return name.endswith(".bias") and not re.match(r"model\.(backbone|text_backbone)\.", name)

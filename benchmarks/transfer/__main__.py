@@ -38,6 +38,7 @@ from .grid import Cell, plan
 from .methods import METHODS
 from .plots import plots
 from .report import report
+from .retention import has_known_names
 from .running import prepare_worker, run_cell
 from .tasks import Task, built_in
 
@@ -131,6 +132,7 @@ def run(args: argparse.Namespace) -> None:
     tasks = {task.name: task for task in find_tasks(args)}
     results["tasks"], results["seeds"] = list(tasks), args.seeds
     results["methods"] = args.methods
+    results["retention"] = has_known_names(args.model_name_or_path)
 
     workers = args.num_processes if args.device == "cpu" else 1
     running: dict[Future, Cell] = {}
@@ -140,7 +142,7 @@ def run(args: argparse.Namespace) -> None:
         ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), prepare_worker) as pool,
     ):
         while True:
-            cells = plan(results["tasks"], args.methods, args.seeds, results["cells"])
+            cells = plan(results["tasks"], args.methods, args.seeds, results["cells"], results["retention"])
             over = results["cells"].keys() | failed
             waiting = [c for c in cells if c.key not in over and c not in running.values()]
             progress.total, progress.n = len(cells), sum(cell.key in results["cells"] for cell in cells)

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import mean
 from typing import Any
 
@@ -62,6 +62,7 @@ class Cell:
         fields: Fields of `SDPTConfig` that do not have their defaults, as pairs.
         condition: Condition number, see `conditioning`. None for the unchanged base model.
         times: Factor for the usual number of steps.
+        retention: Whether this repeats a run from the time when runs did not measure names that the base model knew.
     """
 
     task: str
@@ -73,6 +74,7 @@ class Cell:
     fields: tuple[tuple[str, Any], ...] = ()
     condition: float | None = None
     times: float = 1
+    retention: bool = False
 
     @property
     def steps(self) -> int:
@@ -85,6 +87,8 @@ class Cell:
             changes += f" condition={self.condition}"
         if self.times != 1:
             changes += f" {self.times} times the steps"
+        if self.retention:
+            changes += " retention"
         if self.method == "zero-shot":
             return f"{self.task} zero-shot{changes} {self.split}"
         shots = "all" if self.shots is None else self.shots
@@ -193,10 +197,28 @@ def start_cells(tasks: list[str], rates: dict[str, float], seeds: int) -> list[C
 def is_diagnosed(cell: Cell) -> bool:
     """Return whether a run measures its prompts before and after training."""
     usual = cell.shots == SHOTS and cell.times == 1 and cell.split == "test" and not cell.fields
-    return usual and cell.method in DIAGNOSED
+    return usual and cell.method in DIAGNOSED and not cell.retention
 
 
-def plan(tasks: list[str], methods: list[str], seeds: int, results: Results) -> list[Cell]:
+def measures_known(cell: Cell) -> bool:
+    """Return whether a run also measures names that the base model knew before."""
+    usual = cell.times == 1 and cell.split == "test" and not cell.fields and cell.condition is None
+    # With the first seed, to save time.
+    return usual and cell.seed == 0 and (cell.shots == SHOTS or cell.method == "zero-shot")
+
+
+def retention_cells(cells: Iterable[Cell], results: Results) -> list[Cell]:
+    """Plan to repeat the runs that should have measured known names, but are from an earlier version of the suite."""
+    return [
+        replace(cell, retention=True)
+        for cell in cells
+        if measures_known(cell) and not cell.retention
+        if "known" not in results.get(cell.key, {"known": None})
+        if cell.method == "zero-shot" or not METHODS[cell.method].fixed_names
+    ]
+
+
+def plan(tasks: list[str], methods: list[str], seeds: int, results: Results, retention: bool = False) -> list[Cell]:
     """Plan all runs that the results so far allow, in the order to measure them.
 
     Args:
@@ -204,6 +226,7 @@ def plan(tasks: list[str], methods: list[str], seeds: int, results: Results) -> 
         methods: Keys of `METHODS`.
         seeds: Number of seeds.
         results: Results of the runs so far.
+        retention: Whether runs measure names that the base model knew before.
     """
     cells = [Cell(task, "zero-shot", shots=0) for task in tasks]
     cells += rates_cells(tasks[0], methods)
@@ -222,5 +245,7 @@ def plan(tasks: list[str], methods: list[str], seeds: int, results: Results) -> 
         cells += compare_cells(tasks, leading, seeds, FEWER)
         # Only the first seed, because no images are drawn.
         cells += compare_cells(tasks, leading, 1, [None])
+    if retention:
+        cells += retention_cells(cells, results)
     # All runs with one seed before the next seed, so that early reports are complete.
     return sorted({cell.key: cell for cell in cells}.values(), key=lambda cell: cell.seed)

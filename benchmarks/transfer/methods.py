@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,18 +13,22 @@ from torch import nn
 
 from peft_sdpt import SDPTConfig
 
-from ..peers import ATTENTION, LORA_TARGETS, PUBLISHED, in_layers, is_bitfit, train, with_peft
+from ..peers import ATTENTION, LORA_TARGETS, PUBLISHED, in_layers, is_bitfit, is_released_head, train, with_peft
 from ..window_prompts import attach_window_prompts
 from .inverses import replace_inverses
-from .prompts import attach_prompts
+from .prompts import attach_prompts, start_from_inputs
 from .text_side import attach_probe, attach_trained_text
 
 # Maps a frozen base model, its processor, the class names and fields of `SDPTConfig` to a model whose trained
 # parameters require gradients. The additional field `inverse` is a rule from `inverses`.
 Attach = Callable[[nn.Module, Any, list[str], dict[str, Any]], nn.Module]
+# Initializes this model from batches of training images: inputs of the model, and labels.
+Start = Callable[[nn.Module, Iterable[tuple[Any, Any]]], None]
 
 # The default of SDPT.
 NUM_TOKENS = SDPTConfig().num_virtual_tokens
+# That of MuDPT's released code.
+MUDPT_TOKENS = 2
 # Ratio of the learning rate of tokens to that of weights, from the best rates of both.
 PROMPT_FACTOR = 100.0
 # The targets of LoRA combined with SDPT: not the projections of the fusion layers, which SDPT inverts.
@@ -48,6 +52,8 @@ class Method:
         rates: Learning rates to choose from.
         prompts: A regular expression for the names of tokens, if the method also trains weights.
         prompt_factor: Ratio of the learning rate of tokens to that of weights.
+        start: Initializes the model from the training images. None if `attach` has done it.
+        fixed_names: Whether the tuned model knows only the class names that it was tuned with.
     """
 
     label: str
@@ -55,6 +61,8 @@ class Method:
     rates: tuple[float, ...]
     prompts: str = ""
     prompt_factor: float = 1.0
+    start: Start | None = None
+    fixed_names: bool = False
 
 
 def _sdpt(**fixed: Any) -> Attach:
@@ -67,8 +75,8 @@ def _sdpt(**fixed: Any) -> Attach:
     return attach
 
 
-def _prompts(kind: str) -> Attach:
-    return lambda host, _processor, _names, _fields: attach_prompts(host, kind, NUM_TOKENS)
+def _prompts(kind: str, num_tokens: int = NUM_TOKENS) -> Attach:
+    return lambda host, _processor, _names, _fields: attach_prompts(host, kind, num_tokens)
 
 
 def _lora_config(rank: int, targets: str) -> LoraConfig:
@@ -84,6 +92,11 @@ def _sdpt_and_lora(host: nn.Module, _processor: Any, _names: list[str], fields: 
     host.config.tie_word_embeddings = False
     inject_adapter_in_model(_lora_config(8, OUTSIDE_FUSION), host, "lora")
     return get_peft_model(host, SDPTConfig(**fields))
+
+
+def _with_head(attach: Attach) -> Attach:
+    """Also train what the released command trains of the base model."""
+    return lambda *arguments: train(attach(*arguments), is_released_head)
 
 
 METHODS: dict[str, Method] = {
@@ -109,16 +122,28 @@ METHODS: dict[str, Method] = {
         "learned projections", _prompts("learned"), ADAPTER_RATES, r"\.make\.tokens$", PROMPT_FACTOR
     ),
     "mudpt": Method("MuDPT-style prompts", _prompts("coupled"), ADAPTER_RATES, r"\.make\.own\.", PROMPT_FACTOR),
+    "mudpt-paper": Method(
+        "MuDPT, transformer maps",
+        _prompts("coupled by transformers", MUDPT_TOKENS),
+        ADAPTER_RATES,
+        r"\.make\.own\.",
+        PROMPT_FACTOR,
+    ),
+    "spt": Method(
+        "image-side prompts from the layers' own inputs (SPT)", _prompts("image"), PROMPT_RATES, start=start_from_inputs
+    ),
     "vpt": Method("visual prompts in the backbone", lambda host, *_: attach_window_prompts(host), PROMPT_RATES),
     "text-embeddings": Method(
         "class-text embeddings",
         lambda host, processor, names, _: attach_trained_text(host, processor, names),
         LARGE_ADAPTER_RATES,
+        fixed_names=True,
     ),
     "probe": Method(
         "linear probe of the class head",
         lambda host, processor, names, _: attach_probe(host, processor, names),
         PROMPT_RATES,
+        fixed_names=True,
     ),
     "bitfit": Method("BitFit", lambda host, *_: train(host, is_bitfit), LARGE_ADAPTER_RATES),
     # The rank closest to SDPT in size: 21 248 parameters on examples/host, where 20 tokens have 15 360.
@@ -127,5 +152,9 @@ METHODS: dict[str, Method] = {
     # The LoRA part of "SDPT and LoRA" alone.
     "lora-outside": Method("LoRA outside the fusion layers, r = 8", _lora(8, OUTSIDE_FUSION), MIDDLE_ADAPTER_RATES),
     "full": Method("full fine-tuning", lambda host, *_: train(host, lambda _: True), WEIGHT_RATES),
+    # One rate for prompts and weights, as in the released command.
+    "published-recipe": Method(
+        "SDPT, published recipe: prompts and head", _with_head(_sdpt(**PUBLISHED)), WEIGHT_RATES
+    ),
     "sdpt-lora": Method("SDPT and LoRA", _sdpt_and_lora, ADAPTER_RATES, "sdpt_prompts", PROMPT_FACTOR),
 }

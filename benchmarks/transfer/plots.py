@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""Plots of the suite: AP against trained parameters, and against images per class."""
+"""Plots of the suite: AP against trained parameters, against images per class, and against AP on known names."""
 
 from __future__ import annotations
 
@@ -20,18 +20,24 @@ SDPT, OTHERS = "#d62728", "#1f77b4"
 def plots(results: dict[str, Any]) -> dict[str, str]:
     """Return the SVG of each plot by its file name."""
     runs = Runs(results)
-    return {"transfer-parameters.svg": _parameters(runs), "transfer-shots.svg": _shots(runs)}
+    drawn = {"transfer-parameters.svg": _parameters(runs), "transfer-shots.svg": _shots(runs)}
+    return {**drawn, "transfer-retention.svg": _retention(runs)} if runs.retention else drawn
 
 
-def _start(runs: Runs) -> tuple[Figure, Any]:
+def _is_sdpt(name: str) -> bool:
+    """Return whether a method has prompts of SDPT, and so the colour of these methods."""
+    return name.startswith("sdpt") or name == "published-recipe"
+
+
+def _start(runs: Runs, floor: bool = True) -> tuple[Figure, Any]:
     figure = Figure(figsize=(8, 5))
     axes = figure.subplots()
     axes.set(ylabel="AP in percent, mean of tasks")
     axes.grid(color="#eee")
     axes.set_axisbelow(True)
-    floor = runs.over_tasks("zero-shot")
-    if floor:
-        axes.axhline(100 * mean(floor), color="#888", linestyle="--", linewidth=1, label="zero-shot")
+    lowest = runs.over_tasks("zero-shot") if floor else []
+    if lowest:
+        axes.axhline(100 * mean(lowest), color="#888", linestyle="--", linewidth=1, label="zero-shot")
     return figure, axes
 
 
@@ -41,13 +47,30 @@ def _parameters(runs: Runs) -> str:
         values, trained = runs.over_tasks(name), runs.trained(name)
         if values and trained:
             value = 100 * mean(values)
-            axes.plot([trained], [value], "o", color=SDPT if name.startswith("sdpt") else OTHERS)
-            axes.annotate(
-                METHODS[name].label, (trained, value), xytext=(5, 3), textcoords="offset points",
-                fontweight="bold" if name == OURS else "normal", fontsize=8,
-            )  # fmt: skip
+            _point(axes, name, trained, value)
     axes.set(xscale="log", xlabel="trained parameters")
     return as_svg(figure)
+
+
+def _retention(runs: Runs) -> str:
+    figure, axes = _start(runs, floor=False)
+    for name in ("zero-shot", *runs.methods):
+        cells = runs.retained_on_all(name)
+        if cells:
+            task, known = (100 * mean(cell[what] for cell in cells) for what in ("AP", "known"))
+            _point(axes, name, known, task)
+    axes.set_xlabel("AP in percent on names that the base model knew, mean after tuning to each task")
+    return as_svg(figure)
+
+
+def _point(axes: Any, name: str, x: float, y: float) -> None:
+    """Draw a method as a point with its name."""
+    zero_shot = name == "zero-shot"
+    axes.plot([x], [y], "o", color="#888" if zero_shot else SDPT if _is_sdpt(name) else OTHERS)
+    axes.annotate(
+        name if zero_shot else METHODS[name].label, (x, y), xytext=(5, 3), textcoords="offset points",
+        fontweight="bold" if name == OURS else "normal", fontsize=8,
+    )  # fmt: skip
 
 
 def _shots(runs: Runs) -> str:

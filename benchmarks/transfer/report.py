@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from statistics import mean, stdev
 from typing import Any
 
@@ -32,6 +33,7 @@ from .grid import (
     rates_cells,
 )
 from .methods import METHODS
+from .retention import NUM_IMAGES, NUM_NAMES, SCALES
 from .tasks import DIFFERENCES
 
 Results = dict[str, Any]
@@ -45,6 +47,7 @@ class Runs:
         self.tasks: list[str] = results["tasks"]
         self.seeds: int = results["seeds"]
         self.methods: list[str] = results["methods"]
+        self.retention: bool = results.get("retention", False)
         self.rates = best_rates(self.tasks[0], self.methods, self.cells)
         self.leaders = leaders(self.tasks, self.rates, self.cells)
 
@@ -72,6 +75,17 @@ class Runs:
         of_tasks = [self.cells_of(task, method, shots=shots) for task in self.tasks]
         by_seed = [{cell["seed"]: cell[metric] for cell in cells} for cells in of_tasks]
         return [mean(task[seed] for task in by_seed) for seed in by_seed[0] if all(seed in task for task in by_seed)]
+
+    def retained(self, task: str, method: str) -> dict[str, Any] | None:
+        """Results of the run that measured the names that the base model knew. None if there is none."""
+        cell = Cell(task, method, shots=0) if method == "zero-shot" else Cell(task, method, self.rates.get(method))
+        measured = [self.cells.get(each.key, {}) for each in (cell, replace(cell, retention=True))]
+        return next((each for each in measured if each.get("known") is not None), None)
+
+    def retained_on_all(self, method: str) -> list[dict[str, Any]] | None:
+        """`retained` of each task. None before all are measured."""
+        cells = [self.retained(task, method) for task in self.tasks]
+        return None if None in cells else [cell for cell in cells if cell is not None]
 
     def trained(self, method: str) -> int | None:
         """Number of trained parameters on the first task."""
@@ -131,6 +145,34 @@ def _comparison(runs: Runs, metric: str) -> str:
             ]
         )
     return table(["method", "trained parameters", "learning rate", *runs.tasks, "mean"], rows)
+
+
+def _retention(runs: Runs) -> str:
+    """Return a table of AP on known names after tuning to each task."""
+    rows = []
+    for name in ("zero-shot", *runs.methods):
+        fixed = name != "zero-shot" and METHODS[name].fixed_names
+        label = "zero-shot" if name == "zero-shot" else METHODS[name].label
+        cells = [runs.retained(task, name) for task in runs.tasks]
+        texts = ["" if cell is None else spread([cell["known"]]) for cell in cells]
+        total = runs.retained_on_all(name)
+        means = [spread([mean(cell[what] for cell in total)]) if total else "" for what in ("known", "AP")]
+        rows.append([label, *(["not possible"] * len(texts) if fixed else texts), _bold(means[0]), means[1]])
+    return table(["method", *(f"after {task}" for task in runs.tasks), "mean", "mean AP on the tasks"], rows)
+
+
+def _scales(runs: Runs) -> str:
+    """Return a table of mean AP on tasks and on known names with scaled gates, for the methods that have gates."""
+    rows = []
+    for name in runs.methods:
+        cells = runs.retained_on_all(name) or [{}]
+        if all("scaled" in cell for cell in cells):
+            pairs = [[cell["scaled"][str(scale)] for cell in cells] for scale in SCALES]
+            pairs.append([(cell["AP"], cell["known"]) for cell in cells])
+            means = [mean(values) for measured in pairs for values in zip(*measured, strict=True)]
+            rows.append([METHODS[name].label, *(spread([value]) for value in means)])
+    heads = [f"{what}, scale {scale:g}" for scale in (*SCALES, 1) for what in ("tasks", "known names")]
+    return table(["method", *heads], rows) if rows else ""
 
 
 def _shots(runs: Runs) -> str:
@@ -233,8 +275,26 @@ def _prompts(runs: Runs) -> str:
 
 def missing(results: Results) -> int:
     """Return the number of planned runs without a result."""
-    planned = plan(results["tasks"], results["methods"], results["seeds"], results["cells"])
+    planned = plan(
+        results["tasks"], results["methods"], results["seeds"], results["cells"], results.get("retention", False)
+    )
     return sum(cell.key not in results["cells"] for cell in planned)
+
+
+def _retention_parts(runs: Runs) -> list[str]:
+    if not runs.retention:
+        return []
+    parts = [
+        f"### Names that the base model knew, {SHOTS} images per class, seed 0: AP after tuning\n",
+        f"AP on {NUM_IMAGES} scenes with {NUM_NAMES} names of the pre-training that no task uses, after tuning to each "
+        "task. The scenes look as in pre-training. The last column is the AP of the same runs on the tasks. Methods "
+        "that replace the class names of a task cannot detect other names.\n",
+        _retention(runs),
+        "![AP on tasks and on known names](transfer-retention.svg)\n",
+    ]
+    if scales := _scales(runs):
+        parts += ["The same with scaled gates of SDPT. The scale 0 is the base model, and 1 is the adapter.\n", scales]
+    return parts
 
 
 def report(results: Results) -> str:
@@ -258,6 +318,7 @@ def report(results: Results) -> str:
         f"### {SHOTS} images per class: AP50\n",
         _comparison(runs, "AP50"),
         "![AP and trained parameters](transfer-parameters.svg)\n",
+        *_retention_parts(runs),
         "### Few and many images: AP\n",
         _shots(runs),
         "![AP and images per class](transfer-shots.svg)\n",

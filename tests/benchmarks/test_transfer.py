@@ -19,18 +19,22 @@ from transformers import AutoProcessor
 from benchmarks import EXAMPLES
 from benchmarks.results import BEGIN, END
 from benchmarks.transfer import __main__ as suite
-from benchmarks.transfer import grid, running, tuning
+from benchmarks.transfer import grid, retention, running, tuning
 from benchmarks.transfer.conditioning import make_ill_conditioned
 from benchmarks.transfer.diagnosis import diagnose
-from benchmarks.transfer.grid import Cell, best_rate, leaders, plan
+from benchmarks.transfer.grid import Cell, best_rate, leaders, measures_known, plan
 from benchmarks.transfer.inverses import replace_inverses
 from benchmarks.transfer.methods import METHODS
 from benchmarks.transfer.one_text import text_computed_once
 from benchmarks.transfer.plots import plots
+from benchmarks.transfer.prompts import TransformerMap, _Drawn
 from benchmarks.transfer.report import Runs, report
+from benchmarks.transfer.retention import at_scales, has_known_names, known_classes, known_split
 from benchmarks.transfer.running import load_host, run_cell
 from benchmarks.transfer.tasks import Task
 from benchmarks.transfer.tuning import Diverged, tune
+from examples.pictograms import read_categories
+from examples.pictograms.tasks import TASKS
 from peft_sdpt import SDPTLayer
 from peft_sdpt.attention import Prompts
 from peft_sdpt.detection.grounding import class_prompt
@@ -41,6 +45,7 @@ from tests.helpers.small_tasks import write_small_task
 
 HOST = str(EXAMPLES / "host")
 NAMES = ["dog", "cat", "fire engine"]
+FEW_KNOWN = known_split().subset([0, 1])
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +66,7 @@ def short(monkeypatch):
     monkeypatch.setattr(grid, "STEPS_OF_ALL", 2)
     monkeypatch.setattr(tuning, "BATCH", 2)
     monkeypatch.setattr(running, "BATCH", 2)
+    monkeypatch.setattr(running, "known_split", lambda: FEW_KNOWN)
     # Warm-up starts at a rate of zero.
     monkeypatch.setattr(tuning, "WARM_UP", 0)
 
@@ -74,11 +80,21 @@ def inputs_of(processor, names=NAMES):
     return {"pixel_values": pixels, **text}
 
 
+def head_size(host):
+    """Parameters outside the backbones, the projections that follow them and the fusion layers."""
+    model = host.model
+    outside = [model.backbone, model.text_backbone, model.input_proj_vision, model.text_projection]
+    outside += [layer.fusion_layer for layer in model.encoder.layers]
+    frozen = sum(parameter.numel() for module in outside for parameter in module.parameters())
+    return sum(parameter.numel() for parameter in host.parameters()) - frozen
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_trains_what_it_is_called_after(method, processor):
     torch.manual_seed(0)
     host = load_host(HOST, "cpu")
     total = sum(parameter.numel() for parameter in host.parameters())
+    head = head_size(host)
     model = METHODS[method].attach(host, processor, NAMES, {})
     trained = trained_parameters(model)
     number = sum(parameter.numel() for parameter in trained.values())
@@ -96,6 +112,10 @@ def test_a_method_trains_what_it_is_called_after(method, processor):
         "both-prompts": 15360,
         "learned-projections": 30720 + 3 * 2 * (512 + 1) * 128,
         "mudpt": 15360 + 2 * (128 + 1) * 128,
+        # A block of width 128 with two norms around it and a linear map, in either direction.
+        "mudpt-paper": 3 * 2 * 2 * 128 + 2 * (12 * 128 * 128 + 9 * 128 + 2 * 4 * 128 + (128 + 1) * 128),
+        "spt": 7680,
+        "published-recipe": 15360 + head,
         "lora-matched": 21248,
         "lora-outside": 77824,
         "full": total,
@@ -147,6 +167,113 @@ def test_prompts_of_one_side_are_seen_by_the_other_side_alone(processor):
         assert prompts[seen_by].tokens is None and prompts[1 - seen_by].tokens.shape == (20, 128)
         assert not torch.allclose(changed[seen_by], bare[seen_by], atol=1e-3)
         torch.testing.assert_close(changed[1 - seen_by], bare[1 - seen_by], rtol=0, atol=1e-5)
+
+
+def test_a_map_of_mudpt_is_a_transformer_block_between_norms():
+    torch.manual_seed(0)
+    mapping = TransformerMap(128, 96)
+    for parameter in mapping.parameters():  # so that no bias is zero and no norm the identity
+        torch.nn.init.normal_(parameter, std=0.2)
+    block = torch.nn.TransformerEncoderLayer(
+        128, 2, 512, dropout=0.0, activation=lambda x: x * torch.sigmoid(1.702 * x), norm_first=True
+    )
+    parts = {
+        "self_attn": mapping.attention, "linear1": mapping.mlp[0], "linear2": mapping.mlp[2],
+        "norm1": mapping.attention_norm, "norm2": mapping.mlp_norm,
+    }  # fmt: skip
+    for name, part in parts.items():
+        block.get_submodule(name).load_state_dict(part.state_dict())
+    layers = torch.randn(3, 2, 128)  # of each layer its tokens, which see one another alone
+    expected = mapping.projection(mapping.last_norm(block(mapping.first_norm(layers).transpose(0, 1)))).transpose(0, 1)
+    found = torch.stack([mapping(tokens) for tokens in layers])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+def test_prompts_of_mudpt_are_coupled_both_ways_after_the_first_layer(processor):
+    torch.manual_seed(0)
+    model = METHODS["mudpt-paper"].attach(load_host(HOST, "cpu"), processor, NAMES, {})
+    makes = [layer.fusion_layer.attn.make for layer in model.model.encoder.layers]
+    assert all(make.maps is makes[0].maps for make in makes)
+    for number, make in enumerate(makes):
+        image, text = make()
+        assert image.shape == text.shape == (2, 128)
+        torch.testing.assert_close(image, make.own.image + make.maps[1](make.own.text))
+        added = make.maps[0](make.own.image) if number else torch.zeros(2, 128)
+        torch.testing.assert_close(text, make.own.text + added)
+    # The earlier row, with linear maps, goes both ways in every layer.
+    torch.manual_seed(0)
+    model = METHODS["mudpt"].attach(load_host(HOST, "cpu"), processor, NAMES, {})
+    for make in (layer.fusion_layer.attn.make for layer in model.model.encoder.layers):
+        torch.testing.assert_close(make()[1], make.own.text + make.maps[0](make.own.image))
+
+
+def test_prompts_of_spt_start_as_image_tokens_of_their_layer(processor):
+    """Different rows of what reaches the layer in the bare host, none of them padding."""
+    torch.manual_seed(0)
+    inputs = inputs_of(processor)
+    inputs = {name: value.repeat(2, *[1] * (value.dim() - 1)) for name, value in inputs.items()}
+    inputs["pixel_values"] = torch.randn(2, 3, 64, 64)
+    inputs["pixel_mask"] = torch.ones(2, 64, 64, dtype=torch.long)
+    inputs["pixel_mask"][1, :, 32:] = 0
+    host = load_host(HOST, "cpu").eval()
+    seen = []
+    for layer in host.model.encoder.layers:
+        attention = layer.fusion_layer.attn
+        attention.register_forward_pre_hook(
+            lambda _, args, kwargs: seen.append((args[0], kwargs["vision_attention_mask"])), with_kwargs=True
+        )
+    with torch.no_grad():
+        host(**inputs)
+    method = METHODS["spt"]
+    model = method.attach(load_host(HOST, "cpu"), processor, NAMES, {}).train()
+    method.start(model, [(inputs, None)])
+    assert model.training
+    for layer, (tokens, padding) in zip(model.model.encoder.layers, seen, strict=True):
+        fusion = layer.fusion_layer.attn
+        assert padding[1].any() and "forward" not in vars(fusion)
+        real = tokens[~padding]
+        nearest = (fusion.make.image.detach()[:, None] - real).norm(dim=-1).min(dim=1)
+        assert nearest.values.max() < 1e-4 and len(nearest.indices.unique()) == 20
+        assert fusion.make.image.requires_grad and torch.is_grad_enabled()
+
+
+def test_rows_are_drawn_uniformly_whatever_the_parts():
+    torch.manual_seed(0)
+    counts = torch.zeros(12)
+    for _ in range(2000):
+        rows = _Drawn(3)
+        for part in torch.arange(12.0)[:, None].split([1, 4, 7]):
+            rows.add(part)
+        drawn = rows.drawn().flatten().long()
+        assert len(drawn.unique()) == 3
+        counts[drawn] += 1
+    assert (counts - 500).abs().max() < 80  # four standard deviations
+    rows = _Drawn(3)
+    rows.add(torch.zeros(2, 1))
+    with pytest.raises(ValueError, match="3 prompts need as many image tokens, got 2"):
+        rows.drawn()
+
+
+def test_the_published_recipe_trains_the_head_and_leaves_what_is_inverted(task, processor):
+    torch.manual_seed(0)
+    host = load_host(HOST, "cpu")
+    before = {name: parameter.clone() for name, parameter in host.named_parameters()}
+    data = task.load("train")
+    model = METHODS["published-recipe"].attach(host, processor, data.class_names, {})
+    layers = [module for module in model.modules() if isinstance(module, SDPTLayer)]
+    inverses = [layer.inverse(side).clone() for layer in layers for side in range(2)]
+    tokens = [layer.tokens().detach().clone() for layer in layers]
+    tune(model, processor, data, steps=2, learning_rate=0.001, seed=0)
+    after = {name.replace(".base_layer", ""): parameter for name, parameter in host.named_parameters()}
+    moved = {name for name, parameter in before.items() if not torch.equal(parameter, after[name])}
+    for part in ("text_enhancer_layer", "deformable_layer", "decoder.layers", "bbox_embed", "class_embed"):
+        assert any(part in name for name in moved)
+    for part in ("backbone", "input_proj_vision", "text_projection", "fusion_layer"):
+        assert not any(part in name for name in moved)
+    assert all(
+        torch.equal(*pair) for pair in zip(inverses, [la.inverse(s) for la in layers for s in (0, 1)], strict=True)
+    )
+    assert not any(torch.equal(old, layer.tokens()) for old, layer in zip(tokens, layers, strict=True))
 
 
 # ---- a run
@@ -280,7 +407,7 @@ def test_an_ill_conditioned_host_computes_the_same(processor):
 
 def test_zero_shot_is_the_bare_host(task):
     result = run_cell(Cell("few", "zero-shot", shots=0), task, HOST, "cpu")
-    assert set(result) == {"AP", "AP50", "AP75"}
+    assert set(result) == {"AP", "AP50", "AP75", "known"}
 
 
 def test_prototypes_are_made_of_the_training_pictures(task):
@@ -293,10 +420,150 @@ def test_prototypes_are_made_of_the_training_pictures(task):
 
 def test_a_run_that_diverges_counts_as_nothing_found(task, processor):
     result = run_cell(Cell("few", "sdpt", 1e30), task, HOST, "cpu")
-    assert result["diverged"] >= 1 and result["AP"] == 0
+    assert result["diverged"] >= 1 and result["AP"] == 0 and result["known"] == 0
     model = METHODS["sdpt"].attach(load_host(HOST, "cpu"), processor, task.load("train").class_names, {})
     with pytest.raises(Diverged):
         tune(model, processor, task.load("train"), steps=2, learning_rate=1e30, seed=0)
+
+
+# ---- names that the base model knew
+
+
+def test_known_names_are_of_pre_training_and_of_no_task():
+    classes = known_classes()
+    names = [read_categories()[index] for index in classes]
+    assert len(set(classes)) == 40 and classes == known_classes() and all(name.seen for name in names)
+    assert not {index for each in TASKS.values() for index in each.classes()} & set(classes)
+    data = known_split()
+    assert len(data) == retention.NUM_IMAGES and data.class_names == [name.name for name in names]
+    assert set(data.sizes) == {(96, 96)}
+    # All of them are there, so that the AP is of all.
+    assert {label for labels in data.labels for label in labels} == set(range(40))
+
+
+def test_only_the_small_base_model_has_known_names(tmp_path, monkeypatch):
+    assert has_known_names(HOST)
+    monkeypatch.chdir(EXAMPLES)
+    assert has_known_names("host")
+    assert not has_known_names(str(tmp_path)) and not has_known_names("IDEA-Research/grounding-dino-tiny")
+
+
+def test_runs_of_the_first_seed_measure_known_names(task):
+    cell = Cell("few", "sdpt", 0.001)
+    result = run_cell(cell, task, HOST, "cpu")
+    # Known names are measured at the size of pre-training, and the task at its own.
+    large = run_cell(Cell("few", "zero-shot", shots=0), dataclasses.replace(task, image_size=128), HOST, "cpu")
+    bare = run_cell(Cell("few", "zero-shot", shots=0), task, HOST, "cpu")
+    assert large["AP"] != bare["AP"] and large["known"] == bare["known"] > 0.5
+    assert 0 < result["known"] <= 1 and "scaled" not in result  # there are no gates
+    for other in (
+        {"seed": 1}, {"shots": 5}, {"shots": None}, {"split": "val"}, {"times": 3}, {"condition": 30.0},
+        {"fields": (("num_virtual_tokens", 5),)},
+    ):  # fmt: skip
+        assert not measures_known(dataclasses.replace(cell, **other))
+    # One of those: seed 1.
+    assert "known" not in run_cell(dataclasses.replace(cell, seed=1), task, HOST, "cpu")
+
+
+@pytest.mark.parametrize("method", ["text-embeddings", "probe"])
+def test_what_is_trained_for_one_prompt_has_no_known_names(task, method):
+    result = run_cell(Cell("few", method, 0.001), task, HOST, "cpu")
+    assert result["known"] is None and result["AP"] >= 0
+
+
+class Gated(torch.nn.Module):
+    """A model with one gate, whose scale is noted."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Module()
+        self.layer.sdpt_gates = torch.nn.ParameterDict({"default": torch.zeros(1)})
+        self.scales = []
+
+    def set_scale(self, name, scale):
+        assert name == "default"
+        self.scales.append(scale)
+
+
+def test_gates_are_scaled_and_set_back():
+    model = Gated()
+    assert at_scales(model, lambda: model.scales[-1] + 1) == {"0.4": 1.4, "0.7": 1.7}
+    assert model.scales == [0.4, 0.7, 1.0]
+    with pytest.raises(ZeroDivisionError):
+        at_scales(model, lambda: 1 / 0)
+    assert model.scales[-1] == 1.0
+    model.layer.sdpt_gates.clear()  # a scale without gates does nothing
+    assert at_scales(model, lambda: 0) == {} and at_scales(torch.nn.Linear(1, 1), lambda: 0) == {}
+
+
+def test_a_run_with_gates_keeps_pairs_of_task_and_known_names(task, monkeypatch):
+    monkeypatch.setattr(running, "at_scales", lambda _, measure: {"0.4": measure()})
+    result = run_cell(Cell("few", "sdpt", 0.001), task, HOST, "cpu")
+    assert result["scaled"] == {"0.4": (result["AP"], result["known"])}
+
+
+def test_runs_without_known_names_are_repeated_once():
+    tasks, methods = ["one"], ["sdpt", "text-embeddings"]
+    results: dict = {}
+    for _ in range(3):
+        results |= measured(plan(tasks, methods, 2, results))
+    assert not [cell for cell in plan(tasks, methods, 2, results) if cell.retention]
+    again = [cell for cell in plan(tasks, methods, 2, results, True) if cell.retention]
+    # Not the one that replaces the names.
+    assert [cell.method for cell in again] == ["zero-shot", "sdpt"] and not any(cell.seed for cell in again)
+    assert [cell.key for cell in again] == [
+        "one zero-shot retention test",
+        f"one sdpt retention {again[1].learning_rate} 10 shots seed 0 test",
+    ]
+    assert all(grid.measures_known(cell) and not grid.is_diagnosed(cell) for cell in again)
+    # The plan stays when they are measured, and it has none of them if the runs have measured it themselves.
+    results |= {cell.key: {**measured([cell])[cell.key], "known": 0.5} for cell in again}
+    whole = plan(tasks, methods, 2, results, True)
+    assert all(cell.key in results for cell in whole) and [cell for cell in whole if cell.retention] == again
+    for cell in whole:
+        results[cell.key]["known"] = 0.5
+    assert not [cell for cell in plan(tasks, methods, 2, results, True) if cell.retention]
+
+
+def test_known_names_are_in_the_report_and_in_a_plot():
+    tasks, methods = ["one", "two"], ["sdpt", "lora", "text-embeddings"]
+    results = {"machine": dict.fromkeys(("host", "torch", "transformers", "peft", "peft_sdpt"), "x")}
+    results |= {"tasks": tasks, "methods": methods, "seeds": 1, "retention": True, "cells": {}}
+    for _ in range(3):
+        for cell in plan(tasks, methods, 1, results["cells"], True):
+            values = {**asdict(cell), **measured([cell])[cell.key]}
+            # Runs of the first method do not have it, so that these are repeated.
+            if measures_known(cell) and (cell.method != "sdpt" or cell.retention):
+                values["known"] = None if cell.method == "text-embeddings" else 0.75 + 0.1 * (cell.task == "two")
+                values["AP"] = 0.25
+                if cell.method == "sdpt":
+                    values["scaled"] = {"0.4": (0.1, 0.9), "0.7": (0.2, 0.8)}
+            results["cells"].setdefault(cell.key, values)
+    text = report(results)
+    assert "more are known to be missing" not in text
+    assert "| method | after one | after two | mean | mean AP on the tasks |" in text
+    assert "| zero-shot | 75.0 | 85.0 | **80.0** | 25.0 |" in text
+    assert "| SDPT, published | 75.0 | 85.0 | **80.0** | 25.0 |" in text
+    assert "| class-text embeddings | not possible | not possible |  |  |" in text
+    assert "| SDPT, published | 10.0 | 90.0 | 20.0 | 80.0 | 25.0 | 80.0 |" in text and text.count("0.0 | 90.0") == 1
+    drawn = plots(results)["transfer-retention.svg"]
+    shown = {
+        "".join(each.itertext()).strip() for each in ElementTree.fromstring(drawn).iter() if each.tag.endswith("text")
+    }
+    assert {"zero-shot", "SDPT, published", "LoRA, r = 8"} <= shown and "class-text embeddings" not in shown
+    # Before one of them is measured, its row has a gap, and it has no point.
+    del results["cells"][Cell("two", "lora", results_rate(results, "lora")).key]
+    assert (
+        "| LoRA, r = 8 | 75.0 |  |  |  |" in report(results)
+        and "LoRA, r = 8" not in plots(results)["transfer-retention.svg"]
+    )
+    # Earlier results say nothing of it.
+    del results["retention"]
+    assert "known names" not in report(results) and "transfer-retention.svg" not in plots(results)
+
+
+def results_rate(results, method):
+    return best_rate(results["tasks"][0], method, results["cells"])
 
 
 @pytest.mark.parametrize(
@@ -305,6 +572,7 @@ def test_a_run_that_diverges_counts_as_nothing_found(task, processor):
         ("sdpt-lora", 15360, 77824),
         ("learned-projections", 30720, 3 * 2 * (512 + 1) * 128),
         ("mudpt", 15360, 2 * (128 + 1) * 128),
+        ("mudpt-paper", 3 * 2 * 2 * 128, 2 * (12 * 128 * 128 + 9 * 128 + 2 * 4 * 128 + (128 + 1) * 128)),
     ],
 )
 def test_tokens_have_a_rate_of_their_own_beside_weights(task, monkeypatch, method, tokens, others):
