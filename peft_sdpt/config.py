@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import operator
 import re
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from typing import Any, NoReturn
 
 from peft.utils import PeftType
 
-from .saving import SavedConfig, Shapes, plain_name
+from .saving import LORA_KEYS, SavedConfig, Shapes, lora_name, plain_name
 from .version import __version__
 
 INIT_WEIGHTS = (
@@ -29,6 +30,8 @@ INIT_WEIGHTS = (
 PROMPT_MODES = ("unified", "independent")
 PROMPT_SPACES = ("reachable", "aligned")
 ATTN_IMPLEMENTATIONS = ("fused", "eager")
+# Fields with names of modules: a list, or a regular expression.
+_NAME_FIELDS = ("target_modules", "exclude_modules", "lora_target_modules")
 # Fields that determine which prompts an adapter has, and what their entries mean.
 _SHAPING_FIELDS = (
     "num_virtual_tokens",
@@ -39,6 +42,8 @@ _SHAPING_FIELDS = (
     "prompt_space",
     "fusion_layers",
 )
+# The same for the LoRA part. They count only if there is one, so that adapters without it keep their digest.
+_LORA_SHAPING_FIELDS = ("lora_rank", "lora_target_modules", "lora_layers")
 
 
 @dataclass
@@ -90,10 +95,23 @@ class SDPTConfig(SavedConfig):
             the same, and it is faster than the base model. `"eager"` computes it as the base model does, and returns
             attention weights. Other kinds of fusion always run as in the base model.
         modules_to_save (`list[str]`, *optional*): Names of other modules to train and save whole, for instance a head.
+        lora_rank (`int`, *optional*): Rank r of LoRA (arXiv 2106.09685) on linear layers outside the fusion layers, at
+            least 1. It is trained, saved, loaded and switched with the tokens, as one adapter. It needs a lower
+            learning rate than the tokens. None trains tokens alone.
+        lora_alpha (`float`, *optional*): LoRA is scaled by `lora_alpha / lora_rank`. It must be positive. None means
+            twice the rank, so the factor is 2 for every rank.
+        lora_target_modules (`list[str]` or `str`, *optional*): The linear layers with LoRA: names or a regular
+            expression, as in `target_modules`. They must be outside the fusion layers that are adapted, whose weights
+            SDPT inverts. None means the projections of all attention in the encoder and decoder of Grounding DINO and
+            MM Grounding DINO; other base models need names here. The regular expression that None stands for is filled
+            in when the adapter is attached.
         fusion_layers (`dict[str, int]`, *optional*): Do not set this by hand. It is filled in when the adapter is
             attached, and maps the name of each adapted fusion layer to the dimension of its prompts. It is saved with
             the adapter, so that loading onto a base model with other layers raises an error before that model is
             changed.
+        lora_layers (`dict[str, list[int]]`, *optional*): Do not set this by hand. It is filled in when the adapter is
+            attached, and maps the name of each linear layer with LoRA to its numbers of inputs and outputs. It is saved
+            and checked as `fusion_layers` is.
         fusion_layers_digest (`str`, *optional*): Do not set this by hand. It is filled in when the config is saved, and
             tells whether a field that determines the prompts has changed since. A changed config belongs to no base
             model.
@@ -138,8 +156,21 @@ class SDPTConfig(SavedConfig):
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Names of other modules to train and save whole."}
     )
+    lora_rank: int | None = field(
+        default=None, metadata={"help": "Rank of LoRA outside the fusion layers, or None for tokens alone."}
+    )
+    lora_alpha: float | None = field(
+        default=None, metadata={"help": "LoRA is scaled by lora_alpha / lora_rank; None means twice the rank."}
+    )
+    lora_target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Linear layers with LoRA: a list of names, a regular expression, or None for the default."},
+    )
     fusion_layers: dict[str, int] | None = field(
         default=None, metadata={"help": "Filled in when attached: dimension of the prompts of each adapted layer."}
+    )
+    lora_layers: dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Filled in when attached: inputs and outputs of each linear layer with LoRA."}
     )
     fusion_layers_digest: str | None = field(
         default=None, metadata={"help": "Filled in when saved: digest of the fields that determine the prompts."}
@@ -156,10 +187,11 @@ class SDPTConfig(SavedConfig):
         if self.prompt_space is None:
             self.prompt_space = "aligned" if self.prompt_mode == "independent" else "reachable"
         self.num_virtual_tokens = _plain_int(self.num_virtual_tokens)
+        self.lora_rank = _plain_int(self.lora_rank)
         self.layers_to_transform = _plain_int(self.layers_to_transform)
         if isinstance(self.layers_to_transform, int) and not isinstance(self.layers_to_transform, bool):
             self.layers_to_transform = [self.layers_to_transform]
-        for name in ("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save"):
+        for name in (*_NAME_FIELDS, "layers_to_transform", "modules_to_save"):
             value = getattr(self, name)
             # Sorted, because the order of a set differs between processes, and two saves should be the same file.
             if isinstance(value, (set, tuple)):
@@ -169,6 +201,8 @@ class SDPTConfig(SavedConfig):
         self.check()
         if self.fusion_layers is not None:
             self.fusion_layers = {plain_name(name): dim for name, dim in self.fusion_layers.items()}
+        if self.lora_layers is not None:
+            self.lora_layers = {lora_name(name): list(size) for name, size in self.lora_layers.items()}
 
     @property
     def belongs_to_base_model(self) -> bool:
@@ -186,7 +220,8 @@ class SDPTConfig(SavedConfig):
         return values | {"fusion_layers_digest": None if self.fusion_layers is None else self._digest()}
 
     def _digest(self) -> str:
-        values = json.dumps([getattr(self, name) for name in _SHAPING_FIELDS], sort_keys=True, default=sorted)
+        names = _SHAPING_FIELDS if self.lora_rank is None else _SHAPING_FIELDS + _LORA_SHAPING_FIELDS
+        values = json.dumps([getattr(self, name) for name in names], sort_keys=True, default=sorted)
         return hashlib.sha256(values.encode()).hexdigest()[:16]
 
     def prompt_shape(self, dim: int) -> tuple[int, ...]:
@@ -200,6 +235,26 @@ class SDPTConfig(SavedConfig):
             return None
         return {name: self.prompt_shape(dim) for name, dim in self.fusion_layers.items()}
 
+    @property
+    def lora_scaling(self) -> float:
+        """Factor of the LoRA part. It has no meaning where `lora_rank` is None."""
+        return 2.0 if self.lora_alpha is None else self.lora_alpha / (self.lora_rank or 1)
+
+    def lora_shapes(self) -> Shapes:
+        """Return the shapes of the LoRA matrices, A `(r, in)` and B `(out, r)`. Before attaching, there are none."""
+        if self.lora_rank is None:
+            return {}
+        shapes: Shapes = {}
+        for name, (inputs, outputs) in (self.lora_layers or {}).items():
+            for key, shape in zip(LORA_KEYS, ((self.lora_rank, inputs), (outputs, self.lora_rank)), strict=True):
+                shapes[name + key] = shape
+        return shapes
+
+    def saved_shapes(self) -> Shapes | None:
+        """Return the shapes of the prompts by layer, and of the LoRA matrices; None before the adapter is attached."""
+        prompts = self.prompt_shapes()
+        return None if prompts is None else prompts | self.lora_shapes()
+
     def check(self) -> None:
         """Check all fields. This is called when the config is made, and when it is attached.
 
@@ -212,7 +267,7 @@ class SDPTConfig(SavedConfig):
         if self.num_virtual_tokens < 1:
             self._refuse("num_virtual_tokens", "at least 1")
 
-        for name in ("target_modules", "exclude_modules"):
+        for name in _NAME_FIELDS:
             value = getattr(self, name)
             if isinstance(value, str):
                 if not value:
@@ -258,6 +313,7 @@ class SDPTConfig(SavedConfig):
         if not 0 <= self.prompt_dropout < 1:
             self._refuse("prompt_dropout", "at least 0 and below 1")
 
+        self._check_lora()
         if self.fusion_layers is not None and not (
             isinstance(self.fusion_layers, dict)
             and all(isinstance(name, str) for name in self.fusion_layers)
@@ -268,6 +324,30 @@ class SDPTConfig(SavedConfig):
             self._refuse("fusion_layers_digest", "None or a string", TypeError)
         if not isinstance(self.peft_sdpt_version, str):
             self._refuse("peft_sdpt_version", "a version", TypeError)
+
+    def _check_lora(self) -> None:
+        if self.lora_rank is None:
+            for name in ("lora_alpha", "lora_target_modules"):
+                if getattr(self, name) is not None:
+                    self._refuse(name, "None where lora_rank is None")
+        elif not _is_int(self.lora_rank):
+            self._refuse("lora_rank", "None or an integer", TypeError)
+        elif self.lora_rank < 1:
+            self._refuse("lora_rank", "None or at least 1")
+        if self.lora_alpha is not None:
+            if not _is_number(self.lora_alpha):
+                self._refuse("lora_alpha", "None or a number", TypeError)
+            if not 0 < self.lora_alpha < math.inf:
+                self._refuse("lora_alpha", "None or positive and finite")
+        if self.lora_layers is not None and not (
+            isinstance(self.lora_layers, dict)
+            and all(isinstance(name, str) for name in self.lora_layers)
+            and all(
+                isinstance(size, (list, tuple)) and len(size) == 2 and all(_is_int(number) for number in size)
+                for size in self.lora_layers.values()
+            )
+        ):
+            self._refuse("lora_layers", "None or a mapping of module names to pairs of integers", TypeError)
 
     def _check_names(self, name: str) -> None:
         value = getattr(self, name)

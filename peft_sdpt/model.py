@@ -23,11 +23,16 @@ from torch._dynamo.eval_frame import OptimizedModule
 from .config import SDPTConfig
 from .hosts import FusionHost
 from .layer import CANNOT_MERGE, SDPTLayer, SharedSDPTLayer
+from .lora import DEFAULT_LORA_TARGETS, SDPTLoraLayer, select_lora_layers
 from .saving import (
+    LORA_KEYS,
     PROMPTS_KEY,
     check_base_model,
     check_state_dict,
     layer_of,
+    lora_matrices,
+    lora_matrix_of,
+    lora_name,
     plain_name,
     prompts_by_layer,
     without_wrappers,
@@ -48,12 +53,12 @@ class SDPTModel(BaseTuner):
         ValueError: The base model has no known fusion layer, or is a `PeftModel` with SDPT adapters; `target_modules`
             matches nothing, or a module that is not a fusion layer; an index of `layers_to_transform` does not exist;
             `exclude_modules` leaves nothing; the config belongs to a saved adapter of a base model with other fusion
-            layers; another tuner's adapter acts on a projection that SDPT inverts; or the weight of such a projection
-            is sharded or offloaded.
+            layers; another tuner's adapter acts on a projection that SDPT inverts; the weight of such a projection is
+            sharded or offloaded; or `lora_target_modules` matches no module, or one that cannot have LoRA.
     """
 
     prefix = "sdpt_"
-    tuner_layer_cls = SDPTLayer
+    tuner_layer_cls = (SDPTLayer, SDPTLoraLayer)  # type: ignore[assignment] # PEFT passes it to `isinstance` only
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - as PEFT declares it
     peft_config: dict[str, Any]
 
@@ -84,6 +89,7 @@ class SDPTModel(BaseTuner):
         config.check()  # a field may have been changed since the config was made
         selection = select_fusion_layers(model, config)
         layers = selection.layers
+        named_for_lora = None
         if state_dict is not None:
             # PEFT wraps the modules that the state dict names, whatever the config says. It reads only the keys, as its
             # documentation says, so the values can be empty, and the second modules of fusion layers, which have no
@@ -91,22 +97,31 @@ class SDPTModel(BaseTuner):
             named = {plain_name(key.rpartition(PROMPTS_KEY)[0]) for key in state_dict}
             layers = {name: layer for name, layer in selection.known.items() if plain_name(name) in named}
             parts = [part for layer in layers.values() for part in layer.parts]
+            named_for_lora = {lora_name(key.rpartition(LORA_KEYS[0])[0]) for key in state_dict if LORA_KEYS[0] in key}
             state_dict = {f"{_name_in_peft(part)}{PROMPTS_KEY}": torch.empty(0) for part in parts}
         for name, layer in layers.items():
             check_fusion_layer(name, layer, config)
         dims = {plain_name(name): layer.prompt_dim(config) for name, layer in layers.items()}
+        adapted = [part for layer in layers.values() for part in layer.parts]
+        lora_layers = select_lora_layers(model, config, adapted, named_for_lora)
+        lora_sizes = {lora_name(name): size for name, size in lora_layers.items()} or None
         if config.belongs_to_base_model:
-            check_base_model(
-                found=config.prompt_shapes() or {},
-                expected={name: config.prompt_shape(dim) for name, dim in dims.items()},
-            )
+            fitting = dataclasses.replace(config, fusion_layers=dims, lora_layers=lora_sizes)
+            check_base_model(found=config.saved_shapes() or {}, expected=fitting.saved_shapes() or {})
         _refuse_compiled_modules_to_save(model, config)
         self._set_targets(selection)
-        if config.fusion_layers not in (None, dims):
+        self._lora_targets = {*lora_layers, *map(_name_in_peft, lora_layers)}
+        if state_dict is not None:
+            state_dict.update({f"{_name_in_peft(name)}{LORA_KEYS[0]}": torch.empty(0) for name in lora_layers})
+        if config.fusion_layers not in (None, dims) or config.lora_layers not in (None, lora_sizes):
             # The adapter of another base model uses the same config.
             config = copy.deepcopy(config)
         if not config.belongs_to_base_model:
             config.fusion_layers, config.fusion_layers_digest = dims, None
+            config.lora_layers = lora_sizes
+            if config.lora_rank is not None and config.lora_target_modules is None:
+                # Saved, so that the adapter still loads if a later version has another default.
+                config.lora_target_modules = DEFAULT_LORA_TARGETS
         self.peft_config[adapter_name] = config
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         for name, layer in layers.items():
@@ -133,7 +148,7 @@ class SDPTModel(BaseTuner):
         self, peft_config: PeftConfig, key: str
     ) -> Any:
         # PEFT warns if `exclude_modules` is given and nothing was excluded.
-        return _ExcludedModule() if key in self._excluded else key in self._targets
+        return _ExcludedModule() if key in self._excluded else key in self._targets or key in self._lora_targets
 
     def _create_and_replace(
         self,
@@ -146,8 +161,11 @@ class SDPTModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         assert isinstance(peft_config, SDPTConfig)
-        if isinstance(target, SDPTLayer):
+        if isinstance(target, (SDPTLayer, SDPTLoraLayer)):
             target.update_layer(adapter_name, peft_config)
+            return
+        if current_key in self._lora_targets:
+            self._replace_module(parent, target_name, SDPTLoraLayer(target, adapter_name, peft_config), target)
             return
         spec, holds_prompts = self._specs[current_key]
         layer_class = SDPTLayer if holds_prompts else SharedSDPTLayer
@@ -198,11 +216,11 @@ class SDPTModel(BaseTuner):
                 names = [name if name in module._adapters else BASE for name in names]
             return args, {**kwargs, "adapter_names": names}
 
-        # The SDPT layers, and the modules that our adapters have copies of (`modules_to_save`).
+        # The layers of this tuner, and the modules that our adapters have copies of (`modules_to_save`).
         takers = [
             module
             for module in self.model.modules()
-            if isinstance(module, SDPTLayer)
+            if isinstance(module, (SDPTLayer, SDPTLoraLayer))
             or (isinstance(module, AuxiliaryTrainingWrapper) and not module._adapters.isdisjoint(ours))
         ]
         handles = [module.register_forward_pre_hook(pass_on, with_kwargs=True) for module in takers]
@@ -211,6 +229,15 @@ class SDPTModel(BaseTuner):
         finally:
             for handle in handles:
                 handle.remove()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter. If no other is active, the first of the remaining ones becomes active."""
+        was_active = self.active_adapters
+        super().delete_adapter(adapter_name)
+        # PEFT lets each layer choose among its own adapters, and not every layer has all of them.
+        remaining = [name for name in was_active if name != adapter_name] or self._sdpt_adapters()[:1]
+        if adapter_name in was_active and remaining:
+            self.set_adapter(remaining)
 
     def _sdpt_adapters(self) -> list[str]:
         return sorted(name for name, config in self.peft_config.items() if isinstance(config, SDPTConfig))
@@ -226,7 +253,7 @@ class SDPTModel(BaseTuner):
 
         Args:
             adapters: Names of the adapters, at least one. They must have the same `prompt_mode`, `prompt_space`,
-                `image_attends_prompts`, `pinv_rtol` and fusion layers, and no `modules_to_save`.
+                `image_attends_prompts`, `pinv_rtol` and fusion layers, and neither `modules_to_save` nor `lora_rank`.
             weights: A factor for the tokens of each adapter, in the aligned space.
             adapter_name: Name of the new adapter. It is not active, and not trainable until it is made active.
             combination_type: `"cat"` concatenates the tokens of all adapters. With weights of 1, this equals activating
@@ -278,11 +305,9 @@ class SDPTModel(BaseTuner):
                     f"combination_type {combination_type!r} needs adapters of one {field}; {adapters} have {values}"
                 )
         for name in adapters:
-            if self.peft_config[name].modules_to_save:
-                raise ValueError(
-                    f"adapter {name!r} has modules_to_save={self.peft_config[name].modules_to_save}, which cannot be "
-                    "combined"
-                )
+            for field in ("modules_to_save", "lora_rank"):
+                if value := getattr(self.peft_config[name], field):
+                    raise ValueError(f"adapter {name!r} has {field}={value}, which cannot be combined")
 
     @classmethod
     def _get_adapter_state_dict(
@@ -294,13 +319,17 @@ class SDPTModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
         # By the keys alone: names of modules may have what wrappers add, which keys do not have.
-        return {key: value for key, value in state_dict.items() if key.endswith(f"{PROMPTS_KEY}.{adapter_name}")}
+        endings = tuple(f"{key}.{adapter_name}" for key in (PROMPTS_KEY, *LORA_KEYS))
+        return {key: value for key, value in state_dict.items() if key.endswith(endings)}
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        """Return the key of a saved tensor; for prompts, without what wrappers add to names."""
+        """Return the key of a saved tensor; for prompts and LoRA, without what wrappers add to names."""
         saved = str(super()._remove_adapter_name_from_key(key, adapter_name))
         # PEFT looks for the keys of `modules_to_save` under the names that the modules have.
+        if saved.endswith(LORA_KEYS):
+            # Another tuner may have been put around the layer since.
+            return ".".join(part for part in without_wrappers(saved).split(".") if part != "base_layer")
         return without_wrappers(saved) if saved.endswith(PROMPTS_KEY) else saved
 
     @classmethod
@@ -311,28 +340,34 @@ class SDPTModel(BaseTuner):
         adapter_name: str,
         state_dict: dict[str, torch.Tensor],
     ) -> dict[str, torch.Tensor]:
-        """Map the keys of saved prompts to those of the model, whatever wrappers either of them had.
+        """Map the keys of saved prompts and LoRA to those of the model, whatever wrappers either of them had.
 
         Raises:
-            ValueError: Prompts are missing, surplus or of another shape. In this case, nothing has been loaded.
+            ValueError: Prompts or LoRA matrices are missing, surplus or of another shape. In this case, nothing has
+                been loaded.
         """
         suffix = f"{PROMPTS_KEY}.{adapter_name}"
-        keys = {
-            plain_name(key.removesuffix(suffix)): (key, value.shape)
-            for key, value in model.state_dict().items()
-            if key.endswith(suffix)
-        }
-        prompts = prompts_by_layer(state_dict, adapter_name)
+        keys: dict[str, tuple[str, torch.Size]] = {}
+        for key, value in model.state_dict().items():
+            if key.endswith(suffix):
+                keys[plain_name(key.removesuffix(suffix))] = key, value.shape
+            elif key.endswith(f".{adapter_name}") and (matrix := lora_matrix_of(key, adapter_name)):
+                keys[matrix] = key, value.shape
+        weights = prompts_by_layer(state_dict, adapter_name) | lora_matrices(state_dict, adapter_name)
         check_state_dict(
-            found={name: tuple(value.shape) for name, value in prompts.items()},
+            found={name: tuple(value.shape) for name, value in weights.items()},
             expected={name: tuple(shape) for name, (_, shape) in keys.items()},
             adapter_name=adapter_name,
         )
-        rest = {key: value for key, value in state_dict.items() if layer_of(key, adapter_name) is None}
+        rest = {
+            key: value
+            for key, value in state_dict.items()
+            if layer_of(key, adapter_name) is None and lora_matrix_of(key, adapter_name) is None
+        }
         remapped: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, rest
         )
-        return remapped | {keys[name][0]: value for name, value in prompts.items()}
+        return remapped | {keys[name][0]: value for name, value in weights.items()}
 
 
 def _name_in_peft(name: str) -> str:

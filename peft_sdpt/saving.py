@@ -25,6 +25,8 @@ from .model_card import complete_card
 Shapes = dict[str, tuple[int, ...]]
 # In keys of a state dict, this is between the name of a fusion layer and the name of the adapter.
 PROMPTS_KEY = ".sdpt_prompts"
+# Likewise between the name of a linear layer with LoRA and the name of the adapter: the matrices A and B.
+LORA_KEYS = (".sdpt_lora_A", ".sdpt_lora_B")
 # Modules that wrappers put around others: `torch.compile`, `checkpoint_wrapper` and FSDP.
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 T = TypeVar("T")
@@ -55,7 +57,7 @@ class SavedConfig(PeftConfig):
         config = super().from_pretrained(path, subfolder=subfolder, **kwargs)
         if isinstance(config, SavedConfig):
             download, _, _ = cls._split_kwargs(kwargs)
-            check_weights(path, subfolder, config.prompt_shapes(), **download)
+            check_weights(path, subfolder, config.saved_shapes(), **download)
             config.mark_as_saved()
         return config
 
@@ -63,8 +65,8 @@ class SavedConfig(PeftConfig):
         """Note that the config belongs to the base model of a saved adapter, if its file does not say so."""
         raise NotImplementedError
 
-    def prompt_shapes(self) -> Shapes | None:
-        """Return the shape of the prompts of each adapted fusion layer; None if the config does not name the layers."""
+    def saved_shapes(self) -> Shapes | None:
+        """Return the shapes of the prompts by layer, and of the LoRA matrices; None if the config names no layers."""
         raise NotImplementedError
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
@@ -116,6 +118,45 @@ def layer_of(key: str, adapter_name: str | None = None) -> str | None:
     return plain_name(layer) if found and suffix in ("", f".{adapter_name}") else None
 
 
+def lora_name(name: str) -> str:
+    """Return the plain name of a linear layer, also without the `base_layer` of each tuner layer around it."""
+    return ".".join(part for part in plain_name(name).split(".") if part != "base_layer")
+
+
+def lora_matrix_of(key: str, adapter_name: str | None = None) -> str | None:
+    """Return the name of the LoRA matrix that a key of a state dict names: that of its linear layer, and which it is.
+
+    Args:
+        key: Key of a saved adapter, or of a model.
+        adapter_name: The key may end with this name, as those of a model do.
+
+    Returns:
+        None if the key does not name a LoRA matrix of SDPT, or one of another adapter.
+    """
+    for which in LORA_KEYS:
+        module, found, suffix = key.rpartition(which)
+        if found and suffix in ("", f".{adapter_name}"):
+            return lora_name(module) + which
+    return None
+
+
+def lora_matrices(state_dict: Mapping[str, T], adapter_name: str | None = None) -> dict[str, T]:
+    """Return the LoRA matrices in a state dict by name; see `lora_matrix_of`.
+
+    Raises:
+        ValueError: Two keys name one matrix.
+    """
+    matrices: dict[str, T] = {}
+    for key, value in state_dict.items():
+        name = lora_matrix_of(key, adapter_name)
+        if name is None:
+            continue
+        if name in matrices:
+            raise ValueError(f"The state dict has two keys for the LoRA matrix '{name}'; one is '{key}'.")
+        matrices[name] = value
+    return matrices
+
+
 def prompts_by_layer(state_dict: Mapping[str, T], adapter_name: str | None = None) -> dict[str, T]:
     """Return the prompts in a state dict by the plain name of their fusion layer; see `layer_of`.
 
@@ -141,12 +182,12 @@ def check_weights(adapter: str, subfolder: str | None, expected: Shapes | None, 
     Args:
         adapter: Folder, or repository of the Hub. Files from the Hub stay in the cache, where PEFT finds them.
         subfolder: Subfolder in the folder or repository.
-        expected: Shape of the prompts of each fusion layer. None accepts any.
+        expected: Shapes of the prompts of each fusion layer, and of LoRA matrices. None accepts any.
         download: Arguments of `huggingface_hub.hf_hub_download`: `revision`, `token`, `cache_dir` and so on.
 
     Raises:
-        ValueError: The weights cannot be fetched or read, prompts are missing, surplus or of another shape, or other
-            modules have names of a compiled model.
+        ValueError: The weights cannot be fetched or read, prompts or LoRA matrices are missing, surplus or of another
+            shape, or other modules have names of a compiled model.
     """
     path = os.path.join(adapter, subfolder or "")
     try:
@@ -157,7 +198,9 @@ def check_weights(adapter: str, subfolder: str | None, expected: Shapes | None, 
             f"The weights of the SDPT adapter {path!r} cannot be loaded, and nothing was put on the base model: "
             f"{type(error).__name__}: {error}"
         ) from error
-    wrapped = [key for key in shapes if layer_of(key) is None and without_wrappers(key) != key]
+    wrapped = [
+        key for key in shapes if layer_of(key) is None and lora_matrix_of(key) is None and without_wrappers(key) != key
+    ]
     if wrapped:
         raise ValueError(
             f"The weights of the SDPT adapter {path!r} name a module as a compiled or wrapped model does "
@@ -165,7 +208,7 @@ def check_weights(adapter: str, subfolder: str | None, expected: Shapes | None, 
         )
     if file is None or expected is None:
         return
-    found = prompts_by_layer(shapes)
+    found = prompts_by_layer(shapes) | lora_matrices(shapes)
     if differences := differing_shapes(found, expected):
         raise ValueError(
             f"The weights of the SDPT adapter {path!r} do not fit its config, and nothing was put on the base model "
@@ -244,9 +287,19 @@ def check_state_dict(found: Shapes, expected: Shapes, adapter_name: str) -> None
 
 
 def differing_shapes(found: Shapes, expected: Shapes) -> str:
-    """Describe every fusion layer whose prompts are not as expected, with both shapes. The text is empty if all are."""
-    return "; ".join(
-        f"layer '{name}': expected {expected.get(name, 'no such fusion layer')}, found {found.get(name, 'no prompts')}"
-        for name in sorted(expected.keys() | found.keys())
-        if expected.get(name) != found.get(name)
-    )
+    """Describe all prompts and LoRA matrices that are not as expected, with both shapes. The text is empty if none."""
+    texts = []
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) == found.get(name):
+            continue
+        if name.endswith(LORA_KEYS):
+            texts.append(
+                f"LoRA matrix '{name}': expected {expected.get(name, 'no such matrix')}, found "
+                f"{found.get(name, 'no such matrix')}"
+            )
+        else:
+            texts.append(
+                f"layer '{name}': expected {expected.get(name, 'no such fusion layer')}, found "
+                f"{found.get(name, 'no prompts')}"
+            )
+    return "; ".join(texts)
