@@ -148,12 +148,15 @@ def select_lora_layers(
     fusion_layers = {*adapted, *(name for name, module in model.named_modules() if isinstance(module, SDPTLayer))}
     layers: dict[str, tuple[str, list[int]]] = {}
     for name, module in found.items():
-        reason = _reason_against(model, name, module, fusion_layers)
-        if reason is None:
-            # Wrappers such as `torch.compile` come before what they wrap, which is the layer itself.
-            layers[lora_name(name)] = name, _size(_inner(module))
-        elif not by_default:
-            raise ValueError(f"SDPTConfig.lora_target_modules={targets!r} matches '{lora_name(name)}', {reason}")
+        if by_default and _cannot_have_lora(model, name, module, fusion_layers):
+            continue  # the default is a pattern for names, so it may match more than it means
+        reason = _cannot_have_lora(model, name, module, fusion_layers) or _adapter_of_another_tuner(module)
+        if reason is not None:
+            raise ValueError(
+                f"SDPTConfig.lora_target_modules={targets!r} matches '{lora_name(name)}', {reason} Leave it out."
+            )
+        # Wrappers such as `torch.compile` come before what they wrap, which is the layer itself.
+        layers[lora_name(name)] = name, _size(_inner(module))
     outside = f" outside of modules_to_save={config.modules_to_save}" if config.modules_to_save else ""
     if by_default and not layers:
         raise ValueError(
@@ -191,20 +194,21 @@ def _find(model: nn.Module, config: SDPTConfig, wanted: Callable[[str], bool]) -
     return found
 
 
-def _reason_against(model: nn.Module, name: str, module: nn.Module, fusion_layers: Collection[str]) -> str | None:
-    """Return why a module cannot have LoRA, or None if it can."""
+def _cannot_have_lora(model: nn.Module, name: str, module: nn.Module, fusion_layers: Collection[str]) -> str | None:
+    """Return why a module can never have LoRA, or None if it can."""
     around = next((layer for layer in fusion_layers if f"{name}.".startswith(f"{layer}.")), None)
     if around is not None:
-        return f"which is in the fusion layer '{around}'. SDPT inverts weights of this layer, so leave it out."
-    if isinstance(module, BaseTunerLayer) and not isinstance(module, SDPTLoraLayer):
-        return (
-            f"which has an adapter of another tuner ({type(module).__module__}). Merge that adapter first, or leave "
-            "the layer out."
-        )
+        return f"which is in the fusion layer '{around}'. SDPT inverts weights of this layer."
     if _size(_inner(module)) is None:
         return f"which is not a linear layer ({type(module).__name__})."
     if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
-        return "which nn.MultiheadAttention never calls, so LoRA would have no effect there. Leave it out."
+        return "which nn.MultiheadAttention never calls, so LoRA would have no effect there."
+    return None
+
+
+def _adapter_of_another_tuner(module: nn.Module) -> str | None:
+    if isinstance(module, BaseTunerLayer) and not isinstance(module, SDPTLoraLayer):
+        return f"which has an adapter of another tuner ({type(module).__module__})."
     return None
 
 

@@ -45,10 +45,17 @@ class AdapterConfig(Protocol):
     prompt_mode: str
     fusion_layers: dict[str, int] | None
     modules_to_save: Any
+    lora_rank: int | None
+    lora_layers: dict[str, list[int]] | None
     peft_sdpt_version: str | None
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
+    @property
+    def lora_scaling(self) -> float: ...
+
     def prompt_shape(self, dim: int) -> tuple[int, ...]: ...
+
+    def lora_shapes(self) -> dict[str, tuple[int, ...]]: ...
 
 
 def complete_card(folder: str | os.PathLike, saved_config: PeftConfig) -> None:
@@ -165,8 +172,9 @@ def _describe(config: AdapterConfig, base_model: str | None) -> str:
         base_model: Hub id of the base model, or None.
     """
     link = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else f"`{_name(config)}`"
+    what = "Tokens" if config.lora_rank is None else "Tokens and LoRA matrices"
     lines = [
-        f"Tokens for [SDPT, Synchronous Dual Prompt Tuning]({_PAPER}), a tuner that the package `peft_sdpt` adds to "
+        f"{what} for [SDPT, Synchronous Dual Prompt Tuning]({_PAPER}), a tuner that the package `peft_sdpt` adds to "
         f"PEFT. They were trained on the base model {link}. Its weights are not part of this repository.",
         "",
         "| | |",
@@ -188,6 +196,12 @@ def _describe(config: AdapterConfig, base_model: str | None) -> str:
     for name in ("prompt_mode", "prompt_space", "image_attends_prompts", "pinv_rtol"):
         if (value := getattr(config, name)) != defaults[name]:
             lines.append(f"| `{name}` | {value} |")
+    if config.lora_rank is not None:
+        size = sum(math.prod(shape) for shape in config.lora_shapes().values())
+        lines.append(
+            f"| LoRA | rank {config.lora_rank}, scaled by {config.lora_scaling:g}, on {len(config.lora_layers or {})} "
+            f"linear layers, {size:,} parameters in total; `lora_layers` in `adapter_config.json` lists them |"
+        )
     if config.modules_to_save:
         lines.append(f"| fully trained modules | {', '.join(f'`{name}`' for name in config.modules_to_save)} |")
     revision = f', revision="{config.revision}"' if config.revision else ""

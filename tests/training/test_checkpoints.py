@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from peft_sdpt.errors import InputError
 from peft_sdpt.files import whole_files
 from peft_sdpt.training import checkpoints
-from peft_sdpt.training.averaging import averaged, trained_parameters
+from peft_sdpt.training.averaging import averaged, parameter_groups, trained_parameters
 from peft_sdpt.training.checkpoints import Checkpoints, Progress, latest, remove_unfinished
 from tests.helpers.detectors import attach, make_host
 
