@@ -139,7 +139,7 @@ def select_lora_layers(
     if config.lora_rank is None:
         return {}
     targets = config.lora_target_modules
-    by_default = named is None and targets in (None, DEFAULT_LORA_TARGETS)
+    by_default = named is None and targets is None
 
     def wanted(name: str) -> bool:
         return lora_name(name) in named if named is not None else matches(targets or DEFAULT_LORA_TARGETS, name)
@@ -152,6 +152,8 @@ def select_lora_layers(
             continue  # the default is a pattern for names, so it may match more than it means
         reason = _cannot_have_lora(model, name, module, fusion_layers) or _adapter_of_another_tuner(module)
         if reason is not None:
+            if named is not None:
+                raise ValueError(f"The adapter has LoRA for '{lora_name(name)}', {reason}")
             raise ValueError(
                 f"SDPTConfig.lora_target_modules={targets!r} matches '{lora_name(name)}', {reason} Leave it out."
             )
@@ -174,6 +176,20 @@ def select_lora_layers(
         if missing:
             raise ValueError(f"SDPTConfig.lora_target_modules: {missing} matches no module{outside}.")
     return dict(layers.values())
+
+
+def refuse_modules_to_save_with_lora(model: nn.Module, config: SDPTConfig) -> None:
+    """Check that no module that the config trains whole has LoRA already, which its copies would contain.
+
+    Raises:
+        ValueError: A module in `modules_to_save` has the LoRA part of another adapter.
+    """
+    for name, module in model.named_modules():
+        if matches(config.modules_to_save, name) and any(isinstance(part, SDPTLoraLayer) for part in module.modules()):
+            raise ValueError(
+                f"SDPTConfig.modules_to_save={config.modules_to_save} names '{lora_name(name)}', which has the LoRA "
+                "part of another SDPT adapter. Put these two adapters on different copies of the base model."
+            )
 
 
 def _find(model: nn.Module, config: SDPTConfig, wanted: Callable[[str], bool]) -> dict[str, nn.Module]:

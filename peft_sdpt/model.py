@@ -23,7 +23,7 @@ from torch._dynamo.eval_frame import OptimizedModule
 from .config import SDPTConfig
 from .hosts import FusionHost
 from .layer import CANNOT_MERGE, SDPTLayer, SharedSDPTLayer
-from .lora import DEFAULT_LORA_TARGETS, SDPTLoraLayer, select_lora_layers
+from .lora import SDPTLoraLayer, refuse_modules_to_save_with_lora, select_lora_layers
 from .saving import (
     LORA_KEYS,
     PROMPTS_KEY,
@@ -89,7 +89,8 @@ class SDPTModel(BaseTuner):
         config.check()  # a field may have been changed since the config was made
         selection = select_fusion_layers(model, config)
         layers = selection.layers
-        named_for_lora = None
+        # The layers of a saved adapter are those that it was made on, also if another version has another default.
+        named_for_lora = set(config.lora_layers or ()) if config.belongs_to_base_model else None
         if state_dict is not None:
             # PEFT wraps the modules that the state dict names, whatever the config says. It reads only the keys, as its
             # documentation says, so the values can be empty, and the second modules of fusion layers, which have no
@@ -109,6 +110,7 @@ class SDPTModel(BaseTuner):
             fitting = dataclasses.replace(config, fusion_layers=dims, lora_layers=lora_sizes)
             check_base_model(found=config.saved_shapes() or {}, expected=fitting.saved_shapes() or {})
         _refuse_compiled_modules_to_save(model, config)
+        refuse_modules_to_save_with_lora(model, config)
         self._set_targets(selection)
         self._lora_targets = {*lora_layers, *map(_name_in_peft, lora_layers)}
         if state_dict is not None:
@@ -119,9 +121,6 @@ class SDPTModel(BaseTuner):
         if not config.belongs_to_base_model:
             config.fusion_layers, config.fusion_layers_digest = dims, None
             config.lora_layers = lora_sizes
-            if config.lora_rank is not None and config.lora_target_modules is None:
-                # Saved, so that the adapter still loads if a later version has another default.
-                config.lora_target_modules = DEFAULT_LORA_TARGETS
         self.peft_config[adapter_name] = config
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         for name, layer in layers.items():

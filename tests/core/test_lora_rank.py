@@ -24,7 +24,7 @@ from transformers import AutoModelForZeroShotObjectDetection
 
 from benchmarks.transfer.methods import OUTSIDE_FUSION
 from peft_sdpt import SDPTConfig, SDPTLayer
-from peft_sdpt.lora import DEFAULT_LORA_TARGETS, SDPTLoraLayer
+from peft_sdpt.lora import SDPTLoraLayer
 from tests.core.test_transformers import make_trainer
 from tests.helpers.detectors import (
     HOST_NAMES,
@@ -331,7 +331,7 @@ def test_the_file_and_the_config(tmp_path):
     }
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["lora_rank"] == 3 and config["lora_alpha"] is None
-    assert config["lora_target_modules"] == DEFAULT_LORA_TARGETS
+    assert config["lora_target_modules"] is None
     assert config["lora_layers"] == {name: [32, 32] for name in layers}
     assert PeftConfig.from_pretrained(tmp_path).belongs_to_base_model
 
@@ -473,6 +473,26 @@ def test_another_base_model_is_refused_and_left_as_it_was(tmp_path):
     PeftModel.from_pretrained(host, tmp_path)  # has LoRA on attention, which is as wide in both
 
 
+def test_the_layers_of_a_saved_adapter_do_not_depend_on_the_default(tmp_path, monkeypatch):
+    model = tuned()
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr("peft_sdpt.lora.DEFAULT_LORA_TARGETS", r".*\.fc1")
+    assert torch.equal(run(PeftModel.from_pretrained(make_host(), tmp_path)), run(model))
+
+
+def test_a_saved_adapter_on_a_base_model_whose_layer_cannot_have_lora(tmp_path):
+    tuned().save_pretrained(tmp_path)
+    host = make_host()
+    host.config.tie_word_embeddings = False
+    inject_adapter_in_model(LoraConfig(target_modules=[QUERY]), host, "lora")
+    with pytest.raises(ValueError, match=f"The adapter has LoRA for '{QUERY}', which has an adapter of another tuner"):
+        PeftModel.from_pretrained(host, tmp_path)
+    host = make_host()
+    host.model.decoder.layers[0].self_attn.query = nn.Identity()
+    with pytest.raises(ValueError, match=f"The adapter has LoRA for '{QUERY}', which is not a linear layer"):
+        PeftModel.from_pretrained(host, tmp_path)
+
+
 def test_an_adapter_from_before_these_fields_still_belongs_to_its_base_model(tmp_path):
     model = attach(make_host())
     model.save_pretrained(tmp_path)
@@ -585,6 +605,15 @@ def test_adapters_with_lora_are_not_combined():
     with pytest.raises(ValueError, match="adapter 'default' has lora_rank=3, which cannot be combined"):
         model.add_weighted_adapter(["default"], [1.0], "both")
     assert "both" not in model.peft_config
+
+
+@pytest.mark.parametrize("name", ["self_attn.query", "model.decoder"])
+def test_a_module_with_lora_is_not_trained_whole_by_another_adapter(name):
+    model = tuned()
+    before = run(model)
+    with pytest.raises(ValueError, match=r"modules_to_save=.* names '.*', which has the LoRA part of another SDPT"):
+        model.add_adapter("second", SDPTConfig(modules_to_save=[name]))
+    assert list(model.peft_config) == ["default"] and torch.equal(run(model), before)
 
 
 def test_modules_to_save_beside_lora(tmp_path):
