@@ -65,12 +65,14 @@ from peft_sdpt.detection import (
 from peft_sdpt.errors import InputError, hint, one_line_errors
 from peft_sdpt.files import check_writable
 from peft_sdpt.training import (
+    LORA_LEARNING_RATE,
     Checkpoints,
     Interruption,
     Progress,
     averaged,
     claim_output_dir,
     make_accelerator,
+    parameter_groups,
     prepare_push,
     push,
     trained_parameters,
@@ -210,7 +212,12 @@ def prepare_training(setup: Setup) -> Training:
         )
     loader = samples.loader(args.per_device_train_batch_size, args.dataloader_num_workers)
     trained = nn.ParameterList(trained_parameters(detector).values())
-    optimizer = torch.optim.AdamW(trained, args.learning_rate, weight_decay=args.weight_decay)
+    groups = parameter_groups(detector, args.learning_rate, args.lora_learning_rate)
+    if len(groups) == 1 and args.lora_learning_rate != LORA_LEARNING_RATE:
+        raise InputError(
+            f"--lora_learning_rate {args.lora_learning_rate}: --adapter {args.adapter} has no LoRA to train."
+        )
+    optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay)
     setup.model, optimizer, loader = accelerator.prepare(detector, optimizer, loader)
     # Not prepared by Accelerate, so that it counts optimizer steps for any number of processes.
     scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.num_warmup_steps, max_steps)
@@ -283,7 +290,7 @@ def train(setup: Setup, training: Training) -> list[str]:
             bar.update()
             bar.set_postfix(loss=f"{loss.item():.3f}")
             if args.with_tracking:
-                log_step(setup, loss, training.scheduler.get_last_lr()[0])
+                log_step(setup, loss, training.scheduler.get_last_lr())
             stopped = interruption.asked_for()
             if stopped or (checkpointing_steps and progress.step % checkpointing_steps == 0):
                 training.checkpoints.save(progress.step)
@@ -326,7 +333,7 @@ def train_step(
         with nullcontext() if index == len(batches) else accelerator.no_sync(setup.model):
             outputs = setup.model(**inputs)
             if not outputs.pred_boxes.isfinite().all():
-                raise InputError(f"the boxes are not finite any more at step {number}: lower --learning_rate.")
+                raise InputError(f"the boxes are not finite any more at step {number}: lower {rate_flags(training)}.")
             loss = loss_function(outputs, labels, num_boxes)
             accelerator.backward(loss)
         step_loss += loss.detach()
@@ -334,7 +341,7 @@ def train_step(
     # Checked before the step, so that no checkpoint has prompts that are not finite. With fp16, the gradient scaler
     # skips such steps.
     if accelerator.scaler is None and not norm.isfinite():
-        raise InputError(f"the gradients are not finite any more at step {number}: lower --learning_rate.")
+        raise InputError(f"the gradients are not finite any more at step {number}: lower {rate_flags(training)}.")
     training.optimizer.step()
     training.optimizer.zero_grad()
     if not accelerator.optimizer_step_was_skipped:
@@ -342,6 +349,11 @@ def train_step(
         if training.average:
             training.average.update_parameters(training.trained)
     return step_loss
+
+
+def rate_flags(training: Training) -> str:
+    """Return the flags of the learning rates, one for each group of parameters."""
+    return " or ".join(("--learning_rate", "--lora_learning_rate")[: len(training.optimizer.param_groups)])
 
 
 def validate(setup: Setup, training: Training) -> None:
@@ -368,9 +380,10 @@ def save(setup: Setup, training: Training, folder: Path, results: str | None = N
         return save_adapter(folder, setup.detector, setup.processor, class_names, results)
 
 
-def log_step(setup: Setup, loss: torch.Tensor, learning_rate: float) -> None:
-    """Send the loss, the learning rate and the mean norm of the prompts of each layer to the trackers."""
-    values = {"loss": setup.accelerator.reduce(loss, reduction="mean").item(), "learning_rate": learning_rate}
+def log_step(setup: Setup, loss: torch.Tensor, learning_rates: list[float]) -> None:
+    """Send the loss, the learning rates and the mean norm of the prompts of each layer to the trackers."""
+    values = {"loss": setup.accelerator.reduce(loss, reduction="mean").item()}
+    values |= dict(zip(("learning_rate", "lora_learning_rate"), learning_rates, strict=False))
     layers = [module for module in setup.detector.modules() if isinstance(module, SDPTLayer)]
     for index, layer in enumerate(layers):
         norms = [prompts.detach().norm(dim=-1) for prompts in trained_parameters(layer).values()]

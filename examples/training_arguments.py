@@ -12,13 +12,14 @@ from accelerate.tracking import get_available_trackers
 
 from peft_sdpt.errors import InputError
 from peft_sdpt.files import output_folder
+from peft_sdpt.training import LORA_LEARNING_RATE
 from pictograms.tasks import TASKS
 
 HERE = Path(__file__).resolve().parent
 # Flags for reading the data, which are arguments of `load_splits` with the same names.
 DATA_FLAGS = ("bbox_format", "class_names_file", "class_names_column", "skip_bad_boxes", "skip_bad_images")
 # Flags for a new adapter, which are fields of `SDPTConfig`. A flag that is not given keeps the default of the field.
-ADAPTER_FLAGS = ("num_virtual_tokens", "pinv_rtol", "prompt_dropout")
+ADAPTER_FLAGS = ("num_virtual_tokens", "pinv_rtol", "prompt_dropout", "lora_rank")
 # Flags that a resumed run may change, because they do not change its result, or because a checkpoint holds their effect
 # in another form: fingerprints of the data, and numbers of steps, images and processes.
 FREE_FLAGS = (
@@ -136,6 +137,11 @@ def add_model_flags(group: argparse._ArgumentGroup) -> None:
         "inverse.",
     )
     group.add_argument("--prompt_dropout", type=float, help="Dropout probability of the prototype tokens.")
+    group.add_argument(
+        "--lora_rank",
+        type=int,
+        help="Also train LoRA of this rank outside the fusion layers, as a part of the adapter. Default: none.",
+    )
 
 
 def add_training_flags(group: argparse._ArgumentGroup) -> None:
@@ -160,6 +166,12 @@ def add_training_flags(group: argparse._ArgumentGroup) -> None:
         type=float,
         default=0.3,
         help="Initial learning rate, after warmup. Prompts need rates about a hundred times higher than weights.",
+    )
+    group.add_argument(
+        "--lora_learning_rate",
+        type=float,
+        default=LORA_LEARNING_RATE,
+        help="Initial learning rate of LoRA, after warmup. --learning_rate is that of the prompts.",
     )
     group.add_argument("--weight_decay", type=float, default=0.0, help="Weight decay of AdamW.")
     group.add_argument("--max_grad_norm", type=float, default=1.0, help="Maximum gradient norm, for clipping.")
@@ -262,12 +274,12 @@ def check_args(args: argparse.Namespace) -> None:
 
 def check_values(args: argparse.Namespace) -> None:
     for name in ("num_train_epochs", "max_train_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
-                 "gradient_accumulation_steps", "num_virtual_tokens", "image_size", "shots", "validation_steps",
-                 "checkpointing_steps", "checkpoints_total_limit"):  # fmt: skip
+                 "gradient_accumulation_steps", "num_virtual_tokens", "lora_rank", "image_size", "shots",
+                 "validation_steps", "checkpointing_steps", "checkpoints_total_limit"):  # fmt: skip
         value = getattr(args, name)
         if value not in (None, "epoch") and value < 1:
             raise InputError(f"--{name} {value}: must be at least 1.")
-    for name in ("learning_rate", "max_grad_norm"):
+    for name in ("learning_rate", "lora_learning_rate", "max_grad_norm"):
         if not 0 < getattr(args, name) < math.inf:
             raise InputError(f"--{name} {getattr(args, name)}: must be positive and finite.")
     for name, limit in (("weight_decay", math.inf), ("num_warmup_steps", math.inf), ("seed", 2**32),
@@ -291,6 +303,8 @@ def check_combinations(args: argparse.Namespace) -> None:
     for name in ADAPTER_FLAGS:
         if args.adapter and getattr(args, name) is not None:
             raise InputError(f"--{name}: cannot be changed, because --adapter {args.adapter} has its own value.")
+    if args.lora_learning_rate != LORA_LEARNING_RATE and not args.lora_rank and not args.adapter:
+        raise InputError(f"--lora_learning_rate {args.lora_learning_rate}: needs --lora_rank.")
     if args.eval_only and args.resume_from_checkpoint:
         raise InputError(
             "--resume_from_checkpoint: cannot be used with --eval_only; to evaluate a checkpoint, pass it as --adapter."

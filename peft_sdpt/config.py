@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import operator
 import re
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from typing import Any, NoReturn
 
 from peft.utils import PeftType
 
-from .saving import GATES_KEY, PROMPTS_KEY, SavedConfig, Shapes, plain_name
+from .saving import GATES_KEY, LORA_KEYS, PROMPTS_KEY, SavedConfig, Shapes, lora_name, plain_name
 from .version import __version__
 
 INIT_WEIGHTS = (
@@ -30,6 +31,8 @@ PROMPT_MODES = ("unified", "independent")
 PROMPT_SPACES = ("reachable", "aligned")
 PROMPT_GATES = ("zero",)
 ATTN_IMPLEMENTATIONS = ("fused", "eager")
+# Fields with names of modules: a list, or a regular expression.
+_NAME_FIELDS = ("target_modules", "exclude_modules", "lora_target_modules")
 # Fields that determine which prompts an adapter has, and what their entries mean.
 _SHAPING_FIELDS = (
     "num_virtual_tokens",
@@ -40,8 +43,10 @@ _SHAPING_FIELDS = (
     "prompt_space",
     "fusion_layers",
 )
-# The same with gates. Adapters without gates are older.
-_SHAPING_FIELDS_OF_GATES = ("prompt_gate", "prompt_groups", "image_attends_prompts", "fusion_gates")
+# The same for gates and for the LoRA part. They count only if an adapter has them, so that adapters without them keep
+# their digest.
+_GATE_SHAPING_FIELDS = ("prompt_gate", "prompt_groups", "image_attends_prompts", "fusion_gates")
+_LORA_SHAPING_FIELDS = ("lora_rank", "lora_target_modules", "lora_layers")
 
 
 @dataclass
@@ -102,6 +107,15 @@ class SDPTConfig(SavedConfig):
             the same, and it is faster than the base model. `"eager"` computes it as the base model does, and returns
             attention weights. Other kinds of fusion always run as in the base model.
         modules_to_save (`list[str]`, *optional*): Names of other modules to train and save whole, for instance a head.
+        lora_rank (`int`, *optional*): Rank r of LoRA (arXiv 2106.09685) on linear layers outside the fusion layers, at
+            least 1. It is trained, saved, loaded and switched with the tokens, as one adapter. It needs a lower
+            learning rate than the tokens. None trains tokens alone.
+        lora_alpha (`float`, *optional*): LoRA is scaled by `lora_alpha / lora_rank`. It must be positive. None means
+            twice the rank, so the factor is 2 for every rank.
+        lora_target_modules (`list[str]` or `str`, *optional*): The linear layers with LoRA: names or a regular
+            expression, as in `target_modules`. They must be outside the fusion layers that are adapted, whose weights
+            SDPT inverts. None means the projections of all attention in the encoder and decoder of Grounding DINO and
+            MM Grounding DINO; other base models need names here.
         fusion_layers (`dict[str, int]`, *optional*): Do not set this by hand. It is filled in when the adapter is
             attached, and maps the name of each adapted fusion layer to the dimension of its prompts. It is saved with
             the adapter, so that loading onto a base model with other layers raises an error before that model is
@@ -109,6 +123,9 @@ class SDPTConfig(SavedConfig):
         fusion_gates (`dict[str, list[int]]`, *optional*): Do not set this by hand. It is filled in when the adapter is
             attached, and maps the name of each adapted fusion layer with gates to the number of its sides and heads
             that have gates.
+        lora_layers (`dict[str, list[int]]`, *optional*): Do not set this by hand. It is filled in when the adapter is
+            attached, and maps the name of each linear layer with LoRA to its numbers of inputs and outputs. It is saved
+            and checked as `fusion_layers` is.
         fusion_layers_digest (`str`, *optional*): Do not set this by hand. It is filled in when the config is saved, and
             tells whether a field that determines the prompts has changed since. A changed config belongs to no base
             model.
@@ -160,11 +177,24 @@ class SDPTConfig(SavedConfig):
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Names of other modules to train and save whole."}
     )
+    lora_rank: int | None = field(
+        default=None, metadata={"help": "Rank of LoRA outside the fusion layers, or None for tokens alone."}
+    )
+    lora_alpha: float | None = field(
+        default=None, metadata={"help": "LoRA is scaled by lora_alpha / lora_rank; None means twice the rank."}
+    )
+    lora_target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Linear layers with LoRA: a list of names, a regular expression, or None for the default."},
+    )
     fusion_layers: dict[str, int] | None = field(
         default=None, metadata={"help": "Filled in when attached: dimension of the prompts of each adapted layer."}
     )
     fusion_gates: dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Filled in when attached: numbers of sides and heads with gates of each layer."}
+    )
+    lora_layers: dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Filled in when attached: inputs and outputs of each linear layer with LoRA."}
     )
     fusion_layers_digest: str | None = field(
         default=None, metadata={"help": "Filled in when saved: digest of the fields that determine the prompts."}
@@ -183,10 +213,11 @@ class SDPTConfig(SavedConfig):
         if self.prompt_space is None:
             self.prompt_space = "aligned" if self.prompt_mode == "independent" else "reachable"
         self.num_virtual_tokens = _plain_int(self.num_virtual_tokens)
+        self.lora_rank = _plain_int(self.lora_rank)
         self.layers_to_transform = _plain_int(self.layers_to_transform)
         if isinstance(self.layers_to_transform, int) and not isinstance(self.layers_to_transform, bool):
             self.layers_to_transform = [self.layers_to_transform]
-        for name in ("target_modules", "exclude_modules", "layers_to_transform", "prompt_groups", "modules_to_save"):
+        for name in (*_NAME_FIELDS, "layers_to_transform", "prompt_groups", "modules_to_save"):
             value = getattr(self, name)
             # Sorted, because the order of a set differs between processes, and two saves should be the same file.
             if isinstance(value, (set, tuple)):
@@ -200,6 +231,8 @@ class SDPTConfig(SavedConfig):
             self.fusion_layers = {plain_name(name): dim for name, dim in self.fusion_layers.items()}
         if self.fusion_gates is not None:
             self.fusion_gates = {plain_name(name): list(gates) for name, gates in self.fusion_gates.items()}
+        if self.lora_layers is not None:
+            self.lora_layers = {lora_name(name): list(size) for name, size in self.lora_layers.items()}
 
     @property
     def belongs_to_base_model(self) -> bool:
@@ -217,7 +250,11 @@ class SDPTConfig(SavedConfig):
         return values | {"fusion_layers_digest": None if self.fusion_layers is None else self._digest()}
 
     def _digest(self) -> str:
-        names = _SHAPING_FIELDS + (() if self.prompt_gate is None else _SHAPING_FIELDS_OF_GATES)
+        names: tuple[str, ...] = _SHAPING_FIELDS
+        if self.prompt_gate is not None:
+            names += _GATE_SHAPING_FIELDS
+        if self.lora_rank is not None:
+            names += _LORA_SHAPING_FIELDS
         values = json.dumps([getattr(self, name) for name in names], sort_keys=True, default=sorted)
         return hashlib.sha256(values.encode()).hexdigest()[:16]
 
@@ -236,14 +273,25 @@ class SDPTConfig(SavedConfig):
         sides, heads = sides_and_heads
         return sides, len(self.group_sizes), heads
 
-    def shapes_for(self, dims: dict[str, int], gates: dict[str, list[int]]) -> Shapes:
-        """Return the shape of each parameter by its plain name, for fusion layers as in the two filled-in fields."""
-        shapes: Shapes = {f"{name}{PROMPTS_KEY}": self.prompt_shape(dim) for name, dim in dims.items()}
-        return shapes | {f"{name}{GATES_KEY}": self.gate_shape(numbers) for name, numbers in gates.items()}
-
     def parameter_shapes(self) -> Shapes | None:
-        """Return the shape of each parameter by its plain name, or None before the adapter is attached."""
-        return None if self.fusion_layers is None else self.shapes_for(self.fusion_layers, self.fusion_gates or {})
+        """Return the shape of each parameter by its plain name, or None before the adapter is attached.
+
+        They are prompts and gates (`prompt_shape`, `gate_shape`), and LoRA matrices A `(r, in)` and B `(out, r)`.
+        """
+        if self.fusion_layers is None:
+            return None
+        shapes: Shapes = {name + PROMPTS_KEY: self.prompt_shape(dim) for name, dim in self.fusion_layers.items()}
+        shapes |= {name + GATES_KEY: self.gate_shape(numbers) for name, numbers in (self.fusion_gates or {}).items()}
+        if self.lora_rank is not None:
+            for name, (inputs, outputs) in (self.lora_layers or {}).items():
+                for key, shape in zip(LORA_KEYS, ((self.lora_rank, inputs), (outputs, self.lora_rank)), strict=True):
+                    shapes[name + key] = shape
+        return shapes
+
+    @property
+    def lora_scaling(self) -> float:
+        """Factor of the LoRA part. It has no meaning where `lora_rank` is None."""
+        return 2.0 if self.lora_alpha is None else self.lora_alpha / (self.lora_rank or 1)
 
     def check(self) -> None:
         """Check all fields. This is called when the config is made, and when it is attached.
@@ -257,7 +305,7 @@ class SDPTConfig(SavedConfig):
         if self.num_virtual_tokens < 1:
             self._refuse("num_virtual_tokens", "at least 1")
 
-        for name in ("target_modules", "exclude_modules"):
+        for name in _NAME_FIELDS:
             value = getattr(self, name)
             if isinstance(value, str):
                 if not value:
@@ -314,6 +362,7 @@ class SDPTConfig(SavedConfig):
         if not 0 <= self.prompt_dropout < 1:
             self._refuse("prompt_dropout", "at least 0 and below 1")
 
+        self._check_lora()
         if self.fusion_layers is not None and not (
             isinstance(self.fusion_layers, dict)
             and all(isinstance(name, str) for name in self.fusion_layers)
@@ -333,6 +382,30 @@ class SDPTConfig(SavedConfig):
             self._refuse("fusion_layers_digest", "None or a string", TypeError)
         if not isinstance(self.peft_sdpt_version, str):
             self._refuse("peft_sdpt_version", "a version", TypeError)
+
+    def _check_lora(self) -> None:
+        if self.lora_rank is None:
+            for name in ("lora_alpha", "lora_target_modules"):
+                if getattr(self, name) is not None:
+                    self._refuse(name, "None where lora_rank is None")
+        elif not _is_int(self.lora_rank):
+            self._refuse("lora_rank", "None or an integer", TypeError)
+        elif self.lora_rank < 1:
+            self._refuse("lora_rank", "None or at least 1")
+        if self.lora_alpha is not None:
+            if not _is_number(self.lora_alpha):
+                self._refuse("lora_alpha", "None or a number", TypeError)
+            if not 0 < self.lora_alpha < math.inf:
+                self._refuse("lora_alpha", "None or positive and finite")
+        if self.lora_layers is not None and not (
+            isinstance(self.lora_layers, dict)
+            and all(isinstance(name, str) for name in self.lora_layers)
+            and all(
+                isinstance(size, (list, tuple)) and len(size) == 2 and all(_is_int(number) for number in size)
+                for size in self.lora_layers.values()
+            )
+        ):
+            self._refuse("lora_layers", "None or a mapping of module names to pairs of integers", TypeError)
 
     def _check_names(self, name: str) -> None:
         value = getattr(self, name)

@@ -24,10 +24,14 @@ from .config import SDPTConfig
 from .gates import factors_of, gates_of
 from .hosts import FusionHost
 from .layer import CANNOT_MERGE, SDPTLayer, SharedSDPTLayer
+from .lora import SDPTLoraLayer, refuse_modules_to_save_with_lora, select_lora_layers
 from .saving import (
+    LORA_KEYS,
     PARAMETER_KEYS,
+    PROMPTS_KEY,
     check_base_model,
     check_state_dict,
+    lora_name,
     parameter_of,
     parameters_in,
     plain_name,
@@ -49,12 +53,12 @@ class SDPTModel(BaseTuner):
         ValueError: The base model has no known fusion layer, or is a `PeftModel` with SDPT adapters; `target_modules`
             matches nothing, or a module that is not a fusion layer; an index of `layers_to_transform` does not exist;
             `exclude_modules` leaves nothing; the config belongs to a saved adapter of a base model with other fusion
-            layers; another tuner's adapter acts on a projection that SDPT inverts; or the weight of such a projection
-            is sharded or offloaded.
+            layers; another tuner's adapter acts on a projection that SDPT inverts; the weight of such a projection is
+            sharded or offloaded; or `lora_target_modules` matches no module, or one that cannot have LoRA.
     """
 
     prefix = "sdpt_"
-    tuner_layer_cls = SDPTLayer
+    tuner_layer_cls = (SDPTLayer, SDPTLoraLayer)  # type: ignore[assignment] # PEFT passes it to `isinstance` only
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - as PEFT declares it
     peft_config: dict[str, Any]
 
@@ -85,27 +89,41 @@ class SDPTModel(BaseTuner):
         config.check()  # a field may have been changed since the config was made
         selection = select_fusion_layers(model, config)
         layers = selection.layers
+        # The layers of a saved adapter are those that it was made on, also if another version has another default.
+        named_for_lora = set(config.lora_layers or ()) if config.belongs_to_base_model else None
         if state_dict is not None:
             # PEFT wraps the modules that the state dict names, whatever the config says. It reads only the keys, as its
             # documentation says, so the values can be empty, and the second modules of fusion layers, which have no
             # prompts of their own, get keys too.
-            named = {name.rpartition(".")[0] for name in map(parameter_of, state_dict) if name is not None}
+            named = {plain_name(key.rpartition(".sdpt_")[0]) for key in state_dict if not key.endswith(LORA_KEYS)}
             layers = {name: layer for name, layer in selection.known.items() if plain_name(name) in named}
             parts = [part for layer in layers.values() for part in layer.parts]
-            state_dict = {f"{_name_in_peft(part)}{PARAMETER_KEYS[0]}": torch.empty(0) for part in parts}
+            named_for_lora = {lora_name(key.rpartition(LORA_KEYS[0])[0]) for key in state_dict if LORA_KEYS[0] in key}
+            state_dict = {f"{_name_in_peft(part)}{PROMPTS_KEY}": torch.empty(0) for part in parts}
         for name, layer in layers.items():
             check_fusion_layer(name, layer, config)
         dims = {plain_name(name): layer.prompt_dim(config) for name, layer in layers.items()}
-        gates = {plain_name(name): gates for name, layer in layers.items() if (gates := layer.gates(config))}
+        gates = {plain_name(name): numbers for name, layer in layers.items() if (numbers := layer.gates(config))}
+        adapted = [part for layer in layers.values() for part in layer.parts]
+        lora_layers = select_lora_layers(model, config, adapted, named_for_lora)
+        lora_sizes = {lora_name(name): size for name, size in lora_layers.items()} or None
+        filled_in: dict[str, Any] = {"fusion_layers": dims, "fusion_gates": gates, "lora_layers": lora_sizes}
         if config.belongs_to_base_model:
-            check_base_model(found=config.parameter_shapes() or {}, expected=config.shapes_for(dims, gates))
+            fitting = dataclasses.replace(config, **filled_in)
+            check_base_model(found=config.parameter_shapes() or {}, expected=fitting.parameter_shapes() or {})
         _refuse_compiled_modules_to_save(model, config)
+        refuse_modules_to_save_with_lora(model, config)
         self._set_targets(selection)
-        if (config.fusion_layers, config.fusion_gates) not in ((None, None), (dims, gates)):
+        self._lora_targets = {*lora_layers, *map(_name_in_peft, lora_layers)}
+        if state_dict is not None:
+            state_dict.update({f"{_name_in_peft(name)}{LORA_KEYS[0]}": torch.empty(0) for name in lora_layers})
+        if any(getattr(config, name) not in (None, value) for name, value in filled_in.items()):
             # The adapter of another base model uses the same config.
             config = copy.deepcopy(config)
         if not config.belongs_to_base_model:
-            config.fusion_layers, config.fusion_gates, config.fusion_layers_digest = dims, gates, None
+            for name, value in filled_in.items():
+                setattr(config, name, value)
+            config.fusion_layers_digest = None
         self.peft_config[adapter_name] = config
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         for name, layer in layers.items():
@@ -132,7 +150,7 @@ class SDPTModel(BaseTuner):
         self, peft_config: PeftConfig, key: str
     ) -> Any:
         # PEFT warns if `exclude_modules` is given and nothing was excluded.
-        return _ExcludedModule() if key in self._excluded else key in self._targets
+        return _ExcludedModule() if key in self._excluded else key in self._targets or key in self._lora_targets
 
     def _create_and_replace(
         self,
@@ -145,8 +163,11 @@ class SDPTModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         assert isinstance(peft_config, SDPTConfig)
-        if isinstance(target, SDPTLayer):
+        if isinstance(target, (SDPTLayer, SDPTLoraLayer)):
             target.update_layer(adapter_name, peft_config)
+            return
+        if current_key in self._lora_targets:
+            self._replace_module(parent, target_name, SDPTLoraLayer(target, adapter_name, peft_config), target)
             return
         spec, holds_prompts = self._specs[current_key]
         layer_class = SDPTLayer if holds_prompts else SharedSDPTLayer
@@ -197,11 +218,11 @@ class SDPTModel(BaseTuner):
                 names = [name if name in module._adapters else BASE for name in names]
             return args, {**kwargs, "adapter_names": names}
 
-        # The SDPT layers, and the modules that our adapters have copies of (`modules_to_save`).
+        # The layers of this tuner, and the modules that our adapters have copies of (`modules_to_save`).
         takers = [
             module
             for module in self.model.modules()
-            if isinstance(module, SDPTLayer)
+            if isinstance(module, (SDPTLayer, SDPTLoraLayer))
             or (isinstance(module, AuxiliaryTrainingWrapper) and not module._adapters.isdisjoint(ours))
         ]
         handles = [module.register_forward_pre_hook(pass_on, with_kwargs=True) for module in takers]
@@ -210,6 +231,15 @@ class SDPTModel(BaseTuner):
         finally:
             for handle in handles:
                 handle.remove()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter. If no other is active, the first of the remaining ones becomes active."""
+        was_active = self.active_adapters
+        super().delete_adapter(adapter_name)
+        # PEFT lets each layer choose among its own adapters, and not every layer has all of them.
+        remaining = [name for name in was_active if name != adapter_name] or self._sdpt_adapters()[:1]
+        if adapter_name in was_active and remaining:
+            self.set_adapter(remaining)
 
     def _sdpt_adapters(self) -> list[str]:
         return sorted(name for name, config in self.peft_config.items() if isinstance(config, SDPTConfig))
@@ -222,7 +252,7 @@ class SDPTModel(BaseTuner):
 
         Args:
             adapter_name: Name of an SDPT adapter of this model, with gates.
-            scale: Factor of its gates, a finite number.
+            scale: Factor of its gates, and of its LoRA part; a finite number.
 
         Raises:
             ValueError: The model has no such adapter, the adapter has no gates, or `scale` is not a finite number.
@@ -238,7 +268,7 @@ class SDPTModel(BaseTuner):
                     f"(prompt_gate={self.peft_config[adapter_name].prompt_gate!r})"
                 )
         for module in self.model.modules():
-            if isinstance(module, SDPTLayer) and adapter_name in module.sdpt_scale:
+            if isinstance(module, (SDPTLayer, SDPTLoraLayer)) and adapter_name in module.sdpt_scale:
                 module.set_scale(adapter_name, float(scale))
 
     def add_weighted_adapter(
@@ -252,7 +282,8 @@ class SDPTModel(BaseTuner):
 
         Args:
             adapters: Names of the adapters, at least one. They must have the same `prompt_gate`, `prompt_mode`,
-                `prompt_space`, `image_attends_prompts`, `pinv_rtol` and fusion layers, and no `modules_to_save`.
+                `prompt_space`, `image_attends_prompts`, `pinv_rtol` and fusion layers, and neither `modules_to_save`
+                nor `lora_rank`.
             weights: A factor for each adapter. With `"cat"` and gates, it multiplies the effect of the adapter, as
                 `set_scale` does. Otherwise, it multiplies parameters: the tokens in the aligned space, and the gates.
             adapter_name: Name of the new adapter. It is not active, and not trainable until it is made active.
@@ -342,11 +373,9 @@ class SDPTModel(BaseTuner):
                     f"combination_type {combination_type!r} needs adapters of one {field}; {adapters} have {values}"
                 )
         for name in adapters:
-            if self.peft_config[name].modules_to_save:
-                raise ValueError(
-                    f"adapter {name!r} has modules_to_save={self.peft_config[name].modules_to_save}, which cannot be "
-                    "combined"
-                )
+            for field in ("modules_to_save", "lora_rank"):
+                if value := getattr(self.peft_config[name], field):
+                    raise ValueError(f"adapter {name!r} has {field}={value}, which cannot be combined")
 
     @classmethod
     def _get_adapter_state_dict(
@@ -366,6 +395,9 @@ class SDPTModel(BaseTuner):
         """Return the key of a saved tensor; for our parameters, without what wrappers add to names."""
         saved = str(super()._remove_adapter_name_from_key(key, adapter_name))
         # PEFT looks for the keys of `modules_to_save` under the names that the modules have.
+        if saved.endswith(LORA_KEYS):
+            # Another tuner may have been put around the layer since.
+            return ".".join(part for part in without_wrappers(saved).split(".") if part != "base_layer")
         return without_wrappers(saved) if saved.endswith(PARAMETER_KEYS) else saved
 
     @classmethod

@@ -46,8 +46,13 @@ class AdapterConfig(Protocol):
     fusion_layers: dict[str, int] | None
     fusion_gates: dict[str, list[int]] | None
     modules_to_save: Any
+    lora_rank: int | None
+    lora_layers: dict[str, list[int]] | None
     peft_sdpt_version: str | None
     __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def lora_scaling(self) -> float: ...
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]] | None: ...
 
@@ -158,6 +163,12 @@ def _hub_id(name: str | None) -> str | None:
     return name if name and not os.path.exists(name) else None
 
 
+def _size_of(config: AdapterConfig, *endings: str) -> int:
+    """Return the number of parameters whose names have one of these endings."""
+    shapes = config.parameter_shapes() or {}
+    return sum(math.prod(shape) for name, shape in shapes.items() if name.endswith(endings))
+
+
 def _describe(config: AdapterConfig, base_model: str | None) -> str:
     """Return the section that describes an adapter.
 
@@ -166,8 +177,9 @@ def _describe(config: AdapterConfig, base_model: str | None) -> str:
         base_model: Hub id of the base model, or None.
     """
     link = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else f"`{_name(config)}`"
+    what = "Tokens" if config.lora_rank is None else "Tokens and LoRA matrices"
     lines = [
-        f"Tokens for [SDPT, Synchronous Dual Prompt Tuning]({_PAPER}), a tuner that the package `peft_sdpt` adds to "
+        f"{what} for [SDPT, Synchronous Dual Prompt Tuning]({_PAPER}), a tuner that the package `peft_sdpt` adds to "
         f"PEFT. They were trained on the base model {link}. Its weights are not part of this repository.",
         "",
         "| | |",
@@ -176,7 +188,7 @@ def _describe(config: AdapterConfig, base_model: str | None) -> str:
     widths = list((config.fusion_layers or {}).values())
     tokens = f"{config.num_virtual_tokens} per layer" + (" and modality" if config.prompt_mode == "independent" else "")
     if widths:
-        size = sum(map(math.prod, (config.parameter_shapes() or {}).values()))
+        size = _size_of(config, ".sdpt_prompts", ".sdpt_gates")
         wide = " or ".join(f"{width}" for width in sorted(set(widths)))
         lines += [
             f"| tokens | {tokens}, {size:,} parameters in total{' with the gates' if config.fusion_gates else ''} |",
@@ -189,6 +201,12 @@ def _describe(config: AdapterConfig, base_model: str | None) -> str:
     for name in ("prompt_gate", "prompt_groups", "prompt_mode", "prompt_space", "image_attends_prompts", "pinv_rtol"):
         if (value := getattr(config, name)) != defaults[name]:
             lines.append(f"| `{name}` | {value} |")
+    if config.lora_rank is not None:
+        size = _size_of(config, ".sdpt_lora_A", ".sdpt_lora_B")
+        lines.append(
+            f"| LoRA | rank {config.lora_rank}, scaled by {config.lora_scaling:g}, on {len(config.lora_layers or {})} "
+            f"linear layers, {size:,} parameters in total; `lora_layers` in `adapter_config.json` lists them |"
+        )
     if config.modules_to_save:
         lines.append(f"| fully trained modules | {', '.join(f'`{name}`' for name in config.modules_to_save)} |")
     revision = f', revision="{config.revision}"' if config.revision else ""

@@ -24,9 +24,11 @@ from .model_card import complete_card
 
 # Shapes of the parameters of an adapter, by plain name.
 Shapes = dict[str, tuple[int, ...]]
-# In keys of a state dict, these are between the name of a fusion layer and the name of the adapter.
+# In keys of a state dict, these are between the name of a layer and the name of the adapter: the prompts and the gates
+# of a fusion layer, and the LoRA matrices A and B of a linear layer.
 PROMPTS_KEY, GATES_KEY = ".sdpt_prompts", ".sdpt_gates"
-PARAMETER_KEYS = (PROMPTS_KEY, GATES_KEY)
+LORA_KEYS = (".sdpt_lora_A", ".sdpt_lora_B")
+PARAMETER_KEYS = (PROMPTS_KEY, GATES_KEY, *LORA_KEYS)
 # Modules that wrappers put around others: `torch.compile`, `checkpoint_wrapper` and FSDP.
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 T = TypeVar("T")
@@ -105,7 +107,7 @@ def without_wrappers(name: str) -> str:
 
 
 def parameter_of(key: str, adapter_name: str | None = None) -> str | None:
-    """Return the plain name of the parameter of a fusion layer that a key of a state dict names.
+    """Return the plain name of the parameter of an adapter that a key of a state dict names.
 
     Args:
         key: Key of a saved adapter, or of a model.
@@ -117,12 +119,17 @@ def parameter_of(key: str, adapter_name: str | None = None) -> str | None:
     for kind in PARAMETER_KEYS:
         layer, found, suffix = key.rpartition(kind)
         if found and suffix in ("", f".{adapter_name}"):
-            return plain_name(layer) + kind
+            return (lora_name(layer) if kind in LORA_KEYS else plain_name(layer)) + kind
     return None
 
 
+def lora_name(name: str) -> str:
+    """Return the plain name of a linear layer, also without the `base_layer` of each tuner layer around it."""
+    return ".".join(part for part in plain_name(name).split(".") if part != "base_layer")
+
+
 def parameters_in(state_dict: Mapping[str, T], adapter_name: str | None = None) -> dict[str, T]:
-    """Return the parameters of fusion layers in a state dict by their plain names; see `parameter_of`.
+    """Return the parameters of an adapter in a state dict by their plain names; see `parameter_of`.
 
     Raises:
         ValueError: Two keys name one parameter.
@@ -133,18 +140,17 @@ def parameters_in(state_dict: Mapping[str, T], adapter_name: str | None = None) 
         if name is None:
             continue
         if name in parameters:
-            layer, kind = _layer_and_kind(name)
-            raise ValueError(
-                f"The state dict has two keys for the {kind} of the fusion layer '{layer}'; one is '{key}'."
-            )
+            raise ValueError(f"The state dict has two keys for {_described(name)}; one is '{key}'.")
         parameters[name] = value
     return parameters
 
 
-def _layer_and_kind(parameter: str) -> tuple[str, str]:
-    """Split the plain name of a parameter into its fusion layer and what it is."""
+def _described(parameter: str) -> str:
+    """Describe a parameter, given its plain name."""
     layer, _, kind = parameter.rpartition(".sdpt_")
-    return layer, kind
+    if parameter.endswith(LORA_KEYS):
+        return f"the LoRA matrix '{parameter}'"
+    return f"the {kind} of the fusion layer '{layer}'"
 
 
 def check_weights(adapter: str, subfolder: str | None, expected: Shapes | None, **download: Any) -> None:
@@ -157,8 +163,8 @@ def check_weights(adapter: str, subfolder: str | None, expected: Shapes | None, 
         download: Arguments of `huggingface_hub.hf_hub_download`: `revision`, `token`, `cache_dir` and so on.
 
     Raises:
-        ValueError: The weights cannot be fetched or read, prompts are missing, surplus or of another shape, or other
-            modules have names of a compiled model.
+        ValueError: The weights cannot be fetched or read, prompts or LoRA matrices are missing, surplus or of another
+            shape, or other modules have names of a compiled model.
     """
     path = os.path.join(adapter, subfolder or "")
     try:
@@ -257,13 +263,15 @@ def check_state_dict(found: Shapes, expected: Shapes, adapter_name: str) -> None
 
 def differing_shapes(found: Shapes, expected: Shapes) -> str:
     """Describe every parameter that is not as expected, with both shapes. The text is empty if all are."""
-    known_layers = {_layer_and_kind(name)[0] for name in expected}
+    layers = {name.rpartition(".sdpt_")[0] for name in expected}
     differences = []
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) == found.get(name):
             continue
-        layer, kind = _layer_and_kind(name)
-        of_layer = f"layer '{layer}'" if kind == "prompts" else f"{kind} of layer '{layer}'"
-        nothing = f"no {kind}" if layer in known_layers else "no such fusion layer"
-        differences.append(f"{of_layer}: expected {expected.get(name, nothing)}, found {found.get(name, f'no {kind}')}")
+        layer, _, kind = name.rpartition(".sdpt_")
+        absent = "no such matrix" if name.endswith(LORA_KEYS) else f"no {kind}"
+        unknown = absent if layer in layers or name.endswith(LORA_KEYS) else "no such fusion layer"
+        differences.append(
+            f"{_described(name)}: expected {expected.get(name, unknown)}, found {found.get(name, absent)}"
+        )
     return "; ".join(differences)

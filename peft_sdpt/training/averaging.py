@@ -1,15 +1,21 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""The trained parameters of a model, and their moving average."""
+"""The trained parameters of a model, their learning rates, and their moving average."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
+
+from ..saving import LORA_KEYS
+
+# The best rate of LoRA beside tokens on the small base model.
+LORA_LEARNING_RATE = 0.003
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -22,6 +28,28 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         The parameters by name.
     """
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def parameter_groups(
+    model: nn.Module, learning_rate: float, lora_learning_rate: float = LORA_LEARNING_RATE
+) -> list[dict[str, Any]]:
+    """Divide the trained parameters of a model into groups for an optimizer.
+
+    Tokens need rates about a hundred times higher than weights, so adapters with `lora_rank` need two rates.
+
+    Args:
+        model: The model.
+        learning_rate: Learning rate of tokens, and of everything else that is not LoRA.
+        lora_learning_rate: Learning rate of the LoRA part of SDPT adapters.
+
+    Returns:
+        One group for `torch.optim`, or two if the model trains LoRA; the second is that of LoRA.
+    """
+    parameters: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+    for name, parameter in trained_parameters(model).items():
+        parameters[any(f"{key}." in name for key in LORA_KEYS)].append(parameter)
+    groups = [{"params": parameters[0], "lr": learning_rate}, {"params": parameters[1], "lr": lora_learning_rate}]
+    return groups if parameters[1] else groups[:1]
 
 
 @contextlib.contextmanager

@@ -32,11 +32,11 @@ def gradients(model):
     found = [p.grad for p in model.parameters() if p.requires_grad]
     return [g.full_tensor() if hasattr(g, "full_tensor") else g for g in found]
 
-expected_output = attach(FusionStack())(*inputs)
-expected = gradients(attach(FusionStack()))
+expected_output = attach(FusionStack(), **CONFIG)(*inputs)
+expected = gradients(attach(FusionStack(), **CONFIG))
 
 # Unused parameters would end this with an error in the second step.
-wrapped = DistributedDataParallel(attach(FusionStack()), find_unused_parameters=False)
+wrapped = DistributedDataParallel(attach(FusionStack(), **CONFIG), find_unused_parameters=False)
 for _ in range(2):
     wrapped.zero_grad()
     for one, other in zip(gradients(wrapped), expected, strict=True):
@@ -45,7 +45,7 @@ for _ in range(2):
 taken = []
 take = peft_sdpt.inverse_cache.inverse_projection
 peft_sdpt.inverse_cache.inverse_projection = lambda *a: taken.append(1) or take(*a)
-model = attach(FusionStack())
+model = attach(FusionStack(), **CONFIG)
 mesh = init_device_mesh("cpu", (2,))
 for layer in model.base_model.model.layers:
     fully_shard(layer, mesh=mesh)
@@ -71,9 +71,10 @@ print("all is well")
 
 
 @pytest.mark.slow
-def test_two_processes_with_ddp_and_with_fsdp2(tmp_path):
+@pytest.mark.parametrize("config", [{}, {"lora_rank": 2, "lora_target_modules": ["head"]}], ids=str)
+def test_two_processes_with_ddp_and_with_fsdp2(config, tmp_path):
     script = tmp_path / "sharded.py"
-    script.write_text(SHARDED)
+    script.write_text(f"CONFIG = {config}\n{SHARDED}")
     code = "import runpy, sys; sys.argv[0] = 'torchrun'; runpy.run_module('torch.distributed.run', run_name='__main__')"
     flags = ["--standalone", "--nproc_per_node", "2", str(script), str(ROOT / "tests")]
     result = run_python(code, *flags)

@@ -78,6 +78,21 @@ def test_defaults():
         ("modules_to_save", "head", "a list of module names", TypeError),
         ("modules_to_save", [1], "a list of module names", TypeError),
         ("modules_to_save", [], "non-empty", ValueError),
+        ("lora_rank", 0, "None or at least 1", ValueError),
+        ("lora_rank", -8, "None or at least 1", ValueError),
+        ("lora_rank", True, "None or an integer", TypeError),
+        ("lora_rank", 8.0, "None or an integer", TypeError),
+        ("lora_rank", "8", "None or an integer", TypeError),
+        ("lora_rank", np.float64(8), "None or an integer", TypeError),
+        ("lora_alpha", 16, "None where lora_rank is None", ValueError),
+        ("lora_target_modules", ["query"], "None where lora_rank is None", ValueError),
+        ("lora_target_modules", [], "non-empty", ValueError),
+        ("lora_target_modules", "", "not empty", ValueError),
+        ("lora_target_modules", "(query", "a valid regular expression", ValueError),
+        ("lora_target_modules", ["query", 3], "a list of module names", TypeError),
+        ("lora_layers", ["query"], "a mapping of module names to pairs of integers", TypeError),
+        ("lora_layers", {"query": [3]}, "a mapping of module names to pairs of integers", TypeError),
+        ("lora_layers", {"query": [3, "4"]}, "a mapping of module names to pairs of integers", TypeError),
         ("fusion_layers", {"attn": 0}, "a mapping of module names to prompt dimensions", TypeError),
         ("fusion_layers", {"attn": "128"}, "a mapping of module names to prompt dimensions", TypeError),
         ("fusion_layers", ["attn"], "a mapping of module names to prompt dimensions", TypeError),
@@ -99,6 +114,28 @@ def test_a_bad_value_names_field_value_and_rule(field, value, rule, error):
     # A single layer index is shown as the list of one that it stands for.
     assert message.endswith((f"got {value!r}", f"got [{value!r}]"))
     assert rule in message
+
+
+@pytest.mark.parametrize(
+    ("value", "rule", "error"),
+    [
+        (0, "None or positive and finite", ValueError),
+        (-1.0, "None or positive and finite", ValueError),
+        (float("nan"), "None or positive and finite", ValueError),
+        (float("inf"), "None or positive and finite", ValueError),
+        (True, "None or a number", TypeError),
+        ("16", "None or a number", TypeError),
+    ],
+)
+def test_a_bad_scaling_of_lora(value, rule, error):
+    with pytest.raises(error, match=f"SDPTConfig.lora_alpha must be {rule}, got {value!r}"):
+        SDPTConfig(lora_rank=8, lora_alpha=value)
+
+
+def test_the_scaling_of_lora():
+    assert SDPTConfig(lora_rank=8).lora_scaling == SDPTConfig(lora_rank=3).lora_scaling == 2
+    assert SDPTConfig(lora_rank=8, lora_alpha=4).lora_scaling == 0.5
+    assert SDPTConfig(lora_rank=np.int64(8)).lora_rank == 8
 
 
 def test_the_prompt_space_of_each_mode():

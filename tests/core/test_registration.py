@@ -17,6 +17,7 @@ from peft.utils import PeftType
 
 import peft_sdpt
 from peft_sdpt import SDPTConfig, SDPTLayer, SDPTModel
+from peft_sdpt.lora import SDPTLoraLayer
 from tests.helpers.detectors import run_python
 
 
@@ -24,7 +25,7 @@ def test_registered():
     assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.SDPT] is SDPTConfig
     assert PEFT_TYPE_TO_TUNER_MAPPING[PeftType.SDPT] is SDPTModel
     assert PEFT_TYPE_TO_PREFIX_MAPPING[PeftType.SDPT] == "sdpt_" == SDPTModel.prefix
-    assert SDPTModel.tuner_layer_cls is SDPTLayer
+    assert SDPTModel.tuner_layer_cls == (SDPTLayer, SDPTLoraLayer)
     assert PeftType("SDPT") is PeftType.SDPT
     assert pickle.loads(pickle.dumps(PeftType.SDPT)) is PeftType.SDPT
     assert list(PeftType).count("SDPT") == 1

@@ -220,6 +220,32 @@ def test_two_adapters_give_what_each_alone_gives(run, photos, adapters, tmp_path
     assert [c["name"] for c in read(both / "two")["categories"]] == NAMES[::-1][:2]
 
 
+def test_an_adapter_with_lora(run, photos, adapters, tmp_path):
+    """It loads like any other, alone and beside one without LoRA."""
+    model = get_peft_model(load_host(), SDPTConfig(lora_rank=2))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "sdpt_lora_B" in name:
+                parameter.normal_(0, 0.02)
+    model.save_pretrained(tmp_path / "lora")
+    (tmp_path / "lora" / "class_names.json").write_text(json.dumps(NAMES))
+    folders = [tmp_path / "lora", adapters[1]]
+    assert run(photos, "--adapter", *folders, output=tmp_path / "both") == 0
+    for folder in folders:
+        alone = tmp_path / f"{folder.name} alone"
+        assert run(photos, "--adapter", folder, output=alone) == 0
+        assert read(alone) == read(tmp_path / "both" / folder.name)
+    pictures = [Image.open(photos / "a.png")]
+    processor = AutoProcessor.from_pretrained(HOST)
+    chunks = split_classes(NAMES, processor.tokenizer, model.config.max_text_len)
+    (found,) = prediction.detect(model.eval(), processor, pictures, NAMES, chunks)
+    scores = found["scores"][found["scores"] >= THRESHOLD].tolist()
+    written = read(tmp_path / "lora alone")
+    (image,) = [image["id"] for image in written["images"] if image["file_name"] == "a.png"]
+    ours = [entry["score"] for entry in written["annotations"] if entry["image_id"] == image]
+    assert len(ours) == len(scores) > 0 and ours == pytest.approx(scores, abs=1e-5)
+
+
 def test_without_an_adapter_the_bare_host_detects(run, photos, adapters, tmp_path):
     assert run(photos, "--class_names", *NAMES) == 0
     assert run(photos, "--adapter", adapters[0], "--class_names", *NAMES, output=tmp_path / "tuned") == 0

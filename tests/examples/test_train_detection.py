@@ -192,6 +192,7 @@ def test_a_folder_with_checkpoints_is_not_trained_into_anew(main_job, trained, s
         (("--learning_rate", 0.1), "belongs to another run, with --learning_rate '0.3' instead of '0.1'"),
         (("--max_train_steps", 2), "belongs to another run, with training steps 1 instead of 2"),
         (("--shots", 1), "belongs to another run, with training images"),
+        (("--lora_rank", 2), "belongs to another run, with --lora_rank 'None' instead of '2'"),
         (("--per_device_train_batch_size", 3), "belongs to another run, with images per step 4 instead of 3"),
         (("--resume_from_checkpoint", "nowhere"), "--resume_from_checkpoint nowhere: is not a complete checkpoint"),
     ],
@@ -310,6 +311,49 @@ def test_without_a_validation_split_only_the_last_is_kept(main_job, own_task, tm
     assert not (tmp_path / "out" / "best").exists()
 
 
+LORA = ("--lora_rank", 2, "--lora_learning_rate", 0.01)
+
+
+def test_lora_trains_at_its_own_rate_and_is_a_part_of_the_adapter(main_job, trained, small_task, tmp_path):
+    out = Path(shutil.copytree(trained(*ONE_STEP, *LORA), tmp_path / "out"))
+    weights = prompts(out)
+    # Adam moves each entry of its first step by the rate. B starts at zero.
+    steps = torch.cat([value.abs().flatten() for key, value in weights.items() if key.endswith("sdpt_lora_B")])
+    assert steps.max() == pytest.approx(0.01, rel=1e-3) and steps.median() > 0.001
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["trainable_parameters"] == sum(value.numel() for value in weights.values())
+    assert metrics["args"]["lora_rank"] == 2 and metrics["args"]["lora_learning_rate"] == 0.01
+    assert "| LoRA | rank 2" in (out / "README.md").read_text()
+
+    assert main_job("--dataset_name", small_task, "--eval_only", "--adapter", out) == 0
+    again = json.loads((out / "eval_metrics.json").read_text())
+    assert again["before"] == metrics["before"] and again["after"] == metrics["after"]
+
+    further = ("--adapter", out, "--lora_learning_rate", 0.001, "--output_dir", tmp_path / "further")
+    assert main_job("--dataset_name", small_task, *ONE_STEP, *further) == 0
+    then = prompts(tmp_path / "further")
+    moved = {key: (then[key] - value).abs().max().item() for key, value in weights.items()}
+    assert all(0 < moved[key] < 0.002 for key in moved if "lora" in key)
+    assert all(moved[key] > 0.1 for key in moved if "prompts" in key)
+
+
+def test_a_rate_for_lora_that_an_adapter_has_not_is_refused(main_job, trained, small_task, capsys):
+    flags = ("--adapter", trained(*ONE_STEP), "--lora_learning_rate", 0.1)
+    assert main_job("--dataset_name", small_task, *ONE_STEP, *flags) == 2
+    assert "--lora_learning_rate 0.1: --adapter " in capsys.readouterr().err
+
+
+def test_a_killed_run_with_lora_goes_on_as_if_nothing_had_happened(main_job, trained, at_step, small_task, tmp_path):
+    whole = trained(*EVERYTHING, *LORA)
+    run = ("--dataset_name", small_task, *EVERYTHING, *LORA, "--resume_from_checkpoint", "latest", "--output_dir")
+    at_step(4, kill, accumulated=2)
+    with pytest.raises(Killed):
+        main_job(*run, tmp_path / "killed")
+    assert (tmp_path / "killed" / "step_2").is_dir()
+    assert main_job(*run, tmp_path / "killed") == 0
+    assert same_run(whole, tmp_path / "killed")
+
+
 def test_a_moving_average_is_what_is_saved_and_measured(main_job, trained, small_task, tmp_path):
     """Over two steps of decay d the average is d p1 + (1 - d) p2."""
     plain, average = trained(*TWO_STEPS), tmp_path / "out"
@@ -400,6 +444,13 @@ def test_images_that_do_not_open_are_left_out_only_when_asked(main_job, own_task
         (("--num_virtual_tokens", 0), "--num_virtual_tokens 0"),
         (("--learning_rate", -1), "--learning_rate -1"),
         (("--learning_rate", "inf"), "--learning_rate inf"),
+        (("--lora_rank", 0), "--lora_rank 0: must be at least 1"),
+        (("--lora_rank", 1, "--lora_learning_rate", 0), "--lora_learning_rate 0.0: must be positive"),
+        (("--lora_learning_rate", 0.1), "--lora_learning_rate 0.1: needs --lora_rank"),
+        (
+            ("--lora_rank", 1, "--lora_learning_rate", 1e37, "--validation_steps", 9),
+            "not finite any more at step 2: lower --learning_rate or --lora_learning_rate",
+        ),
         (("--weight_decay", -1), "--weight_decay -1"),
         (("--num_warmup_steps", -1), "--num_warmup_steps -1"),
         (("--seed", -1), "--seed -1"),
@@ -437,6 +488,7 @@ def test_images_that_do_not_open_are_left_out_only_when_asked(main_job, own_task
             ("--adapter", "somewhere", "--num_virtual_tokens", 5),
             "--num_virtual_tokens: cannot be changed, because --adapter",
         ),
+        (("--adapter", "somewhere", "--lora_rank", 5), "--lora_rank: cannot be changed, because --adapter"),
         (("--model_name_or_path", "no-such-folder"), "--model_name_or_path no-such-folder"),
         (("--adapter", "no-such-folder"), "--adapter no-such-folder"),
     ],

@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from peft_sdpt.errors import InputError
 from peft_sdpt.files import whole_files
 from peft_sdpt.training import checkpoints
-from peft_sdpt.training.averaging import averaged, trained_parameters
+from peft_sdpt.training.averaging import averaged, parameter_groups, trained_parameters
 from peft_sdpt.training.checkpoints import Checkpoints, Progress, latest, remove_unfinished
 from tests.helpers.detectors import attach, make_host
 
@@ -207,6 +207,18 @@ def test_an_average_is_in_place_for_a_while():
         torch.testing.assert_close(parameter.detach(), first + 1.0)
     with averaged(model, None):
         assert torch.equal(next(iter(trained_parameters(model).values())), trained[0])
+
+
+def test_groups_of_parameters_have_their_rates():
+    model = attach(make_host(), lora_rank=2)
+    groups = parameter_groups(model, 0.3, 0.01)
+    assert [group["lr"] for group in groups] == [0.3, 0.01]
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    tokens, lora = ({names[id(parameter)] for parameter in group["params"]} for group in groups)
+    assert tokens == {name for name in trained_parameters(model) if "sdpt_prompts" in name}
+    assert tokens | lora == trained_parameters(model).keys() and not tokens & lora
+    (group,) = parameter_groups(attach(make_host()), 0.3)
+    assert group["lr"] == 0.3 and len(group["params"]) == 2
 
 
 def test_run_files_are_readable(tmp_path):

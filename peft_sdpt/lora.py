@@ -1,0 +1,245 @@
+# Copyright 2026 The peft_sdpt authors
+# SPDX-License-Identifier: Apache-2.0
+"""The LoRA part of an adapter: low-rank matrices on linear layers outside the fusion layers (arXiv 2106.09685).
+
+It is a layer of this tuner and not of PEFT's LoRA. So it is trained, saved and switched with the tokens, a LoRA adapter
+of PEFT on the same model stays a separate adapter, and any quantised linear layer can have it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, MutableMapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from .config import SDPTConfig
+from .layer import CANNOT_MERGE, SDPTLayer
+from .saving import lora_name
+from .targeting import matches
+from .weights import device_and_dtype
+
+# The projections of attention in the encoder and the decoder of Grounding DINO and MM Grounding DINO. `value_proj` and
+# `output_proj` belong to deformable attention.
+DEFAULT_LORA_TARGETS = (
+    r"(model\.)?((encoder|decoder)\.)?layers\.\d+\.(.*\.)?(query|key|value|out_proj|value_proj|output_proj)"
+)
+
+
+class SDPTLoraLayer(nn.Module, BaseTunerLayer):
+    """A linear layer W with the LoRA part of adapters: `x -> W x + scaling * B A x`.
+
+    B starts at zero, so a new adapter changes nothing here. If no adapter is active on the layer, or adapters are
+    disabled, the outputs are those of W bit for bit. The matrices have the initialization, the scaling and the
+    precision of PEFT's LoRA.
+
+    Args:
+        base_layer: Linear layer of the base model.
+        adapter_name: Name of the first adapter.
+        config: Config of the first adapter.
+
+    Attributes:
+        sdpt_lora_A: The matrices A, `(r, in_features)`, by adapter name.
+        sdpt_lora_B: The matrices B, `(out_features, r)`, by adapter name.
+        sdpt_lora_scaling: The factors, by adapter name.
+        sdpt_scale: Further factors, by adapter name; see `SDPTModel.set_scale`.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ("sdpt_lora_A", "sdpt_lora_B")
+    other_param_names: tuple[str, ...] = ("sdpt_lora_scaling", "sdpt_scale")
+    base_layer: nn.Module
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: SDPTConfig) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.sdpt_lora_A: MutableMapping[str, nn.Parameter] = nn.ParameterDict()  # type: ignore[assignment] # it is one
+        self.sdpt_lora_B: MutableMapping[str, nn.Parameter] = nn.ParameterDict()  # type: ignore[assignment] # it is one
+        self.sdpt_lora_scaling: dict[str, float] = {}
+        self.sdpt_scale: dict[str, float] = {}
+        self.training = base_layer.training
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config)
+
+    def update_layer(self, adapter_name: str, config: SDPTConfig) -> None:
+        """Add the matrices of an adapter. A is drawn from torch's default generator, and B is zero."""
+        assert config.lora_rank is not None
+        inputs, outputs = _size(self.get_base_layer())
+        first = torch.empty(config.lora_rank, inputs)
+        nn.init.kaiming_uniform_(first, a=math.sqrt(5))
+        self.sdpt_lora_A[adapter_name] = nn.Parameter(first)
+        self.sdpt_lora_B[adapter_name] = nn.Parameter(torch.zeros(outputs, config.lora_rank))
+        self.sdpt_lora_scaling[adapter_name] = config.lora_scaling
+        self.sdpt_scale[adapter_name] = 1.0
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+
+    def forward(self, x: torch.Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """Apply the linear layer and the LoRA part of adapters to `x`, `(..., in_features)`.
+
+        Args:
+            adapter_names: For each sample, the adapter to use; others than those of this layer mean the base model.
+                Samples are the first dimension of `x`. None if all samples use the active adapters.
+
+        Raises:
+            ValueError: There is not one name for each sample.
+        """
+        result = self.base_layer(x, *args, **kwargs)
+        wanted = self.active_adapters if adapter_names is None else dict.fromkeys(adapter_names)
+        names = [name for name in wanted if name in self.sdpt_lora_A and self.sdpt_scale[name] != 0]
+        if self.disable_adapters or not names:
+            return result
+        if adapter_names is not None and len(adapter_names) != len(x):
+            # The message is PEFT's own, because callers may look for it.
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
+        dtype = result.dtype
+        for name in names:
+            first, second = self.sdpt_lora_A[name], self.sdpt_lora_B[name]
+            change = F.linear(F.linear(self._cast_input_dtype(x, first.dtype), first), second)
+            changed = result + change * (self.sdpt_lora_scaling[name] * self.sdpt_scale[name])
+            if adapter_names is not None:
+                chosen = torch.tensor([other == name for other in adapter_names], device=x.device)
+                changed = torch.where(chosen.reshape(-1, *[1] * (changed.dim() - 1)), changed, result)
+            result = changed
+        return result.to(dtype)
+
+    def set_scale(self, adapter_name: str, scale: float) -> None:
+        """Multiply the LoRA part of an adapter by `scale`."""
+        self.sdpt_scale[adapter_name] = scale
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
+        return device_and_dtype(base_layer)  # type: ignore[arg-type] # acts like `nn.Linear`
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise NotImplementedError(CANNOT_MERGE)
+
+    def unmerge(self) -> None:
+        raise NotImplementedError(CANNOT_MERGE)
+
+    def extra_repr(self) -> str:
+        return f"rank={ {name: len(matrix) for name, matrix in self.sdpt_lora_A.items()} }"
+
+
+def select_lora_layers(
+    model: nn.Module, config: SDPTConfig, adapted: Collection[str], named: Collection[str] | None = None
+) -> dict[str, list[int]]:
+    """Select the linear layers that get the LoRA part of an adapter.
+
+    Args:
+        model: The base model. It may have adapters already.
+        config: Config of the adapter.
+        adapted: Full names of the modules that the adapter adds prompts to.
+        named: Plain names of the layers to select instead of those that the config asks for, or None.
+
+    Returns:
+        The numbers of inputs and outputs of each layer, by its full name. Empty without `lora_rank`.
+
+    Raises:
+        ValueError: The config asks for no layer, or for a module that cannot have LoRA.
+    """
+    if config.lora_rank is None:
+        return {}
+    targets = config.lora_target_modules
+    by_default = named is None and targets is None
+
+    def wanted(name: str) -> bool:
+        return lora_name(name) in named if named is not None else matches(targets or DEFAULT_LORA_TARGETS, name)
+
+    found = _find(model, config, lambda name: wanted(lora_name(name)))
+    fusion_layers = {*adapted, *(name for name, module in model.named_modules() if isinstance(module, SDPTLayer))}
+    layers: dict[str, tuple[str, list[int]]] = {}
+    for name, module in found.items():
+        if by_default and _cannot_have_lora(model, name, module, fusion_layers):
+            continue  # the default is a pattern for names, so it may match more than it means
+        reason = _cannot_have_lora(model, name, module, fusion_layers) or _adapter_of_another_tuner(module)
+        if reason is not None:
+            if named is not None:
+                raise ValueError(f"The adapter has LoRA for '{lora_name(name)}', {reason}")
+            raise ValueError(
+                f"SDPTConfig.lora_target_modules={targets!r} matches '{lora_name(name)}', {reason} Leave it out."
+            )
+        # Wrappers such as `torch.compile` come before what they wrap, which is the layer itself.
+        layers[lora_name(name)] = name, _size(_inner(module))
+    outside = f" outside of modules_to_save={config.modules_to_save}" if config.modules_to_save else ""
+    if by_default and not layers:
+        raise ValueError(
+            f"SDPTConfig.lora_rank={config.lora_rank} needs lora_target_modules, the linear layers with LoRA: "
+            f"{type(model).__name__} has none of the projections{outside} that are its default, which are those of "
+            "Grounding DINO and MM Grounding DINO."
+        )
+    if named is None and targets is not None:
+        each = [targets] if isinstance(targets, str) else targets
+        missing = [
+            target
+            for target in each
+            if not any(matches(target if isinstance(targets, str) else [target], name) for name in layers)
+        ]
+        if missing:
+            raise ValueError(f"SDPTConfig.lora_target_modules: {missing} matches no module{outside}.")
+    return dict(layers.values())
+
+
+def refuse_modules_to_save_with_lora(model: nn.Module, config: SDPTConfig) -> None:
+    """Check that no module that the config trains whole has LoRA already, which its copies would contain.
+
+    Raises:
+        ValueError: A module in `modules_to_save` has the LoRA part of another adapter.
+    """
+    for name, module in model.named_modules():
+        if matches(config.modules_to_save, name) and any(isinstance(part, SDPTLoraLayer) for part in module.modules()):
+            raise ValueError(
+                f"SDPTConfig.modules_to_save={config.modules_to_save} names '{lora_name(name)}', which has the LoRA "
+                "part of another SDPT adapter. Put these two adapters on different copies of the base model."
+            )
+
+
+def _find(model: nn.Module, config: SDPTConfig, wanted: Callable[[str], bool]) -> dict[str, nn.Module]:
+    """Return the modules with a wanted name, except those in `modules_to_save` and what tuners have put into layers."""
+    found: dict[str, nn.Module] = {}
+    closed: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if not name or name.startswith(closed):
+            continue
+        if isinstance(module, AuxiliaryTrainingWrapper) or matches(config.modules_to_save, name):
+            closed += (name + ".",)
+            continue
+        # The parts of a fusion layer with prompts are looked at, so that a target there is refused.
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, SDPTLayer):
+            closed += (name + ".",)
+        if wanted(name):
+            found[name] = module
+    return found
+
+
+def _cannot_have_lora(model: nn.Module, name: str, module: nn.Module, fusion_layers: Collection[str]) -> str | None:
+    """Return why a module can never have LoRA, or None if it can."""
+    around = next((layer for layer in fusion_layers if f"{name}.".startswith(f"{layer}.")), None)
+    if around is not None:
+        return f"which is in the fusion layer '{around}'. SDPT inverts weights of this layer."
+    if _size(_inner(module)) is None:
+        return f"which is not a linear layer ({type(module).__name__})."
+    if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
+        return "which nn.MultiheadAttention never calls, so LoRA would have no effect there."
+    return None
+
+
+def _adapter_of_another_tuner(module: nn.Module) -> str | None:
+    if isinstance(module, BaseTunerLayer) and not isinstance(module, SDPTLoraLayer):
+        return f"which has an adapter of another tuner ({type(module).__module__})."
+    return None
+
+
+def _inner(module: nn.Module) -> nn.Module:
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def _size(module: Any) -> Any:
+    """Return the numbers of inputs and outputs of a linear layer, also of a quantised one. None for other modules."""
+    size = [getattr(module, "in_features", None), getattr(module, "out_features", None)]
+    return size if all(isinstance(number, int) for number in size) else None
