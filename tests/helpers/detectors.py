@@ -37,7 +37,7 @@ from peft_sdpt import SDPTConfig, SDPTLayer
 from tests.helpers.patience import PATIENCE
 
 # The method as it was published, where defaults are others.
-PUBLISHED = {"init_weights": "uniform", "pinv_rtol": None, "prompt_space": "aligned"}
+PUBLISHED = {"init_weights": "uniform", "pinv_rtol": None, "prompt_space": "aligned", "prompt_gate": None}
 
 D_MODEL = 32
 WIDTH = 4 * D_MODEL
@@ -185,8 +185,9 @@ def adapted_layers(model: nn.Module) -> list[str]:
 
 
 def attach(host: nn.Module, seed: int = 1, **config):
+    """Attach an adapter that has an effect: its gates are random unless `init_weights` is given."""
     torch.manual_seed(seed)
-    return get_peft_model(host, SDPTConfig(**{"num_virtual_tokens": 4, **config}))
+    return get_peft_model(host, SDPTConfig(**{"num_virtual_tokens": 4, "init_weights": False, **config}))
 
 
 ROOT = Path(peft_sdpt.__file__).parents[1]

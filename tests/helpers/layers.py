@@ -30,11 +30,11 @@ def make_layer(
     host: dict | None = None,
     **cfg,
 ) -> SDPTLayer:
-    """A layer with one adapter, and frozen projections as PEFT leaves them."""
+    """A layer with one adapter without gates, and frozen projections as PEFT leaves them."""
     attention = make_attention(name, **(host or {})).to(dtype).requires_grad_(False)
     torch.manual_seed(1)
     # With attention weights, unless a test asks for none.
-    config = SDPTConfig(**{"num_virtual_tokens": N, "attn_implementation": "eager", **cfg})
+    config = SDPTConfig(**{"num_virtual_tokens": N, "prompt_gate": None, "attn_implementation": "eager", **cfg})
     layer = SDPTLayer(attention, GROUNDING_DINO, "default", config)
     assert layer.sdpt_prompts["default"].dtype == dtype
     return layer
