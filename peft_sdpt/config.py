@@ -70,7 +70,7 @@ class SDPTConfig(SavedConfig):
             is attached.
         init_weights (`str` or `bool`, *optional*, defaults to `"normal"`): Initialization of the prototype tokens. They
             are drawn from torch's default CPU generator, so `torch.manual_seed` gives the same tokens on every device.
-            `"normal"` is N(0, 1) and `"uniform"` is U(-1, 1), the released default. `"xavier_uniform"`,
+            `"normal"` is N(0, 4²) with gates and N(0, 1) without, and `"uniform"` is U(-1, 1), the released default. `"xavier_uniform"`,
             `"xavier_normal"`, `"kaiming_uniform"` and `"kaiming_normal"` are torch's with their default arguments,
             applied to each set of tokens (fan_in is their dimension E, fan_out is N). `"zeros"` is the origin of the
             aligned space. `"prototypes"` is `"normal"` until you call `initialize_sdpt_prototypes`. With gates, every
