@@ -268,9 +268,9 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
             known = self._known_silent[name] = TensorState.of(gates), not gates.any()
         return known[1]
 
-    def _gates(self, name: str) -> torch.Tensor:
-        """Return the factors of the prompts of an adapter, `(sides, groups, heads)`."""
-        return factors_of(self.sdpt_gates[name]) * self.sdpt_scale[name]
+    def gate_factors(self, adapter_name: str) -> torch.Tensor:
+        """Return the factors of what heads read from the prompts of an adapter, `(sides, groups, heads)`."""
+        return factors_of(self.sdpt_gates[adapter_name]) * self.sdpt_scale[adapter_name]
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
         """Multiply the gates of an adapter by `scale`. 0 is the base model, and 1 is the adapter as it was trained."""
@@ -363,7 +363,7 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
         sizes = [size for name in names for size in self.sdpt_fixed[name].group_sizes]
         gates = []
         for name in names:
-            gate = self._gates(name)
+            gate = self.gate_factors(name)
             # Without a row for a side that is hidden. The row of the other one is then the only row.
             gate = gate[min(side, len(gate) - 1)][None]
             if adapter_names is not None:
