@@ -247,7 +247,7 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
             return self.base_layer(*args, **kwargs)
         eager = any(self.sdpt_config[name].attn_implementation == "eager" for name in names)
         outputs = self.fusion_host.attend(self.base_layer, args, kwargs, prompts, eager)
-        if len(silent) < len(names):
+        if len(silent) < len(names) or self.fusion_host.keeps_base_forward:
             return outputs
         # Gradients are wanted, to the gates above all, but the values are those of the base model.
         with torch.no_grad():
@@ -405,7 +405,9 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
         raise NotImplementedError(CANNOT_MERGE)
 
     def extra_repr(self) -> str:
-        return f"embed_dim={self.embed_dim}, fusion_host={self.fusion_host.name!r}"
+        heads = self.fusion_host.num_heads(self.get_base_layer())
+        gates = "no gates" if heads is None else f"gates of {heads} heads"
+        return f"embed_dim={self.embed_dim}, fusion_host={self.fusion_host.name!r}, {gates}"
 
 
 class SharedSDPTLayer(SDPTLayer):

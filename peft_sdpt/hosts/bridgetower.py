@@ -21,6 +21,7 @@ prompts, because it fuses a modality with itself only.
 """
 
 from .cross_attention import Context, CrossAttentionHost
+from .heads import Heads
 
 BRIDGETOWER = CrossAttentionHost(
     name="BridgeTower of transformers",
@@ -29,7 +30,18 @@ BRIDGETOWER = CrossAttentionHost(
     arguments=("hidden_states", "encoder_hidden_states", "attention_mask", "encoder_attention_mask"),
     within=("BridgeTowerModel",),
     contexts=(
-        Context(key="crossattention.self.key", tokens=("encoder_hidden_states",), mask="encoder_attention_mask"),
+        Context(
+            key="crossattention.self.key",
+            tokens=("encoder_hidden_states",),
+            mask="encoder_attention_mask",
+            heads=Heads(
+                query="crossattention.self.query",
+                value="crossattention.self.value",
+                out="crossattention.output.dense",
+                number="crossattention.self.num_attention_heads",
+                dropout="crossattention.self.dropout",
+            ),
+        ),
     ),
     split=("cross_modal_text_layers", "cross_modal_image_layers"),
     image_reads=1,

@@ -22,10 +22,24 @@ direction for which LXMERT asks for them, from text to image.
 """
 
 from .cross_attention import Context, CrossAttentionHost
+from .heads import Heads
 
 LXMERT = CrossAttentionHost(
     name="LXMERT of transformers",
     class_names=("LxmertCrossAttentionLayer",),
     arguments=("input_tensor", "ctx_tensor", "ctx_att_mask", "output_attentions"),
-    contexts=(Context(key="att.key", tokens=("ctx_tensor",), mask="ctx_att_mask"),),
+    contexts=(
+        Context(
+            key="att.key",
+            tokens=("ctx_tensor",),
+            mask="ctx_att_mask",
+            heads=Heads(
+                query="att.query",
+                value="att.value",
+                out="output.dense",
+                number="att.num_attention_heads",
+                dropout="att.dropout",
+            ),
+        ),
+    ),
 )
