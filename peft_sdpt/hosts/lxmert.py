@@ -17,8 +17,8 @@ Keys are as wide as the tokens they are made of. So the inverse is exact if the 
 `Z` has an effect. In GLIP and Grounding DINO, the part of `Z` outside the projection's column space has no effect.
 
 There is one side, and it does not tell which tokens attend, so `prompt_mode="independent"` and
-`image_attends_prompts=False` raise an error. The layer returns attention weights `(B, heads, L, L' + N)` in the
-direction for which LXMERT asks for them, from text to image.
+`image_attends_prompts=False` raise an error. Without gates, the layer returns attention weights `(B, heads, L, L' + N)`
+in the direction for which LXMERT asks for them, from text to image.
 """
 
 from .cross_attention import Context, CrossAttentionHost

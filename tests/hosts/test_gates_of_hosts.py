@@ -426,7 +426,7 @@ def test_a_cache_is_filled_once(fresh):
     torch.testing.assert_close(second.logits[:, -1], whole.logits[:, -1])
 
 
-@pytest.mark.parametrize("name", ["lxmert", "vilt", "blip_2", "bridgetower"])
+@pytest.mark.parametrize("name", ["lxmert", "vilt"])
 def test_compiled_layers_follow_their_prompts(name):
     case = CASES[name]
     model = attach(case.make())
@@ -447,7 +447,7 @@ def test_compiled_layers_follow_their_prompts(name):
 
 
 def test_a_compiled_model_with_gates_is_right():
-    case = CASES["sam3"]
+    case = CASES["instructblip"]
     model = attach(case.make())
     expected = run(case, model)
     torch._dynamo.reset()
