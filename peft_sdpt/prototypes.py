@@ -68,11 +68,11 @@ def initialize_sdpt_prototypes(
         raise ValueError(f"adapter_name must name an SDPT adapter of the model, got {adapter_name!r}")
     layers = {name: layer for name, layer in layers.items() if layer.fusion_host != GROUNDING_DINO_DECODER}
     encoders = [module for module in model.modules() if hasattr(type(module), "get_reference_points")]
-    if (
-        not encoders
-        or not layers
-        or not all(isinstance(layer.fusion_host, BiAttentionHost) for layer in layers.values())
-    ):
+    if not layers:
+        raise ValueError(
+            f"adapter_name={adapter_name!r} has prompts in the decoder only, where there are no prototypes"
+        )
+    if not encoders or not all(isinstance(layer.fusion_host, BiAttentionHost) for layer in layers.values()):
         raise ValueError(
             "model must be a Grounding DINO or MM Grounding DINO of transformers, got "
             f"{type(model.get_base_model()).__name__}: no other base model tells where in the image a token lies"

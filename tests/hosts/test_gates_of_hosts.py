@@ -21,7 +21,7 @@ from transformers import BlipConfig, BlipForConditionalGeneration, BlipTextConfi
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import peft_sdpt
-from peft_sdpt import SDPTConfig, SDPTLayer
+from peft_sdpt import SDPTConfig, SDPTLayer, initialize_sdpt_prototypes
 from peft_sdpt.hosts import (
     GROUNDING_DINO_DECODER,
     HOSTS,
@@ -554,6 +554,21 @@ class TestDecoderOfGroundingDino:
         assert (run(case, model) - bare(case)).abs().max() > 1e-4
         padded = run(case, model, padding=3)
         torch.testing.assert_close(padded, run(case, model), rtol=0, atol=case.tolerance)
+
+    def test_prototypes_are_for_the_encoder(self):
+        def model(targets):
+            config = {"target_modules": targets, "init_weights": "prototypes", "num_virtual_tokens": 2}
+            return attach(CASES["grounding_dino"].make(), **config)
+
+        inputs = detectors.model_inputs()
+        labels = [{"boxes": torch.tensor([[0.5, 0.5, 1.0, 1.0]] * 2), "class_labels": torch.tensor([0, 1])}] * 2
+        both = model(["fusion_layer.attn", DECODER])
+        before = {name: layer.tokens().clone() for name, layer in adapted(both).items()}
+        initialize_sdpt_prototypes(both, [(inputs, labels)], prototypes="random")
+        for name, layer in adapted(both).items():
+            assert torch.equal(layer.tokens(), before[name]) == (DECODER in name)
+        with pytest.raises(ValueError, match="has prompts in the decoder only, where there are no prototypes"):
+            initialize_sdpt_prototypes(model([DECODER]), [(inputs, labels)])
 
     def test_the_full_size_model(self):
         with torch.device("meta"):
