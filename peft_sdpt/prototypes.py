@@ -70,7 +70,7 @@ def initialize_sdpt_prototypes(
     encoders = [module for module in model.modules() if hasattr(type(module), "get_reference_points")]
     if not layers:
         raise ValueError(
-            f"adapter_name={adapter_name!r} has prompts in the decoder only, where there are no prototypes"
+            f"adapter_name={adapter_name!r} has prompts in the decoder only, and prototypes are for the encoder"
         )
     if not encoders or not all(isinstance(layer.fusion_host, BiAttentionHost) for layer in layers.values()):
         raise ValueError(

@@ -561,13 +561,13 @@ class TestDecoderOfGroundingDino:
             return attach(CASES["grounding_dino"].make(), **config)
 
         inputs = detectors.model_inputs()
-        labels = [{"boxes": torch.tensor([[0.5, 0.5, 1.0, 1.0]] * 2), "class_labels": torch.tensor([0, 1])}] * 2
+        labels = [{"boxes": torch.tensor([[0.5, 0.5, 1.0, 1.0]]), "class_labels": torch.tensor([0])}] * 2
         both = model(["fusion_layer.attn", DECODER])
         before = {name: layer.tokens().clone() for name, layer in adapted(both).items()}
         initialize_sdpt_prototypes(both, [(inputs, labels)], prototypes="random")
         for name, layer in adapted(both).items():
             assert torch.equal(layer.tokens(), before[name]) == (DECODER in name)
-        with pytest.raises(ValueError, match="has prompts in the decoder only, where there are no prototypes"):
+        with pytest.raises(ValueError, match="has prompts in the decoder only, and prototypes are for"):
             initialize_sdpt_prototypes(model([DECODER]), [(inputs, labels)])
 
     def test_the_full_size_model(self):
