@@ -56,10 +56,11 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
     The layer takes and returns what the wrapped module does. If there are no prompts to see (adapters are disabled, or
     none is active on this layer), it calls the wrapped module, so the outputs are those of the base model bit for bit.
     In evaluation, so are those of an adapter whose gates are zero, as they are at the start. In training, these are
-    computed with the prompts, and equal but for rounding.
+    computed with the prompts, and equal but for rounding. Adapters have no gates on a layer whose spec names no heads.
 
     With `attn_implementation="eager"`, attention weights have one more column for each prompt that a direction sees,
-    after the columns of the base model. Those of a bi-directional attention are `(B * heads, Nv, Nl + N)` for image
+    after the columns of the base model. Where the forward of the base model runs, prompts with gates add no columns.
+    Those of a bi-directional attention are `(B * heads, Nv, Nl + N)` for image
     tokens (`Nl` if prompts are hidden from the image) and `(B * heads, Nl, Nv + N)` for text tokens. With `"fused"`,
     weights are None, as with the sdpa attention of transformers. Prompts of several active adapters follow one another
     in the order of activation.
@@ -248,7 +249,7 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
             return self.base_layer(*args, **kwargs)
         eager = any(self.sdpt_config[name].attn_implementation == "eager" for name in names)
         outputs = self.fusion_host.attend(self.base_layer, args, kwargs, prompts, eager)
-        if len(silent) < len(names):
+        if len(silent) < len(names) or self.fusion_host.keeps_base_forward:
             return outputs
         # Gradients are wanted, to the gates above all, but the values are those of the base model.
         with torch.no_grad():
@@ -406,7 +407,9 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
         raise NotImplementedError(CANNOT_MERGE)
 
     def extra_repr(self) -> str:
-        return f"embed_dim={self.embed_dim}, fusion_host={self.fusion_host.name!r}"
+        heads = self.fusion_host.num_heads(self.get_base_layer())
+        gates = "no gates" if heads is None else f"gates of {heads} heads"
+        return f"embed_dim={self.embed_dim}, fusion_host={self.fusion_host.name!r}, {gates}"
 
 
 class SharedSDPTLayer(SDPTLayer):
