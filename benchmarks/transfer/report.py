@@ -137,6 +137,8 @@ def _thousands(value: int | None) -> str:
 def _comparison(runs: Runs, metric: str) -> str:
     rows = []
     for name in ("zero-shot", *runs.methods):
+        if not any(runs.values(task, name) for task in runs.tasks):
+            continue
         trained = 0 if name == "zero-shot" else runs.trained(name)
         rows.append(
             [
@@ -158,6 +160,8 @@ def _retention(runs: Runs) -> str:
         label = "zero-shot" if name == "zero-shot" else METHODS[name].label
         cells = [runs.retained(task, name) for task in runs.tasks]
         texts = ["" if cell is None else spread([cell["known"]]) for cell in cells]
+        if not any(texts) and not fixed:
+            continue
         total = runs.retained_on_all(name)
         means = [spread([mean(cell[what] for cell in total)]) if total else "" for what in ("known", "AP")]
         rows.append([label, *(["not possible"] * len(texts) if fixed else texts), _bold(means[0]), means[1]])
