@@ -140,6 +140,8 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
         heads = self.fusion_host.num_heads(self.get_base_layer())
         if gates := gate_sides_and_heads(config, self.fusion_host, heads):
             self.sdpt_gates[adapter_name] = nn.Parameter(init_gates(config, config.gate_shape(gates)))
+        elif adapter_name in self.sdpt_gates:
+            del self.sdpt_gates[adapter_name]  # of an adapter of this name that is replaced
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.refresh_inverses()
 
@@ -247,7 +249,7 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
             return self.base_layer(*args, **kwargs)
         eager = any(self.sdpt_config[name].attn_implementation == "eager" for name in names)
         outputs = self.fusion_host.attend(self.base_layer, args, kwargs, prompts, eager)
-        if len(silent) < len(names):
+        if any(name not in silent for name in names):
             return outputs
         # Gradients are wanted, to the gates above all, but the values are those of the base model.
         with torch.no_grad():
@@ -259,7 +261,11 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
         gates = self.sdpt_gates.get(name)
         if gates is None or gates.is_meta:
             return False
-        if gates.device.type == "cpu" or torch.is_grad_enabled():
+        if torch.is_grad_enabled():
+            # An optimizer may write through `.data`, which PyTorch does not count.
+            self._known_silent.pop(name, None)
+            return not gates.any()
+        if gates.device.type == "cpu":
             return not gates.any()
         # Known, because the test waits for a GPU.
         known = self._known_silent.get(name)
