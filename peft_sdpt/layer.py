@@ -36,10 +36,18 @@ def _refresh_after_load(layer: SDPTLayer, incompatible_keys: Any) -> None:
 
 
 def _values_of(base: Any, outputs: Any) -> Any:
-    """Return a tensor with the values of `base` and the gradients of `outputs`."""
+    """Return a tensor with the values of `base` and the gradients of `outputs`.
+
+    Attention weights have columns of prompts in `outputs`, or are None there. They are those of `base`.
+    """
     if not isinstance(outputs, torch.Tensor) or base.shape != outputs.shape:
-        return outputs
+        return base
     return base + (outputs - outputs.detach())
+
+
+def _reading_waits(tensor: torch.Tensor) -> bool:
+    """Return whether the value of a tensor is on a device that Python has to wait for."""
+    return tensor.device.type != "cpu"
 
 
 class _Fixed(NamedTuple):
@@ -265,9 +273,8 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
             # An optimizer may write through `.data`, which PyTorch does not count.
             self._known_silent.pop(name, None)
             return not gates.any()
-        if gates.device.type == "cpu":
+        if not _reading_waits(gates):
             return not gates.any()
-        # Known, because the test waits for a GPU.
         known = self._known_silent.get(name)
         if known is None or not known[0].still_holds(gates):
             known = self._known_silent[name] = TensorState.of(gates), not gates.any()

@@ -302,7 +302,9 @@ def test_weights_that_do_not_fit_are_refused_as_a_whole(fault, kind, tmp_path):
         message = f"{layer}: expected {shape}, found no {kind}"
     else:
         weights[key.replace("layers.1", "layers.7")] = torch.zeros(shape)
-        message = f"the {kind} of the fusion layer '{LAYERS[1].replace('1', '7')}': expected no such fusion layer, found"
+        message = (
+            f"the {kind} of the fusion layer '{LAYERS[1].replace('1', '7')}': expected no such fusion layer, found"
+        )
     save_file(weights, file)
     model = attach(make_host())
     before = run(model)
