@@ -70,13 +70,14 @@ class SDPTConfig(SavedConfig):
             is attached.
         init_weights (`str` or `bool`, *optional*, defaults to `"normal"`): Initialization of the prototype tokens. They
             are drawn from torch's default CPU generator, so `torch.manual_seed` gives the same tokens on every device.
-            `"normal"` is N(0, 1) and `"uniform"` is U(-1, 1), the released default. `"xavier_uniform"`,
-            `"xavier_normal"`, `"kaiming_uniform"` and `"kaiming_normal"` are torch's with their default arguments,
-            applied to each set of tokens (fan_in is their dimension E, fan_out is N). `"zeros"` is the origin of the
-            aligned space. `"prototypes"` is `"normal"` until you call `initialize_sdpt_prototypes`. With gates, every
-            initialization leaves the outputs of the base model unchanged. Without them, none does, because each prompt
-            takes a share of every softmax. As in other tuners of PEFT, True is the default, and False also starts the
-            gates at random, from N(0, 1), so that the adapter has an effect at once (for debugging).
+            `"normal"` is N(0, 4²) with gates and N(0, 1) without. `"uniform"` is U(-1, 1), the released default.
+            `"xavier_uniform"`, `"xavier_normal"`, `"kaiming_uniform"` and `"kaiming_normal"` are torch's with their
+            default arguments, applied to each set of tokens (fan_in is their dimension E, fan_out is N). `"zeros"` is
+            the origin of the aligned space. `"prototypes"` is `"normal"` until you call `initialize_sdpt_prototypes`.
+            With gates, every initialization leaves the outputs of the base model unchanged. Without them, none does,
+            because each prompt takes a share of every softmax. As in other tuners of PEFT, True is the default, and
+            False also starts the gates at random, from N(0, 1), so that the adapter has an effect at once (for
+            debugging).
         prompt_gate (`str`, *optional*, defaults to `"zero"`): `"zero"` gives prompts a softmax of their own, and a
             trained gate for each head and each direction that starts at zero: `tanh(gate)` times what a head reads from
             the prompts is added to what it reads from the base model's tokens. A new adapter then equals the base

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -106,15 +105,19 @@ def fused_bi_attention(
 
     if dropout == 0.0 and _kernels_pay(keys):
         image_tokens = image.tokens if image.prompts is None else append_prompts(image.tokens, image.prompts)
-        queries = image.tokens[:, None].expand(-1, num_heads, -1, -1)
-        biases = [None] * len(sizes) if text_bias is None else text_bias.split(sizes, dim=-1)
-        parts = [
-            F.scaled_dot_product_attention(queries, group_keys, group_values, attn_mask=bias, scale=1.0).sum(1)
-            for group_keys, group_values, bias in zip(
-                keys_of_image.split(sizes, dim=2), values_of_image.split(sizes, dim=2), biases, strict=True
+        length = sizes[0]
+        bias, bias_of_gated = (None, None) if text_bias is None else (text_bias[..., :length], text_bias[..., length:])
+        image_out = F.scaled_dot_product_attention(
+            image.tokens[:, None].expand(-1, num_heads, -1, -1),
+            keys_of_image[:, :, :length],
+            values_of_image[:, :, :length],
+            attn_mask=bias,
+            scale=1.0,
+        ).sum(1)
+        if text.gated is not None:
+            image_out = image_out + _read_few(
+                image.tokens, keys_of_image[:, :, length:], values_of_image[:, :, length:], bias_of_gated, sizes[1:]
             )
-        ]
-        image_out = functools.reduce(torch.add, parts)
         read = F.scaled_dot_product_attention(
             keys_of_image[:, :, :text_length].flatten(1, 2)[:, None],
             image_tokens[:, None],
@@ -155,6 +158,23 @@ def _added(side: SideInput, mask_function: MaskFunction) -> torch.Tensor | None:
         return None
     nothing = side.tokens.new_zeros(len(side.tokens), 1, 1, side.length)
     return mask_logits(nothing, side, mask_function).to(side.tokens.dtype)
+
+
+def _read_few(
+    tokens: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    bias: torch.Tensor | None,
+    sizes: Sequence[int],
+) -> torch.Tensor:
+    """Return what tokens `(B, M, d)` read from a few keys and values `(B, heads, N, d)` of all heads, `(B, M, d)`.
+
+    Two products for all heads at once are faster here than the kernels, which repeat the tokens for each head.
+    """
+    logits = (tokens @ keys.flatten(1, 2).mT).unflatten(-1, (keys.shape[1], -1))
+    if bias is not None:
+        logits = logits + bias.transpose(1, 2)
+    return softmax_by_group(logits, sizes).flatten(2) @ values.flatten(1, 2)
 
 
 def _kernels_pay(keys: torch.Tensor) -> bool:

@@ -25,6 +25,11 @@ _INITIALISERS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
+# With gates, the size of tokens does not decide how loud they are. Larger ones differ more from one another, and reach
+# higher AP on new classes (docs/transfer.md).
+_STD_WITH_GATES = 4.0
+
+
 def prompt_dim(config: SDPTConfig, spec: FusionHost, projections: Sequence[nn.Linear]) -> int:
     """Return the dimension of a prompt: E of the aligned space, or less if the projections reach less of it.
 
@@ -40,7 +45,7 @@ def prompt_dim(config: SDPTConfig, spec: FusionHost, projections: Sequence[nn.Li
     return min(embed_dim, sum(projection.in_features for projection in projections))
 
 
-def init_prompts(config: SDPTConfig, dim: int, embed_dim: int) -> torch.Tensor:
+def init_prompts(config: SDPTConfig, dim: int, embed_dim: int, gated: bool = False) -> torch.Tensor:
     """Create prompts with the initial values that `config` asks for.
 
     They are drawn on the CPU from torch's default generator, so that a seed gives the same prompts on every device.
@@ -50,6 +55,7 @@ def init_prompts(config: SDPTConfig, dim: int, embed_dim: int) -> torch.Tensor:
         config: Config of the adapter.
         dim: Dimension of a prompt, see `prompt_dim`.
         embed_dim: Dimension E of the aligned space, which determines the size of some initial values.
+        gated: Whether the prompts have gates. If so, `"normal"` has a standard deviation of 4 instead of 1.
 
     Returns:
         `(N, dim)`, or `(2, N, dim)` in independent mode (image prompts, text prompts); float32.
@@ -62,7 +68,7 @@ def init_prompts(config: SDPTConfig, dim: int, embed_dim: int) -> torch.Tensor:
             prompt_set.copy_(initialise(torch.empty(len(prompt_set), embed_dim, device="cpu"))[:, :dim])
         else:
             initialise(prompt_set)
-    return prompts
+    return prompts * _STD_WITH_GATES if gated and _name_of_init(config) == "normal" else prompts
 
 
 def _name_of_init(config: SDPTConfig) -> str:

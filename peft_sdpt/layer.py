@@ -144,9 +144,10 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
         """Add the prompts of an adapter, initialized as `config` says."""
         self._add_settings(adapter_name, config)
         dim = prompt_dim(config, self.fusion_host, self.projections)
-        self.sdpt_prompts[adapter_name] = nn.Parameter(init_prompts(config, dim, self.embed_dim))
         heads = self.fusion_host.num_heads(self.get_base_layer())
-        if gates := gate_sides_and_heads(config, self.fusion_host, heads):
+        gates = gate_sides_and_heads(config, self.fusion_host, heads)
+        self.sdpt_prompts[adapter_name] = nn.Parameter(init_prompts(config, dim, self.embed_dim, gates is not None))
+        if gates is not None:
             self.sdpt_gates[adapter_name] = nn.Parameter(init_gates(config, config.gate_shape(gates)))
         elif adapter_name in self.sdpt_gates:
             del self.sdpt_gates[adapter_name]  # of an adapter of this name that is replaced

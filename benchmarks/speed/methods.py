@@ -59,6 +59,12 @@ METHODS = {
         '10 tokens per fusion layer, `attn_implementation="eager"`',
         lambda host: get_peft_model(host, SDPTConfig(**PUBLISHED, attn_implementation="eager")),
     ),
+    "sdpt-gated": Method(
+        "SDPT with gates",
+        "10 tokens and 8 or 16 gates per fusion layer",
+        # Random gates, because a layer whose gates are zero runs as the base model in evaluation.
+        lambda host: get_peft_model(host, SDPTConfig(**{**PUBLISHED, "prompt_gate": "zero", "init_weights": False})),
+    ),
     "cached": Method("SDPT, cached features", "", lambda host: host, infers=False, trained=False, fuses=False),
     "released": Method("released algorithm", "10 tokens per fusion layer", attach_released),
     "lora": Method(

@@ -16,9 +16,12 @@ SHOTS, FEWER = 10, (1, 5)  # images per class; None for all
 ALL_SHOTS = (*FEWER, SHOTS, None)
 STEPS, STEPS_OF_ALL = 100, 150  # with few images, and with all of them
 LEADERS = 4
-OURS = "sdpt-defaults"
-# Methods that are also compared with this many times the steps.
-LONGER, TIMES = (OURS, "text-embeddings", "lora", "full"), 3
+OURS = "gated"
+# SDPT without gates, which were added later. Its settings were compared before.
+UNGATED = "sdpt-defaults"
+# Methods that are also compared with this many times the steps: on all tasks, and on `ABLATION_TASKS`.
+TIMES = 3
+LONGER_ON_ALL, LONGER = (OURS, "gated-lora", "lora", "full"), (UNGATED, "text-embeddings")
 # Initializations of SDPT that are compared after fractions of the usual number of steps.
 STARTS: tuple[tuple[tuple[str, Any], ...], ...] = (
     (),
@@ -27,8 +30,8 @@ STARTS: tuple[tuple[tuple[str, Any], ...], ...] = (
 )
 PARTS = (0.25, 0.5, 1)
 # Methods whose prompts are measured before and after training.
-DIAGNOSED = ("sdpt", OURS)
-# Fields of SDPTConfig that are changed from its defaults, one at a time.
+DIAGNOSED = ("sdpt", UNGATED)
+# Fields of SDPTConfig that are changed from the settings of `UNGATED`, one at a time.
 ABLATIONS: dict[str, tuple[Any, ...]] = {
     "num_virtual_tokens": (1, 5, 10, 50, 100),
     "layers_to_transform": ((0,), (1,), (2,)),
@@ -44,7 +47,7 @@ TOLERANCES = tuple((("pinv_rtol", tolerance),) for tolerance in (0.03, 0.1))
 INVERSES: dict[str, tuple[tuple[tuple[str, Any], ...], ...]] = {
     # () is the full inverse, as published.
     "sdpt": ((), *TOLERANCES, *((("inverse", rule),) for rule in RULES)),
-    OURS: ((("pinv_rtol", None),), *TOLERANCES),
+    UNGATED: ((("pinv_rtol", None),), *TOLERANCES),
 }
 
 
@@ -146,9 +149,9 @@ def ablation_tasks(tasks: list[str]) -> list[str]:
 
 
 def ablation_cells(tasks: list[str], rates: dict[str, float]) -> list[Cell]:
-    """Plan runs of SDPT with one setting changed and the first seed. `start_cells` has some with all seeds."""
+    """Plan runs without gates with one setting changed and the first seed. `start_cells` has some with all seeds."""
     return [
-        Cell(task, OURS, rates[OURS], fields=((name, value),))
+        Cell(task, UNGATED, rates[UNGATED], fields=((name, value),))
         for task in ablation_tasks(tasks)
         for name, values in ABLATIONS.items()
         for value in values
@@ -178,20 +181,30 @@ def condition_cells(tasks: list[str], methods: Iterable[str], seeds: int) -> lis
 def longer_cells(tasks: list[str], rates: dict[str, float]) -> list[Cell]:
     """Plan runs with more steps, with the first seed, to see whether the weaker methods only need more steps."""
     return [
-        Cell(task, name, rates[name], times=TIMES) for task in ablation_tasks(tasks) for name in LONGER if name in rates
+        Cell(task, name, rates[name], times=TIMES)
+        for names, where in ((LONGER_ON_ALL, tasks), (LONGER, ablation_tasks(tasks)))
+        for task in where
+        for name in names
+        if name in rates
     ]
 
 
 def start_cells(tasks: list[str], rates: dict[str, float], seeds: int) -> list[Cell]:
-    """Plan runs of SDPT with other initializations: fewer steps with the first seed, and all steps with all seeds."""
+    """Plan runs without gates with other initializations: fewer steps with one seed, and all steps with all seeds."""
     return [
-        Cell(task, OURS, rates[OURS], seed=seed, fields=start, times=part)
+        Cell(task, UNGATED, rates[UNGATED], seed=seed, fields=start, times=part)
         for seed in range(seeds)
         for task in ablation_tasks(tasks)
         for start in STARTS
         for part in PARTS
         if seed == 0 or part == 1
     ]
+
+
+def is_main(cell: Cell) -> bool:
+    """Return whether a run belongs to the main table, or to the choice of learning rates."""
+    changed = bool(cell.fields) or cell.condition is not None or cell.times != 1 or cell.retention
+    return not changed and (cell.shots == SHOTS or cell.method == "zero-shot")
 
 
 def is_diagnosed(cell: Cell) -> bool:
@@ -235,7 +248,7 @@ def plan(tasks: list[str], methods: list[str], seeds: int, results: Results, ret
         return cells
     cells += compare_cells(tasks, rates, seeds, [SHOTS])
     cells += condition_cells(tasks, methods, seeds)
-    if OURS in rates:
+    if UNGATED in rates:
         cells += ablation_cells(tasks, rates)
         cells += start_cells(tasks, rates, seeds)
     cells += longer_cells(tasks, rates)
@@ -247,5 +260,5 @@ def plan(tasks: list[str], methods: list[str], seeds: int, results: Results, ret
         cells += compare_cells(tasks, leading, 1, [None])
     if retention:
         cells += retention_cells(cells, results)
-    # All runs with one seed before the next seed, so that early reports are complete.
-    return sorted({cell.key: cell for cell in cells}.values(), key=lambda cell: cell.seed)
+    # The main table first. Then all runs with one seed before the next seed, so that early reports are complete.
+    return sorted({cell.key: cell for cell in cells}.values(), key=lambda cell: (not is_main(cell), cell.seed))

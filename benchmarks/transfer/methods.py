@@ -33,12 +33,15 @@ MUDPT_TOKENS = 2
 PROMPT_FACTOR = 100.0
 # The targets of LoRA combined with SDPT: not the projections of the fusion layers, which SDPT inverts.
 OUTSIDE_FUSION = in_layers(*ATTENTION)
+# Names of the tokens and gates of SDPT.
+SDPT_PARAMETERS = r"sdpt_(prompts|gates)"
 # Four rates per method, half a decade apart, shifted until the best one is not the lowest or highest.
 PROMPT_RATES = (0.03, 0.1, 0.3, 1.0)
 LARGE_PROMPT_RATES = (0.1, 0.3, 1.0, 3.0)
 LARGE_ADAPTER_RATES = (0.003, 0.01, 0.03, 0.1)
 MIDDLE_ADAPTER_RATES = (0.001, 0.003, 0.01, 0.03)
 ADAPTER_RATES = (0.0003, 0.001, 0.003, 0.01)
+SMALL_LORA_RATES = (0.003, 0.01, 0.03)
 WEIGHT_RATES = (0.00003, 0.0001, 0.0003, 0.001)
 
 
@@ -88,10 +91,15 @@ def _lora(rank: int, targets: str = LORA_TARGETS) -> Attach:
     return lambda host, _processor, _names, _fields: with_peft(host, _lora_config(rank, targets))
 
 
+def _gated_and_lora(rank: int, **fixed: Any) -> Attach:
+    """Return SDPT with LoRA outside the fusion layers in one adapter."""
+    return _sdpt(lora_rank=rank, **fixed)
+
+
 def _sdpt_and_lora(host: nn.Module, _processor: Any, _names: list[str], fields: dict[str, Any]) -> nn.Module:
     host.config.tie_word_embeddings = False
     inject_adapter_in_model(_lora_config(8, OUTSIDE_FUSION), host, "lora")
-    return get_peft_model(host, SDPTConfig(**fields))
+    return get_peft_model(host, SDPTConfig(prompt_gate=None, **fields))
 
 
 def _with_head(attach: Attach) -> Attach:
@@ -100,16 +108,26 @@ def _with_head(attach: Attach) -> Attach:
 
 
 METHODS: dict[str, Method] = {
-    "sdpt-defaults": Method("SDPT, defaults", _sdpt(), LARGE_PROMPT_RATES),
+    "gated": Method("SDPT, defaults", _sdpt(), PROMPT_RATES),
+    "gated-more": Method(f"SDPT, {4 * NUM_TOKENS} tokens", _sdpt(num_virtual_tokens=4 * NUM_TOKENS), PROMPT_RATES),
+    "gated-lora-small": Method("SDPT with LoRA, r = 2", _gated_and_lora(2), SMALL_LORA_RATES, SDPT_PARAMETERS, 30.0),
+    "gated-lora": Method("SDPT with LoRA, r = 8", _gated_and_lora(8), ADAPTER_RATES, SDPT_PARAMETERS, PROMPT_FACTOR),
+    "sdpt-defaults": Method("SDPT without gates", _sdpt(prompt_gate=None), LARGE_PROMPT_RATES),
     "sdpt": Method("SDPT, published", _sdpt(**PUBLISHED), PROMPT_RATES),
     "sdpt-hidden": Method(
         "SDPT, published, only text sees prompts",
         _sdpt(**PUBLISHED, image_attends_prompts=False),
         PROMPT_RATES,
     ),
-    "sdpt-independent": Method("SDPT, independent prompts", _sdpt(prompt_mode="independent"), PROMPT_RATES),
+    "sdpt-independent": Method(
+        "SDPT without gates, independent prompts", _sdpt(prompt_mode="independent", prompt_gate=None), PROMPT_RATES
+    ),
     # As many parameters as with independent prompts, to see whether the second set or the number helps.
-    "sdpt-more": Method(f"SDPT, {4 * NUM_TOKENS} tokens", _sdpt(num_virtual_tokens=4 * NUM_TOKENS), LARGE_PROMPT_RATES),
+    "sdpt-more": Method(
+        f"SDPT without gates, {4 * NUM_TOKENS} tokens",
+        _sdpt(num_virtual_tokens=4 * NUM_TOKENS, prompt_gate=None),
+        LARGE_PROMPT_RATES,
+    ),
     "sdpt-reachable": Method(
         "SDPT, published, reachable coordinates",
         _sdpt(**{**PUBLISHED, "prompt_space": "reachable"}),
@@ -156,5 +174,7 @@ METHODS: dict[str, Method] = {
     "published-recipe": Method(
         "SDPT, published recipe: prompts and head", _with_head(_sdpt(**PUBLISHED)), WEIGHT_RATES
     ),
-    "sdpt-lora": Method("SDPT and LoRA", _sdpt_and_lora, ADAPTER_RATES, "sdpt_prompts", PROMPT_FACTOR),
+    "sdpt-lora": Method(
+        "SDPT without gates, with LoRA, r = 8", _sdpt_and_lora, ADAPTER_RATES, "sdpt_prompts", PROMPT_FACTOR
+    ),
 }

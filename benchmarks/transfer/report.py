@@ -17,14 +17,16 @@ from .grid import (
     CONDITION_RATES,
     CONDITIONS,
     DIAGNOSED,
+    FEWER,
     INVERSES,
     LONGER,
-    OURS,
+    LONGER_ON_ALL,
     PARTS,
     SHOTS,
     STARTS,
     STEPS,
     TIMES,
+    UNGATED,
     Cell,
     ablation_tasks,
     best_rates,
@@ -176,15 +178,16 @@ def _scales(runs: Runs) -> str:
 
 
 def _shots(runs: Runs) -> str:
-    if runs.leaders is None:
+    names = [name for name in runs.methods if name in (runs.leaders or []) or runs.over_tasks(name, shots=FEWER[0])]
+    if not names:
         return "Not yet.\n"
     rows = []
     for task in runs.tasks:
-        for name in runs.leaders:
+        for name in names:
             rows.append(
                 [task, METHODS[name].label, *(spread(runs.values(task, name, shots=count)) for count in ALL_SHOTS)]
             )
-    for name in runs.leaders:
+    for name in names:
         means = [spread(runs.over_tasks(name, shots=count)) for count in ALL_SHOTS]
         rows.append(["**mean**", METHODS[name].label, *map(_bold, means)])
     return table(["task", "method", *("all" if c is None else f"{c} per class" for c in ALL_SHOTS)], rows)
@@ -193,15 +196,15 @@ def _shots(runs: Runs) -> str:
 def _ablations(runs: Runs) -> str:
     tasks = ablation_tasks(runs.tasks)
     rows = [
-        ["defaults", "", *(spread(runs.values(task, OURS)) for task in tasks)],
+        ["defaults", "", *(spread(runs.values(task, UNGATED)) for task in tasks)],
         # Settings that were run with this seed alone are compared with this row.
-        ["defaults, seed 0", "", *(spread(runs.values(task, OURS, seeds=1)) for task in tasks)],
+        ["defaults, seed 0", "", *(spread(runs.values(task, UNGATED, seeds=1)) for task in tasks)],
     ]
     for name, values in ABLATIONS.items():
         for value in values:
             fields = ((name, value),)
             text = ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            rows.append([f"`{name}`", text, *(spread(runs.values(task, OURS, fields=fields)) for task in tasks)])
+            rows.append([f"`{name}`", text, *(spread(runs.values(task, UNGATED, fields=fields)) for task in tasks)])
     return table(["setting", "value", *tasks], rows)
 
 
@@ -239,20 +242,19 @@ def _rates(runs: Runs) -> str:
 
 
 def _longer(runs: Runs) -> str:
-    tasks = ablation_tasks(runs.tasks)
     rows = []
-    for name in LONGER:
+    for name in (*LONGER_ON_ALL, *LONGER):
         if name in runs.rates:
-            measured = [runs.values(task, name, times=n, seeds=1) for task in tasks for n in (1, TIMES)]
-            rows.append([METHODS[name].label, *map(spread, measured)])
-    return table(["method", *(f"{task}, {n * STEPS} steps" for task in tasks for n in (1, TIMES))], rows)
+            measured = [[spread(runs.values(task, name, times=n, seeds=1)) for n in (1, TIMES)] for task in runs.tasks]
+            rows.append([METHODS[name].label, *(f"{short} → {long}" if long else "" for short, long in measured)])
+    return table(["method", *runs.tasks], rows)
 
 
 def _starts(runs: Runs) -> str:
     tasks = ablation_tasks(runs.tasks)
     rows = []
     for start in STARTS:
-        measured = [runs.values(task, OURS, fields=start, times=part, seeds=1) for task in tasks for part in PARTS]
+        measured = [runs.values(task, UNGATED, fields=start, times=part, seeds=1) for task in tasks for part in PARTS]
         rows.append([dict(start).get("init_weights", "normal (default)"), *map(spread, measured)])
     return table(["`init_weights`", *(f"{task}, {round(n * STEPS)} steps" for task in tasks for n in PARTS)], rows)
 
@@ -322,14 +324,14 @@ def report(results: Results) -> str:
         "### Few and many images: AP\n",
         _shots(runs),
         "![AP and images per class](transfer-shots.svg)\n",
-        f"### Settings of SDPT, {SHOTS} images per class: AP\n",
+        f"### Settings of SDPT without gates, {SHOTS} images per class: AP\n",
         _ablations(runs),
         f"### Inverses on ill-conditioned base models, {SHOTS} images per class: "
         f"AP on {ablation_tasks(runs.tasks)[0]}\n",
         _conditions(runs),
-        f"### More steps, {SHOTS} images per class, seed 0: AP\n",
+        f"### More steps, {SHOTS} images per class, seed 0: AP after {STEPS} and {TIMES * STEPS} steps\n",
         _longer(runs),
-        f"### Initial tokens, {SHOTS} images per class, seed 0: AP\n",
+        f"### Initial tokens without gates, {SHOTS} images per class, seed 0: AP\n",
         _starts(runs),
         f"### Learning rates, {SHOTS} images per class: AP on the validation split of {runs.tasks[0]}\n",
         _rates(runs),
