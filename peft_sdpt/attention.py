@@ -210,14 +210,19 @@ def softmax_by_group(logits: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor
 
 
 def read_gated(
-    queries: torch.Tensor, gated: GatedPrompts, side: Side, scale: float = 1.0, dropout: float = 0.0
+    queries: torch.Tensor,
+    gated: GatedPrompts,
+    key: nn.Linear,
+    value: nn.Linear,
+    scale: float = 1.0,
+    dropout: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what queries read from gated prompts, before the output projection.
 
     Args:
         queries: Projected queries of all heads, `(B, heads, L, head_dim)`.
         gated: The prompts.
-        side: Projections of the side that the prompts belong to.
+        key, value: Projections of the prompts.
         scale: Factor of the keys.
         dropout: Probability of dropping an attention weight.
 
@@ -227,8 +232,8 @@ def read_gated(
     """
     num_heads = queries.shape[1]
     tokens = gated.tokens.to(queries.dtype)[None]
-    keys = split_heads(side.query(tokens) * scale, num_heads)
-    values = split_heads(side.value(tokens), num_heads)
+    keys = split_heads(key(tokens) * scale, num_heads)
+    values = split_heads(value(tokens), num_heads)
     gates = gated.gate_of_prompts.mT
     weights = softmax_by_group(queries @ keys.mT, gated.sizes) * gates.to(queries.dtype)
     return F.dropout(weights, p=dropout) @ values, weights
@@ -309,11 +314,11 @@ def bi_attention(
     image_weights, image_out = _attend(image_logits, text_values, text, text_mask_function, dropout)
     text_weights, text_out = _attend(text_logits, image_values, image, image_mask_function, dropout)
     if text.gated is not None:
-        read, weights = read_gated(image_states, text.gated, text_side, dropout=dropout)
+        read, weights = read_gated(image_states, text.gated, text_side.query, text_side.value, dropout=dropout)
         image_out = image_out + read.transpose(1, 2).flatten(2)
         image_weights = torch.cat([image_weights, weights], dim=-1)
     if image.gated is not None:
-        read, weights = read_gated(text_states, image.gated, image_side, scale, dropout)
+        read, weights = read_gated(text_states, image.gated, image_side.query, image_side.value, scale, dropout)
         text_out = text_out + read.transpose(1, 2).flatten(2)
         text_weights = torch.cat([text_weights, weights], dim=-1)
     return (

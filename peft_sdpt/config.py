@@ -81,8 +81,9 @@ class SDPTConfig(SavedConfig):
         prompt_gate (`str`, *optional*, defaults to `"zero"`): `"zero"` gives prompts a softmax of their own, and a
             trained gate for each head and each direction that starts at zero: `tanh(gate)` times what a head reads from
             the prompts is added to what it reads from the base model's tokens. A new adapter then equals the base
-            model. None is the published method: prompts are keys and values in the softmax of the base model. Fusion
-            layers in which the base model's own forward runs have no gates.
+            model. None is the published method: prompts are keys and values in the softmax of the base model. All
+            supported base models have gates. A fusion layer of your own has none if its spec names no heads, and its
+            prompts are then as published.
         prompt_groups (`list[int]`, *optional*): Sizes of groups of prompts, each with its own softmax and gates. They
             add up to `num_virtual_tokens`. None is one group. `add_weighted_adapter` makes groups when it
             concatenates adapters.

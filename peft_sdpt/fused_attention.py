@@ -148,7 +148,8 @@ def fused_bi_attention(
         bias = image_side.value.bias.view(num_heads, 1, -1)
         text_out = text_out + (bias if total is None else total * bias)
     if image.gated is not None:
-        text_out = text_out + read_gated(keys[:, :, :text_length], image.gated, image_side, dropout=dropout)[0]
+        read, _ = read_gated(keys[:, :, :text_length], image.gated, image_side.query, image_side.value, dropout=dropout)
+        text_out = text_out + read
     return image_out, text_side.out(text_out.transpose(1, 2).flatten(2))
 
 

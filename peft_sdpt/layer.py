@@ -64,10 +64,11 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
     The layer takes and returns what the wrapped module does. If there are no prompts to see (adapters are disabled, or
     none is active on this layer), it calls the wrapped module, so the outputs are those of the base model bit for bit.
     In evaluation, so are those of an adapter whose gates are zero, as they are at the start. In training, these are
-    computed with the prompts, and equal but for rounding.
+    computed with the prompts, and equal but for rounding. Adapters have no gates on a layer whose spec names no heads.
 
     With `attn_implementation="eager"`, attention weights have one more column for each prompt that a direction sees,
-    after the columns of the base model. Those of a bi-directional attention are `(B * heads, Nv, Nl + N)` for image
+    after the columns of the base model. Where the forward of the base model runs, prompts with gates add no columns.
+    Those of a bi-directional attention are `(B * heads, Nv, Nl + N)` for image
     tokens (`Nl` if prompts are hidden from the image) and `(B * heads, Nl, Nv + N)` for text tokens. With `"fused"`,
     weights are None, as with the sdpa attention of transformers. Prompts of several active adapters follow one another
     in the order of activation.
@@ -258,7 +259,7 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
             return self.base_layer(*args, **kwargs)
         eager = any(self.sdpt_config[name].attn_implementation == "eager" for name in names)
         outputs = self.fusion_host.attend(self.base_layer, args, kwargs, prompts, eager)
-        if any(name not in silent for name in names):
+        if self.fusion_host.keeps_base_forward or any(name not in silent for name in names):
             return outputs
         # Gradients are wanted, to the gates above all, but the values are those of the base model.
         with torch.no_grad():
@@ -281,9 +282,9 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
             known = self._known_silent[name] = TensorState.of(gates), not gates.any()
         return known[1]
 
-    def _gates(self, name: str) -> torch.Tensor:
-        """Return the factors of the prompts of an adapter, `(sides, groups, heads)`."""
-        return factors_of(self.sdpt_gates[name]) * self.sdpt_scale[name]
+    def gate_factors(self, adapter_name: str) -> torch.Tensor:
+        """Return the factors of what heads read from the prompts of an adapter, `(sides, groups, heads)`."""
+        return factors_of(self.sdpt_gates[adapter_name]) * self.sdpt_scale[adapter_name]
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
         """Multiply the gates of an adapter by `scale`. 0 is the base model, and 1 is the adapter as it was trained."""
@@ -376,7 +377,7 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
         sizes = [size for name in names for size in self.sdpt_fixed[name].group_sizes]
         gates = []
         for name in names:
-            gate = self._gates(name)
+            gate = self.gate_factors(name)
             # Without a row for a side that is hidden. The row of the other one is then the only row.
             gate = gate[min(side, len(gate) - 1)][None]
             if adapter_names is not None:
@@ -419,7 +420,9 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
         raise NotImplementedError(CANNOT_MERGE)
 
     def extra_repr(self) -> str:
-        return f"embed_dim={self.embed_dim}, fusion_host={self.fusion_host.name!r}"
+        heads = self.fusion_host.num_heads(self.get_base_layer())
+        gates = "no gates" if heads is None else f"gates of {heads} heads"
+        return f"embed_dim={self.embed_dim}, fusion_host={self.fusion_host.name!r}, {gates}"
 
 
 class SharedSDPTLayer(SDPTLayer):

@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from .hosts.bi_attention import BiAttentionHost
+from .hosts import GROUNDING_DINO_DECODER, BiAttentionHost
 from .layer import SDPTLayer
 
 # Maximum number of candidates per modality and layer. If there are more, these are drawn at random.
@@ -37,7 +37,8 @@ def initialize_sdpt_prototypes(
 
     Call it after `get_peft_model(model, SDPTConfig(init_weights="prototypes"))`, as you would call PEFT's
     `initialize_lora_eva_weights`. Afterwards, the prompts are trained and saved as usual. The forward passes run the
-    base model without prompts. The function needs the extra `detection`.
+    base model without prompts. Layers of the decoder keep their tokens, because their queries are objects and have no
+    place in the image yet. The function needs the extra `detection`.
 
     Args:
         model: A Grounding DINO or MM Grounding DINO with the adapter.
@@ -65,7 +66,12 @@ def initialize_sdpt_prototypes(
     }
     if not layers:
         raise ValueError(f"adapter_name must name an SDPT adapter of the model, got {adapter_name!r}")
+    layers = {name: layer for name, layer in layers.items() if layer.fusion_host != GROUNDING_DINO_DECODER}
     encoders = [module for module in model.modules() if hasattr(type(module), "get_reference_points")]
+    if not layers:
+        raise ValueError(
+            f"adapter_name={adapter_name!r} has prompts in the decoder only, and prototypes are for the encoder"
+        )
     if not encoders or not all(isinstance(layer.fusion_host, BiAttentionHost) for layer in layers.values()):
         raise ValueError(
             "model must be a Grounding DINO or MM Grounding DINO of transformers, got "

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from statistics import mean
 from typing import Any
 
+from .gate_rules import RULES as GATE_RULES
 from .inverses import RULES
 from .methods import METHODS
 
@@ -38,6 +39,23 @@ ABLATIONS: dict[str, tuple[Any, ...]] = {
     "image_attends_prompts": (False,),
     "init_weights": ("uniform", "xavier_uniform", "kaiming_uniform", "zeros", "prototypes"),
 }
+# Settings of gated prompts that were tried before the defaults were chosen, on the validation splits of all tasks: the
+# method, its learning rate and its changed fields.
+TRIED: tuple[tuple[str, float, tuple[tuple[str, Any], ...]], ...] = (
+    (OURS, 0.3, ()),
+    *((OURS, 0.3, (("size of tokens", size),)) for size in (0.5, 1.0, 2.0)),
+    *((OURS, rate, (("size of tokens", 1.0),)) for rate in (0.1, 1.0)),
+    *((OURS, 0.3, (("gate", rule), ("size of tokens", 1.0))) for rule in GATE_RULES),
+    *((OURS, 0.3, (("prompt_groups", sizes), ("size of tokens", 1.0))) for sizes in ((10, 10), (5,) * 4, (1,) * 20)),
+    (OURS, 0.3, (("prompt_dropout", 0.1), ("size of tokens", 1.0))),
+    ("gated-more", 0.3, ()),
+    ("gated-more", 0.3, (("size of tokens", 1.0),)),
+    ("gated-more", 0.3, (("gate", "bounded by 3"), ("size of tokens", 1.0))),
+    ("gated-lora-small", 0.01, ()),
+    ("gated-lora-small", 0.01, (("size of tokens", 1.0),)),
+    ("gated-lora", 0.003, ()),
+    ("gated-lora", 0.003, (("size of tokens", 1.0),)),
+)
 ABLATION_TASKS = ("twemoji", "noto-new")
 # Condition numbers for base models that compute the same but are harder to invert. The learning rates to try on them,
 # if a method has them, because a worse inverse may only need a smaller rate. And the inverses to try for each method.
@@ -201,6 +219,16 @@ def start_cells(tasks: list[str], rates: dict[str, float], seeds: int) -> list[C
     ]
 
 
+def tried_cells(tasks: list[str], methods: Iterable[str]) -> list[Cell]:
+    """Plan runs of gated prompts with the settings that were tried, with the first seed, on validation splits."""
+    return [
+        Cell(task, method, rate, split="val", fields=fields)
+        for method, rate, fields in TRIED
+        if method in methods
+        for task in tasks
+    ]
+
+
 def is_main(cell: Cell) -> bool:
     """Return whether a run belongs to the main table, or to the choice of learning rates."""
     changed = bool(cell.fields) or cell.condition is not None or cell.times != 1 or cell.retention
@@ -247,6 +275,7 @@ def plan(tasks: list[str], methods: list[str], seeds: int, results: Results, ret
     if len(rates) < len(methods):
         return cells
     cells += compare_cells(tasks, rates, seeds, [SHOTS])
+    cells += tried_cells(tasks, methods)
     cells += condition_cells(tasks, methods, seeds)
     if UNGATED in rates:
         cells += ablation_cells(tasks, rates)

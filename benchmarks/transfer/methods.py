@@ -15,12 +15,14 @@ from peft_sdpt import SDPTConfig
 
 from ..peers import ATTENTION, LORA_TARGETS, PUBLISHED, in_layers, is_bitfit, is_released_head, train, with_peft
 from ..window_prompts import attach_window_prompts
+from .gate_rules import change_gates, start_with_size
 from .inverses import replace_inverses
 from .prompts import attach_prompts, start_from_inputs
 from .text_side import attach_probe, attach_trained_text
 
 # Maps a frozen base model, its processor, the class names and fields of `SDPTConfig` to a model whose trained
-# parameters require gradients. The additional field `inverse` is a rule from `inverses`.
+# parameters require gradients. The additional fields `inverse`,
+# `gate` and `size of tokens` are rules from `inverses` and `gate_rules`.
 Attach = Callable[[nn.Module, Any, list[str], dict[str, Any]], nn.Module]
 # Initializes this model from batches of training images: inputs of the model, and labels.
 Start = Callable[[nn.Module, Iterable[tuple[Any, Any]]], None]
@@ -71,9 +73,14 @@ class Method:
 def _sdpt(**fixed: Any) -> Attach:
     def attach(host: nn.Module, _processor: Any, _names: list[str], fields: dict[str, Any]) -> nn.Module:
         fields = {**fixed, **fields}
-        inverse = fields.pop("inverse", None)
-        model = get_peft_model(host, SDPTConfig(**fields))
-        return replace_inverses(model, inverse) if inverse else model
+        # These are not fields of the config.
+        inverse, gate, size = (fields.pop(name, None) for name in ("inverse", "gate", "size of tokens"))
+        model: nn.Module = get_peft_model(host, SDPTConfig(**fields))
+        if inverse:
+            model = replace_inverses(model, inverse)
+        if gate:
+            model = change_gates(model, gate)
+        return start_with_size(model, size) if size else model
 
     return attach
 

@@ -26,6 +26,7 @@ from .grid import (
     STARTS,
     STEPS,
     TIMES,
+    TRIED,
     UNGATED,
     Cell,
     ablation_tasks,
@@ -208,6 +209,27 @@ def _ablations(runs: Runs) -> str:
     return table(["setting", "value", *tasks], rows)
 
 
+def _tried(runs: Runs) -> str:
+    """Return a table of the settings of gated prompts that were tried, the best first."""
+    rows = []
+    for method, rate, fields in TRIED:
+        cells = [Cell(task, method, rate, split="val", fields=fields) for task in runs.tasks]
+        values = [runs.cells[cell.key]["AP"] if cell.key in runs.cells else None for cell in cells]
+        if any(value is not None for value in values) and method in runs.methods:
+            known = [value for value in values if value is not None]
+            total = mean(known) if len(known) == len(values) else None
+            label = ", ".join(f"{name}: {_short(value)}" for name, value in fields) or "defaults"
+            texts = ["" if value is None else spread([value]) for value in values]
+            row = [METHODS[method].label, f"{rate}", label, *texts, _bold("" if total is None else spread([total]))]
+            rows.append((total or 0, row))
+    rows.sort(key=lambda row: -row[0])
+    return table(["method", "learning rate", "setting", *runs.tasks, "mean"], [row for _, row in rows])
+
+
+def _short(value: Any) -> str:
+    return f"{len(value)} of {value[0]}" if isinstance(value, tuple) else f"{value}"
+
+
 def _conditions(runs: Runs) -> str:
     task = ablation_tasks(runs.tasks)[0]
     rows = []
@@ -324,6 +346,8 @@ def report(results: Results) -> str:
         "### Few and many images: AP\n",
         _shots(runs),
         "![AP and images per class](transfer-shots.svg)\n",
+        "### Settings of gated prompts that were tried, 10 images per class, seed 0: AP on validation splits\n",
+        _tried(runs),
         f"### Settings of SDPT without gates, {SHOTS} images per class: AP\n",
         _ablations(runs),
         f"### Inverses on ill-conditioned base models, {SHOTS} images per class: "

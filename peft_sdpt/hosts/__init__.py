@@ -13,7 +13,8 @@ from .bridgetower import BRIDGETOWER
 from .cross_attention import Context, CrossAttentionHost
 from .declaration import FusionHost
 from .glip import GLIP, MMDETECTION, MMDETECTION_3_0, ORIGINAL_GROUNDING_DINO
-from .grounding_dino import GROUNDING_DINO
+from .grounding_dino import GROUNDING_DINO, GROUNDING_DINO_DECODER
+from .heads import Heads
 from .joint_attention import JointAttentionHost
 from .joint_encoders import FLAVA, VILT
 from .lxmert import LXMERT
@@ -22,6 +23,7 @@ from .sam3 import SAM3_DECODER, SAM3_ENCODER, SAM3_MASK_DECODER
 
 HOSTS: list[FusionHost] = [
     GROUNDING_DINO,
+    GROUNDING_DINO_DECODER,
     ORIGINAL_GROUNDING_DINO,
     GLIP,
     MMDETECTION,
@@ -44,6 +46,7 @@ __all__ = [
     "FLAVA",
     "GLIP",
     "GROUNDING_DINO",
+    "GROUNDING_DINO_DECODER",
     "HOSTS",
     "LXMERT",
     "MMDETECTION",
@@ -59,6 +62,7 @@ __all__ = [
     "Context",
     "CrossAttentionHost",
     "FusionHost",
+    "Heads",
     "JointAttentionHost",
     "add_validity",
     "find_hosts",
@@ -92,7 +96,7 @@ def find_hosts(model: nn.Module) -> dict[str, FusionHost]:
     for name, module in modules.items():
         parts = name.split(".")
         ancestors = [modules[".".join(parts[:depth])] for depth in range(len(parts))] if name else []
-        host = next((host for host in HOSTS if host.matches(module, ancestors)), None)
+        host = next((host for host in HOSTS if host.matches(module, ancestors, name)), None)
         if host is not None:
             specs[name] = host
     return specs

@@ -9,6 +9,7 @@ space, and the whole token has an effect. Layers without cross-attention are not
 """
 
 from .cross_attention import Context, CrossAttentionHost
+from .heads import Heads
 
 BLIP = CrossAttentionHost(
     name="BLIP",
@@ -21,6 +22,13 @@ BLIP = CrossAttentionHost(
             mask="encoder_attention_mask",
             # The layer passes the mask by a name that its cross-attention does not know.
             mask_is_obeyed=False,
+            heads=Heads(
+                query="crossattention.self.query",
+                value="crossattention.self.value",
+                out="crossattention.output.dense",
+                number="crossattention.self.num_attention_heads",
+                dropout="crossattention.self.dropout",
+            ),
         ),
     ),
 )
@@ -34,6 +42,13 @@ QFORMER = CrossAttentionHost(
             key="crossattention.attention.key",
             tokens=("encoder_hidden_states",),
             mask="encoder_attention_mask",
+            heads=Heads(
+                query="crossattention.attention.query",
+                value="crossattention.attention.value",
+                out="crossattention.output.dense",
+                number="crossattention.attention.num_attention_heads",
+                dropout="crossattention.attention.attention_dropout",
+            ),
         ),
     ),
 )

@@ -6,7 +6,7 @@ Written for transformers 5.24. Layer `i` of `cross_modal_text_layers` lets text 
 `i` of `cross_modal_image_layers` lets image tokens attend to the text. Both read the states of both modalities before
 either has run, so the two are one fusion layer in two directions. They share no weights.
 
-Prompts are appended to what each layer attends to, through the inverse of its own key projection. The tokens belong to
+Prompts are keys of what each layer attends to, through the inverse of its own key projection. The tokens belong to
 the module of the text layer, and the module of the image layer uses the same tokens. This is a choice, not a
 derivation. In GLIP, one logit matrix serves both directions and puts both modalities into one space. Here the two key
 spaces were trained apart, and a number in one says nothing about the same number in the other. One set of tokens
@@ -21,6 +21,7 @@ prompts, because it fuses a modality with itself only.
 """
 
 from .cross_attention import Context, CrossAttentionHost
+from .heads import Heads
 
 BRIDGETOWER = CrossAttentionHost(
     name="BridgeTower of transformers",
@@ -29,7 +30,18 @@ BRIDGETOWER = CrossAttentionHost(
     arguments=("hidden_states", "encoder_hidden_states", "attention_mask", "encoder_attention_mask"),
     within=("BridgeTowerModel",),
     contexts=(
-        Context(key="crossattention.self.key", tokens=("encoder_hidden_states",), mask="encoder_attention_mask"),
+        Context(
+            key="crossattention.self.key",
+            tokens=("encoder_hidden_states",),
+            mask="encoder_attention_mask",
+            heads=Heads(
+                query="crossattention.self.query",
+                value="crossattention.self.value",
+                out="crossattention.output.dense",
+                number="crossattention.self.num_attention_heads",
+                dropout="crossattention.self.dropout",
+            ),
+        ),
     ),
     split=("cross_modal_text_layers", "cross_modal_image_layers"),
     image_reads=1,

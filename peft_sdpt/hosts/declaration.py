@@ -9,7 +9,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -30,6 +30,7 @@ class FusionHost(ABC):
         class_names: Class names of the module that is adapted.
         arguments: The first parameters of its forward, in order. The first one is a tensor `(B, L, d)`.
         within: Class names. A module around it must have one of them. Empty if it may be in any module.
+        named: A part that its full name must have, between dots. None if it may have any name.
         split: For fusion layers whose two directions are modules in different places: the parts of their full names in
             which they differ. The first module reads the image, the second reads the text. Both use one set of tokens,
             which belongs to the first.
@@ -39,10 +40,14 @@ class FusionHost(ABC):
             `layers_to_transform` counts only the layers that are adapted by default.
     """
 
+    # Whether `attend` with gates of zero is the forward of the base model, with its outputs bit for bit.
+    keeps_base_forward: ClassVar[bool] = False
+
     name: str
     class_names: tuple[str, ...]
     arguments: tuple[str, ...]
     within: tuple[str, ...] = ()
+    named: str | None = None
     split: tuple[str, str] | None = None
     image_reads: int | None = None
     adapted_by_default: bool = True
@@ -84,18 +89,20 @@ class FusionHost(ABC):
             eager: Whether to compute the attention as the module does, with weights, even if there is a faster way.
         """
 
-    def matches(self, module: nn.Module, ancestors: Iterable[nn.Module] = ()) -> bool:
+    def matches(self, module: nn.Module, ancestors: Iterable[nn.Module] = (), name: str = "") -> bool:
         """Return whether `module` is a fusion layer of this family.
 
         Args:
             module: Any module.
             ancestors: The modules around it.
+            name: Its full name.
         """
         return (
-            _is_a(module, self.class_names)
-            and all(_attribute(module, name) is not None for name in self.needed)
+            is_a(module, self.class_names)
+            and all(attribute_of(module, attribute) is not None for attribute in self.needed)
             and parameters_of(type(module))[: len(self.arguments)] == self.arguments  # type: ignore[arg-type] # hashable
-            and (not self.within or any(_is_a(ancestor, self.within) for ancestor in ancestors))
+            and (not self.within or any(is_a(ancestor, self.within) for ancestor in ancestors))
+            and (self.named is None or self.named in name.split("."))
         )
 
     def projections(self, module: nn.Module) -> tuple[nn.Linear, ...]:
@@ -103,7 +110,7 @@ class FusionHost(ABC):
 
         They are `nn.Linear`, or act like it: another tuner's layer or a quantised layer.
         """
-        return tuple(_attribute(module, name) for name in self.inverted)
+        return tuple(attribute_of(module, name) for name in self.inverted)
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Return the arguments of a call by name.
@@ -146,11 +153,13 @@ def _exchange(name: str, part: str, other: str) -> str:
     return ".".join(other if item == part else item for item in name.split("."))
 
 
-def _is_a(module: nn.Module, class_names: Iterable[str]) -> bool:
+def is_a(module: nn.Module, class_names: Iterable[str]) -> bool:
+    """Return whether the class of a module, or a base class of it, has one of these names."""
     return not {cls.__name__ for cls in type(module).__mro__}.isdisjoint(class_names)
 
 
-def _attribute(module: Any, name: str) -> Any:
+def attribute_of(module: Any, name: str) -> Any:
+    """Return the attribute of a module with this dotted name, or None."""
     for part in name.split("."):
         module = getattr(module, part, None)
     return module

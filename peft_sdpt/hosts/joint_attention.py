@@ -6,18 +6,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import nn
 
 from ..attention import Prompts, append_prompts, extend_mask
 from .declaration import FusionHost
+from .heads import Branch, Heads, call_with_gated
 
 
 @dataclass(frozen=True, kw_only=True)
 class JointAttentionHost(FusionHost):
-    """Spec of a joint self-attention. Prompts are appended to the sequence, and their rows are dropped afterwards.
+    """Spec of a joint self-attention, which runs unchanged. What its heads read from prompts is added.
+
+    If the prompts have no gates, they are appended to the sequence instead, and their rows are dropped afterwards.
 
     The module returns a tensor, or a tuple of a tensor and attention weights `(B, heads, L, L)`.
 
@@ -25,15 +28,25 @@ class JointAttentionHost(FusionHost):
         key: Dotted attribute name of the key projection, which is inverted.
         tokens: Name of the argument with the sequence.
         mask: Name of the argument with its mask, in transformers' conventions (see `peft_sdpt.attention.extend_mask`).
+        heads: The heads, which get gates. None if they get no gates.
     """
 
+    keeps_base_forward: ClassVar[bool] = True
     key: str
     tokens: str
     mask: str
+    heads: Heads | None = None
 
     @property
     def inverted(self) -> tuple[str, ...]:
         return (self.key,)
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        return (self.key, *(() if self.heads is None else self.heads.needed))
+
+    def num_heads(self, module: nn.Module) -> int | None:
+        return None if self.heads is None else self.heads.number_in(module)
 
     def attend(
         self,
@@ -45,7 +58,12 @@ class JointAttentionHost(FusionHost):
     ) -> Any:
         bound = self.bind(args, kwargs)
         (added,) = prompts
-        assert added.tokens is not None
+        branches = []
+        if added.gated is not None:
+            assert self.heads is not None
+            branches.append(Branch(self.heads, self.projections(module)[0], added.gated))
+        if added.tokens is None:
+            return call_with_gated(module, args, kwargs, branches)
         tokens = bound[self.tokens]
         length = tokens.shape[1]
         mask = extend_mask(bound.get(self.mask), tokens, added)
@@ -56,7 +74,7 @@ class JointAttentionHost(FusionHost):
         if mask is not None:
             changes[self.mask] = mask
         args, kwargs = self.replace(args, kwargs, changes)
-        outputs = module(*args, **kwargs)
+        outputs = call_with_gated(module, args, kwargs, branches)
         if not isinstance(outputs, tuple):
             return outputs[:, :length]
         return (outputs[0][:, :length], *(weights[..., :length, :] for weights in outputs[1:]))

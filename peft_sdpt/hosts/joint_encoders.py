@@ -9,6 +9,7 @@ mapped by an inverse.
 
 from dataclasses import replace
 
+from .heads import Heads
 from .joint_attention import JointAttentionHost
 
 VILT = JointAttentionHost(
@@ -18,6 +19,8 @@ VILT = JointAttentionHost(
     key="key",
     tokens="hidden_states",
     mask="attention_mask",
+    # The output projection belongs to the module around it.
+    heads=Heads(query="query", value="value", number="num_attention_heads", dropout="dropout"),
 )
 
 FLAVA = replace(

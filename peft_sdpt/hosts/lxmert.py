@@ -17,15 +17,29 @@ Keys are as wide as the tokens they are made of. So the inverse is exact if the 
 `Z` has an effect. In GLIP and Grounding DINO, the part of `Z` outside the projection's column space has no effect.
 
 There is one side, and it does not tell which tokens attend, so `prompt_mode="independent"` and
-`image_attends_prompts=False` raise an error. The layer returns attention weights `(B, heads, L, L' + N)` in the
-direction for which LXMERT asks for them, from text to image.
+`image_attends_prompts=False` raise an error. Without gates, the layer returns attention weights `(B, heads, L, L' + N)`
+in the direction for which LXMERT asks for them, from text to image.
 """
 
 from .cross_attention import Context, CrossAttentionHost
+from .heads import Heads
 
 LXMERT = CrossAttentionHost(
     name="LXMERT of transformers",
     class_names=("LxmertCrossAttentionLayer",),
     arguments=("input_tensor", "ctx_tensor", "ctx_att_mask", "output_attentions"),
-    contexts=(Context(key="att.key", tokens=("ctx_tensor",), mask="ctx_att_mask"),),
+    contexts=(
+        Context(
+            key="att.key",
+            tokens=("ctx_tensor",),
+            mask="ctx_att_mask",
+            heads=Heads(
+                query="att.query",
+                value="att.value",
+                out="output.dense",
+                number="att.num_attention_heads",
+                dropout="att.dropout",
+            ),
+        ),
+    ),
 )

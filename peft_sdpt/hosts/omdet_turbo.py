@@ -8,11 +8,19 @@ trained in the space of keys.
 """
 
 from .cross_attention import Context, CrossAttentionHost
+from .heads import Heads
 
 OMDET_TURBO = CrossAttentionHost(
     name="OmDet-Turbo",
     class_names=("OmDetTurboMultiheadAttention",),
     arguments=("queries", "keys", "values", "attention_mask"),
     within=("OmDetTurboDeformableTransformerDecoderLayer",),  # the encoder uses the same class for the image alone
-    contexts=(Context(key="key", tokens=("keys", "values"), mask="attention_mask"),),
+    contexts=(
+        Context(
+            key="key",
+            tokens=("keys", "values"),
+            mask="attention_mask",
+            heads=Heads(query="query", value="value", out="out_proj", number="num_attention_heads", dropout="dropout"),
+        ),
+    ),
 )

@@ -29,12 +29,26 @@ trackers of SAM 3 use none of these classes.
 """
 
 from .cross_attention import Context, CrossAttentionHost
+from .heads import Heads
+
+
+def _heads(attention: str) -> Heads:
+    names = {"query": "q_proj", "value": "v_proj", "out": "o_proj", "number": "num_attention_heads"}
+    return Heads(**{part: f"{attention}.{name}" for part, name in names.items()})
+
 
 SAM3_ENCODER = CrossAttentionHost(
     name="SAM 3 of transformers, DETR encoder",
     class_names=("Sam3DetrEncoderLayer", "Sam3LiteTextDetrEncoderLayer"),
     arguments=("vision_feats", "prompt_feats", "vision_pos_encoding", "prompt_cross_attn_mask"),
-    contexts=(Context(key="cross_attn.k_proj", tokens=("prompt_feats",), mask="prompt_cross_attn_mask"),),
+    contexts=(
+        Context(
+            key="cross_attn.k_proj",
+            tokens=("prompt_feats",),
+            mask="prompt_cross_attn_mask",
+            heads=_heads("cross_attn"),
+        ),
+    ),
 )
 
 SAM3_DECODER = CrossAttentionHost(
@@ -50,12 +64,18 @@ SAM3_DECODER = CrossAttentionHost(
         "vision_cross_attn_mask",
     ),
     contexts=(
-        Context(key="text_cross_attn.k_proj", tokens=("text_features",), mask="text_cross_attn_mask"),
+        Context(
+            key="text_cross_attn.k_proj",
+            tokens=("text_features",),
+            mask="text_cross_attn_mask",
+            heads=_heads("text_cross_attn"),
+        ),
         Context(
             key="vision_cross_attn.k_proj",
             tokens=("vision_features",),
             zeros=("vision_pos_encoding",),
             mask="vision_cross_attn_mask",
+            heads=_heads("vision_cross_attn"),
         ),
     ),
 )
@@ -64,5 +84,12 @@ SAM3_MASK_DECODER = CrossAttentionHost(
     name="SAM 3 of transformers, mask decoder",
     class_names=("Sam3MaskDecoder", "Sam3LiteTextMaskDecoder"),
     arguments=("decoder_queries", "backbone_features", "encoder_hidden_states", "prompt_features", "prompt_mask"),
-    contexts=(Context(key="prompt_cross_attn.k_proj", tokens=("prompt_features",), mask="prompt_mask"),),
+    contexts=(
+        Context(
+            key="prompt_cross_attn.k_proj",
+            tokens=("prompt_features",),
+            mask="prompt_mask",
+            heads=_heads("prompt_cross_attn"),
+        ),
+    ),
 )
