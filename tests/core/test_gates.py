@@ -161,8 +161,13 @@ def test_prompts_add_what_the_formula_says(variant, groups, masks, way, no_choic
     inputs = make_inputs(masks=masks)
     parameters = [layer.sdpt_prompts["default"], layer.sdpt_gates["default"]]
     expected = with_gradients(lambda *inputs: formula(layer, *inputs), layer, inputs, parameters)
-    for mode in (layer.eval(), layer.train()):
-        close(with_gradients(lambda *inputs: outputs(mode, *inputs), layer, inputs, parameters), expected)
+    for training in (False, True):
+        layer.train(training)
+        close(with_gradients(lambda *inputs: outputs(layer, *inputs), layer, inputs, parameters), expected)
+        if not training:
+            with torch.no_grad():  # in which prompts are kept for the next call
+                assert equal(outputs(layer, *inputs), outputs(layer, *inputs))
+                close(outputs(layer, *inputs), expected[:2])
     # Each part says something.
     assert all(part.abs().max() > 1e-3 for part in expected)
     of_image, of_text = branches(layer, *inputs[:2])
@@ -840,14 +845,14 @@ def test_a_base_model_with_other_heads_is_refused(image_attends_prompts, tmp_pat
     attach(make_host(), image_attends_prompts=image_attends_prompts).save_pretrained(tmp_path / "gated")
     sides = 2 if image_attends_prompts else 1
     config = PeftConfig.from_pretrained(tmp_path / "gated")
-    assert config.fusion_gates == dict.fromkeys(LAYERS, [sides, 2])
+    assert config.fusion_gates == {key: [sides, 2] for key in LAYERS}
     assert config.fusion_layers == dict.fromkeys(LAYERS, REACHED)
     host = make_host(encoder_attention_heads=8)
     before = snapshot(host)
     with pytest.raises(
         ValueError,
-        match=rf"made for another base model.* the gates of the fusion layer '{LAYERS[0]}': expected \({sides}, 1, 4\), "
-        rf"found \({sides}, 1, 2\)",
+        match=rf"made for another base model.* the gates of the fusion layer '{LAYERS[0]}': "
+        rf"expected \({sides}, 1, 4\), found \({sides}, 1, 2\)",
     ):
         PeftModel.from_pretrained(host, tmp_path / "gated")
     assert snapshot(host) == before
