@@ -211,7 +211,8 @@ class SDPTConfig(SavedConfig):
         if self.init_weights is True:
             self.init_weights = "normal"
         if self.fusion_layers is not None and self.fusion_gates is None:
-            self.prompt_gate = None  # the config of an adapter that is older than gates
+            # The config of an adapter that is older than gates. Later copies of it may have another `prompt_gate`.
+            self.prompt_gate, self.fusion_gates = None, {}
         if self.prompt_space is None:
             self.prompt_space = "aligned" if self.prompt_mode == "independent" else "reachable"
         self.num_virtual_tokens = _plain_int(self.num_virtual_tokens)

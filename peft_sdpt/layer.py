@@ -36,10 +36,18 @@ def _refresh_after_load(layer: SDPTLayer, incompatible_keys: Any) -> None:
 
 
 def _values_of(base: Any, outputs: Any) -> Any:
-    """Return a tensor with the values of `base` and the gradients of `outputs`."""
+    """Return a tensor with the values of `base` and the gradients of `outputs`.
+
+    Attention weights have columns of prompts in `outputs`, or are None there. They are those of `base`.
+    """
     if not isinstance(outputs, torch.Tensor) or base.shape != outputs.shape:
-        return outputs
+        return base
     return base + (outputs - outputs.detach())
+
+
+def _reading_waits(tensor: torch.Tensor) -> bool:
+    """Return whether the value of a tensor is on a device that Python has to wait for."""
+    return tensor.device.type != "cpu"
 
 
 class _Fixed(NamedTuple):
@@ -142,6 +150,8 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
         self.sdpt_prompts[adapter_name] = nn.Parameter(init_prompts(config, dim, self.embed_dim, gates is not None))
         if gates is not None:
             self.sdpt_gates[adapter_name] = nn.Parameter(init_gates(config, config.gate_shape(gates)))
+        elif adapter_name in self.sdpt_gates:
+            del self.sdpt_gates[adapter_name]  # of an adapter of this name that is replaced
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.refresh_inverses()
 
@@ -249,7 +259,7 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
             return self.base_layer(*args, **kwargs)
         eager = any(self.sdpt_config[name].attn_implementation == "eager" for name in names)
         outputs = self.fusion_host.attend(self.base_layer, args, kwargs, prompts, eager)
-        if len(silent) < len(names) or self.fusion_host.keeps_base_forward:
+        if self.fusion_host.keeps_base_forward or any(name not in silent for name in names):
             return outputs
         # Gradients are wanted, to the gates above all, but the values are those of the base model.
         with torch.no_grad():
@@ -261,9 +271,12 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
         gates = self.sdpt_gates.get(name)
         if gates is None or gates.is_meta:
             return False
-        if gates.device.type == "cpu" or torch.is_grad_enabled():
+        if torch.is_grad_enabled():
+            # An optimizer may write through `.data`, which PyTorch does not count.
+            self._known_silent.pop(name, None)
             return not gates.any()
-        # Known, because the test waits for a GPU.
+        if not _reading_waits(gates):
+            return not gates.any()
         known = self._known_silent.get(name)
         if known is None or not known[0].still_holds(gates):
             known = self._known_silent[name] = TensorState.of(gates), not gates.any()

@@ -20,6 +20,8 @@ def test_defaults():
     assert config.num_virtual_tokens == 20
     assert config.target_modules is None and config.exclude_modules is None and config.layers_to_transform is None
     assert config.init_weights == "normal" and config.prompt_mode == "unified"
+    assert config.prompt_gate == "zero" and config.prompt_groups is None and config.fusion_gates is None
+    assert config.group_sizes == (20,)
     assert config.image_attends_prompts is True
     assert config.prompt_space == "reachable"
     assert config.pinv_rtol == 0.03 and config.prompt_dropout == 0.0
@@ -58,6 +60,24 @@ def test_defaults():
         ("init_weights", "sparse", "one of", ValueError),
         ("init_weights", None, "one of", ValueError),
         ("init_weights", 3, "one of", ValueError),
+        ("prompt_gate", "x", "None or one of", ValueError),
+        ("prompt_gate", True, "None or one of", ValueError),
+        ("prompt_gate", 0, "None or one of", ValueError),
+        ("prompt_groups", [], "positive and add up to num_virtual_tokens=20", ValueError),
+        ("prompt_groups", [19], "positive and add up to num_virtual_tokens=20", ValueError),
+        ("prompt_groups", [20, 0], "positive and add up to num_virtual_tokens=20", ValueError),
+        ("prompt_groups", [21, -1], "positive and add up to num_virtual_tokens=20", ValueError),
+        ("prompt_groups", 20, "None or a list of integers", TypeError),
+        ("prompt_groups", "20", "None or a list of integers", TypeError),
+        ("prompt_groups", [20.0], "None or a list of integers", TypeError),
+        ("prompt_groups", [19, True], "None or a list of integers", TypeError),
+        ("prompt_groups", [np.float64(20)], "None or a list of integers", TypeError),
+        ("fusion_gates", ["attn"], "a mapping of module names to numbers of sides and heads", TypeError),
+        ("fusion_gates", {"attn": 2}, "a mapping of module names to numbers of sides and heads", TypeError),
+        ("fusion_gates", {"attn": [2]}, "a mapping of module names to numbers of sides and heads", TypeError),
+        ("fusion_gates", {"attn": [2, 0]}, "a mapping of module names to numbers of sides and heads", TypeError),
+        ("fusion_gates", {"attn": [2, "4"]}, "a mapping of module names to numbers of sides and heads", TypeError),
+        ("fusion_gates", {3: [2, 4]}, "a mapping of module names to numbers of sides and heads", TypeError),
         ("prompt_mode", "shared", "one of", ValueError),
         ("prompt_mode", True, "one of", ValueError),
         ("prompt_space", "whole", "None or one of", ValueError),
@@ -145,7 +165,28 @@ def test_the_prompt_space_of_each_mode():
         SDPTConfig(prompt_mode="independent", prompt_space="reachable")
 
 
+def test_groups_need_gates():
+    with pytest.raises(ValueError, match=r"SDPTConfig.prompt_groups must be None where prompt_gate is None, because"):
+        SDPTConfig(prompt_gate=None, prompt_groups=[12, 8])
+    config = SDPTConfig(num_virtual_tokens=5, prompt_groups=[2, 3])
+    assert config.group_sizes == (2, 3) and config.gate_shape([2, 4]) == (2, 2, 4)
+
+
+def test_a_config_of_before_gates_is_of_the_published_way():
+    """Such a config names fusion layers and no gates. A copy may have gates, and belongs to no base model then."""
+    old = SDPTConfig(fusion_layers={"attn": 128})
+    assert old.prompt_gate is None and old.parameter_shapes() == {"attn.sdpt_prompts": (20, 128)}
+    assert SDPTConfig(fusion_layers={"attn": 128}, fusion_gates={}).prompt_gate == "zero"
+    old.mark_as_saved()
+    assert old.belongs_to_base_model
+    copied = dataclasses.replace(old, prompt_gate="zero")
+    assert copied.prompt_gate == "zero" and not copied.belongs_to_base_model
+
+
 def test_collections_are_normalised():
+    assert SDPTConfig(num_virtual_tokens=5, prompt_groups=(2, 3)).prompt_groups == [2, 3]
+    assert SDPTConfig(num_virtual_tokens=5, prompt_groups={2, 3}).prompt_groups == [2, 3]
+    assert SDPTConfig(fusion_layers={"attn": 8}, fusion_gates={"attn": (2, 4)}).fusion_gates == {"attn": [2, 4]}
     assert SDPTConfig(layers_to_transform=2).layers_to_transform == [2]
     assert SDPTConfig(layers_to_transform=(2, 0)).layers_to_transform == [2, 0]
     assert SDPTConfig(target_modules={"b", "a"}).target_modules == ["a", "b"]
@@ -156,15 +197,20 @@ def test_integers_of_numpy_are_integers(tmp_path):
     config = SDPTConfig(num_virtual_tokens=np.int64(3), layers_to_transform=np.uint8(2))
     assert type(config.num_virtual_tokens) is int and config.num_virtual_tokens == 3
     assert config.layers_to_transform == [2]
+    config = SDPTConfig(num_virtual_tokens=np.int64(3), prompt_groups=(np.int64(2), np.uint8(1)))
+    assert [type(size) for size in config.prompt_groups] == [int, int] and config.prompt_groups == [2, 1]
+    config.save_pretrained(tmp_path)
+    assert SDPTConfig.from_pretrained(tmp_path).prompt_groups == [2, 1]
     config = SDPTConfig(layers_to_transform=[np.int32(0), 1])
     assert [type(index) for index in config.layers_to_transform] == [int, int]
     config.save_pretrained(tmp_path)
     assert SDPTConfig.from_pretrained(tmp_path).layers_to_transform == [0, 1]
 
 
-@pytest.mark.parametrize("value", [True, False])
-def test_bool_init_weights_is_the_normal_start(value):
-    assert SDPTConfig(init_weights=value).init_weights == "normal"
+def test_bool_init_weights():
+    """As in other tuners, True is the default. False, also from a file, starts the gates at random as well."""
+    assert SDPTConfig(init_weights=True).init_weights == SDPTConfig().init_weights == "normal"
+    assert SDPTConfig(init_weights=False).init_weights is False
 
 
 def test_json_round_trip(tmp_path):
@@ -173,14 +219,17 @@ def test_json_round_trip(tmp_path):
         target_modules=["attn"],
         exclude_modules="nothing",
         layers_to_transform=[0],
-        init_weights="normal",
+        init_weights=False,
+        prompt_groups=[1, 2],
         prompt_mode="independent",
         image_attends_prompts=False,
         pinv_rtol=0.1,
         prompt_dropout=0.2,
         modules_to_save=["head"],
         fusion_layers={"layers.0.attn": 128},
+        fusion_gates={"layers.0.attn": [1, 4]},
     )
+    assert config.prompt_gate == "zero"
     config.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "SDPT"
     for config_class in (PeftConfig, SDPTConfig):
@@ -190,7 +239,10 @@ def test_json_round_trip(tmp_path):
 
 
 def test_only_an_unchanged_config_of_an_adapter_belongs_to_a_base_model(tmp_path):
-    own = SDPTConfig(target_modules=["attn"], fusion_layers={"layers.0.attn": 128})  # as attaching fills it in
+    # As attaching fills it in.
+    own = SDPTConfig(
+        target_modules=["attn"], fusion_layers={"layers.0.attn": 128}, fusion_gates={"layers.0.attn": [2, 4]}
+    )
     assert not own.belongs_to_base_model and not dataclasses.replace(own, num_virtual_tokens=8).belongs_to_base_model
     own.save_pretrained(tmp_path)
     loaded = PeftConfig.from_pretrained(tmp_path)
@@ -202,7 +254,15 @@ def test_only_an_unchanged_config_of_an_adapter_belongs_to_a_base_model(tmp_path
         dataclasses.replace(loaded, attn_implementation="eager", inference_mode=True, pinv_rtol=None),
     ):
         assert config.belongs_to_base_model
-    for changes in ({"num_virtual_tokens": 8}, {"exclude_modules": ["x"]}, {"prompt_space": "aligned"}):
+    for changes in (
+        {"num_virtual_tokens": 8},
+        {"exclude_modules": ["x"]},
+        {"prompt_space": "aligned"},
+        {"prompt_gate": None},
+        {"prompt_groups": [12, 8]},
+        {"image_attends_prompts": False},
+        {"fusion_gates": {"layers.0.attn": [2, 8]}},
+    ):
         assert not dataclasses.replace(loaded, **changes).belongs_to_base_model
     loaded.target_modules.append("other")
     assert not loaded.belongs_to_base_model
@@ -211,3 +271,5 @@ def test_only_an_unchanged_config_of_an_adapter_belongs_to_a_base_model(tmp_path
 def test_names_of_layers_are_plain():
     config = SDPTConfig(fusion_layers={"_orig_mod.layers.0.attn": 8, "module.layers.1._orig_mod.attn": 8})
     assert config.fusion_layers == {"layers.0.attn": 8, "layers.1.attn": 8}
+    config = SDPTConfig(fusion_layers={"attn": 8}, fusion_gates={"_orig_mod.attn": [2, 4]})
+    assert config.fusion_gates == {"attn": [2, 4]}

@@ -59,19 +59,29 @@ def counted(monkeypatch):
     return counts
 
 
+# With random gates, which act. A layer is without gates unless it asks for them.
+GATED = {"prompt_gate": "zero", "init_weights": False}
+with_and_without_gates = pytest.mark.parametrize("gates", [{}, GATED], ids=["published", "gated"])
+WAYS_AND_HOSTS = [
+    *((name, dtype, variant, {}) for name in HOST_NAMES for dtype in TOLERANCE for variant in VARIANTS),
+    *((HOST_NAMES[0], dtype, variant, GATED) for dtype in TOLERANCE for variant in VARIANTS),
+    *((HOST_NAMES[1], torch.float64, "default", GATED | groups) for groups in ({}, {"prompt_groups": [1, 3]})),
+]
+
+
 @pytest.mark.parametrize("masks", ["both", "image", "text", "none"])
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("name", HOST_NAMES)
-def test_outputs_and_gradients_are_those_of_the_eager_way(name, dtype, variant, masks, way, counted):
+@pytest.mark.parametrize(("name", "dtype", "variant", "gates"), WAYS_AND_HOSTS, ids=str)
+def test_outputs_and_gradients_are_those_of_the_eager_way(name, dtype, variant, gates, masks, way, counted):
     results = []
-    for layer in fused_and_eager(name, dtype, **VARIANTS[variant]):
+    for layer in fused_and_eager(name, dtype, **VARIANTS[variant], **gates):
         image, text, *rest = make_inputs(dtype, masks=masks)
         image.requires_grad_(), text.requires_grad_()
         found = outputs(layer, image, text, *rest)
         generator = torch.Generator().manual_seed(3)
         loss = sum((o * torch.randn(o.shape, generator=generator).to(o)).sum() for o in found)
-        results.append([*found, *torch.autograd.grad(loss, [layer.sdpt_prompts["default"], image, text])])
+        parameters = [*layer.sdpt_prompts.values(), *layer.sdpt_gates.values()]
+        assert len(parameters) == (2 if gates else 1)
+        results.append([*found, *torch.autograd.grad(loss, [*parameters, image, text])])
     assert counted == {"fused": 1, "eager": 1}
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=TOLERANCE[dtype])
@@ -84,7 +94,7 @@ def test_no_weights_are_returned(way):
 
 def test_padded_rows(way):
     """A sample without any text, or without any image: what the host gives, and where that is NaN anything."""
-    for variant in ({}, {"image_attends_prompts": False}):
+    for variant in ({}, {"image_attends_prompts": False}, GATED):
         fused, eager = fused_and_eager(**variant)
         image, text, image_mask, text_mask = make_inputs()
         image_mask[0], text_mask[1] = True, True
@@ -97,25 +107,34 @@ def test_padded_rows(way):
             torch.testing.assert_close(one[other.isfinite()], other[other.isfinite()], rtol=0, atol=1e-10)
 
 
-def test_padding_may_come_first(way):
+@with_and_without_gates
+def test_padding_may_come_first(way, gates, monkeypatch):
     """Whole chunks of padding, before any token and after."""
-    fused, eager = fused_and_eager()
+    fused, eager = fused_and_eager(**gates)
     image, text, image_mask, text_mask = make_inputs()
-    image_mask[:, :10], text_mask[:, :2] = True, True
+    if gates:  # the base model needs a token of each modality
+        image_mask[:, :4], text_mask[:, :1] = True, True
+        if way == "many chunks":
+            monkeypatch.setattr(peft_sdpt.fused_attention, "_LOGITS_AT_A_TIME", 100)
+    else:
+        image_mask[:, :10], text_mask[:, :2] = True, True
     found = []
     for layer in (fused, eager):
         outs = outputs(layer, image, text, image_mask, text_mask)
         loss = sum(out.square().sum() for out in outs)
-        found.append([*outs, *torch.autograd.grad(loss, layer.sdpt_prompts["default"])])
+        parameters = [*layer.sdpt_prompts.values(), *layer.sdpt_gates.values()]
+        found.append([*outs, *torch.autograd.grad(loss, parameters)])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-9)
 
 
-def test_mixed_adapters(way):
-    fused, eager = fused_and_eager()
+@pytest.mark.parametrize("other", [{"prompt_gate": None}, GATED], ids=["published", "gated"])
+@with_and_without_gates
+def test_mixed_adapters(way, gates, other):
+    fused, eager = fused_and_eager(**gates)
     for layer in (fused, eager):
         torch.manual_seed(5)
-        layer.update_layer("other", SDPTConfig(num_virtual_tokens=2, attn_implementation="fused"))
+        layer.update_layer("other", SDPTConfig(num_virtual_tokens=2, attn_implementation="fused", **other))
     names = ["default", "__base__", "other"]
     for one, other in zip(
         (x for pair in fused(*make_inputs(), adapter_names=names) for x in pair[:1]),
@@ -125,9 +144,10 @@ def test_mixed_adapters(way):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
 
 
-def test_dropout_keeps_the_mean():
+@with_and_without_gates
+def test_dropout_keeps_the_mean(gates):
     """Weights are dropped in both directions, and values come with their bias."""
-    fused, _ = fused_and_eager(host={"fusion_dropout": 0.4})
+    fused, _ = fused_and_eager(host={"fusion_dropout": 0.4}, **gates)
     inputs = make_inputs()
     expected = outputs(fused, *inputs)
     fused.train()
@@ -143,9 +163,10 @@ def test_dropout_keeps_the_mean():
         assert error.quantile(0.99) < 4
 
 
+@pytest.mark.parametrize("sizes", [(7,), (5, 1, 1)], ids=str)
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("size", [10**6, 100])
-def test_gradients_with_dropped_weights(size, dropout, monkeypatch):
+def test_gradients_with_dropped_weights(size, dropout, sizes, monkeypatch):
     """Of everything that has one, against differences; one seed drops the same weights in each call."""
     monkeypatch.setattr(peft_sdpt.fused_attention, "_LOGITS_AT_A_TIME", size)
     draw = torch.Generator().manual_seed(0)
@@ -158,17 +179,18 @@ def test_gradients_with_dropped_weights(size, dropout, monkeypatch):
 
     def call(*differentiated):
         torch.manual_seed(1)
-        outs = peft_sdpt.fused_attention._BothDirections.apply(*differentiated, image_bias, 5, dropout)
+        outs = peft_sdpt.fused_attention._BothDirections.apply(*differentiated, image_bias, 5, sizes, dropout)
         return tuple(out for out in outs if out is not None)
 
     inputs = tensor(2, 12, 4), tensor(2, 3, 4), tensor(2, 2, 7, 4), tensor(2, 2, 7, 4), tensor(2, 2, 1, 7)
     assert torch.autograd.gradcheck(call, inputs)
 
 
+@with_and_without_gates
 @pytest.mark.parametrize("autocast", [False, True])
-def test_dropped_weights_in_half_precision(autocast):
+def test_dropped_weights_in_half_precision(autocast, gates):
     """The same weights are dropped as in single precision: one seed draws the same in all dtypes."""
-    fused, _ = fused_and_eager(dtype=torch.float32, host={"fusion_dropout": 0.4})
+    fused, _ = fused_and_eager(dtype=torch.float32, host={"fusion_dropout": 0.4}, **gates)
     inputs = make_inputs(torch.float32)
     found = {}
     for half in (False, True):
@@ -201,9 +223,10 @@ def test_a_second_derivative_is_refused():
                 grad.sum().backward()
 
 
+@with_and_without_gates
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_is_as_near_to_the_truth_as_the_host(dtype):
-    fused, eager = fused_and_eager(dtype=torch.float32)
+def test_half_precision_is_as_near_to_the_truth_as_the_host(dtype, gates):
+    fused, eager = fused_and_eager(dtype=torch.float32, **gates)
     inputs = make_inputs(torch.float32)
     truth = outputs(eager, *inputs)
     halves = [tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in inputs]
@@ -230,8 +253,9 @@ def test_float16_logits_that_overflow_in_the_host_stay_finite():
     assert all(o.isfinite().all() for o in outputs(fused, *inputs))
 
 
-def test_autocast(way):
-    fused, eager = fused_and_eager(dtype=torch.float32)
+@with_and_without_gates
+def test_autocast(way, gates):
+    fused, eager = fused_and_eager(dtype=torch.float32, **gates)
     inputs = make_inputs(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         found = outputs(fused, *inputs)
@@ -239,8 +263,9 @@ def test_autocast(way):
         torch.testing.assert_close(one.float(), other, rtol=0, atol=0.1)
 
 
-def test_compiles_without_graph_breaks(way):
-    fused, _ = fused_and_eager(dtype=torch.float32)
+@with_and_without_gates
+def test_compiles_without_graph_breaks(way, gates):
+    fused, _ = fused_and_eager(dtype=torch.float32, **gates)
     inputs = make_inputs(torch.float32)
     compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
     for one, other in zip(outputs(compiled, *inputs), outputs(fused, *inputs), strict=True):
@@ -367,8 +392,28 @@ def bias_changed(layer):
     layer.base_layer.text_proj.bias.add_(0.5)
 
 
+def gates_changed(layer):
+    layer.sdpt_gates["default"].mul_(0.5)
+
+
+def gates_set_to_zero(layer):
+    layer.sdpt_gates["default"].zero_()
+
+
+def gates_replaced(layer):
+    layer.sdpt_gates["default"] = nn.Parameter(layer.sdpt_gates["default"].detach() * 0.5)
+
+
+def gates_with_other_data(layer):
+    layer.sdpt_gates["default"].data = layer.sdpt_gates["default"].detach() * 0.5
+
+
+def scaled(layer):
+    layer.set_scale("default", 0.5)
+
+
 def adapter_added(layer):
-    layer.update_layer("other", SDPTConfig(num_virtual_tokens=2))
+    layer.update_layer("other", SDPTConfig(num_virtual_tokens=2, prompt_gate=None))
     layer.set_adapter(["default", "other"])
 
 
@@ -386,12 +431,21 @@ def trained(layer):
     layer.eval()
 
 
-def stepped_uncounted(layer):
+def gated_adapter_added(layer):
+    layer.update_layer("other", SDPTConfig(num_virtual_tokens=2, **GATED))
+    layer.set_adapter(["default", "other"])
+
+
+def stepped_uncounted(layer, parameters=None):
     """A step of an optimizer that writes through `.data`, in a loop that never calls `train`."""
     with torch.enable_grad():
         outputs(layer, *make_inputs())[0].sum().backward()
-    prompts = layer.sdpt_prompts["default"]
+    prompts = (layer.sdpt_prompts if parameters is None else parameters)["default"]
     prompts.data -= 0.1 * prompts.grad
+
+
+def gates_stepped_uncounted(layer):
+    stepped_uncounted(layer, layer.sdpt_gates)
 
 
 CHANGES = [
@@ -404,13 +458,26 @@ CHANGES = [
     moved,
     trained,
     stepped_uncounted,
+    gated_adapter_added,
+]
+CHANGES_OF_GATES = [
+    gates_changed,
+    gates_set_to_zero,
+    gates_replaced,
+    gates_with_other_data,
+    scaled,
+    gates_stepped_uncounted,
 ]
 
 
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize(
+    ("change", "gates"),
+    [*((change, {}) for change in CHANGES), *((change, GATED) for change in [*CHANGES, *CHANGES_OF_GATES])],
+    ids=lambda value: "gated" if value == GATED else "published" if value == {} else value.__name__,
+)
 @torch.no_grad()
-def test_what_is_kept_is_dropped_when_something_changes(change):
-    layer = make_layer(attn_implementation="fused").eval()
+def test_what_is_kept_is_dropped_when_something_changes(change, gates):
+    layer = make_layer(attn_implementation="fused", **gates).eval()
     inputs = make_inputs()
     before = outputs(layer, *inputs)
     change(layer)
@@ -441,9 +508,11 @@ def test_nothing_before_the_first_adapted_layer_is_kept_for_the_backward():
     assert saved and not early
 
 
-def test_the_forward_computes_no_inverse_and_waits_for_no_number(monkeypatch):
-    model = attach(make_host())
+@pytest.mark.parametrize("init_weights", [False, "normal"])
+def test_the_forward_computes_no_inverse_and_waits_for_no_number(init_weights, monkeypatch):
+    model = attach(make_host(), init_weights=init_weights)
     run(model)
+    model.train()
 
     def fail(*args, **kwargs):
         raise AssertionError("in a forward")

@@ -287,7 +287,7 @@ def test_the_card(tmp_path):
         "# SDPT adapter for IDEA-Research/grounding-dino-tiny",
         "import peft_sdpt  # first; without it, PEFT raises KeyError: 'SDPT'",
         'from_pretrained("IDEA-Research/grounding-dino-tiny")',
-        "| tokens | 4 per layer, 512 parameters in total |",
+        "| tokens | 4 per layer, 520 parameters in total with the gates |",
         "| fusion layers | 2, with the embedding dimension 64;",
         "| `pinv_rtol` | 0.2 |",
         "| fully trained modules | `text_projection` |",

@@ -31,9 +31,11 @@ from tests.helpers.detectors import (
     LAYERS,
     ROOT,
     FusionStack,
+    acting,
     attach,
     make_host,
     model_inputs,
+    parameter_keys,
     run,
     run_python,
     snapshot,
@@ -62,6 +64,14 @@ def moved(model, seed=1, adapter_name="default"):
     return model
 
 
+def copy_prompts(source, target):
+    """Give the default adapter of a model the prompts and gates of another one's."""
+    keys = parameter_keys(LAYERS)
+    state = {key: value for key, value in source.state_dict().items() if key in keys}
+    assert state.keys() == keys
+    target.load_state_dict(state, strict=False)
+
+
 def lora_layers(model):
     return {name: module for name, module in model.named_modules() if isinstance(module, SDPTLoraLayer)}
 
@@ -88,9 +98,7 @@ def test_it_is_what_peft_lora_beside_sdpt_computes_and_trains(name):
         for layer, own in ((theirs[name], ours[name]) for name in ours):
             layer.lora_A["lora"].weight.copy_(own.sdpt_lora_A["default"])
             layer.lora_B["lora"].weight.copy_(own.sdpt_lora_B["default"])
-        for layer in LAYERS:
-            prompts = model.base_model.model.get_submodule(layer).sdpt_prompts["default"]
-            host.get_submodule(layer).sdpt_prompts["default"].copy_(prompts)
+        copy_prompts(model, other)
     assert torch.equal(run(model), run(other))
     for each in (model, other):
         each(**model_inputs()).pred_boxes.sum().backward()
@@ -101,22 +109,18 @@ def test_it_is_what_peft_lora_beside_sdpt_computes_and_trains(name):
 
 
 def test_a_new_adapter_starts_as_one_without_lora():
-    host = make_host()
-    model = attach(host, lora_rank=3)
+    model = attach(make_host(), lora_rank=3)
     with_tokens = attach(make_host())
-    with torch.no_grad():
-        for layer in LAYERS:
-            prompts = with_tokens.base_model.model.get_submodule(layer).sdpt_prompts["default"]
-            host.get_submodule(layer).sdpt_prompts["default"].copy_(prompts)
-    assert torch.equal(run(model), run(with_tokens))
+    copy_prompts(with_tokens, model)
+    assert torch.equal(run(model), run(with_tokens)) and not torch.equal(run(model), run(make_host()))
 
 
-def test_only_tokens_and_lora_train():
+def test_only_tokens_gates_and_lora_train():
     model = tuned()
     trained = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
     layers = lora_layers(model)
     assert trained.keys() == {
-        *(f"base_model.model.{name}.sdpt_prompts.default" for name in LAYERS),
+        *parameter_keys(LAYERS),
         *(f"{name}.sdpt_lora_{which}.default" for name in layers for which in "AB"),
     }
     layer = layers[f"base_model.model.{QUERY}"]
@@ -326,7 +330,7 @@ def test_the_file_and_the_config(tmp_path):
     model.save_pretrained(tmp_path)
     layers = [name.removeprefix("base_model.model.") for name in lora_layers(model)]
     assert load_file(tmp_path / "adapter_model.safetensors").keys() == {
-        *(f"base_model.model.{name}.sdpt_prompts" for name in LAYERS),
+        *parameter_keys(LAYERS, None),
         *(f"base_model.model.{name}.sdpt_lora_{which}" for name in layers for which in "AB"),
     }
     config = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -530,8 +534,8 @@ def several():
     """One adapter with LoRA, one without, and one with LoRA on other layers."""
     model = tuned()
     torch.manual_seed(2)
-    model.add_adapter("plain", SDPTConfig(num_virtual_tokens=2))
-    model.add_adapter("other", SDPTConfig(num_virtual_tokens=3, lora_rank=1, lora_target_modules=["fc1", QUERY]))
+    model.add_adapter("plain", acting(num_virtual_tokens=2))
+    model.add_adapter("other", acting(num_virtual_tokens=3, lora_rank=1, lora_target_modules=["fc1", QUERY]))
     return moved(model, 3, "other")
 
 

@@ -16,16 +16,20 @@ import peft_sdpt.hosts
 from peft_sdpt import SDPTConfig, SDPTLayer, register_host
 from peft_sdpt.hosts import GROUNDING_DINO, HOSTS
 from tests.helpers.detectors import (
+    GATES,
     HOST_NAMES,
     LAYERS,
+    NUM_GATES,
     REACHED,
     WIDTH,
     FusionStack,
+    acting,
     adapted_layers,
     attach,
     make_attention,
     make_host,
     model_inputs,
+    parameter_keys,
     run,
 )
 
@@ -69,13 +73,17 @@ def test_disabled_unloaded_and_deleted_adapters_leave_the_host_bit_for_bit(host)
     assert torch.equal(run(attach(host)), tuned)
 
 
-def test_only_prompts_train(host, capsys):
-    model = attach(host)
+@pytest.mark.parametrize("prompt_gate", ["zero", None])
+def test_only_prompts_and_gates_train(host, prompt_gate, capsys):
+    model = attach(host, prompt_gate=prompt_gate)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    assert set(trainable) == {f"base_model.model.{n}.sdpt_prompts.default" for n in LAYERS}
-    assert {p.shape for p in trainable.values()} == {(4, REACHED)}
+    shapes = {f"base_model.model.{n}.sdpt_prompts.default": (4, REACHED) for n in LAYERS}
+    if prompt_gate is not None:
+        shapes |= {f"base_model.model.{n}.sdpt_gates.default": GATES for n in LAYERS}
+    assert {name: tuple(p.shape) for name, p in trainable.items()} == shapes
     model.print_trainable_parameters()
-    assert f"trainable params: {2 * 4 * REACHED:,}" in capsys.readouterr().out
+    number = 2 * (4 * REACHED + (0 if prompt_gate is None else NUM_GATES))
+    assert f"trainable params: {number:,} " in capsys.readouterr().out
     host.train()
     outputs = model(**model_inputs())
     (outputs.pred_boxes.sum() + outputs.logits[outputs.logits.isfinite()].sum()).backward()
@@ -90,12 +98,13 @@ def test_status_and_repr(host):
     assert status.peft_types == {"default": "SDPT"}
     assert status.adapter_model_type == "SDPTModel"
     assert status.num_adapter_layers == 2 and status.enabled is True
-    assert status.trainable_params == 2 * 4 * REACHED
+    assert status.trainable_params == 2 * (4 * REACHED + NUM_GATES)
     assert status.requires_grad == {"default": True} and status.merged_adapters == []
     layer_status = model.get_layer_status()
     assert [layer.name for layer in layer_status] == [f"model.{name}" for name in LAYERS]
     assert {layer.module_type for layer in layer_status} == {"SDPTLayer"}
-    assert f"embed_dim={WIDTH}" in repr(model) and "sdpt_prompts" in repr(model)
+    assert f"embed_dim={WIDTH}" in repr(model)
+    assert all(f"({kind}): ParameterDict" in repr(model) for kind in ("sdpt_prompts", "sdpt_gates"))
 
 
 def test_padding_of_the_text_changes_nothing(host):
@@ -127,19 +136,29 @@ def test_samples_of_a_batch_do_not_see_each_other(host):
         torch.testing.assert_close(both[index], alone[index].pred_boxes[0], rtol=0, atol=1e-9)
 
 
-def test_attention_outputs_have_the_hosts_shapes_and_the_prompt_columns(host):
+@pytest.mark.parametrize("prompt_gate", ["zero", None])
+def test_attention_outputs_have_the_hosts_shapes_and_the_prompt_columns(host, prompt_gate):
+    model = attach(copy.deepcopy(host), attn_implementation="eager", prompt_gate=prompt_gate)
     with torch.no_grad():
         bare = host(**model_inputs(), output_attentions=True).encoder_attentions
-        tuned = attach(host, attn_implementation="eager")(**model_inputs(), output_attentions=True).encoder_attentions
+        tuned = model(**model_inputs(), output_attentions=True).encoder_attentions
+    gates = [model.base_model.model.get_submodule(name).sdpt_gates.get("default") for name in LAYERS]
     # Per layer: fused image, fused text, text enhancer, deformable attention.
     grown = []
-    for bare_layers, tuned_layers in zip(bare, tuned, strict=True):
+    # Image tokens read the prompts of the text, the second side, and text tokens those of the image.
+    for side, (bare_layers, tuned_layers) in zip((1, 0, None, None), zip(bare, tuned, strict=True), strict=True):
         assert len(bare_layers) == len(tuned_layers) == 2
-        for before, after in zip(bare_layers, tuned_layers, strict=True):
+        for before, after, gate in zip(bare_layers, tuned_layers, gates, strict=True):
             difference = [b - a for a, b in zip(before.shape, after.shape, strict=True)]
             grown.append(difference)
             if difference == [0, 0, 4]:
-                torch.testing.assert_close(after.sum(-1), torch.ones(after.shape[:-1]))
+                ones = torch.ones(after.shape[:-1])
+                if gate is None:
+                    torch.testing.assert_close(after.sum(-1), ones)
+                else:
+                    torch.testing.assert_close(after[..., :-4].sum(-1), ones)
+                    factors = gate[side, 0].detach().tanh().repeat(len(after) // gate.shape[-1])[:, None]
+                    torch.testing.assert_close(after[..., -4:].sum(-1), factors * ones)
     assert grown.count([0, 0, 4]) == 4
     assert all(set(difference) == {0} for difference in grown if difference != [0, 0, 4])
 
@@ -166,7 +185,7 @@ def test_casting_the_model(host):
 
 def test_adapter_of_a_bfloat16_host_is_float32_unless_asked_otherwise():
     torch.manual_seed(0)
-    model = get_peft_model(make_host().bfloat16(), SDPTConfig())
+    model = get_peft_model(make_host().bfloat16(), acting())
     prompts = [p for p in model.parameters() if p.requires_grad]
     assert {p.dtype for p in prompts} == {torch.float32}
     pixels = model_inputs()["pixel_values"].bfloat16()
@@ -393,31 +412,33 @@ def test_adapters_of_different_size_and_layers_take_turns(host):
     model = attach(host)
     first = run(model)
     torch.manual_seed(2)
-    model.add_adapter("second", SDPTConfig(num_virtual_tokens=2, layers_to_transform=[1]))
+    model.add_adapter("second", acting(num_virtual_tokens=2, layers_to_transform=[1]))
     assert torch.equal(run(model), first)
     model.set_adapter("second")
     second = run(model)
     assert not torch.equal(second, first)
-    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
-    assert trainable == [f"base_model.model.{LAYERS[1]}.sdpt_prompts.second"]
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable == parameter_keys(LAYERS[1:], "second")
 
     model.base_model.set_adapter(["default", "second"])
     both = run(model)
     assert not torch.equal(both, first) and not torch.equal(both, second)
-    assert sum(p.requires_grad for p in model.parameters()) == 3
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable == parameter_keys(LAYERS) | parameter_keys(LAYERS[1:], "second")
 
     model.set_adapter("default")
     assert torch.equal(run(model), first)
     model.delete_adapter("second")
     assert torch.equal(run(model), first)
-    assert list(host.get_submodule(LAYERS[1]).sdpt_prompts) == ["default"]
+    layer = host.get_submodule(LAYERS[1])
+    assert list(layer.sdpt_prompts) == list(layer.sdpt_gates) == list(layer.sdpt_scale) == ["default"]
 
 
 def test_an_added_adapter_is_frozen_until_it_is_active():
     model = attach(make_host(), layers_to_transform=[0])
     model.add_adapter("second", SDPTConfig())
-    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
-    assert trainable == [f"base_model.model.{LAYERS[0]}.sdpt_prompts.default"]
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable == parameter_keys(LAYERS[:1])
 
 
 def test_a_refused_second_adapter_leaves_no_trace():
@@ -440,12 +461,22 @@ def test_a_refused_second_injection_leaves_no_trace():
     assert list(host.peft_config) == ["default"] and torch.equal(run(host), before)
 
 
-def three_adapters(host=None, **second):
+# Which of three adapters are gated.
+GATED = {
+    "gated": [{}, {}, {}],
+    "published": [{"prompt_gate": None}] * 3,
+    "both": [{}, {"prompt_gate": None}, {}],
+}
+with_and_without_gates = pytest.mark.parametrize("gated", GATED)
+
+
+def three_adapters(host=None, gated="gated"):
     """ "default", "second" (another size, one layer), "third" (hidden from the image); "default" is active."""
-    model = attach(host or make_host())
+    first, second, third = GATED[gated]
+    model = attach(host or make_host(), **first)
     torch.manual_seed(5)
-    model.add_adapter("second", SDPTConfig(num_virtual_tokens=2, layers_to_transform=[1], **second))
-    model.add_adapter("third", SDPTConfig(num_virtual_tokens=3, image_attends_prompts=False))
+    model.add_adapter("second", acting(num_virtual_tokens=2, layers_to_transform=[1], **second))
+    model.add_adapter("third", acting(num_virtual_tokens=3, image_attends_prompts=False, **third))
     return model.eval()
 
 
@@ -459,8 +490,9 @@ def three_adapters(host=None, **second):
         ["__base__", "__base__", "__base__"],
     ],
 )
-def test_a_mixed_batch_equals_each_sample_alone(host, names):
-    model = three_adapters(host)
+@with_and_without_gates
+def test_a_mixed_batch_equals_each_sample_alone(host, names, gated):
+    model = three_adapters(host, gated)
     inputs = model_inputs(3)
     with torch.no_grad():
         mixed = model(**inputs, adapter_names=names)
@@ -479,9 +511,10 @@ def test_a_mixed_batch_equals_each_sample_alone(host, names):
         assert torch.equal(model(**inputs).logits, model(**inputs, adapter_names=None).logits)
 
 
-def test_a_mixed_batch_sees_each_prompt_where_it_belongs(host):
+@with_and_without_gates
+def test_a_mixed_batch_sees_each_prompt_where_it_belongs(host, gated):
     """What the equality above could not tell if prompts did little."""
-    model = three_adapters(host)
+    model = three_adapters(host, gated)
     outputs = {name: run(model, adapter_names=[name, "default"]) for name in ("default", "second", "third", "__base__")}
     for one, other in itertools.combinations(outputs.values(), 2):
         assert (one - other).nan_to_num().abs().max() > 1e-3
@@ -514,7 +547,7 @@ def test_a_mixed_batch_is_for_inference():
 
 def test_a_mixed_batch_takes_modules_to_save_of_each_adapter():
     model = attach(make_host(), modules_to_save=["enc_output"])
-    model.add_adapter("second", SDPTConfig(num_virtual_tokens=2, modules_to_save=["enc_output"]))
+    model.add_adapter("second", acting(num_virtual_tokens=2, modules_to_save=["enc_output"]))
     copies = model.base_model.model.model.enc_output.modules_to_save
     with torch.no_grad():
         for index, name in enumerate(("default", "second")):
@@ -528,7 +561,7 @@ def test_a_mixed_batch_takes_modules_to_save_of_each_adapter():
 
 def test_a_mixed_batch_takes_the_hosts_own_module_where_an_adapter_has_no_copy():
     model = attach(make_host(), modules_to_save=["enc_output"])
-    model.add_adapter("second", SDPTConfig(num_virtual_tokens=2))
+    model.add_adapter("second", acting(num_virtual_tokens=2))
     with torch.no_grad():
         model.base_model.model.model.enc_output.modules_to_save["default"].weight += 1.0
         mixed = model.eval()(**model_inputs(), adapter_names=["second", "default"])
@@ -547,13 +580,15 @@ def combined(model, adapters, weights, **options):
     return model
 
 
+@pytest.mark.parametrize("prompt_gate", ["zero", None])
 @pytest.mark.parametrize("mode", ["unified", "independent"])
-def test_cat_is_what_activating_all_gives(host, mode):
-    model = attach(host, prompt_mode=mode)
+def test_cat_is_what_activating_all_gives(host, mode, prompt_gate):
+    model = attach(host, prompt_mode=mode, prompt_gate=prompt_gate)
     torch.manual_seed(5)
-    model.add_adapter("second", SDPTConfig(num_virtual_tokens=2, prompt_mode=mode))
+    model.add_adapter("second", acting(num_virtual_tokens=2, prompt_mode=mode, prompt_gate=prompt_gate))
     combined(model, ["default", "second"], [1.0, 1.0])
     assert model.peft_config["both"].num_virtual_tokens == 6 and model.active_adapters == ["default"]
+    assert model.peft_config["both"].prompt_groups == (None if prompt_gate is None else [4, 2])
     assert not any(p.requires_grad for n, p in model.named_parameters() if n.endswith(".both"))
     model.base_model.set_adapter(["default", "second"])
     active = run(model)
@@ -561,13 +596,16 @@ def test_cat_is_what_activating_all_gives(host, mode):
     torch.testing.assert_close(run(model), active)
 
 
-def test_linear_is_the_weighted_sum_of_tokens(tmp_path):
-    model = attach(make_host())
-    model.add_adapter("second", SDPTConfig(num_virtual_tokens=4))
+@pytest.mark.parametrize("prompt_gate", ["zero", None])
+def test_linear_is_the_weighted_sum_of_tokens_and_gates(prompt_gate, tmp_path):
+    model = attach(make_host(), prompt_gate=prompt_gate)
+    model.add_adapter("second", acting(num_virtual_tokens=4, prompt_gate=prompt_gate))
     combined(model, ["default", "second"], [0.25, -2.0], combination_type="linear")
     for layer in [m for m in model.modules() if isinstance(m, SDPTLayer)]:
-        prompts = layer.sdpt_prompts
-        torch.testing.assert_close(prompts["both"], 0.25 * prompts["default"] - 2.0 * prompts["second"])
+        for parameters in (layer.sdpt_prompts, layer.sdpt_gates) if prompt_gate else (layer.sdpt_prompts,):
+            expected = 0.25 * parameters["default"] - 2.0 * parameters["second"]
+            torch.testing.assert_close(parameters["both"], expected)
+        assert prompt_gate or not layer.sdpt_gates
     model.set_adapter("both")
     outputs = run(model)
     model.save_pretrained(tmp_path, selected_adapters=["both"])
@@ -594,15 +632,34 @@ def test_linear_is_the_weighted_sum_of_tokens(tmp_path):
             "needs adapters of one num_virtual_tokens",
         ),
         ((["default", "whole"], [1.0, 1.0]), {}, "has modules_to_save"),
+        (
+            (["default", "published"], [1.0, 1.0]),
+            {},
+            r"combination_type 'cat' needs adapters of one prompt_gate; .* have \['zero', None\]",
+        ),
+        (
+            (["default", "published"], [1.0, 1.0]),
+            {"combination_type": "linear"},
+            r"combination_type 'linear' needs adapters of one prompt_gate",
+        ),
+        (
+            (["default", "groups"], [1.0, 1.0]),
+            {"combination_type": "linear"},
+            r"combination_type 'linear' needs adapters of one prompt_groups; .* have \[None, \[1, 3\]\]",
+        ),
     ],
 )
 def test_what_cannot_be_combined_is_refused_and_leaves_no_trace(arguments, options, message):
     model = three_adapters()
     model.add_adapter("small", SDPTConfig(num_virtual_tokens=2))
     model.add_adapter("whole", SDPTConfig(num_virtual_tokens=4, modules_to_save=["enc_output"]))
+    model.add_adapter("published", SDPTConfig(num_virtual_tokens=4, prompt_gate=None))
+    model.add_adapter("groups", SDPTConfig(num_virtual_tokens=4, prompt_groups=[1, 3]))
+    names = [name for name, _ in model.named_parameters()]
     with pytest.raises(ValueError, match=message):
         combined(model, *arguments, **options)
-    assert list(model.peft_config) == ["default", "second", "third", "small", "whole"]
+    assert list(model.peft_config) == ["default", "second", "third", "small", "whole", "published", "groups"]
+    assert [name for name, _ in model.named_parameters()] == names
 
 
 def test_another_tuners_adapter_is_not_combined(host):
@@ -662,7 +719,7 @@ def test_a_refused_merge_merges_nothing_of_other_tuners():
 
 def test_inject_adapter_in_model(host):
     torch.manual_seed(1)
-    injected = inject_adapter_in_model(SDPTConfig(num_virtual_tokens=4), host)
+    injected = inject_adapter_in_model(acting(num_virtual_tokens=4), host)
     assert injected is host and adapted_layers(host) == LAYERS
     twin = make_host("mm_grounding_dino" if "MM" in type(host).__name__ else "grounding_dino")
     assert torch.equal(run(host), run(attach(twin)))
@@ -671,8 +728,9 @@ def test_inject_adapter_in_model(host):
 def test_modules_to_save_train_whole():
     stack = FusionStack()
     model = attach(stack, modules_to_save=["head"])
-    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
-    assert len(trainable) == 4 and sum("head.modules_to_save" in name for name in trainable) == 2
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    whole = {f"base_model.model.head.modules_to_save.default.{name}" for name in ("weight", "bias")}
+    assert trainable == parameter_keys(["layers.0", "layers.1"]) | whole
 
 
 def test_a_fusion_layer_that_is_trained_whole_gets_no_prompts():

@@ -4,6 +4,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -26,14 +27,18 @@ from transformers.models.grounding_dino.modeling_grounding_dino import (
 
 from peft_sdpt import SDPTConfig, SDPTLayer
 from tests.helpers.detectors import (
+    GATES,
     HOST_NAMES,
     LAYERS,
+    NUM_GATES,
     REACHED,
     FusionStack,
+    acting,
     adapted_layers,
     attach,
     host_config,
     make_host,
+    parameter_keys,
     run,
     run_python,
     snapshot,
@@ -51,6 +56,8 @@ def saved(path, name: str = "grounding_dino", host: dict | None = None, **config
     "config",
     [
         {},
+        {"prompt_gate": None},
+        {"prompt_groups": [1, 3]},
         {"prompt_mode": "independent"},
         {"layers_to_transform": [1]},
         {"image_attends_prompts": False, "pinv_rtol": 0.5, "num_virtual_tokens": 3},
@@ -71,7 +78,10 @@ def test_round_trip(name, low_cpu_mem_usage, config, tmp_path):
         assert torch.equal(run(model), bare)
 
     trainable = PeftModel.from_pretrained(make_host(name), tmp_path, is_trainable=True)
-    assert sum(p.requires_grad for p in trainable.parameters()) == len(adapted_layers(host))
+    keys = parameter_keys(adapted_layers(host))
+    if config.get("prompt_gate", "zero") is None:
+        keys = {key for key in keys if "sdpt_gates" not in key}
+    assert {name for name, p in trainable.named_parameters() if p.requires_grad} == keys
     assert torch.equal(run(trainable), tuned)
 
 
@@ -86,8 +96,9 @@ def test_coordinates_on_a_host_of_lower_precision(tmp_path):
         assert 0 < (one - other).norm() < 0.01 * one.norm()
 
 
-def test_the_file_holds_prompts_alone(tmp_path):
-    saved(tmp_path)
+@pytest.mark.parametrize("prompt_gate", ["zero", None])
+def test_the_file_holds_prompts_and_gates_alone(prompt_gate, tmp_path):
+    saved(tmp_path, prompt_gate=prompt_gate)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "README.md",
         "adapter_config.json",
@@ -95,9 +106,14 @@ def test_the_file_holds_prompts_alone(tmp_path):
     ]
     with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
         shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-    assert shapes == {f"base_model.model.{name}.sdpt_prompts": (4, REACHED) for name in LAYERS}
+    expected = {f"base_model.model.{name}.sdpt_prompts": (4, REACHED) for name in LAYERS}
+    if prompt_gate is not None:
+        expected |= {f"base_model.model.{name}.sdpt_gates": GATES for name in LAYERS}
+    assert shapes == expected
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["fusion_layers"] == dict.fromkeys(LAYERS, REACHED)
+    assert config["prompt_gate"] == prompt_gate and config["prompt_groups"] is None
+    assert config["fusion_gates"] == ({} if prompt_gate is None else {name: [2, 2] for name in LAYERS})
     assert config["num_virtual_tokens"] == 4 and config["peft_type"] == "SDPT"
 
 
@@ -109,10 +125,11 @@ def test_size_at_the_shapes_of_grounding_dino(tmp_path):
             self.layers = nn.ModuleList(GroundingDinoBiMultiHeadAttention(config) for _ in range(6))
 
     model = get_peft_model(Fusion(), SDPTConfig())
-    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 6 * 20 * 512
+    parameters = 6 * (20 * 512 + NUM_GATES)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == parameters
     model.save_pretrained(tmp_path)
     size = (tmp_path / "adapter_model.safetensors").stat().st_size
-    assert 4 * 6 * 20 * 512 < size < 260_000
+    assert 4 * parameters < size < 260_000
 
 
 def test_load_adapter_beside_another(tmp_path):
@@ -131,7 +148,7 @@ def test_load_adapter_beside_another(tmp_path):
 def test_saving_one_of_several_adapters(tmp_path):
     model = attach(make_host())
     torch.manual_seed(9)
-    model.add_adapter("second", SDPTConfig(num_virtual_tokens=2))
+    model.add_adapter("second", acting(num_virtual_tokens=2))
     model.set_adapter("second")
     second = run(model)
     model.save_pretrained(tmp_path, selected_adapters=["second"])
@@ -164,7 +181,7 @@ def test_modules_to_save_round_trip(tmp_path):
         tuned = model(image, text)
     model.save_pretrained(tmp_path)
     keys = set(load_file(tmp_path / "adapter_model.safetensors"))
-    assert keys == {f"base_model.model.layers.{i}.sdpt_prompts" for i in range(2)} | {
+    assert keys == parameter_keys(["layers.0", "layers.1"], None) | {
         "base_model.model.head.weight",
         "base_model.model.head.bias",
     }
@@ -177,7 +194,7 @@ def test_modules_to_save_round_trip(tmp_path):
 def test_state_dict_functions_on_an_injected_model():
     model = attach(make_host())
     state = get_peft_model_state_dict(model)
-    assert set(state) == {f"base_model.model.{name}.sdpt_prompts" for name in LAYERS}
+    assert set(state) == parameter_keys(LAYERS, None)
     host = make_host()
     inject_adapter_in_model(SDPTConfig(num_virtual_tokens=4), host, "other")
     assert not torch.equal(run(host), run(model))
@@ -268,30 +285,40 @@ def test_a_second_adapter_of_another_host_leaves_the_first_alone(other, tmp_path
     assert model.active_adapter == "default"
 
 
+@pytest.mark.parametrize("kind", ["prompts", "gates"])
 @pytest.mark.parametrize("fault", ["another shape", "missing", "surplus"])
-def test_weights_that_do_not_fit_are_refused_as_a_whole(fault, tmp_path):
+def test_weights_that_do_not_fit_are_refused_as_a_whole(fault, kind, tmp_path):
     saved(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     weights = load_file(file)
-    key = f"base_model.model.{LAYERS[1]}.sdpt_prompts"
+    key = f"base_model.model.{LAYERS[1]}.sdpt_{kind}"
+    shape, wrong = {"prompts": ((4, REACHED), (5, REACHED)), "gates": (GATES, (2, 1, 4))}[kind]
+    layer = f"the {kind} of the fusion layer '{LAYERS[1]}'"
     if fault == "another shape":
-        weights[key] = torch.zeros(5, REACHED)
-        message = rf"'{LAYERS[1]}': expected \(4, {REACHED}\), found \(5, {REACHED}\)"
+        weights[key] = torch.zeros(wrong)
+        message = f"{layer}: expected {shape}, found {wrong}"
     elif fault == "missing":
         del weights[key]
-        message = rf"'{LAYERS[1]}': expected \(4, {REACHED}\), found no prompts"
+        message = f"{layer}: expected {shape}, found no {kind}"
     else:
-        weights[key.replace("layers.1", "layers.7")] = torch.zeros(4, REACHED)
-        message = r"layers\.7.*': expected no such fusion layer, found"
+        weights[key.replace("layers.1", "layers.7")] = torch.zeros(shape)
+        message = (
+            f"the {kind} of the fusion layer '{LAYERS[1].replace('1', '7')}': expected no such fusion layer, found"
+        )
     save_file(weights, file)
     model = attach(make_host())
     before = run(model)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=re.escape(message)):
         set_peft_model_state_dict(model, weights)
     assert torch.equal(run(model), before)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=re.escape(message)):
         model.load_adapter(tmp_path, "default")
     assert torch.equal(run(model), before)
+    host = make_host()
+    before = snapshot(host)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        PeftModel.from_pretrained(host, tmp_path)
+    assert snapshot(host) == before
 
 
 def test_reloading_weights_into_an_adapter(tmp_path):
@@ -335,13 +362,12 @@ def test_names_of_a_wrapped_base_model(wrapper, config, tmp_path):
     layers = LAYERS[:1] if config else LAYERS
     assert list(model.peft_config["default"].fusion_layers) == layers
     model.save_pretrained(tmp_path)
-    assert set(load_file(tmp_path / "adapter_model.safetensors")) <= {
-        f"base_model.model.{prefix}{name}.sdpt_prompts" for name in layers for prefix in ("", "module.")
-    }
+    prefix = "base_model.model.module." if wrapper == "DataParallel" else "base_model.model."
+    assert set(load_file(tmp_path / "adapter_model.safetensors")) == parameter_keys(layers, None, prefix)
     for make in WRAPPED.values():
         loaded = PeftModel.from_pretrained(make(), tmp_path)
         assert all(torch.equal(a, b) for a, b in zip(prompts_of(loaded), prompts_of(model), strict=True))
-        assert len(prompts_of(loaded)) == len(layers)
+        assert len(prompts_of(loaded)) == 2 * len(layers)
 
 
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "base_model.model."])
@@ -350,12 +376,13 @@ def test_a_config_with_names_of_wrappers(prefix, tmp_path):
     file = tmp_path / "adapter_config.json"
     config = json.loads(file.read_text())
     del config["fusion_layers_digest"]
-    config["fusion_layers"] = {prefix + name: dim for name, dim in config["fusion_layers"].items()}
+    for field in ("fusion_layers", "fusion_gates"):
+        config[field] = {prefix + name: value for name, value in config[field].items()}
     config["target_modules"] = [prefix + name for name in config["target_modules"]]
     file.write_text(json.dumps(config))
     assert torch.equal(run(PeftModel.from_pretrained(make_host(), tmp_path)), tuned)
     loaded = PeftModel.from_pretrained(compiled(make_host()), tmp_path)
-    assert len(prompts_of(loaded)) == 2
+    assert len(prompts_of(loaded)) == 4
 
 
 def test_compiled_modules_are_not_saved_whole(tmp_path):
@@ -409,19 +436,25 @@ def test_a_layer_in_a_checkpoint_wrapper_is_saved_and_loaded(tmp_path):
 def test_a_state_dict_of_several_adapters_loads_the_one_that_is_named():
     model = attach(make_host())
     model.add_adapter("second", SDPTConfig(num_virtual_tokens=4))
-    state = {key: value for key, value in model.state_dict().items() if "sdpt_prompts" in key}
+    keys = parameter_keys(LAYERS) | parameter_keys(LAYERS, "second")
+    state = {key: value for key, value in model.state_dict().items() if key in keys}
     other = attach(make_host(), seed=3)
     result = set_peft_model_state_dict(other, state)
-    assert len(result.unexpected_keys) == 2 and all(key.endswith(".second") for key in result.unexpected_keys)
+    assert len(result.unexpected_keys) == 4 and all(key.endswith(".second") for key in result.unexpected_keys)
     assert torch.equal(run(other), run(model))
     twice = get_peft_model_state_dict(model)
     twice |= {f"module.{key}": value + 1 for key, value in twice.items()}
     with pytest.raises(ValueError, match=f"two keys for the prompts of the fusion layer '{LAYERS[0]}'"):
         set_peft_model_state_dict(other, twice)
+    twice = {key: value for key, value in twice.items() if "module." not in key or "gates" in key}
+    with pytest.raises(ValueError, match=f"two keys for the gates of the fusion layer '{LAYERS[0]}'"):
+        set_peft_model_state_dict(other, twice)
 
 
 def prompts_of(model: nn.Module) -> list[torch.Tensor]:
-    return [p for module in model.modules() if isinstance(module, SDPTLayer) for p in module.sdpt_prompts.values()]
+    """The prompts and gates of all layers."""
+    layers = [module for module in model.modules() if isinstance(module, SDPTLayer)]
+    return [p for layer in layers for parameters in (layer.sdpt_prompts, layer.sdpt_gates) for p in parameters.values()]
 
 
 @pytest.mark.parametrize(
@@ -501,7 +534,7 @@ def test_a_config_that_is_given_beside_an_adapter_is_refused_before_the_base_mod
 
 
 def test_a_config_that_is_changed_after_use_leaves_models_alone():
-    config = SDPTConfig(num_virtual_tokens=4)
+    config = acting(num_virtual_tokens=4, prompt_groups=[1, 3])
     torch.manual_seed(1)
     first = get_peft_model(make_host(), config)
     before = run(first)
@@ -511,6 +544,7 @@ def test_a_config_that_is_changed_after_use_leaves_models_alone():
         False,
         2,
     )
+    config.prompt_gate = config.prompt_groups = None
     second = get_peft_model(make_host(), config)
     assert torch.equal(run(first.train().eval()), before)
     layer = next(module for module in first.modules() if isinstance(module, SDPTLayer))

@@ -9,9 +9,8 @@ from PIL import Image
 from torch.utils.data import Dataset
 from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor, Trainer, TrainingArguments, pipeline
 
-from peft_sdpt import SDPTConfig
 from peft_sdpt.detection.loss import GroundedDetectionLoss
-from tests.helpers.detectors import ROOT, attach, make_host, model_inputs
+from tests.helpers.detectors import ROOT, acting, attach, make_host, model_inputs
 
 HOST = str(ROOT / "examples" / "host")
 
@@ -25,7 +24,7 @@ def adapter(tmp_path_factory):
     """An adapter of the shipped host, on disk."""
     folder = tmp_path_factory.mktemp("adapter")
     torch.manual_seed(0)
-    get_peft_model(load_host(), SDPTConfig()).save_pretrained(folder)
+    get_peft_model(load_host(), acting()).save_pretrained(folder)
     return folder
 
 
@@ -101,7 +100,8 @@ def make_trainer(model, folder):
 
 
 def prompts(model):
-    return [parameter.detach().clone() for name, parameter in model.named_parameters() if "sdpt_prompts" in name]
+    """The prompts and gates."""
+    return [parameter.detach().clone() for name, parameter in model.named_parameters() if "sdpt_" in name]
 
 
 def test_the_trainer_trains_saves_resumes_and_ends_with_the_best(tmp_path):

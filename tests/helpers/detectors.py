@@ -42,6 +42,8 @@ PUBLISHED = {"init_weights": "uniform", "pinv_rtol": None, "prompt_space": "alig
 D_MODEL = 32
 WIDTH = 4 * D_MODEL
 REACHED = 2 * D_MODEL  # of it, by both projections
+GATES = (2, 1, 2)  # of a fusion layer: sides, groups, heads
+NUM_GATES = 4
 ATTENTION_CLASSES = {
     "grounding_dino": GroundingDinoBiMultiHeadAttention,
     "mm_grounding_dino": MMGroundingDinoBiMultiHeadAttention,
@@ -184,10 +186,21 @@ def adapted_layers(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, SDPTLayer)]
 
 
+def acting(**config) -> SDPTConfig:
+    """Config of an adapter that has an effect: its gates are random unless `init_weights` is given."""
+    return SDPTConfig(**{"init_weights": False, **config})
+
+
 def attach(host: nn.Module, seed: int = 1, **config):
-    """Attach an adapter that has an effect: its gates are random unless `init_weights` is given."""
+    """Attach an adapter that has an effect; see `acting`."""
     torch.manual_seed(seed)
-    return get_peft_model(host, SDPTConfig(**{"num_virtual_tokens": 4, "init_weights": False, **config}))
+    return get_peft_model(host, acting(**{"num_virtual_tokens": 4, **config}))
+
+
+def parameter_keys(layers, adapter: str | None = "default", prefix: str = "base_model.model.") -> set[str]:
+    """Keys of the prompts and gates of an adapter in some layers; with None, those of a saved adapter."""
+    end = "" if adapter is None else f".{adapter}"
+    return {f"{prefix}{name}.sdpt_{kind}{end}" for name in layers for kind in ("prompts", "gates")}
 
 
 ROOT = Path(peft_sdpt.__file__).parents[1]

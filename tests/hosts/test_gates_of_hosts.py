@@ -626,16 +626,16 @@ def reader(cls, **config) -> SDPTLayer:
 
 def test_a_spec_of_your_own_may_name_a_scale(registered):
     registered(HEADS_OF_READER)
-    layer = reader(Reader, pinv_rtol=None)
+    layer = reader(Reader, pinv_rtol=None).double()
     host = layer.base_layer
-    queries, image = torch.randn(2, 3, 8), torch.randn(2, 5, 8)
+    queries, image = torch.randn(2, 3, 8).double(), torch.randn(2, 5, 8).double()
     keys = layer.tokens().unflatten(-1, (2, 4)).transpose(0, 1)
     prompts = (layer.tokens() - host.key.bias) @ torch.linalg.pinv(host.key.weight).T
     values = host.value(prompts).unflatten(-1, (2, 4)).transpose(0, 1)
     states = host.query(queries).unflatten(-1, (2, 4)).transpose(1, 2)
     read = (states @ keys.mT * 0.3).softmax(-1) @ values * layer.sdpt_gates["default"].tanh().view(1, 2, 1, 1)
     expected = host(queries, image) + F.linear(read.transpose(1, 2).flatten(2), host.out.weight)
-    torch.testing.assert_close(layer(queries, image), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(layer(queries, image), expected, rtol=0, atol=1e-10)
 
 
 def test_a_spec_without_heads_has_no_gates(registered):

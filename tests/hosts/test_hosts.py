@@ -13,8 +13,10 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from peft_sdpt import SDPTConfig, SDPTLayer
+from peft_sdpt.hosts import BiAttentionHost
 from peft_sdpt.layer import SharedSDPTLayer
 from tests.helpers import detectors
+from tests.helpers.detectors import acting
 from tests.helpers.tiny import cases
 
 CASES = cases()
@@ -36,6 +38,18 @@ def bare():
         return known[case.name]
 
     return outputs
+
+
+def gates_of(case, model):
+    """Shapes of the gates, by the names of the layers: a row for each side, and one for each head."""
+    shapes = {}
+    for name in case.layers:
+        layer = model.base_model.model.get_submodule(name)
+        if isinstance(layer.fusion_host, BiAttentionHost):
+            shapes[name] = (2, 1, layer.get_base_layer().num_heads)
+        elif (heads := layer.fusion_host.num_heads(layer.get_base_layer())) is not None:
+            shapes[name] = (layer.fusion_host.num_sides, 1, heads)
+    return shapes
 
 
 @torch.no_grad()
@@ -60,8 +74,13 @@ def test_every_fusion_layer_gets_prompts_that_act(case, bare):
     assert set(shared) == set(case.shared)
     for name, module in shared.items():
         assert module.sdpt_prompts["default"] is adapted[case.shared[name]].sdpt_prompts["default"]
+        assert module.sdpt_gates.get("default") is adapted[case.shared[name]].sdpt_gates.get("default")
     trained = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
-    assert trained == {f"base_model.model.{n}.sdpt_prompts.default": (N, width) for n, width in widths.items()}
+    expected = {f"base_model.model.{n}.sdpt_prompts.default": (N, width) for n, width in widths.items()}
+    gates = gates_of(case, model)
+    expected |= {f"base_model.model.{n}.sdpt_gates.default": shape for n, shape in gates.items()}
+    assert trained == expected
+    assert model.peft_config["default"].fusion_gates == {n: [sides, heads] for n, (sides, _, heads) in gates.items()}
     outputs = run(case, model)
     assert outputs.isfinite().all()
     assert (outputs - bare(case)).abs().max() > 1e-3
@@ -95,8 +114,9 @@ def test_prompts_are_keys(case):
         for projection, prompts in zip(layer.projections, layer.input_prompts(["default"]), strict=True):
             weight, bias = projection.weight, projection.bias if projection.bias is not None else 0
             tokens = layer.tokens()
+            keys = prompts.tokens if prompts.gated is None else prompts.gated.tokens
             reached = (tokens - bias) @ (weight @ torch.linalg.pinv(weight)).T + bias
-            torch.testing.assert_close(projection(prompts.tokens), reached, rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(projection(keys), reached, rtol=1e-9, atol=1e-9)
 
 
 @every_host
@@ -122,7 +142,10 @@ def test_save_and_load(case, tmp_path):
     expected = run(case, model)
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")
-    assert set(saved) == {f"base_model.model.{name}.sdpt_prompts" for name in case.layers}
+    assert set(saved) == {
+        *(f"base_model.model.{name}.sdpt_prompts" for name in case.layers),
+        *(f"base_model.model.{name}.sdpt_gates" for name in gates_of(case, model)),
+    }
     for low_cpu_mem_usage in (False, True):
         loaded = PeftModel.from_pretrained(case.make(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
         assert torch.equal(run(case, loaded), expected)
@@ -133,7 +156,7 @@ def test_disabled_unloaded_and_deleted_prompts_leave_the_host_bit_for_bit(case, 
     model = attach(case.make())
     with model.disable_adapter():
         assert torch.equal(run(case, model), bare(case))
-    model.add_adapter("other", SDPTConfig(num_virtual_tokens=2, layers_to_transform=0))
+    model.add_adapter("other", acting(num_virtual_tokens=2, layers_to_transform=0))
     model.set_adapter("other")
     assert not torch.equal(run(case, model), bare(case))
     model.delete_adapter("other")
@@ -156,13 +179,16 @@ def test_a_copy_has_prompts_of_its_own(case, bare):
     assert not torch.equal(run(case, other), expected)
 
 
+@pytest.mark.parametrize("prompt_gate", ["zero", None])
 @every_host
-def test_a_mixed_batch_equals_each_adapter_alone(case, bare):
-    model = attach(case.make())
+def test_a_mixed_batch_equals_each_adapter_alone(case, bare, prompt_gate):
+    model = attach(case.make(), prompt_gate=prompt_gate)
     torch.manual_seed(2)
-    model.add_adapter("other", SDPTConfig(num_virtual_tokens=2))
+    model.add_adapter("other", acting(num_virtual_tokens=2, prompt_gate=prompt_gate))
     model.eval()
-    if not case.mixed_batches:
+    # Gates hide prompts from samples without a mask.
+    gated = prompt_gate is not None and gates_of(case, model).keys() == case.layers.keys()
+    if not case.mixed_batches and not gated:
         with pytest.raises(ValueError, match="has no mask that could hide prompts from some samples"):
             case.outputs(model, {**case.inputs(0), "adapter_names": ["default", "other"]})
         return
@@ -199,7 +225,7 @@ def test_modes_that_the_host_has_no_sides_for_are_refused(case, bare):
             attach(host, prompt_mode="independent")
     else:
         model = attach(case.make(), prompt_mode="independent")
-        assert all(p.shape[:2] == (2, N) for p in model.parameters() if p.requires_grad)
+        assert all(p.shape[:2] == (2, N) for name, p in model.named_parameters() if "sdpt_prompts" in name)
         assert not torch.equal(run(case, model), bare(case))
     if not case.image_reads:
         with pytest.raises(ValueError, match=r"image_attends_prompts=False hides prompts from image tokens, and '"):
@@ -220,8 +246,11 @@ def test_the_full_size_model_takes_prompts(case):
     total = sum(p.numel() for p in host.parameters())
     with torch.device("meta"):
         model = get_peft_model(host, SDPTConfig())
-    prompts = [p for p in model.parameters() if p.requires_grad]
-    assert len(prompts) == case.full_size_layers
-    trained = sum(p.numel() for p in prompts)
+    trainable = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    assert sum(name.endswith(".sdpt_prompts.default") for name in trainable) == case.full_size_layers
+    gates = {name for name in trainable if name.endswith(".sdpt_gates.default")}
+    assert len(gates) == len(model.peft_config["default"].fusion_gates)
+    assert len(gates) == case.full_size_layers or not case.image_reads or case.shared
+    trained = sum(trainable.values())
     print(f"{case.name}: {trained:,} of {total:,}, {100 * trained / total:.3f} %")
     assert trained / total < 0.005
