@@ -386,7 +386,8 @@ def log_step(setup: Setup, loss: torch.Tensor, learning_rates: list[float]) -> N
     values |= dict(zip(("learning_rate", "lora_learning_rate"), learning_rates, strict=False))
     layers = [module for module in setup.detector.modules() if isinstance(module, SDPTLayer)]
     for index, layer in enumerate(layers):
-        norms = [prompts.detach().norm(dim=-1) for prompts in trained_parameters(layer).values()]
+        trained = [prompts for prompts in layer.sdpt_prompts.values() if prompts.requires_grad]
+        norms = [prompts.detach().norm(dim=-1).flatten() for prompts in trained]
         values[f"prompt_norm/layer_{index}"] = torch.cat(norms).mean().item()
     setup.accelerator.log(values, step=setup.progress.step)
 

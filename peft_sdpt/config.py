@@ -341,7 +341,7 @@ class SDPTConfig(SavedConfig):
                 self._refuse("prompt_groups", "None where prompt_gate is None, because groups differ by their gates")
 
         for name, values in (
-            ("init_weights", (*INIT_WEIGHTS, False)),
+            ("init_weights", (*INIT_WEIGHTS, True, False)),
             ("prompt_mode", PROMPT_MODES),
             ("attn_implementation", ATTN_IMPLEMENTATIONS),
         ):

@@ -40,4 +40,4 @@ def gates_of(factors: torch.Tensor) -> torch.Tensor:
     """
     if (largest := factors.abs().max().item()) >= 1:
         raise ValueError(f"a gate stands for a factor between -1 and 1, got {largest:.3g}")
-    return factors.double().atanh()
+    return factors.cpu().double().atanh()  # not every device has double precision

@@ -55,7 +55,8 @@ def init_prompts(config: SDPTConfig, dim: int, embed_dim: int, gated: bool = Fal
         config: Config of the adapter.
         dim: Dimension of a prompt, see `prompt_dim`.
         embed_dim: Dimension E of the aligned space, which determines the size of some initial values.
-        gated: Whether the prompts have gates. If so, `"normal"` has a standard deviation of 4 instead of 1.
+        gated: Whether the prompts have gates. If so, `"normal"` has a standard deviation of 4 instead of 1, and so has
+            `"prototypes"`.
 
     Returns:
         `(N, dim)`, or `(2, N, dim)` in independent mode (image prompts, text prompts); float32.
@@ -68,7 +69,7 @@ def init_prompts(config: SDPTConfig, dim: int, embed_dim: int, gated: bool = Fal
             prompt_set.copy_(initialise(torch.empty(len(prompt_set), embed_dim, device="cpu"))[:, :dim])
         else:
             initialise(prompt_set)
-    return prompts * _STD_WITH_GATES if gated and _name_of_init(config) == "normal" else prompts
+    return prompts * _STD_WITH_GATES if gated and _name_of_init(config) in ("normal", "prototypes") else prompts
 
 
 def _name_of_init(config: SDPTConfig) -> str:

@@ -63,15 +63,15 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
 
     The layer takes and returns what the wrapped module does. If there are no prompts to see (adapters are disabled, or
     none is active on this layer), it calls the wrapped module, so the outputs are those of the base model bit for bit.
-    In evaluation, so are those of an adapter whose gates are zero, as they are at the start. In training, these are
-    computed with the prompts, and equal but for rounding. Adapters have no gates on a layer whose spec names no heads.
+    In evaluation, so are those of an adapter whose gates are zero, as they are at the start; with gradients, the
+    wrapped module may then be called twice. In training and in compiled code, they are computed with the prompts, and
+    equal but for rounding. Adapters have no gates on a layer whose spec names no heads.
 
     With `attn_implementation="eager"`, attention weights have one more column for each prompt that a direction sees,
-    after the columns of the base model. Where the forward of the base model runs, prompts with gates add no columns.
-    Those of a bi-directional attention are `(B * heads, Nv, Nl + N)` for image
+    after the columns of the base model. Those of a bi-directional attention are `(B * heads, Nv, Nl + N)` for image
     tokens (`Nl` if prompts are hidden from the image) and `(B * heads, Nl, Nv + N)` for text tokens. With `"fused"`,
     weights are None, as with the sdpa attention of transformers. Prompts of several active adapters follow one another
-    in the order of activation.
+    in the order of activation. Where the forward of the base model runs, prompts with gates add no columns.
 
     The inverse projections are computed when an adapter is attached. They are computed again before the next forward
     if the weight of a projection has changed: by `load_state_dict`, an operation in place, a new parameter or new
@@ -117,7 +117,6 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
         self._make_prompts()
         self.sdpt_config: dict[str, SDPTConfig] = {}
         self.sdpt_fixed: dict[str, _Fixed] = {}
-        self.sdpt_scale: dict[str, float] = {}
         self.sdpt_inverses = InverseCache()
         self._known_prompts: tuple[list[TensorState], list[Prompts]] | None = None
         self._known_silent: dict[str, tuple[TensorState, bool]] = {}
@@ -130,6 +129,7 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
     def _make_prompts(self) -> None:
         self.sdpt_prompts: MutableMapping[str, nn.Parameter] = nn.ParameterDict()  # type: ignore[assignment] # it is one
         self.sdpt_gates: MutableMapping[str, nn.Parameter] = nn.ParameterDict()  # type: ignore[assignment] # it is one
+        self.sdpt_scale: dict[str, float] = {}
 
     @property
     def projections(self) -> tuple[nn.Linear, ...]:
@@ -144,6 +144,7 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
     def update_layer(self, adapter_name: str, config: SDPTConfig) -> None:
         """Add the prompts of an adapter, initialized as `config` says."""
         self._add_settings(adapter_name, config)
+        self.sdpt_scale[adapter_name] = 1.0
         dim = prompt_dim(config, self.fusion_host, self.projections)
         heads = self.fusion_host.num_heads(self.get_base_layer())
         gates = gate_sides_and_heads(config, self.fusion_host, heads)
@@ -158,11 +159,11 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
     def _add_settings(self, adapter_name: str, config: SDPTConfig) -> None:
         self.sdpt_config[adapter_name] = config
         self.sdpt_fixed[adapter_name] = _Fixed(config.pinv_rtol, config.image_attends_prompts, config.group_sizes)
-        self.sdpt_scale[adapter_name] = 1.0
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter from this layer, if the layer has it."""
         super().delete_adapter(adapter_name)
+        self._known_silent.pop(adapter_name, None)
         self.sdpt_inverses.keep(*self._needed_inverses())
 
     def tokens(self, adapter_name: str = "default") -> torch.Tensor:
@@ -223,6 +224,7 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
             ValueError: Another tuner's adapter acts on a projection.
         """
         self._known_prompts = None
+        self._known_silent.clear()
         self.sdpt_inverses.require(self.projections, *self._needed_inverses(), force=force)
 
     def _needed_inverses(self) -> tuple[list[float | None], bool]:
@@ -287,7 +289,7 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
         return factors_of(self.sdpt_gates[adapter_name]) * self.sdpt_scale[adapter_name]
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
-        """Multiply the gates of an adapter by `scale`. 0 is the base model, and 1 is the adapter as it was trained."""
+        """Multiply the gates of an adapter by `scale`. `SDPTModel.set_scale` does so in all layers, with checks."""
         self.sdpt_scale[adapter_name] = scale
         self._known_prompts = None
 
@@ -446,6 +448,10 @@ class SharedSDPTLayer(SDPTLayer):
     @property
     def sdpt_gates(self) -> MutableMapping[str, nn.Parameter]:  # type: ignore[override] # nobody assigns it here
         return self._first[0].sdpt_gates if self._first else {}
+
+    @property
+    def sdpt_scale(self) -> dict[str, float]:  # type: ignore[override] # nobody assigns it here
+        return self._first[0].sdpt_scale if self._first else {}
 
     def update_layer(self, adapter_name: str, config: SDPTConfig) -> None:
         """Add an adapter. Its prompts are added to the first module."""

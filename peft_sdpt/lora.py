@@ -19,8 +19,9 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .config import SDPTConfig
+from .hosts import GROUNDING_DINO, find_hosts
 from .layer import CANNOT_MERGE, SDPTLayer
-from .saving import lora_name
+from .saving import lora_name, plain_name
 from .targeting import matches
 from .weights import device_and_dtype
 
@@ -65,14 +66,27 @@ class SDPTLoraLayer(nn.Module, BaseTunerLayer):
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
 
+    @property
+    def in_features(self) -> int:
+        """Number of inputs of the linear layer."""
+        return int(_size(self.get_base_layer())[0])
+
+    @property
+    def out_features(self) -> int:
+        """Number of outputs of the linear layer."""
+        return int(_size(self.get_base_layer())[1])
+
     def update_layer(self, adapter_name: str, config: SDPTConfig) -> None:
         """Add the matrices of an adapter. A is drawn from torch's default generator, and B is zero."""
         assert config.lora_rank is not None
         inputs, outputs = _size(self.get_base_layer())
-        first = torch.empty(config.lora_rank, inputs)
+        # On the CPU, so that a seed gives the same numbers on every device, as for tokens.
+        first = torch.empty(config.lora_rank, inputs, device="cpu", dtype=torch.float32)
         nn.init.kaiming_uniform_(first, a=math.sqrt(5))
         self.sdpt_lora_A[adapter_name] = nn.Parameter(first)
-        self.sdpt_lora_B[adapter_name] = nn.Parameter(torch.zeros(outputs, config.lora_rank))
+        self.sdpt_lora_B[adapter_name] = nn.Parameter(
+            torch.zeros(outputs, config.lora_rank, device="cpu", dtype=torch.float32)
+        )
         self.sdpt_lora_scaling[adapter_name] = config.lora_scaling
         self.sdpt_scale[adapter_name] = 1.0
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -147,11 +161,12 @@ def select_lora_layers(
         return {}
     targets = config.lora_target_modules
     by_default = named is None and targets is None
+    has_default = not by_default or GROUNDING_DINO in find_hosts(model).values()
 
     def wanted(name: str) -> bool:
         return lora_name(name) in named if named is not None else matches(targets or DEFAULT_LORA_TARGETS, name)
 
-    found = _find(model, config, lambda name: wanted(lora_name(name)))
+    found = _find(model, config, lambda name: has_default and wanted(lora_name(name)))
     fusion_layers = {*adapted, *(name for name, module in model.named_modules() if isinstance(module, SDPTLayer))}
     layers: dict[str, tuple[str, list[int]]] = {}
     for name, module in found.items():
@@ -196,6 +211,21 @@ def refuse_modules_to_save_with_lora(model: nn.Module, config: SDPTConfig) -> No
             raise ValueError(
                 f"SDPTConfig.modules_to_save={config.modules_to_save} names '{lora_name(name)}', which has the LoRA "
                 "part of another SDPT adapter. Put these two adapters on different copies of the base model."
+            )
+
+
+def refuse_lora_inside(name: str, parts: Sequence[nn.Module]) -> None:
+    """Check that a fusion layer that gets prompts has no LoRA of another SDPT adapter: SDPT inverts its weights.
+
+    Raises:
+        ValueError: A module in one of the parts has LoRA, active or not.
+    """
+    for module in (inner for part in parts for inner in part.modules()):
+        if isinstance(module, SDPTLoraLayer) and module.sdpt_lora_A:
+            raise ValueError(
+                f"The fusion layer '{plain_name(name)}' cannot get prompts, because the SDPT adapters "
+                f"{sorted(module.sdpt_lora_A)} have LoRA in it. Leave it out of target_modules, or out of the "
+                "lora_target_modules of these adapters."
             )
 
 

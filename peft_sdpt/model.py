@@ -24,7 +24,7 @@ from .config import SDPTConfig
 from .gates import factors_of, gates_of
 from .hosts import FusionHost
 from .layer import CANNOT_MERGE, SDPTLayer, SharedSDPTLayer
-from .lora import SDPTLoraLayer, refuse_modules_to_save_with_lora, select_lora_layers
+from .lora import SDPTLoraLayer, refuse_lora_inside, refuse_modules_to_save_with_lora, select_lora_layers
 from .saving import (
     LORA_KEYS,
     PARAMETER_KEYS,
@@ -101,6 +101,7 @@ class SDPTModel(BaseTuner):
             named_for_lora = {lora_name(key.rpartition(LORA_KEYS[0])[0]) for key in state_dict if LORA_KEYS[0] in key}
             state_dict = {f"{_name_in_peft(part)}{PROMPTS_KEY}": torch.empty(0) for part in parts}
         for name, layer in layers.items():
+            refuse_lora_inside(name, [model.get_submodule(part) for part in layer.parts])
             check_fusion_layer(name, layer, config)
         dims = {plain_name(name): layer.prompt_dim(config) for name, layer in layers.items()}
         gates = {plain_name(name): numbers for name, layer in layers.items() if (numbers := layer.gates(config))}
@@ -245,28 +246,35 @@ class SDPTModel(BaseTuner):
         return sorted(name for name, config in self.peft_config.items() if isinstance(config, SDPTConfig))
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
-        """Multiply the effect of an adapter by a number, until it is changed or the adapter is loaded anew.
+        """Multiply the effect of an adapter by a number, until it is set again or the adapter is deleted.
 
         0 is the base model, and 1 is the adapter as it was trained. Numbers in between give back some of what tuning
         has cost on other classes. The scale is not saved.
 
         Args:
-            adapter_name: Name of an SDPT adapter of this model, with gates.
+            adapter_name: Name of an SDPT adapter of this model, with gates and without `modules_to_save`.
             scale: Factor of its gates, and of its LoRA part; a finite number.
 
         Raises:
-            ValueError: The model has no such adapter, the adapter has no gates, or `scale` is not a finite number.
+            ValueError: The model has no such adapter, the adapter has no gates or has `modules_to_save`, or `scale` is
+                not a finite number.
         """
         if adapter_name not in self._sdpt_adapters():
             raise ValueError(f"adapter_name must be one of {self._sdpt_adapters()}, got {adapter_name!r}")
         if isinstance(scale, bool) or not isinstance(scale, numbers.Real) or not math.isfinite(scale):
             raise ValueError(f"scale must be a finite number, got {scale!r}")
+        config = self.peft_config[adapter_name]
         for name, layer in _layers_with_prompts(self.model, adapter_name):
             if adapter_name not in layer.sdpt_gates:
+                reason = "prompt_gate is None" if config.prompt_gate is None else "its spec names no heads"
                 raise ValueError(
-                    f"adapter_name={adapter_name!r}: scale multiplies gates, and the layer '{name}' has none "
-                    f"(prompt_gate={self.peft_config[adapter_name].prompt_gate!r})"
+                    f"adapter_name={adapter_name!r}: scale multiplies gates, and the layer '{name}' has none: {reason}"
                 )
+        if config.modules_to_save:
+            raise ValueError(
+                f"adapter_name={adapter_name!r}: an adapter with modules_to_save={config.modules_to_save} cannot be "
+                "scaled, because modules that are trained whole have no gates"
+            )
         for module in self.model.modules():
             if isinstance(module, (SDPTLayer, SDPTLoraLayer)) and adapter_name in module.sdpt_scale:
                 module.set_scale(adapter_name, float(scale))
@@ -286,6 +294,7 @@ class SDPTModel(BaseTuner):
                 nor `lora_rank`.
             weights: A factor for each adapter. With `"cat"` and gates, it multiplies the effect of the adapter, as
                 `set_scale` does. Otherwise, it multiplies parameters: the tokens in the aligned space, and the gates.
+                The scales that `set_scale` has set do not count.
             adapter_name: Name of the new adapter. It is not active, and not trainable until it is made active.
             combination_type: `"cat"` concatenates the tokens of all adapters, and keeps each adapter's gates and
                 softmax as a group of its own (`prompt_groups`). With weights of 1, this equals activating all of them.
@@ -336,11 +345,10 @@ class SDPTModel(BaseTuner):
         prompts = torch.cat(all_prompts, dim=-2)
         if not all_gates:
             return prompts, None
-        scales = [weight * layer.sdpt_scale[name] for name, weight in zip(adapters, weights, strict=True)]
         try:
             gates = [
-                gate if scale == 1 else gates_of(factors_of(gate) * scale).to(gate)
-                for gate, scale in zip(all_gates, scales, strict=True)
+                gate if weight == 1 else gates_of(factors_of(gate) * weight).to(gate)
+                for gate, weight in zip(all_gates, weights, strict=True)
             ]
         except ValueError as error:
             raise ValueError(f"weights {weights} of the adapters {adapters} are too large: {error}") from error

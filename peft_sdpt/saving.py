@@ -187,7 +187,7 @@ def check_weights(adapter: str, subfolder: str | None, expected: Shapes | None, 
     if differences := differing_shapes(found, expected):
         raise ValueError(
             f"The weights of the SDPT adapter {path!r} do not fit its config, and nothing was put on the base model "
-            f"(expected: prompts that the config names, found: prompts of the weights). {differences}."
+            f"(expected: what the config names, found: what the weights have). {differences}."
         )
 
 
@@ -237,8 +237,8 @@ def check_base_model(found: Shapes, expected: Shapes) -> None:
     """
     if differences := differing_shapes(found, expected):
         raise ValueError(
-            "This SDPT adapter was made for another base model (expected: prompts that this base model takes with the "
-            f"adapter's config, found: prompts of the adapter). {differences}. A config loaded with an adapter belongs "
+            "This SDPT adapter was made for another base model (expected: what this base model takes with the "
+            f"adapter's config, found: what the adapter has). {differences}. A config loaded with an adapter belongs "
             "to its base model; make a new SDPTConfig to start on another one."
         )
 
@@ -257,7 +257,7 @@ def check_state_dict(found: Shapes, expected: Shapes, adapter_name: str) -> None
     if differences := differing_shapes(found, expected):
         raise ValueError(
             f"The weights do not fit the SDPT adapter {adapter_name!r} of this model, and nothing was loaded "
-            f"(expected: prompts of the model, found: prompts of the weights). {differences}."
+            f"(expected: what the model has, found: what the weights have). {differences}."
         )
 
 

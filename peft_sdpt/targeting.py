@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 
 from peft.utils.other import AuxiliaryTrainingWrapper, match_target_against_key
@@ -211,6 +212,17 @@ def check_fusion_layer(name: str, layer: FusionLayer, config: SDPTConfig) -> Non
         raise ValueError(
             f"SDPTConfig.image_attends_prompts=False hides prompts from image tokens, and '{name}' ({spec.name}) does "
             "not tell which tokens attend. Use True."
+        )
+    if layer.heads is None and config.prompt_groups is not None:
+        raise ValueError(
+            f"SDPTConfig.prompt_groups={config.prompt_groups} needs gates, and '{name}' ({spec.name}) has none, "
+            "because its spec names no heads. Use None."
+        )
+    if layer.heads is None and config.prompt_gate is not None:
+        warnings.warn(
+            f"The fusion layer '{name}' ({spec.name}) has no gates, because its spec names no heads. Its prompts "
+            "act as with prompt_gate=None, so a new adapter changes the outputs.",
+            stacklevel=2,
         )
     for projection in layer.projections:
         refuse_adapted(projection)

@@ -50,7 +50,11 @@ class Heads:
     @property
     def needed(self) -> tuple[str, ...]:
         """Dotted names of the attributes that the adapted module must have."""
-        return tuple(name for name in (self.query, self.value, self.out, self.number, self.scale) if name is not None)
+        return tuple(
+            name
+            for name in (self.query, self.value, self.out, self.number, self.scale, self.dropout)
+            if name is not None
+        )
 
     def number_in(self, module: nn.Module) -> int:
         """Return the number of heads in a module."""
@@ -94,7 +98,8 @@ def call_with_gated(
         branches: The attentions that read prompts. Without any, the module is called as it is.
 
     Raises:
-        ValueError: An attention calls its output projection without having called its query projection.
+        ValueError: An attention calls its output projection with arguments by name, or without having called its query
+            projection.
     """
     return _call_with_hooks(module, args, kwargs, branches) if branches else module(*args, **kwargs)
 
@@ -151,6 +156,11 @@ class _Reading:
     def added_to_input(self, out: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
         if threading.get_ident() != self.thread:
             return None
+        if not args:
+            raise ValueError(
+                f"{type(self.module).__name__} calls '{self.branch.heads.out}' with arguments by name, so its prompts "
+                "cannot have gates. Remove `heads` from the spec of this fusion layer."
+            )
         return (self.added(args[0]), *args[1:])
 
     def added_to_outputs(self, outputs: Any) -> Any:
