@@ -427,6 +427,10 @@ def data_in_place(gates: nn.Parameter, value: float):
     gates.data.fill_(value)
 
 
+def name_of(how) -> str:
+    return how if isinstance(how, str) else how.__name__
+
+
 WRITES = [fill, step, other_data, data_in_place]
 
 
@@ -457,7 +461,7 @@ class Tests(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("how", [*WRITES, "load_state_dict", "set_peft_model_state_dict"], ids=str)
+@pytest.mark.parametrize("how", [*WRITES, "load_state_dict", "set_peft_model_state_dict"], ids=name_of)
 @pytest.mark.parametrize("waits", [False, True], ids=["cpu", "device"])
 def test_what_is_written_to_gates_takes_effect_at_once(how, waits, monkeypatch):
     if waits and how is data_in_place:
