@@ -16,6 +16,7 @@ from .report import TABLES, memory_ratio, ratios, select
 COLOURS = {
     "sdpt": "#d62728",
     "sdpt-eager": "#ff9896",
+    "sdpt-gated": "#ff7f0e",
     "released": "#8c564b",
     "lora": "#1f77b4",
     "ia3": "#17a0b0",

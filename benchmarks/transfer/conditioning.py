@@ -32,6 +32,8 @@ def make_ill_conditioned(host: nn.Module, condition: float, seed: int = 0) -> nn
     """
     generator = torch.Generator().manual_seed(seed)
     for name, declaration in find_hosts(host).items():
+        if not declaration.adapted_by_default:
+            continue
         layer = host.get_submodule(name)
         image, text = declaration.projections(layer)
         width = image.in_features

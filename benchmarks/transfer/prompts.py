@@ -121,7 +121,7 @@ def attach_prompts(host: nn.Module, kind: str, num_tokens: int) -> nn.Module:
             for `CoupledPrompts`.
         num_tokens: Number of tokens per modality and layer.
     """
-    layers = find_hosts(host)
+    layers = {name: declaration for name, declaration in find_hosts(host).items() if declaration.adapted_by_default}
     maps = None
     for name, declaration in layers.items():
         layer = host.get_submodule(name)

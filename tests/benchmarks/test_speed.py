@@ -89,6 +89,7 @@ TRAINS = {
     "host": (),
     "sdpt": ("sdpt_prompts",),
     "sdpt-eager": ("sdpt_prompts",),
+    "sdpt-gated": ("sdpt_prompts", "sdpt_gates"),
     "released": ("cpt_input",),
     "lora": ("lora_A", "lora_B"),
     "ia3": ("ia3_l",),

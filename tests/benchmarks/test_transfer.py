@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from benchmarks.transfer import __main__ as suite
 from benchmarks.transfer import grid, retention, running, tuning
 from benchmarks.transfer.conditioning import make_ill_conditioned
 from benchmarks.transfer.diagnosis import diagnose
+from benchmarks.transfer.gate_rules import RULES as GATE_RULES
 from benchmarks.transfer.grid import Cell, best_rate, leaders, measures_known, plan
 from benchmarks.transfer.inverses import replace_inverses
 from benchmarks.transfer.methods import METHODS
@@ -100,6 +102,11 @@ def test_a_method_trains_what_it_is_called_after(method, processor):
     number = sum(parameter.numel() for parameter in trained.values())
     # Three fusion layers of width 512 over 128 and 128: twenty tokens each, and ten of what is as published.
     expected = {
+        # Two directions of four heads have gates in each layer.
+        "gated": 15360 + 24,
+        "gated-more": 61440 + 24,
+        "gated-lora-small": 15360 + 24 + 77824 // 4,
+        "gated-lora": 15360 + 24 + 77824,
         "sdpt-defaults": 15360,
         "sdpt": 15360,
         "sdpt-hidden": 15360,
@@ -367,6 +374,47 @@ def test_an_inverse_of_one_modality_and_a_quiet_start(processor):
             torch.testing.assert_close(prompts.tokens, torch.randn(10, 128), rtol=0, atol=0.05)
 
 
+def test_other_gates_and_sizes_of_tokens(processor):
+    """Each rule starts as the base model, and its gates stand for other factors then; each setting can be run."""
+    inputs = inputs_of(processor)
+
+    def boxes(model):
+        with torch.no_grad():
+            return model.eval()(**inputs).pred_boxes
+
+    def attached(**fields):
+        torch.manual_seed(0)
+        return METHODS["gated"].attach(load_host(HOST, "cpu"), processor, NAMES, fields)
+
+    bare, found = boxes(load_host(HOST, "cpu")), {}
+    for rule in (None, *GATE_RULES):
+        model = attached(**({} if rule is None else {"gate": rule}))
+        assert torch.equal(boxes(model), bare)
+        layers = [module for module in model.modules() if isinstance(module, SDPTLayer)]
+        with torch.no_grad():
+            for number, layer in enumerate(layers):
+                layer.sdpt_gates["default"].copy_(torch.linspace(-1, 2, 8).view(2, 1, 4) * (number + 1))
+        model.train(), model.eval()
+        found[rule] = boxes(model)
+        assert layers[0].gate_factors("default").shape == (2, 1, 4)
+    one_per_layer = layers[0].gate_factors("default")
+    assert torch.equal(one_per_layer, one_per_layer[..., :1].expand(2, 1, 4))
+    pairs = itertools.combinations([bare, *found.values()], 2)
+    assert all((one - other).abs().max() > 1e-5 for one, other in pairs)
+    # Tokens of another size differ in nothing else.
+    usual, small = attached(), attached(**{"size of tokens": 0.5})
+    for one, other in zip(usual.modules(), small.modules(), strict=True):
+        if isinstance(one, SDPTLayer):
+            tokens = one.sdpt_prompts["default"], other.sdpt_prompts["default"]
+            assert tokens[1].std().item() == pytest.approx(0.5) and tokens[0].std().item() == pytest.approx(4, rel=0.03)
+            torch.testing.assert_close(tokens[0] / tokens[0].std(), tokens[1] / tokens[1].std())
+    cells = grid.tried_cells(["one"], ["gated", "gated-more"])
+    assert {cell.method for cell in cells} == {"gated", "gated-more"} and {cell.split for cell in cells} == {"val"}
+    assert len({cell.key for cell in cells}) == len(cells) > 10
+    for cell in cells:
+        METHODS[cell.method].attach(load_host(HOST, "cpu"), processor, NAMES, dict(cell.fields))
+
+
 def test_what_prompts_do(processor):
     model = METHODS["sdpt-defaults"].attach(load_host(HOST, "cpu"), processor, NAMES, {}).eval()
     inputs = inputs_of(processor)
@@ -570,6 +618,7 @@ def results_rate(results, method):
     ("method", "tokens", "others"),
     [
         ("sdpt-lora", 15360, 77824),
+        ("gated-lora", 15360 + 24, 77824),
         ("learned-projections", 30720, 3 * 2 * (512 + 1) * 128),
         ("mudpt", 15360, 2 * (128 + 1) * 128),
         ("mudpt-paper", 3 * 2 * 2 * 128, 2 * (12 * 128 * 128 + 9 * 128 + 2 * 4 * 128 + (128 + 1) * 128)),
@@ -621,7 +670,11 @@ def test_rates_are_chosen_before_methods_are_compared():
     # With the first seed: all pictures, more steps, rules that the config does not have.
     rare = [c for c in third if c.shots is None or c.times > 1 or "inverse" in dict(c.fields)]
     assert rare and not any(cell.seed for cell in rare)
-    assert [cell.seed for cell in third] == sorted(cell.seed for cell in third)
+    # The runs of the main table first, then those of one seed before the next.
+    main = [c for c in third if not c.fields and c.condition is None and c.times == 1 and not c.retention]
+    main = [c for c in main if c.shots == grid.SHOTS or c.method == "zero-shot"]
+    order = [(cell not in main, cell.seed) for cell in third]
+    assert main and order == sorted(order) and len(main) < len(third)
     assert len({cell.key for cell in third}) == len(third)
 
 
@@ -637,10 +690,10 @@ def test_the_leaders_are_ours_and_the_best_others():
 
 
 def test_inverses_are_compared_on_harder_hosts_at_rates_of_their_method():
-    cells = grid.condition_cells(["one"], ["lora", "sdpt", grid.OURS], 2)
+    cells = grid.condition_cells(["one"], ["lora", "sdpt", grid.UNGATED], 2)
     assert {cell.condition for cell in cells} == set(grid.CONDITIONS)
-    rates = {name: {cell.learning_rate for cell in cells if cell.method == name} for name in ("sdpt", grid.OURS)}
-    assert rates == {"sdpt": {0.03, 0.1, 0.3}, grid.OURS: {0.1, 0.3}}
+    rates = {name: {cell.learning_rate for cell in cells if cell.method == name} for name in ("sdpt", grid.UNGATED)}
+    assert rates == {"sdpt": {0.03, 0.1, 0.3}, grid.UNGATED: {0.1, 0.3}}
     # What the config has, with every seed; other rules with the first, at one rate.
     assert {cell.seed for cell in cells if "pinv_rtol" in dict(cell.fields)} == {0, 1}
     assert {(cell.seed, cell.learning_rate) for cell in cells if "inverse" in dict(cell.fields)} == {(0, 0.3)}
@@ -652,7 +705,7 @@ def test_longer_runs_and_what_prompts_do_are_in_the_report():
     look |= {"image_tokens": 11.0, "text_tokens": 12.0}
     rows = [{**look, "gradient": 0.001, "unreached": 0.5}] * 3
     results = {"machine": {"host": "h", "torch": "", "transformers": "", "peft": "", "peft_sdpt": ""}}
-    results |= {"tasks": ["one"], "methods": ["sdpt", grid.OURS], "seeds": 2, "cells": {}}
+    results |= {"tasks": ["one"], "methods": ["sdpt", grid.OURS, grid.UNGATED], "seeds": 2, "cells": {}}
     for _ in range(2):  # rates, and then the rest
         planned = plan(["one"], results["methods"], 2, results["cells"])
         results["cells"] |= measured(planned, lambda cell: 0.75 if cell.times > 1 else 0.5 * cell.times)
@@ -661,18 +714,18 @@ def test_longer_runs_and_what_prompts_do_are_in_the_report():
             results["cells"][cell.key] |= {"start": rows, "end": [{**row, "image_prompts": 40.0} for row in rows]}
     assert {cell.steps for cell in planned if cell.times > 1} == {3 * grid.STEPS}
     text = report({**results, "cells": {cell.key: {**asdict(cell), **results["cells"][cell.key]} for cell in planned}})
-    assert "| SDPT, defaults | 50.0 | 75.0 |" in text
+    assert "| SDPT, defaults | 50.0 → 75.0 |" in text and "| SDPT without gates | 50.0 → 75.0 |" in text
     assert "| uniform | 12.5 | 25.0 | 50.0 |" in text
     # What the config has at each rate that a method has, with both seeds; other rules at one, with the first.
     for row in (
         "30 times worse | SDPT, published | pinv_rtol=0.03 | 50.0 ± 0.0 | 50.0 ± 0.0 | 50.0 ± 0.0",
         "30 times worse | SDPT, published | scaled |  |  | 50.0",
-        "300 times worse | SDPT, defaults | pinv_rtol=None |  | 50.0 ± 0.0 | 50.0 ± 0.0",
+        "300 times worse | SDPT without gates | pinv_rtol=None |  | 50.0 ± 0.0 | 50.0 ± 0.0",
     ):
         assert f"| {row} |" in text
     shown = "11.0 → 11.0 | 6.0 → 40.0 | 12.0 → 12.0 | 5.0 → 5.0 | 5.0% → 5.0% | 2.5% → 2.5%"
     shown += " | 0.0010 → 0.0010 | 50% → 50%"
-    for label in ("SDPT, published", "SDPT, defaults", "SDPT, published, condition 300 times worse"):
+    for label in ("SDPT, published", "SDPT without gates", "SDPT, published, condition 300 times worse"):
         assert all(f"| one | {label} | {layer} | {shown} |" in text for layer in range(3))
 
 

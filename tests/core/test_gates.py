@@ -472,13 +472,16 @@ def test_what_is_written_to_gates_takes_effect_at_once(how, waits, monkeypatch):
     model = get_peft_model(make_host(), SDPTConfig(num_virtual_tokens=4))
     assert torch.equal(run(model), bare)
     twin = copy.deepcopy(model)
-    write(twin, fill, 0.7)
-    twin.train().eval()
-    expected = run(twin)
-    assert (expected - bare).nan_to_num().abs().max() > 1e-2
+    expected = {}
+    for value in (0.3, 0.7):
+        write(twin, fill, value)
+        expected[value] = run(twin.train().eval())
+        assert (expected[value] - bare).nan_to_num().abs().max() > 1e-2
+    assert not torch.equal(*expected.values())
     for _ in range(2):
-        write(model, how, 0.7)
-        assert torch.equal(run(model), expected)
+        for value in (0.7,) if how is data_in_place else (0.3, 0.7):
+            write(model, how, value)
+            assert torch.equal(run(model), expected[value])
         write(model, how, 0.0)
         assert torch.equal(run(model), bare)
 

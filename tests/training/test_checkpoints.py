@@ -17,7 +17,7 @@ from peft_sdpt.files import whole_files
 from peft_sdpt.training import checkpoints
 from peft_sdpt.training.averaging import averaged, parameter_groups, trained_parameters
 from peft_sdpt.training.checkpoints import Checkpoints, Progress, latest, remove_unfinished
-from tests.helpers.detectors import attach, make_host
+from tests.helpers.detectors import LAYERS, attach, make_host, parameter_keys
 
 RUN = {"--learning_rate": "0.2", "betas": (0.9, 0.99)}
 
@@ -215,10 +215,11 @@ def test_groups_of_parameters_have_their_rates():
     assert [group["lr"] for group in groups] == [0.3, 0.01]
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     tokens, lora = ({names[id(parameter)] for parameter in group["params"]} for group in groups)
-    assert tokens == {name for name in trained_parameters(model) if "sdpt_prompts" in name}
+    # Gates have the rate of the tokens.
+    assert tokens == parameter_keys(LAYERS)
     assert tokens | lora == trained_parameters(model).keys() and not tokens & lora
     (group,) = parameter_groups(attach(make_host()), 0.3)
-    assert group["lr"] == 0.3 and len(group["params"]) == 2
+    assert group["lr"] == 0.3 and len(group["params"]) == 4
 
 
 def test_run_files_are_readable(tmp_path):
