@@ -669,8 +669,13 @@ def test_the_scale_multiplies_the_lora_part():
 @pytest.mark.parametrize(
     ("name", "scale", "message"),
     [
-        ("nosuch", 1.0, r"adapter_name must be one of \['default', 'published'\], got 'nosuch'"),
-        ("published", 0.5, r"adapter_name='published': scale multiplies gates, and the layer '.*' has none \(prompt_"),
+        ("nosuch", 1.0, r"adapter_name must be one of \['default', 'published', 'whole'\], got 'nosuch'"),
+        (
+            "published",
+            0.5,
+            r"adapter_name='published': scale multiplies gates, and the layer '.*' has none: prompt_gate is None",
+        ),
+        ("whole", 0.5, r"adapter_name='whole': an adapter with modules_to_save=\['enc_output'\] cannot be scaled"),
         ("default", float("nan"), "scale must be a finite number, got nan"),
         ("default", float("inf"), "scale must be a finite number, got inf"),
         ("default", True, "scale must be a finite number, got True"),
@@ -681,6 +686,7 @@ def test_the_scale_multiplies_the_lora_part():
 def test_a_scale_that_cannot_be_is_refused(name, scale, message):
     model = attach(make_host())
     model.add_adapter("published", SDPTConfig(prompt_gate=None))
+    model.add_adapter("whole", SDPTConfig(modules_to_save=["enc_output"]))
     before = run(model)
     with pytest.raises(ValueError, match=message):
         model.base_model.set_scale(name, scale)
@@ -749,14 +755,18 @@ def test_cat_of_a_combination_keeps_its_groups(tmp_path):
         assert equal(parameters_of(loaded, kind, "default"), parameters_of(model.float(), kind, "three"))
 
 
-def test_a_scale_counts_in_cat():
-    model, outputs = two()
-    model.set_scale("default", 0.3)
-    model.base_model.add_weighted_adapter(["default", "second"], [2.0, 1.0], "both")
-    model.base_model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "as active")
+def test_scales_do_not_count_in_combinations():
+    model, outputs = two(num_virtual_tokens=4)
+    kinds = [("cat", 1.0), ("cat", 0.5), ("linear", 0.5)]
+    for scale in (1.0, 0.3):
+        model.set_scale("default", scale)
+        for kind, weight in kinds:
+            name = f"{kind} {weight} of {scale}".replace(".", ",")
+            model.base_model.add_weighted_adapter(["default", "second"], [weight, 1.0], name, combination_type=kind)
     model.set_scale("default", 1.0)
-    close([outputs("both")], [outputs("default", "second", default=0.6)])
-    close([outputs("as active")], [outputs("default", "second", default=0.3)])
+    for kind, weight in kinds:
+        first, second = (outputs(f"{kind} {weight} of {scale}".replace(".", ",")) for scale in (1.0, 0.3))
+        assert torch.equal(first, second)
 
 
 def test_linear_adds_parameters():

@@ -22,11 +22,10 @@ from PIL import Image, ImageOps
 from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 
 import detect
-from peft_sdpt import SDPTConfig
 from peft_sdpt.detection import images, prediction
 from peft_sdpt.detection.grounding import split_classes
 from peft_sdpt.detection.saved_adapter import common_base_model, find_adapter, load_processor
-from tests.helpers.detectors import ROOT
+from tests.helpers.detectors import ROOT, acting
 from tests.helpers.main_job import HOST
 from tests.helpers.patience import wait_until
 
@@ -45,7 +44,7 @@ def load_host():
 
 def save_adapter(folder: Path, seed: int, class_names=NAMES, **config) -> Path:
     torch.manual_seed(seed)
-    get_peft_model(load_host(), SDPTConfig(**config)).save_pretrained(folder)
+    get_peft_model(load_host(), acting(**config)).save_pretrained(folder)
     if class_names is not None:
         (folder / "class_names.json").write_text(json.dumps(class_names))
     return folder
@@ -222,7 +221,7 @@ def test_two_adapters_give_what_each_alone_gives(run, photos, adapters, tmp_path
 
 def test_an_adapter_with_lora(run, photos, adapters, tmp_path):
     """It loads like any other, alone and beside one without LoRA."""
-    model = get_peft_model(load_host(), SDPTConfig(lora_rank=2))
+    model = get_peft_model(load_host(), acting(lora_rank=2))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "sdpt_lora_B" in name:

@@ -74,8 +74,8 @@ def test_main_job_goes_on_from_a_saved_adapter(main_job, trained, small_task, tm
     before, after = (load_file(f / "adapter_model.safetensors") for f in (first, tmp_path / "out"))
     assert before.keys() == after.keys()
     assert all(not torch.equal(before[key], after[key]) for key in before)
-    # One step of one rate moves no entry further than about that rate: it went on, it did not start anew.
-    assert max((before[key] - after[key]).abs().max() for key in before) < 0.3
+    # One step of one rate, 0.3, moves no entry further than that: it went on, it did not start anew.
+    assert max((before[key] - after[key]).abs().max() for key in before) < 0.301
 
 
 def test_main_job_is_the_same_twice(main_job, trained, small_task, tmp_path):
@@ -97,7 +97,7 @@ def test_gradient_accumulation_is_the_whole_batch(small_task, main_job, tmp_path
 
 def test_gradients_are_clipped(small_task, main_job, tmp_path):
     """Adam does not see the length of gradients, but for what it adds to the root of their square."""
-    for out, norm in (("free", 1e3), ("clipped", 1e-7)):
+    for out, norm in (("free", 1e3), ("clipped", 1e-9)):
         flags = ("--max_train_steps", 1, "--max_grad_norm", norm, "--output_dir", tmp_path / out)
         assert main_job("--dataset_name", small_task, *flags) == 0
     free, clipped = (prompts(tmp_path / out) for out in ("free", "clipped"))
@@ -386,8 +386,12 @@ def test_tracking_logs_loss_rate_precision_and_prompt_norms(main_job, small_task
     assert steps["validation/AP"] == [2, 3] and steps["before/AP50"] == [0] and steps["after/AP50"] == [3]
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert events.Scalars("after/AP50")[0].value == pytest.approx(metrics["after"]["AP50"])
-    layers = [value for key, value in prompts(tmp_path / "out").items() if "layers.0." in key]
-    norm = torch.cat(layers).norm(dim=-1).mean().item()
+    (tokens,) = (
+        value
+        for key, value in prompts(tmp_path / "out").items()
+        if key.endswith("layers.0.fusion_layer.attn.sdpt_prompts")
+    )
+    norm = tokens.norm(dim=-1).mean().item()
     assert events.Scalars("prompt_norm/layer_0")[-1].value == pytest.approx(norm)
 
 
@@ -457,10 +461,11 @@ def test_images_that_do_not_open_are_left_out_only_when_asked(main_job, own_task
         (("--output_dir", "/proc/nowhere"), "--output_dir /proc/nowhere: cannot be written ("),
         (
             ("--learning_rate", 1e37, "--validation_steps", 9),
-            "boxes are not finite any more at step 2: lower --learning_rate",
+            # The first step moves gates, the second moves tokens.
+            "boxes are not finite any more at step 3: lower --learning_rate",
         ),
         (
-            ("--learning_rate", 1e37, "--max_train_steps", 1),
+            ("--learning_rate", 1e37, "--max_train_steps", 2),
             "the scores are not finite. If training caused this, lower the learning rate.",
         ),
         (("--max_train_steps", 0), "--max_train_steps 0"),

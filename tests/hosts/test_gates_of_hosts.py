@@ -640,8 +640,15 @@ def test_a_spec_of_your_own_may_name_a_scale(registered):
 
 def test_a_spec_without_heads_has_no_gates(registered):
     registered(None)
-    layer = reader(Reader)
+    with pytest.warns(
+        UserWarning, match=r"The fusion layer 'layer' \(reader\) has no gates, because its spec names no"
+    ):
+        layer = reader(Reader)
     assert not layer.sdpt_gates and "no gates" in repr(layer)
+    with pytest.raises(
+        ValueError, match=r"SDPTConfig.prompt_groups=\[1, 2\] needs gates, and 'layer' \(reader\) has none"
+    ):
+        reader(Reader, prompt_groups=[1, 2])
     queries, image = torch.randn(2, 3, 8), torch.randn(2, 5, 8)
     assert not torch.allclose(layer(queries, image), layer.base_layer(queries, image), atol=1e-3)
 
