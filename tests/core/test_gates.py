@@ -670,7 +670,11 @@ def test_the_scale_multiplies_the_lora_part():
     ("name", "scale", "message"),
     [
         ("nosuch", 1.0, r"adapter_name must be one of \['default', 'published'\], got 'nosuch'"),
-        ("published", 0.5, r"adapter_name='published': scale multiplies gates, and the layer '.*' has none \(prompt_"),
+        (
+            "published",
+            0.5,
+            r"adapter_name='published': scale multiplies gates, and the layer '.*' has none: prompt_gate is None",
+        ),
         ("default", float("nan"), "scale must be a finite number, got nan"),
         ("default", float("inf"), "scale must be a finite number, got inf"),
         ("default", True, "scale must be a finite number, got True"),
@@ -749,14 +753,13 @@ def test_cat_of_a_combination_keeps_its_groups(tmp_path):
         assert equal(parameters_of(loaded, kind, "default"), parameters_of(model.float(), kind, "three"))
 
 
-def test_a_scale_counts_in_cat():
-    model, outputs = two()
+@pytest.mark.parametrize("combination_type", ["cat", "linear"])
+def test_a_scale_does_not_count_in_combinations(combination_type):
+    model, outputs = two(num_virtual_tokens=4)
+    model.base_model.add_weighted_adapter(["default", "second"], [0.5, 1.0], "both", combination_type)
     model.set_scale("default", 0.3)
-    model.base_model.add_weighted_adapter(["default", "second"], [2.0, 1.0], "both")
-    model.base_model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "as active")
-    model.set_scale("default", 1.0)
-    close([outputs("both")], [outputs("default", "second", default=0.6)])
-    close([outputs("as active")], [outputs("default", "second", default=0.3)])
+    model.base_model.add_weighted_adapter(["default", "second"], [0.5, 1.0], "scaled", combination_type)
+    close([outputs("scaled")], [outputs("both")])
 
 
 def test_linear_adds_parameters():
