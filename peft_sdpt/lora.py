@@ -106,6 +106,9 @@ class SDPTLoraLayer(nn.Module, BaseTunerLayer):
         names = [name for name in wanted if name in self.sdpt_lora_A and self.sdpt_scale[name] != 0]
         if self.disable_adapters or not names:
             return result
+        if adapter_names is not None and len(x) == 1:
+            # Prompts of a fusion layer, which all samples share before this layer.
+            x, result = x.expand(len(adapter_names), *x.shape[1:]), result.expand(len(adapter_names), *result.shape[1:])
         if adapter_names is not None and len(adapter_names) != len(x):
             # The message is PEFT's own, because callers may look for it.
             raise ValueError(
@@ -214,18 +217,18 @@ def refuse_modules_to_save_with_lora(model: nn.Module, config: SDPTConfig) -> No
             )
 
 
-def refuse_lora_inside(name: str, parts: Sequence[nn.Module]) -> None:
-    """Check that a fusion layer that gets prompts has no LoRA of another SDPT adapter: SDPT inverts its weights.
+def refuse_lora_on_inverted(name: str, projections: Sequence[nn.Module]) -> None:
+    """Check that the projections of a fusion layer that SDPT inverts have no LoRA of an SDPT adapter.
 
     Raises:
-        ValueError: A module in one of the parts has LoRA, active or not.
+        ValueError: One of them has LoRA, active or not.
     """
-    for module in (inner for part in parts for inner in part.modules()):
-        if isinstance(module, SDPTLoraLayer) and module.sdpt_lora_A:
+    for projection in projections:
+        if isinstance(projection, SDPTLoraLayer) and projection.sdpt_lora_A:
             raise ValueError(
                 f"The fusion layer '{plain_name(name)}' cannot get prompts, because the SDPT adapters "
-                f"{sorted(module.sdpt_lora_A)} have LoRA in it. Leave it out of target_modules, or out of the "
-                "lora_target_modules of these adapters."
+                f"{sorted(projection.sdpt_lora_A)} have LoRA on a projection that SDPT inverts. Leave the layer out of "
+                "target_modules, or out of the lora_target_modules of these adapters."
             )
 
 

@@ -24,7 +24,7 @@ from .config import SDPTConfig
 from .gates import factors_of, gates_of
 from .hosts import FusionHost
 from .layer import CANNOT_MERGE, SDPTLayer, SharedSDPTLayer
-from .lora import SDPTLoraLayer, refuse_lora_inside, refuse_modules_to_save_with_lora, select_lora_layers
+from .lora import SDPTLoraLayer, refuse_lora_on_inverted, refuse_modules_to_save_with_lora, select_lora_layers
 from .saving import (
     LORA_KEYS,
     PARAMETER_KEYS,
@@ -101,7 +101,7 @@ class SDPTModel(BaseTuner):
             named_for_lora = {lora_name(key.rpartition(LORA_KEYS[0])[0]) for key in state_dict if LORA_KEYS[0] in key}
             state_dict = {f"{_name_in_peft(part)}{PROMPTS_KEY}": torch.empty(0) for part in parts}
         for name, layer in layers.items():
-            refuse_lora_inside(name, [model.get_submodule(part) for part in layer.parts])
+            refuse_lora_on_inverted(name, layer.projections)
             check_fusion_layer(name, layer, config)
         dims = {plain_name(name): layer.prompt_dim(config) for name, layer in layers.items()}
         gates = {plain_name(name): numbers for name, layer in layers.items() if (numbers := layer.gates(config))}

@@ -686,3 +686,38 @@ def test_the_card_tells_of_lora(tmp_path):
     )
     attach(make_host()).save_pretrained(tmp_path / "plain")
     assert "LoRA" not in ModelCard.load(tmp_path / "plain" / "README.md").text
+
+
+def test_prompts_where_another_adapter_has_lora_on_an_inverted_projection_are_refused():
+    model = tuned(layers_to_transform=[0], lora_target_modules=[f"{LAYERS[1]}.vision_proj"])
+    for active in (True, False):
+        if not active:
+            model.add_adapter("plain", SDPTConfig(layers_to_transform=[0]))
+            model.set_adapter("plain")
+        with pytest.raises(ValueError, match=r"adapters \['default'\] have LoRA on a projection that SDPT inverts"):
+            model.add_adapter("second", SDPTConfig())
+    assert set(model.peft_config) == {"default", "plain"}
+
+
+def test_a_mixed_batch_where_prompts_pass_lora_of_another_adapter():
+    """The value projection of a fusion layer with prompts gets them once for all samples."""
+    model = tuned(layers_to_transform=[0], lora_target_modules=[f"{LAYERS[1]}.values_text_proj"])
+    model.add_adapter("second", SDPTConfig(num_virtual_tokens=3, init_weights=False))
+    model.eval()
+    mixed = model(**model_inputs(), adapter_names=["default", "second"]).pred_boxes
+    for place, name in enumerate(("default", "second")):
+        alone = model(**model_inputs(), adapter_names=[name] * 2).pred_boxes
+        assert torch.allclose(mixed[place], alone[place], atol=1e-5)
+
+
+def test_a_default_device_of_meta_leaves_lora_on_the_cpu():
+    host = make_host()
+    with torch.device("meta"):
+        model = get_peft_model(host, SDPTConfig(lora_rank=2))
+    assert {parameter.device.type for parameter in model.parameters() if parameter.requires_grad} == {"cpu"}
+
+
+def test_the_default_layers_are_those_of_grounding_dino_alone():
+    case = next(case for case in cases() if "omdet" in case.name)
+    with pytest.raises(ValueError, match="needs lora_target_modules"):
+        get_peft_model(case.make(), SDPTConfig(lora_rank=2))
