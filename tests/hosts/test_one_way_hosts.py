@@ -88,7 +88,7 @@ class TestLxmert:
         torch.testing.assert_close(layer.base_layer.att.key(prompts.tokens.double()), tokens, rtol=0, atol=1e-4)
 
     def test_attention_weights_have_a_column_for_each_prompt(self):
-        model = attach(lxmert.make())
+        model = attach(lxmert.make(), prompt_gate=None)
         weights = model(**lxmert.inputs(0), output_attentions=True).cross_encoder_attentions
         assert [tuple(each.shape) for each in weights] == [(2, 4, 5, 6 + N)] * 2
         for each in weights:
@@ -203,10 +203,12 @@ class TestBridgeTower:
         inputs = bridgetower.inputs(0)
         expected = bridgetower.outputs(model, inputs)
         torch.manual_seed(2)
-        model.add_adapter("other", SDPTConfig(num_virtual_tokens=2))
+        model.add_adapter("other", SDPTConfig(num_virtual_tokens=2, init_weights=False))
         model.set_adapter("other")
-        trained = [name for name, p in model.named_parameters() if p.requires_grad]
-        assert trained == [f"base_model.model.{TEXT}.{index}.sdpt_prompts.other" for index in range(2)]
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        assert trained == {
+            f"base_model.model.{TEXT}.{index}.sdpt_{kind}.other" for index in range(2) for kind in ("prompts", "gates")
+        }
         alone = bridgetower.outputs(model, inputs)
         assert not torch.allclose(alone, expected, atol=1e-3)
         model.delete_adapter("default")
@@ -229,20 +231,24 @@ class TestBridgeTower:
 
     def test_each_set_is_saved_once(self, tmp_path):
         model = attach(bridgetower.make())
-        keys = {f"base_model.model.{TEXT}.{index}.sdpt_prompts" for index in range(2)}
+        prompts, gates = (
+            {f"base_model.model.{TEXT}.{index}.sdpt_{kind}" for index in range(2)} for kind in ("prompts", "gates")
+        )
         state = get_peft_model_state_dict(model)
-        assert set(state) == keys
+        assert set(state) == prompts | gates
         model.save_pretrained(tmp_path)
         saved = load_file(tmp_path / "adapter_model.safetensors")
-        assert set(saved) == keys and sum(each.numel() for each in saved.values()) == 2 * N * bridgetower.WIDTH
-        assert sum("sdpt_prompts" in key for key in model.state_dict()) == 2
+        assert set(saved) == prompts | gates
+        assert sum(saved[key].numel() for key in prompts) == 2 * N * bridgetower.WIDTH
+        for kind in ("sdpt_prompts", "sdpt_gates"):
+            assert sum(kind in key for key in model.state_dict()) == 2
         other = attach(bridgetower.make(), seed=2)
         expected = bridgetower.outputs(model, bridgetower.inputs(0))
         assert not torch.equal(bridgetower.outputs(other, bridgetower.inputs(0)), expected)
         set_peft_model_state_dict(other, state)
         assert torch.equal(bridgetower.outputs(other, bridgetower.inputs(0)), expected)
         loaded = PeftModel.from_pretrained(bridgetower.make(), tmp_path, is_trainable=True)
-        assert sum(p.requires_grad for p in loaded.parameters()) == 2
+        assert sum(p.requires_grad for p in loaded.parameters()) == 4
 
     @pytest.mark.parametrize("how", ["deepcopy", "torch.save"])
     def test_a_copy_shares_within_itself(self, how, tmp_path):
@@ -306,7 +312,7 @@ class TestSam3:
 
     @every_sam3
     def test_attention_weights_and_hidden_states(self, name):
-        model = attach(sam3.make(name, "eager"))
+        model = attach(sam3.make(name, "eager"), prompt_gate=None)
         asked = {"output_attentions": True, "output_hidden_states": True}
         with torch.no_grad():
             result, plain = model(**sam3.inputs(0), **asked), model(**sam3.inputs(0))
@@ -418,8 +424,8 @@ class TestSam3:
             inputs["input_boxes_labels"] = F.pad(inputs["input_boxes_labels"], (0, 1), value=-10)
             padded = sam3.outputs(model, inputs)
         assert (adapted - bare).abs().max() > 1e-3
-        torch.testing.assert_close(mixed, torch.stack([bare[0], adapted[1]]), rtol=0, atol=1e-5)
-        torch.testing.assert_close(padded, adapted, rtol=0, atol=1e-5)
+        torch.testing.assert_close(mixed, torch.stack([bare[0], adapted[1]]), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(padded, adapted, rtol=1e-4, atol=1e-5)
 
     @every_sam3
     def test_embeddings_made_before(self, name):

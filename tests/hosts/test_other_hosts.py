@@ -97,7 +97,9 @@ def test_a_joint_attention_equals_append_and_drop(name, masked):
 def test_attentions_of_the_models_have_a_column_for_each_prompt():
     inputs = CASES["vilt"].inputs(0)
     bare = CASES["vilt"].make()(**inputs, output_attentions=True).attentions
-    tuned = attach(CASES["vilt"].make(), num_virtual_tokens=4)(**inputs, output_attentions=True).attentions
+    tuned = attach(CASES["vilt"].make(), num_virtual_tokens=4, prompt_gate=None)(
+        **inputs, output_attentions=True
+    ).attentions
     assert all(
         b.shape[:-1] == t.shape[:-1] and b.shape[-1] + 4 == t.shape[-1] for b, t in zip(bare, tuned, strict=True)
     )
