@@ -4,8 +4,8 @@
 
 `bi_attention` is the attention of the method (arXiv 2407.11414, section 3). Without gates, it gives the same result as
 appending the prompts to both inputs and dropping their rows from both outputs, because a softmax is taken per row, and
-it never computes the rows of prompts. With gates, prompts have a softmax of their own, and a gate for each head decides
-how much of what they say is added: `W_out concat_h(host_h + gate_h softmax(q_h k_h) v_h)`. `fused_attention` computes
+it never computes the rows of prompts. With gates, prompts have a softmax of their own, and a gate for each head scales
+what is read from them: `W_out concat_h(host_h + gate_h softmax(q_h k_h) v_h)`. `fused_attention` computes
 the same without projecting image tokens. Base models with other attentions run unchanged on a longer context, which
 `append_prompts`, `append_zeros` and `extend_mask` make.
 """
@@ -35,7 +35,7 @@ class Side(NamedTuple):
 
 
 class GatedPrompts(NamedTuple):
-    """Prompts with a softmax of their own. What they say is added to what the base model's attention reads.
+    """Prompts with a softmax of their own. What heads read from them is added to what they read from tokens.
 
     Attributes:
         tokens: Prompts in the input space of a side, `(N, d)`, in groups that follow one another.

@@ -273,11 +273,9 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
         gates = self.sdpt_gates.get(name)
         if gates is None or gates.is_meta:
             return False
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or not _reading_waits(gates):
             # An optimizer may write through `.data`, which PyTorch does not count.
             self._known_silent.pop(name, None)
-            return not gates.any()
-        if not _reading_waits(gates):
             return not gates.any()
         known = self._known_silent.get(name)
         if known is None or not known[0].still_holds(gates):

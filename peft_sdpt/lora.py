@@ -9,20 +9,19 @@ of PEFT on the same model stays a separate adapter, and any quantised linear lay
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, MutableMapping, Sequence
+from collections.abc import Collection, MutableMapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .config import SDPTConfig
 from .hosts import GROUNDING_DINO, find_hosts
 from .layer import CANNOT_MERGE, SDPTLayer
 from .saving import lora_name, plain_name
-from .targeting import matches
+from .targeting import matches, open_modules
 from .weights import device_and_dtype
 
 # The projections of attention in the encoder and the decoder of Grounding DINO and MM Grounding DINO. `value_proj` and
@@ -169,7 +168,8 @@ def select_lora_layers(
     def wanted(name: str) -> bool:
         return lora_name(name) in named if named is not None else matches(targets or DEFAULT_LORA_TARGETS, name)
 
-    found = _find(model, config, lambda name: has_default and wanted(lora_name(name)))
+    modules = open_modules(model, config, _closes) if has_default else {}
+    found = {name: module for name, module in modules.items() if wanted(lora_name(name))}
     fusion_layers = {*adapted, *(name for name, module in model.named_modules() if isinstance(module, SDPTLayer))}
     layers: dict[str, tuple[str, list[int]]] = {}
     for name, module in found.items():
@@ -232,22 +232,12 @@ def refuse_lora_on_inverted(name: str, projections: Sequence[nn.Module]) -> None
             )
 
 
-def _find(model: nn.Module, config: SDPTConfig, wanted: Callable[[str], bool]) -> dict[str, nn.Module]:
-    """Return the modules with a wanted name, except those in `modules_to_save` and what tuners have put into layers."""
-    found: dict[str, nn.Module] = {}
-    closed: tuple[str, ...] = ()
-    for name, module in model.named_modules():
-        if not name or name.startswith(closed):
-            continue
-        if isinstance(module, AuxiliaryTrainingWrapper) or matches(config.modules_to_save, name):
-            closed += (name + ".",)
-            continue
-        # The parts of a fusion layer with prompts are looked at, so that a target there is refused.
-        if isinstance(module, BaseTunerLayer) and not isinstance(module, SDPTLayer):
-            closed += (name + ".",)
-        if wanted(name):
-            found[name] = module
-    return found
+def _closes(module: nn.Module) -> bool:
+    """Return whether no target is looked for inside a module: it has what a tuner has put into it.
+
+    The parts of a fusion layer with prompts are looked at, so that a target there is refused.
+    """
+    return isinstance(module, BaseTunerLayer) and not isinstance(module, SDPTLayer)
 
 
 def _cannot_have_lora(model: nn.Module, name: str, module: nn.Module, fusion_layers: Collection[str]) -> str | None:

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from peft.utils.other import AuxiliaryTrainingWrapper, match_target_against_key
@@ -70,7 +71,7 @@ def select_fusion_layers(model: nn.Module, config: SDPTConfig) -> Selection:
         ValueError: The model has no known fusion layer, or a field of the config names no layer, or a module that is
             not a fusion layer.
     """
-    modules = _adaptable_modules(model, config)
+    modules = open_modules(model, config, lambda module: isinstance(module, SDPTLayer))
     layers = _fusion_layers(model, modules)
     if not layers:
         outside = f" outside of modules_to_save={config.modules_to_save}" if config.modules_to_save else ""
@@ -109,8 +110,8 @@ def select_fusion_layers(model: nn.Module, config: SDPTConfig) -> Selection:
     return Selection(layers, {name: layers[name] for name in names}, {name: layers[name] for name in excluded})
 
 
-def _adaptable_modules(model: nn.Module, config: SDPTConfig) -> dict[str, nn.Module]:
-    """Return all named modules, except those inside SDPT layers and those in `modules_to_save`."""
+def open_modules(model: nn.Module, config: SDPTConfig, is_closed: Callable[[nn.Module], bool]) -> dict[str, nn.Module]:
+    """Return all named modules, except those in `modules_to_save` and those inside a module that is closed."""
     modules: dict[str, nn.Module] = {}
     closed: tuple[str, ...] = ()
     for name, module in model.named_modules():
@@ -119,7 +120,7 @@ def _adaptable_modules(model: nn.Module, config: SDPTConfig) -> dict[str, nn.Mod
         if isinstance(module, AuxiliaryTrainingWrapper) or matches(config.modules_to_save, name):
             closed += (name + ".",)
             continue
-        if isinstance(module, SDPTLayer):
+        if is_closed(module):
             closed += (name + ".",)
         modules[name] = module
     return modules

@@ -98,11 +98,6 @@ def _lora(rank: int, targets: str = LORA_TARGETS) -> Attach:
     return lambda host, _processor, _names, _fields: with_peft(host, _lora_config(rank, targets))
 
 
-def _gated_and_lora(rank: int, **fixed: Any) -> Attach:
-    """Return SDPT with LoRA outside the fusion layers in one adapter."""
-    return _sdpt(lora_rank=rank, **fixed)
-
-
 def _sdpt_and_lora(host: nn.Module, _processor: Any, _names: list[str], fields: dict[str, Any]) -> nn.Module:
     host.config.tie_word_embeddings = False
     inject_adapter_in_model(_lora_config(8, OUTSIDE_FUSION), host, "lora")
@@ -117,8 +112,8 @@ def _with_head(attach: Attach) -> Attach:
 METHODS: dict[str, Method] = {
     "gated": Method("SDPT, defaults", _sdpt(), PROMPT_RATES),
     "gated-more": Method(f"SDPT, {4 * NUM_TOKENS} tokens", _sdpt(num_virtual_tokens=4 * NUM_TOKENS), PROMPT_RATES),
-    "gated-lora-small": Method("SDPT with LoRA, r = 2", _gated_and_lora(2), SMALL_LORA_RATES, SDPT_PARAMETERS, 30.0),
-    "gated-lora": Method("SDPT with LoRA, r = 8", _gated_and_lora(8), ADAPTER_RATES, SDPT_PARAMETERS, PROMPT_FACTOR),
+    "gated-lora-small": Method("SDPT with LoRA, r = 2", _sdpt(lora_rank=2), SMALL_LORA_RATES, SDPT_PARAMETERS, 30.0),
+    "gated-lora": Method("SDPT with LoRA, r = 8", _sdpt(lora_rank=8), ADAPTER_RATES, SDPT_PARAMETERS, PROMPT_FACTOR),
     "sdpt-defaults": Method("SDPT without gates", _sdpt(prompt_gate=None), LARGE_PROMPT_RATES),
     "sdpt": Method("SDPT, published", _sdpt(**PUBLISHED), PROMPT_RATES),
     "sdpt-hidden": Method(

@@ -9,7 +9,7 @@ space, and the whole token has an effect. Layers without cross-attention are not
 """
 
 from .cross_attention import Context, CrossAttentionHost
-from .heads import Heads
+from .heads import bert_heads
 
 BLIP = CrossAttentionHost(
     name="BLIP",
@@ -22,13 +22,7 @@ BLIP = CrossAttentionHost(
             mask="encoder_attention_mask",
             # The layer passes the mask by a name that its cross-attention does not know.
             mask_is_obeyed=False,
-            heads=Heads(
-                query="crossattention.self.query",
-                value="crossattention.self.value",
-                out="crossattention.output.dense",
-                number="crossattention.self.num_attention_heads",
-                dropout="crossattention.self.dropout",
-            ),
+            heads=bert_heads("crossattention.self", "crossattention.output.dense"),
         ),
     ),
 )
@@ -42,13 +36,7 @@ QFORMER = CrossAttentionHost(
             key="crossattention.attention.key",
             tokens=("encoder_hidden_states",),
             mask="encoder_attention_mask",
-            heads=Heads(
-                query="crossattention.attention.query",
-                value="crossattention.attention.value",
-                out="crossattention.output.dense",
-                number="crossattention.attention.num_attention_heads",
-                dropout="crossattention.attention.attention_dropout",
-            ),
+            heads=bert_heads("crossattention.attention", "crossattention.output.dense", "attention_dropout"),
         ),
     ),
 )

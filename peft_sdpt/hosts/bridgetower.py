@@ -21,7 +21,7 @@ prompts, because it fuses a modality with itself only.
 """
 
 from .cross_attention import Context, CrossAttentionHost
-from .heads import Heads
+from .heads import bert_heads
 
 BRIDGETOWER = CrossAttentionHost(
     name="BridgeTower of transformers",
@@ -34,13 +34,7 @@ BRIDGETOWER = CrossAttentionHost(
             key="crossattention.self.key",
             tokens=("encoder_hidden_states",),
             mask="encoder_attention_mask",
-            heads=Heads(
-                query="crossattention.self.query",
-                value="crossattention.self.value",
-                out="crossattention.output.dense",
-                number="crossattention.self.num_attention_heads",
-                dropout="crossattention.self.dropout",
-            ),
+            heads=bert_heads("crossattention.self", "crossattention.output.dense"),
         ),
     ),
     split=("cross_modal_text_layers", "cross_modal_image_layers"),

@@ -79,6 +79,23 @@ class Heads:
         return read.transpose(1, 2).flatten(2)
 
 
+def bert_heads(attention: str, out: str, dropout: str = "dropout") -> Heads:
+    """Return the heads of an attention with BERT's names.
+
+    Args:
+        attention: Dotted attribute name of the module with the projections of queries, keys and values.
+        out: Dotted attribute name of the output projection.
+        dropout: Name of the dropout in the attention.
+    """
+    return Heads(
+        query=f"{attention}.query",
+        value=f"{attention}.value",
+        out=out,
+        number=f"{attention}.num_attention_heads",
+        dropout=f"{attention}.{dropout}",
+    )
+
+
 class Branch(NamedTuple):
     """Gated prompts of one attention of a module, its heads, and its key projection."""
 

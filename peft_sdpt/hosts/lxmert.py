@@ -22,7 +22,7 @@ in the direction for which LXMERT asks for them, from text to image.
 """
 
 from .cross_attention import Context, CrossAttentionHost
-from .heads import Heads
+from .heads import bert_heads
 
 LXMERT = CrossAttentionHost(
     name="LXMERT of transformers",
@@ -33,13 +33,7 @@ LXMERT = CrossAttentionHost(
             key="att.key",
             tokens=("ctx_tensor",),
             mask="ctx_att_mask",
-            heads=Heads(
-                query="att.query",
-                value="att.value",
-                out="output.dense",
-                number="att.num_attention_heads",
-                dropout="att.dropout",
-            ),
+            heads=bert_heads("att", "output.dense"),
         ),
     ),
 )
