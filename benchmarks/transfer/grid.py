@@ -55,6 +55,15 @@ TRIED: tuple[tuple[str, float, tuple[tuple[str, Any], ...]], ...] = (
     ("gated-lora-small", 0.01, (("size of tokens", 1.0),)),
     ("gated-lora", 0.003, ()),
     ("gated-lora", 0.003, (("size of tokens", 1.0),)),
+    ("gated-lora", 0.003, (("LoRA in", "attention and feed-forward"), ("lora_rank", 3))),
+    ("gated-lora", 0.003, (("LoRA in", "encoder's attention and feed-forward"), ("lora_rank", 5))),
+    ("gated-lora-small", 0.003, ()),
+    *(
+        ("gated-lora-small", rate, (("LoRA in", "attention and feed-forward"), ("lora_rank", 1)))
+        for rate in (0.003, 0.01)
+    ),
+    ("gated-lora-small", 0.01, (("LoRA in", "encoder's image layers"),)),
+    (OURS, 0.3, (("tokens in", "encoder and decoder"),)),
 )
 ABLATION_TASKS = ("twemoji", "noto-new")
 # Condition numbers for base models that compute the same but are harder to invert. The learning rates to try on them,

@@ -13,7 +13,19 @@ from torch import nn
 
 from peft_sdpt import SDPTConfig
 
-from ..peers import ATTENTION, LORA_TARGETS, PUBLISHED, in_layers, is_bitfit, is_released_head, train, with_peft
+from ..peers import (
+    ATTENTION,
+    ENCODER,
+    ENCODER_IMAGE,
+    FEEDFORWARD,
+    LORA_TARGETS,
+    PUBLISHED,
+    in_layers,
+    is_bitfit,
+    is_released_head,
+    train,
+    with_peft,
+)
 from ..window_prompts import attach_window_prompts
 from .gate_rules import change_gates, start_with_size
 from .inverses import replace_inverses
@@ -21,8 +33,8 @@ from .prompts import attach_prompts, start_from_inputs
 from .text_side import attach_probe, attach_trained_text
 
 # Maps a frozen base model, its processor, the class names and fields of `SDPTConfig` to a model whose trained
-# parameters require gradients. The additional fields `inverse`,
-# `gate` and `size of tokens` are rules from `inverses` and `gate_rules`.
+# parameters require gradients. The additional fields `inverse`, `gate` and `size of tokens` are rules from `inverses`
+# and `gate_rules`, and `LoRA in` and `tokens in` are keys of `LORA_PLACES` and `TOKEN_PLACES`.
 Attach = Callable[[nn.Module, Any, list[str], dict[str, Any]], nn.Module]
 # Initializes this model from batches of training images: inputs of the model, and labels.
 Start = Callable[[nn.Module, Iterable[tuple[Any, Any]]], None]
@@ -35,6 +47,13 @@ MUDPT_TOKENS = 2
 PROMPT_FACTOR = 100.0
 # The targets of LoRA combined with SDPT: not the projections of the fusion layers, which SDPT inverts.
 OUTSIDE_FUSION = in_layers(*ATTENTION)
+# Other places for LoRA inside SDPT's adapter, and for its tokens.
+LORA_PLACES = {
+    "attention and feed-forward": in_layers(*ATTENTION, *FEEDFORWARD),
+    "encoder's attention and feed-forward": ENCODER + in_layers(*ATTENTION, *FEEDFORWARD),
+    "encoder's image layers": ENCODER_IMAGE,
+}
+TOKEN_PLACES = {"encoder and decoder": r".*\.(fusion_layer\.attn|encoder_attn_text)"}
 # Names of the tokens and gates of SDPT.
 SDPT_PARAMETERS = r"sdpt_(prompts|gates)"
 # Four rates per method, half a decade apart, shifted until the best one is not the lowest or highest.
@@ -75,6 +94,10 @@ def _sdpt(**fixed: Any) -> Attach:
         fields = {**fixed, **fields}
         # These are not fields of the config.
         inverse, gate, size = (fields.pop(name, None) for name in ("inverse", "gate", "size of tokens"))
+        if place := fields.pop("LoRA in", None):
+            fields["lora_target_modules"] = LORA_PLACES[place]
+        if place := fields.pop("tokens in", None):
+            fields["target_modules"] = TOKEN_PLACES[place]
         model: nn.Module = get_peft_model(host, SDPTConfig(**fields))
         if inverse:
             model = replace_inverses(model, inverse)
