@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""Other gates and other sizes of initial tokens, which the suite compares with the defaults of SDPT."""
+"""Other gates and other standard deviations of initial tokens, which the suite compares with the defaults of SDPT."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def _factors(layer: SDPTLayer, rule: str, adapter_name: str) -> Tensor:
 
 
 @torch.no_grad()
-def start_with_size(model: nn.Module, size: float) -> nn.Module:
+def start_with_std(model: nn.Module, std: float) -> nn.Module:
     """Give the initial tokens of an SDPT adapter, which are random, another standard deviation."""
     for layer in [module for module in model.modules() if isinstance(module, SDPTLayer)]:
         for prompts in layer.sdpt_prompts.values():
-            prompts.mul_(size / prompts.std())
+            prompts.mul_(std / prompts.std())
     return model

@@ -43,18 +43,21 @@ ABLATIONS: dict[str, tuple[Any, ...]] = {
 # method, its learning rate and its changed fields.
 TRIED: tuple[tuple[str, float, tuple[tuple[str, Any], ...]], ...] = (
     (OURS, 0.3, ()),
-    *((OURS, 0.3, (("size of tokens", size),)) for size in (0.5, 1.0, 2.0)),
-    *((OURS, rate, (("size of tokens", 1.0),)) for rate in (0.1, 1.0)),
-    *((OURS, 0.3, (("gate", rule), ("size of tokens", 1.0))) for rule in GATE_RULES),
-    *((OURS, 0.3, (("prompt_groups", sizes), ("size of tokens", 1.0))) for sizes in ((10, 10), (5,) * 4, (1,) * 20)),
-    (OURS, 0.3, (("prompt_dropout", 0.1), ("size of tokens", 1.0))),
+    *((OURS, 0.3, (("std of initial tokens", std),)) for std in (0.5, 1.0, 2.0)),
+    *((OURS, rate, (("std of initial tokens", 1.0),)) for rate in (0.1, 1.0)),
+    *((OURS, 0.3, (("gate", rule), ("std of initial tokens", 1.0))) for rule in GATE_RULES),
+    *(
+        (OURS, 0.3, (("prompt_groups", sizes), ("std of initial tokens", 1.0)))
+        for sizes in ((10, 10), (5,) * 4, (1,) * 20)
+    ),
+    (OURS, 0.3, (("prompt_dropout", 0.1), ("std of initial tokens", 1.0))),
     ("gated-more", 0.3, ()),
-    ("gated-more", 0.3, (("size of tokens", 1.0),)),
-    ("gated-more", 0.3, (("gate", "bounded by 3"), ("size of tokens", 1.0))),
+    ("gated-more", 0.3, (("std of initial tokens", 1.0),)),
+    ("gated-more", 0.3, (("gate", "bounded by 3"), ("std of initial tokens", 1.0))),
     ("gated-lora-small", 0.01, ()),
-    ("gated-lora-small", 0.01, (("size of tokens", 1.0),)),
+    ("gated-lora-small", 0.01, (("std of initial tokens", 1.0),)),
     ("gated-lora", 0.003, ()),
-    ("gated-lora", 0.003, (("size of tokens", 1.0),)),
+    ("gated-lora", 0.003, (("std of initial tokens", 1.0),)),
     ("gated-lora", 0.003, (("LoRA in", "attention and feed-forward"), ("lora_rank", 3))),
     ("gated-lora", 0.003, (("LoRA in", "encoder's attention and feed-forward"), ("lora_rank", 5))),
     ("gated-lora-small", 0.003, ()),
@@ -66,6 +69,8 @@ TRIED: tuple[tuple[str, float, tuple[tuple[str, Any], ...]], ...] = (
     (OURS, 0.3, (("tokens in", "encoder and decoder"),)),
 )
 ABLATION_TASKS = ("twemoji", "noto-new")
+# After tuning to these tasks, the names that the base model knew are measured: one of drawings, one of photographs.
+RETENTION_TASKS = ("twemoji", "bccd")
 # Condition numbers for base models that compute the same but are harder to invert. The learning rates to try on them,
 # if a method has them, because a worse inverse may only need a smaller rate. And the inverses to try for each method.
 CONDITIONS = (30.0, 300.0)
@@ -175,6 +180,11 @@ def ablation_tasks(tasks: list[str]) -> list[str]:
     return [task for task in ABLATION_TASKS if task in tasks] or tasks[:1]
 
 
+def retention_tasks(tasks: list[str]) -> list[str]:
+    """Return the tasks in `RETENTION_TASKS`."""
+    return [task for task in tasks if task in RETENTION_TASKS]
+
+
 def ablation_cells(tasks: list[str], rates: dict[str, float]) -> list[Cell]:
     """Plan runs without gates with one setting changed and the first seed. `start_cells` has some with all seeds."""
     return [
@@ -253,8 +263,9 @@ def is_diagnosed(cell: Cell) -> bool:
 def measures_known(cell: Cell) -> bool:
     """Return whether a run also measures names that the base model knew before."""
     usual = cell.times == 1 and cell.split == "test" and not cell.fields and cell.condition is None
-    # With the first seed, to save time.
-    return usual and cell.seed == 0 and (cell.shots == SHOTS or cell.method == "zero-shot")
+    # With the first seed and on few tasks, to save time.
+    usual = usual and cell.seed == 0 and bool(retention_tasks([cell.task]))
+    return usual and (cell.shots == SHOTS or cell.method == "zero-shot")
 
 
 def retention_cells(cells: Iterable[Cell], results: Results) -> list[Cell]:

@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from peft import IA3Config, LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
 
 from peft_sdpt import SDPTConfig
+from peft_sdpt.lora import DEFAULT_LORA_TARGETS
 
 from ..peers import (
     ATTENTION,
@@ -27,14 +28,14 @@ from ..peers import (
     with_peft,
 )
 from ..window_prompts import attach_window_prompts
-from .gate_rules import change_gates, start_with_size
+from .gate_rules import change_gates, start_with_std
 from .inverses import replace_inverses
 from .prompts import attach_prompts, start_from_inputs
 from .text_side import attach_probe, attach_trained_text
 
 # Maps a frozen base model, its processor, the class names and fields of `SDPTConfig` to a model whose trained
-# parameters require gradients. The additional fields `inverse`, `gate` and `size of tokens` are rules from `inverses`
-# and `gate_rules`, and `LoRA in` and `tokens in` are keys of `LORA_PLACES` and `TOKEN_PLACES`.
+# parameters require gradients. Additional fields: `inverse`, `gate` and `std of initial tokens` are rules from
+# `inverses` and `gate_rules`, and `LoRA in` and `tokens in` are keys of `LORA_PLACES` and `TOKEN_PLACES`.
 Attach = Callable[[nn.Module, Any, list[str], dict[str, Any]], nn.Module]
 # Initializes this model from batches of training images: inputs of the model, and labels.
 Start = Callable[[nn.Module, Iterable[tuple[Any, Any]]], None]
@@ -45,8 +46,6 @@ NUM_TOKENS = SDPTConfig().num_virtual_tokens
 MUDPT_TOKENS = 2
 # Ratio of the learning rate of tokens to that of weights, from the best rates of both.
 PROMPT_FACTOR = 100.0
-# The targets of LoRA combined with SDPT: not the projections of the fusion layers, which SDPT inverts.
-OUTSIDE_FUSION = in_layers(*ATTENTION)
 # Other places for LoRA inside SDPT's adapter, and for its tokens.
 LORA_PLACES = {
     "attention and feed-forward": in_layers(*ATTENTION, *FEEDFORWARD),
@@ -93,7 +92,7 @@ def _sdpt(**fixed: Any) -> Attach:
     def attach(host: nn.Module, _processor: Any, _names: list[str], fields: dict[str, Any]) -> nn.Module:
         fields = {**fixed, **fields}
         # These are not fields of the config.
-        inverse, gate, size = (fields.pop(name, None) for name in ("inverse", "gate", "size of tokens"))
+        inverse, gate, std = (fields.pop(name, None) for name in ("inverse", "gate", "std of initial tokens"))
         if place := fields.pop("LoRA in", None):
             fields["lora_target_modules"] = LORA_PLACES[place]
         if place := fields.pop("tokens in", None):
@@ -103,7 +102,7 @@ def _sdpt(**fixed: Any) -> Attach:
             model = replace_inverses(model, inverse)
         if gate:
             model = change_gates(model, gate)
-        return start_with_size(model, size) if size else model
+        return start_with_std(model, std) if std else model
 
     return attach
 
@@ -121,9 +120,13 @@ def _lora(rank: int, targets: str = LORA_TARGETS) -> Attach:
     return lambda host, _processor, _names, _fields: with_peft(host, _lora_config(rank, targets))
 
 
+def _scales(host: nn.Module, _processor: Any, _names: list[str], _fields: dict[str, Any]) -> nn.Module:
+    return with_peft(host, IA3Config(target_modules=ENCODER_IMAGE, feedforward_modules=r".*\.fc2"))
+
+
 def _sdpt_and_lora(host: nn.Module, _processor: Any, _names: list[str], fields: dict[str, Any]) -> nn.Module:
     host.config.tie_word_embeddings = False
-    inject_adapter_in_model(_lora_config(8, OUTSIDE_FUSION), host, "lora")
+    inject_adapter_in_model(_lora_config(8, DEFAULT_LORA_TARGETS), host, "lora")
     return get_peft_model(host, SDPTConfig(prompt_gate=None, **fields))
 
 
@@ -193,7 +196,12 @@ METHODS: dict[str, Method] = {
     "lora-matched": Method("LoRA, r = 1", _lora(1), MIDDLE_ADAPTER_RATES),
     "lora": Method("LoRA, r = 8", _lora(8), ADAPTER_RATES),
     # The LoRA part of "SDPT and LoRA" alone.
-    "lora-outside": Method("LoRA outside the fusion layers, r = 8", _lora(8, OUTSIDE_FUSION), MIDDLE_ADAPTER_RATES),
+    # About as many parameters as SDPT, where most adaptation is said to happen.
+    "lora-image": Method("LoRA in the encoder's image layers, r = 2", _lora(2, ENCODER_IMAGE), MIDDLE_ADAPTER_RATES),
+    "scales-image": Method("scales in the encoder's image layers, (IA)³", _scales, LARGE_ADAPTER_RATES),
+    "lora-outside": Method(
+        "LoRA outside the fusion layers, r = 8", _lora(8, DEFAULT_LORA_TARGETS), MIDDLE_ADAPTER_RATES
+    ),
     "full": Method("full fine-tuning", lambda host, *_: train(host, lambda _: True), WEIGHT_RATES),
     # One rate for prompts and weights, as in the released command.
     "published-recipe": Method(

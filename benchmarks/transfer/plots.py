@@ -59,7 +59,8 @@ def _retention(runs: Runs) -> str:
         if cells:
             task, known = (100 * mean(cell[what] for cell in cells) for what in ("AP", "known"))
             _point(axes, name, known, task)
-    axes.set_xlabel("AP in percent on names that the base model knew, mean after tuning to each task")
+    axes.set_ylabel(f"AP in percent, mean of {' and '.join(runs.retention_tasks)}")
+    axes.set_xlabel("AP in percent on names that the base model knew, mean after tuning to each of these tasks")
     return as_svg(figure)
 
 

@@ -34,6 +34,7 @@ from .grid import (
     leaders,
     plan,
     rates_cells,
+    retention_tasks,
 )
 from .methods import METHODS
 from .retention import NUM_IMAGES, NUM_NAMES, SCALES
@@ -51,6 +52,7 @@ class Runs:
         self.seeds: int = results["seeds"]
         self.methods: list[str] = results["methods"]
         self.retention: bool = results.get("retention", False)
+        self.retention_tasks = retention_tasks(self.tasks)
         self.rates = best_rates(self.tasks[0], self.methods, self.cells)
         self.leaders = leaders(self.tasks, self.rates, self.cells)
 
@@ -86,8 +88,8 @@ class Runs:
         return next((each for each in measured if each.get("known") is not None), None)
 
     def retained_on_all(self, method: str) -> list[dict[str, Any]] | None:
-        """`retained` of each task. None before all are measured."""
-        cells = [self.retained(task, method) for task in self.tasks]
+        """`retained` of each of `retention_tasks`. None before all are measured."""
+        cells = [self.retained(task, method) for task in self.retention_tasks]
         return None if None in cells else [cell for cell in cells if cell is not None]
 
     def trained(self, method: str) -> int | None:
@@ -153,19 +155,18 @@ def _comparison(runs: Runs, metric: str) -> str:
 
 
 def _retention(runs: Runs) -> str:
-    """Return a table of AP on known names after tuning to each task."""
+    """Return a table of AP on some tasks, and on known names after tuning to each."""
     rows = []
     for name in ("zero-shot", *runs.methods):
-        fixed = name != "zero-shot" and METHODS[name].fixed_names
-        label = "zero-shot" if name == "zero-shot" else METHODS[name].label
-        cells = [runs.retained(task, name) for task in runs.tasks]
-        texts = ["" if cell is None else spread([cell["known"]]) for cell in cells]
-        if not any(texts) and not fixed:
+        if name != "zero-shot" and METHODS[name].fixed_names:
             continue
-        total = runs.retained_on_all(name)
-        means = [spread([mean(cell[what] for cell in total)]) if total else "" for what in ("known", "AP")]
-        rows.append([label, *(["not possible"] * len(texts) if fixed else texts), _bold(means[0]), means[1]])
-    return table(["method", *(f"after {task}" for task in runs.tasks), "mean", "mean AP on the tasks"], rows)
+        cells = [runs.retained(task, name) for task in runs.retention_tasks]
+        if any(cells):
+            label = "zero-shot" if name == "zero-shot" else METHODS[name].label
+            pairs = [("", "") if cell is None else (cell["AP"], cell["known"]) for cell in cells]
+            rows.append([label, *(value and spread([value]) for pair in pairs for value in pair)])
+    heads = [head for task in runs.retention_tasks for head in (task, f"known names after {task}")]
+    return table(["method", *heads], rows)
 
 
 def _scales(runs: Runs) -> str:
@@ -314,14 +315,17 @@ def _retention_parts(runs: Runs) -> list[str]:
         return []
     parts = [
         f"### Names that the base model knew, {SHOTS} images per class, seed 0: AP after tuning\n",
-        f"AP on {NUM_IMAGES} scenes with {NUM_NAMES} names of the pre-training that no task uses, after tuning to each "
-        "task. The scenes look as in pre-training. The last column is the AP of the same runs on the tasks. Methods "
-        "that replace the class names of a task cannot detect other names.\n",
+        f"AP on the tasks {' and '.join(runs.retention_tasks)}, and after each on {NUM_IMAGES} scenes with {NUM_NAMES} "
+        "names of the pre-training that no task uses. These scenes look as in pre-training. Methods that replace the "
+        "class names of a task cannot detect other names.\n",
         _retention(runs),
         "![AP on tasks and on known names](transfer-retention.svg)\n",
     ]
     if scales := _scales(runs):
-        parts += ["The same with scaled gates of SDPT. The scale 0 is the base model, and 1 is the adapter.\n", scales]
+        parts += [
+            "Means of both tasks with `set_scale`. The scale 0 is the base model, and 1 is the adapter.\n",
+            scales,
+        ]
     return parts
 
 
