@@ -32,10 +32,6 @@ def in_layers(*names: str) -> str:
     return rf"(model\.(encoder|decoder)\.)?layers\.\d+\.(.*\.)?({'|'.join(names)})"
 
 
-# The linear layers of the feed-forward networks in the encoder and the decoder.
-FEEDFORWARD = ("fc1", "fc2")
-# Restricts a regular expression to the encoder.
-ENCODER = r"(?!.*decoder)"
 # The attention and the feed-forward network of image tokens in the encoder.
 ENCODER_IMAGE = r"model\.encoder\.layers\.\d+\.deformable_layer\.(.*\.)?(value_proj|output_proj|fc1|fc2)"
 

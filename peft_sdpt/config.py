@@ -116,8 +116,8 @@ class SDPTConfig(SavedConfig):
             twice the rank, so the factor is 2 for every rank.
         lora_target_modules (`list[str]` or `str`, *optional*): The linear layers with LoRA: names or a regular
             expression, as in `target_modules`. They must be outside the fusion layers that are adapted, whose weights
-            SDPT inverts. None means the projections of all attention in the encoder and decoder of Grounding DINO and
-            MM Grounding DINO; other base models need names here.
+            SDPT inverts. None means the projections of all attention and the feed-forward networks in the encoder and
+            decoder of Grounding DINO and MM Grounding DINO; other base models need names here.
         fusion_layers (`dict[str, int]`, *optional*): Do not set this by hand. It is filled in when the adapter is
             attached, and maps the name of each adapted fusion layer to the dimension of its prompts. It is saved with
             the adapter, so that loading onto a base model with other layers raises an error before that model is

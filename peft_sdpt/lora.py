@@ -24,10 +24,11 @@ from .saving import lora_name, plain_name
 from .targeting import matches, open_modules
 from .weights import device_and_dtype
 
-# The projections of attention in the encoder and the decoder of Grounding DINO and MM Grounding DINO. `value_proj` and
-# `output_proj` belong to deformable attention.
+# The projections of attention and the feed-forward networks in the encoder and the decoder of Grounding DINO and MM
+# Grounding DINO. `value_proj` and `output_proj` belong to deformable attention.
 DEFAULT_LORA_TARGETS = (
-    r"(model\.)?((encoder|decoder)\.)?layers\.\d+\.(.*\.)?(query|key|value|out_proj|value_proj|output_proj)"
+    r"(model\.)?((encoder|decoder)\.)?layers\.\d+\.(.*\.)?"
+    r"(query|key|value|out_proj|value_proj|output_proj|fc1|fc2)"
 )
 
 

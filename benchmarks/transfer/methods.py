@@ -16,9 +16,7 @@ from peft_sdpt.lora import DEFAULT_LORA_TARGETS
 
 from ..peers import (
     ATTENTION,
-    ENCODER,
     ENCODER_IMAGE,
-    FEEDFORWARD,
     LORA_TARGETS,
     PUBLISHED,
     in_layers,
@@ -46,10 +44,14 @@ NUM_TOKENS = SDPTConfig().num_virtual_tokens
 MUDPT_TOKENS = 2
 # Ratio of the learning rate of tokens to that of weights, from the best rates of both.
 PROMPT_FACTOR = 100.0
-# Other places for LoRA inside SDPT's adapter, and for its tokens.
+# The best learning rate of gated tokens, which they also have beside LoRA.
+PROMPT_RATE = 0.3
+# LoRA on attention outside the fusion layers.
+OUTSIDE_FUSION = in_layers(*ATTENTION)
+# Places for LoRA inside SDPT's adapter, and for its tokens. The first is the default.
 LORA_PLACES = {
-    "attention and feed-forward": in_layers(*ATTENTION, *FEEDFORWARD),
-    "encoder's attention and feed-forward": ENCODER + in_layers(*ATTENTION, *FEEDFORWARD),
+    "attention and feed-forward": DEFAULT_LORA_TARGETS,
+    "attention": OUTSIDE_FUSION,
     "encoder's image layers": ENCODER_IMAGE,
 }
 TOKEN_PLACES = {"encoder and decoder": r".*\.(fusion_layer\.attn|encoder_attn_text)"}
@@ -75,6 +77,7 @@ class Method:
         rates: Learning rates to choose from.
         prompts: A regular expression for the names of tokens, if the method also trains weights.
         prompt_factor: Ratio of the learning rate of tokens to that of weights.
+        prompt_rate: Learning rate of tokens, instead of `prompt_factor`.
         start: Initializes the model from the training images. None if `attach` has done it.
         fixed_names: Whether the tuned model knows only the class names that it was tuned with.
     """
@@ -84,8 +87,13 @@ class Method:
     rates: tuple[float, ...]
     prompts: str = ""
     prompt_factor: float = 1.0
+    prompt_rate: float | None = None
     start: Start | None = None
     fixed_names: bool = False
+
+    def rate_of_tokens(self, learning_rate: float) -> float:
+        """Return the learning rate of tokens beside weights with this learning rate."""
+        return self.prompt_factor * learning_rate if self.prompt_rate is None else self.prompt_rate
 
 
 def _sdpt(**fixed: Any) -> Attach:
@@ -126,7 +134,7 @@ def _scales(host: nn.Module, _processor: Any, _names: list[str], _fields: dict[s
 
 def _sdpt_and_lora(host: nn.Module, _processor: Any, _names: list[str], fields: dict[str, Any]) -> nn.Module:
     host.config.tie_word_embeddings = False
-    inject_adapter_in_model(_lora_config(8, DEFAULT_LORA_TARGETS), host, "lora")
+    inject_adapter_in_model(_lora_config(8, OUTSIDE_FUSION), host, "lora")
     return get_peft_model(host, SDPTConfig(prompt_gate=None, **fields))
 
 
@@ -138,8 +146,20 @@ def _with_head(attach: Attach) -> Attach:
 METHODS: dict[str, Method] = {
     "gated": Method("SDPT, defaults", _sdpt(), PROMPT_RATES),
     "gated-more": Method(f"SDPT, {4 * NUM_TOKENS} tokens", _sdpt(num_virtual_tokens=4 * NUM_TOKENS), PROMPT_RATES),
-    "gated-lora-small": Method("SDPT with LoRA, r = 2", _sdpt(lora_rank=2), SMALL_LORA_RATES, SDPT_PARAMETERS, 30.0),
-    "gated-lora": Method("SDPT with LoRA, r = 8", _sdpt(lora_rank=8), ADAPTER_RATES, SDPT_PARAMETERS, PROMPT_FACTOR),
+    "gated-lora-small": Method(
+        "SDPT, 38 tokens, with LoRA in attention, r = 1",
+        _sdpt(num_virtual_tokens=38, lora_rank=1, lora_target_modules=OUTSIDE_FUSION),
+        SMALL_LORA_RATES,
+        SDPT_PARAMETERS,
+        prompt_rate=PROMPT_RATE,
+    ),
+    "gated-lora": Method(
+        "SDPT, 40 tokens, with LoRA, r = 3",
+        _sdpt(num_virtual_tokens=40, lora_rank=3),
+        SMALL_LORA_RATES,
+        SDPT_PARAMETERS,
+        prompt_rate=PROMPT_RATE,
+    ),
     "sdpt-defaults": Method("SDPT without gates", _sdpt(prompt_gate=None), LARGE_PROMPT_RATES),
     "sdpt": Method("SDPT, published", _sdpt(**PUBLISHED), PROMPT_RATES),
     "sdpt-hidden": Method(
@@ -199,9 +219,7 @@ METHODS: dict[str, Method] = {
     # About as many parameters as SDPT, where most adaptation is said to happen.
     "lora-image": Method("LoRA in the encoder's image layers, r = 2", _lora(2, ENCODER_IMAGE), MIDDLE_ADAPTER_RATES),
     "scales-image": Method("scales in the encoder's image layers, (IA)³", _scales, LARGE_ADAPTER_RATES),
-    "lora-outside": Method(
-        "LoRA outside the fusion layers, r = 8", _lora(8, DEFAULT_LORA_TARGETS), MIDDLE_ADAPTER_RATES
-    ),
+    "lora-outside": Method("LoRA outside the fusion layers, r = 8", _lora(8, OUTSIDE_FUSION), MIDDLE_ADAPTER_RATES),
     "full": Method("full fine-tuning", lambda host, *_: train(host, lambda _: True), WEIGHT_RATES),
     # One rate for prompts and weights, as in the released command.
     "published-recipe": Method(

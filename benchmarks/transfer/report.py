@@ -21,14 +21,17 @@ from .grid import (
     INVERSES,
     LONGER,
     LONGER_ON_ALL,
+    LORA_TASKS,
     PARTS,
     SHOTS,
     STARTS,
     STEPS,
     TIMES,
     TRIED,
+    TRIED_WITH_LORA,
     UNGATED,
     Cell,
+    Settings,
     ablation_tasks,
     best_rates,
     leaders,
@@ -214,11 +217,11 @@ def _ablations(runs: Runs) -> str:
     return table(["setting", "value", *tasks], rows)
 
 
-def _tried(runs: Runs) -> str:
+def _tried(runs: Runs, settings: Settings, tasks: list[str]) -> str:
     """Return a table of the settings of gated prompts that were tried, the best first."""
     rows = []
-    for method, rate, fields in TRIED:
-        cells = [Cell(task, method, rate, split="val", fields=fields) for task in runs.tasks]
+    for method, rate, fields in settings:
+        cells = [Cell(task, method, rate, split="val", fields=fields) for task in tasks]
         values = [runs.cells[cell.key]["AP"] if cell.key in runs.cells else None for cell in cells]
         if any(value is not None for value in values) and method in runs.methods:
             known = [value for value in values if value is not None]
@@ -228,7 +231,7 @@ def _tried(runs: Runs) -> str:
             row = [METHODS[method].label, f"{rate}", label, *texts, _bold("" if total is None else spread([total]))]
             rows.append((total or 0, row))
     rows.sort(key=lambda row: -row[0])
-    return table(["method", "learning rate", "setting", *runs.tasks, "mean"], [row for _, row in rows])
+    return table(["method", "learning rate", "setting", *tasks, "mean"], [row for _, row in rows])
 
 
 def _short(value: Any) -> str:
@@ -355,7 +358,9 @@ def report(results: Results) -> str:
         _shots(runs),
         "![AP and images per class](transfer-shots.svg)\n",
         "### Settings of gated prompts that were tried, 10 images per class, seed 0: AP on validation splits\n",
-        _tried(runs),
+        _tried(runs, TRIED, runs.tasks),
+        "With LoRA, at its learning rate. Tokens and gates have the learning rate 0.3.\n",
+        _tried(runs, TRIED_WITH_LORA, [task for task in runs.tasks if task in LORA_TASKS]),
         f"### Settings of SDPT without gates, {SHOTS} images per class: AP\n",
         _ablations(runs),
         f"### Inverses on ill-conditioned base models, {SHOTS} images per class: "

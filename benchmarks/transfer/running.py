@@ -95,7 +95,7 @@ def run_cell(cell: Cell, task: Task, model_name: str, device: str) -> dict[str, 
                     learning_rate=cell.learning_rate,
                     seed=cell.seed,
                     prompts=method.prompts,
-                    prompt_factor=method.prompt_factor,
+                    prompt_rate=method.rate_of_tokens(cell.learning_rate),
                     device=device,
                 )
                 if diagnosed:

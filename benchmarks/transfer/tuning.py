@@ -48,7 +48,7 @@ def tune(
     learning_rate: float,
     seed: int,
     prompts: str = "",
-    prompt_factor: float = 1.0,
+    prompt_rate: float | None = None,
     device: str = "cpu",
 ) -> dict[str, Any]:
     """Train the parameters that require gradients, with AdamW without weight decay and a cosine schedule.
@@ -61,7 +61,7 @@ def tune(
         learning_rate: Highest learning rate.
         seed: Seed of the order and augmentation of the images.
         prompts: A regular expression for the names of parameters with another learning rate.
-        prompt_factor: Ratio of this learning rate to that of the other parameters.
+        prompt_rate: This learning rate. None if all have the same.
         device: Device of the model.
 
     Returns:
@@ -74,7 +74,7 @@ def tune(
     trained = list(named.values())
     tokens = [parameter for name, parameter in named.items() if re.search(prompts, name)]
     rest = [parameter for name, parameter in named.items() if not re.search(prompts, name)]
-    groups = [{"params": tokens, "lr": prompt_factor * learning_rate}, {"params": rest}]
+    groups = [{"params": tokens, "lr": learning_rate if prompt_rate is None else prompt_rate}, {"params": rest}]
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=learning_rate, weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, WARM_UP, steps)
     loss_function = GroundedDetectionLoss(model.config)
