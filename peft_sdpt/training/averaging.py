@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 from ..saving import LORA_KEYS
 
 # The best rate of LoRA beside tokens on the small base model.
-LORA_LEARNING_RATE = 0.01
+LORA_LEARNING_RATE = 0.003
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -106,8 +106,9 @@ def test_a_method_trains_what_it_is_called_after(method, processor):
         # Two directions of four heads have gates in each layer.
         "gated": 15360 + 24,
         "gated-more": 61440 + 24,
-        "gated-lora-small": 15360 + 24 + 77824 // 4,
-        "gated-lora": 15360 + 24 + 77824,
+        "gated-lora-small": 38 * 768 + 24 + 77824 // 8,
+        # In feed-forward networks: those of images, of text and of queries.
+        "gated-lora": 40 * 768 + 24 + 3 * (77824 // 8 + 2 * (3 * (128 + 1024) + 3 * (128 + 512) + 2 * (128 + 512))),
         "sdpt-defaults": 15360,
         "sdpt": 15360,
         "sdpt-hidden": 15360,
@@ -630,16 +631,16 @@ def results_rate(results, method):
 
 
 @pytest.mark.parametrize(
-    ("method", "tokens", "others"),
+    ("method", "rate", "tokens", "others"),
     [
-        ("sdpt-lora", 15360, 77824),
-        ("gated-lora", 15360 + 24, 77824),
-        ("learned-projections", 30720, 3 * 2 * (512 + 1) * 128),
-        ("mudpt", 15360, 2 * (128 + 1) * 128),
-        ("mudpt-paper", 3 * 2 * 2 * 128, 2 * (12 * 128 * 128 + 9 * 128 + 2 * 4 * 128 + (128 + 1) * 128)),
+        ("sdpt-lora", 0.1, 15360, 77824),
+        ("gated-lora", 0.3, 40 * 768 + 24, 69120),
+        ("learned-projections", 0.1, 30720, 3 * 2 * (512 + 1) * 128),
+        ("mudpt", 0.1, 15360, 2 * (128 + 1) * 128),
+        ("mudpt-paper", 0.1, 3 * 2 * 2 * 128, 2 * (12 * 128 * 128 + 9 * 128 + 2 * 4 * 128 + (128 + 1) * 128)),
     ],
 )
-def test_tokens_have_a_rate_of_their_own_beside_weights(task, monkeypatch, method, tokens, others):
+def test_tokens_have_a_rate_of_their_own_beside_weights(task, monkeypatch, method, rate, tokens, others):
     groups = []
 
     class Spy(torch.optim.AdamW):
@@ -649,7 +650,7 @@ def test_tokens_have_a_rate_of_their_own_beside_weights(task, monkeypatch, metho
 
     monkeypatch.setattr(torch.optim, "AdamW", Spy)
     run_cell(Cell("few", method, 0.001), task, HOST, "cpu")
-    assert groups == [(pytest.approx(0.1), tokens), (0.001, others)]
+    assert groups == [(pytest.approx(rate), tokens), (0.001, others)]
 
 
 # ---- which runs

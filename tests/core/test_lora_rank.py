@@ -22,9 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForZeroShotObjectDetection
 
-from benchmarks.transfer.methods import OUTSIDE_FUSION
 from peft_sdpt import SDPTConfig, SDPTLayer
-from peft_sdpt.lora import SDPTLoraLayer
+from peft_sdpt.lora import DEFAULT_LORA_TARGETS, SDPTLoraLayer
 from tests.core.test_transformers import make_trainer
 from tests.helpers.detectors import (
     HOST_NAMES,
@@ -89,7 +88,7 @@ def test_it_is_what_peft_lora_beside_sdpt_computes_and_trains(name):
     model = tuned(name)
     host = make_host(name)
     host.config.tie_word_embeddings = False
-    inject_adapter_in_model(LoraConfig(r=3, lora_alpha=6, target_modules=OUTSIDE_FUSION), host, "lora")
+    inject_adapter_in_model(LoraConfig(r=3, lora_alpha=6, target_modules=DEFAULT_LORA_TARGETS), host, "lora")
     other = attach(host)
     theirs = {name: module for name, module in host.named_modules() if hasattr(module, "lora_A")}
     ours = lora_layers(model.base_model.model)
@@ -277,7 +276,7 @@ def test_beside_lora_of_peft():
     host.config.tie_word_embeddings = False
     inject_adapter_in_model(LoraConfig(target_modules=["fc1"], init_lora_weights=False), host, "lora")
     with_lora = run(host)
-    model = tuned(host=host)
+    model = tuned(host=host, lora_target_modules=[QUERY, VALUE])
     assert not any(".lora_A." in key for key in get_peft_model_state_dict(model))
     model.set_adapter("default")
     assert all(layer.active_adapters == ["lora"] for layer in host.modules() if hasattr(layer, "lora_A"))
@@ -336,7 +335,8 @@ def test_the_file_and_the_config(tmp_path):
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["lora_rank"] == 3 and config["lora_alpha"] is None
     assert config["lora_target_modules"] is None
-    assert config["lora_layers"] == {name: [32, 32] for name in layers}
+    linear = {name: make_host().get_submodule(name) for name in layers}
+    assert config["lora_layers"] == {name: [each.in_features, each.out_features] for name, each in linear.items()}
     assert PeftConfig.from_pretrained(tmp_path).belongs_to_base_model
 
 
@@ -466,7 +466,7 @@ def test_two_keys_for_one_matrix_are_refused():
 
 
 def test_another_base_model_is_refused_and_left_as_it_was(tmp_path):
-    tuned().save_pretrained(tmp_path)
+    tuned(lora_target_modules=[QUERY, VALUE]).save_pretrained(tmp_path)
     host = make_host(decoder_ffn_dim=48)
     tuned_ffn = attach(make_host(), lora_rank=3, lora_target_modules=["fc1"])
     tuned_ffn.save_pretrained(tmp_path / "fc1")
