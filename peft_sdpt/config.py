@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import numbers
 import operator
 import re
 from dataclasses import dataclass, field
@@ -214,13 +215,17 @@ class SDPTConfig(SavedConfig):
             # The config of an adapter that is older than gates. Later copies of it may have another `prompt_gate`.
             self.prompt_gate, self.fusion_gates = None, {}
         if self.prompt_space is None:
-            self.prompt_space = "aligned" if self.prompt_mode == "independent" else "reachable"
+            self.prompt_space = self.default_prompt_space
         self.num_virtual_tokens = _plain_int(self.num_virtual_tokens)
         self.lora_rank = _plain_int(self.lora_rank)
+        for name in ("pinv_rtol", "prompt_dropout", "lora_alpha"):
+            setattr(self, name, _plain_number(getattr(self, name)))
         self.layers_to_transform = _plain_int(self.layers_to_transform)
         if isinstance(self.layers_to_transform, int) and not isinstance(self.layers_to_transform, bool):
             self.layers_to_transform = [self.layers_to_transform]
-        for name in (*_NAME_FIELDS, "layers_to_transform", "prompt_groups", "modules_to_save"):
+        if isinstance(self.prompt_groups, tuple):
+            self.prompt_groups = list(self.prompt_groups)
+        for name in (*_NAME_FIELDS, "layers_to_transform", "modules_to_save"):
             value = getattr(self, name)
             # Sorted, because the order of a set differs between processes, and two saves should be the same file.
             if isinstance(value, (set, tuple)):
@@ -236,6 +241,11 @@ class SDPTConfig(SavedConfig):
             self.fusion_gates = {plain_name(name): list(gates) for name, gates in self.fusion_gates.items()}
         if self.lora_layers is not None:
             self.lora_layers = {lora_name(name): list(size) for name, size in self.lora_layers.items()}
+
+    @property
+    def default_prompt_space(self) -> str:
+        """What None means for `prompt_space`."""
+        return "aligned" if self.prompt_mode == "independent" else "reachable"
 
     @property
     def belongs_to_base_model(self) -> bool:
@@ -345,7 +355,8 @@ class SDPTConfig(SavedConfig):
             ("prompt_mode", PROMPT_MODES),
             ("attn_implementation", ATTN_IMPLEMENTATIONS),
         ):
-            if getattr(self, name) not in values:
+            value = getattr(self, name)
+            if not isinstance(value, (str, bool)) or value not in values:  # 1 equals True
                 self._refuse(name, f"one of {values}")
         if self.prompt_space not in PROMPT_SPACES:
             self._refuse("prompt_space", f"None or one of {PROMPT_SPACES}")
@@ -427,6 +438,11 @@ def _is_int(value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _plain_number(value: Any) -> Any:
+    """Convert a number of NumPy or a similar type to `float`. Return anything else as it is."""
+    return float(value) if isinstance(value, numbers.Real) and type(value) not in (int, float, bool) else value
 
 
 def _plain_int(value: Any) -> Any:

@@ -21,7 +21,7 @@ from .config import SDPTConfig
 from .hosts import GROUNDING_DINO, find_hosts
 from .layer import CANNOT_MERGE, SDPTLayer
 from .saving import lora_name, plain_name
-from .targeting import matches, open_modules
+from .targeting import matches, open_modules, outside_saved
 from .weights import device_and_dtype
 
 # The projections of attention and the feed-forward networks in the encoder and the decoder of Grounding DINO and MM
@@ -180,16 +180,21 @@ def select_lora_layers(
         if reason is not None:
             if named is not None:
                 raise ValueError(f"The adapter has LoRA for '{lora_name(name)}', {reason}")
+            if by_default:
+                raise ValueError(
+                    f"SDPTConfig.lora_target_modules=None means the attention and the feed-forward networks of encoder "
+                    f"and decoder, and so '{lora_name(name)}', {reason} Name other layers in lora_target_modules."
+                )
             raise ValueError(
                 f"SDPTConfig.lora_target_modules={targets!r} matches '{lora_name(name)}', {reason} Leave it out."
             )
         # Wrappers such as `torch.compile` come before what they wrap, which is the layer itself.
         layers[lora_name(name)] = name, _size(_inner(module))
-    outside = f" outside of modules_to_save={config.modules_to_save}" if config.modules_to_save else ""
+    outside = outside_saved(config)
     if by_default and not layers:
         raise ValueError(
             f"SDPTConfig.lora_rank={config.lora_rank} needs lora_target_modules, the linear layers with LoRA: "
-            f"{type(model).__name__} has none of the projections{outside} that are its default, which are those of "
+            f"{type(model).__name__} has none of the layers{outside} that are its default, which are those of "
             "Grounding DINO and MM Grounding DINO."
         )
     if named is None and targets is not None:

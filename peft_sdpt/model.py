@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 import numbers
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,6 +39,8 @@ from .saving import (
 )
 from .targeting import FusionLayer, Selection, check_fusion_layer, matches, select_fusion_layers
 
+# Containers without a forward, which PEFT refuses in `modules_to_save`.
+_CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 # PEFT's name for the base model without an adapter, in `adapter_names`.
 BASE = "__base__"
 
@@ -112,7 +114,7 @@ class SDPTModel(BaseTuner):
         if config.belongs_to_base_model:
             fitting = dataclasses.replace(config, **filled_in)
             check_base_model(found=config.parameter_shapes() or {}, expected=fitting.parameter_shapes() or {})
-        _refuse_compiled_modules_to_save(model, config)
+        _refuse_modules_to_save(model, config)
         refuse_modules_to_save_with_lora(model, config)
         self._set_targets(selection)
         self._lora_targets = {*lora_layers, *map(_name_in_peft, lora_layers)}
@@ -195,7 +197,8 @@ class SDPTModel(BaseTuner):
         """Pass the `adapter_names` of `model(..., adapter_names=[...])`, one per sample, to the layers.
 
         Raises:
-            ValueError: The model is in training mode, or no adapter of this tuner has one of the names.
+            ValueError: The model is in training mode, or no adapter of this tuner has one of the names, or
+                `adapter_names` is one string.
         """
         adapter_names = kwargs.get("adapter_names")
         if adapter_names is None:
@@ -204,6 +207,8 @@ class SDPTModel(BaseTuner):
         # The message is PEFT's own, because callers may look for it.
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        if isinstance(adapter_names, str):
+            raise ValueError(f"adapter_names must be a list with a name for each sample, got {adapter_names!r}")
         # PEFT keeps the configs of another tuner beside ours. Its adapters act on all samples.
         ours = self._sdpt_adapters()
         unknown = sorted(set(adapter_names) - {*ours, BASE})
@@ -362,6 +367,9 @@ class SDPTModel(BaseTuner):
         _check_adapter_name(adapter_name)
         if adapter_name in self.peft_config:
             raise ValueError(f"adapter_name {adapter_name!r} is taken; this model has {sorted(self.peft_config)}")
+        for name, values in (("adapters", adapters), ("weights", weights)):
+            if isinstance(values, str) or not isinstance(values, Sequence):
+                raise ValueError(f"{name} must be a list, got {values!r}")
         if not adapters or len(adapters) != len(weights):
             raise ValueError(f"adapters and weights must be equally long, at least 1; got {adapters} and {weights}")
         for weight in weights:
@@ -474,8 +482,14 @@ def _refuse_second_tuner(model: nn.Module) -> None:
             )
 
 
-def _refuse_compiled_modules_to_save(model: nn.Module, config: SDPTConfig) -> None:
+def _refuse_modules_to_save(model: nn.Module, config: SDPTConfig) -> None:
+    """Check what PEFT would refuse after the model has been changed, or save wrongly."""
     for name, module in model.named_modules():
+        if matches(config.modules_to_save, name) and isinstance(module, _CONTAINERS):
+            raise TypeError(
+                f"SDPTConfig.modules_to_save={config.modules_to_save} names '{name}', which is a "
+                f"{type(module).__name__}. PEFT cannot save such a container: name the modules in it."
+            )
         if matches(config.modules_to_save, name) and ("_orig_mod" in name or isinstance(module, OptimizedModule)):
             raise ValueError(
                 f"SDPTConfig.modules_to_save={config.modules_to_save} names '{name}', which is compiled. PEFT would "

@@ -54,6 +54,9 @@ class AdapterConfig(Protocol):
     @property
     def lora_scaling(self) -> float: ...
 
+    @property
+    def default_prompt_space(self) -> str: ...
+
     def parameter_shapes(self) -> dict[str, tuple[int, ...]] | None: ...
 
 
@@ -192,12 +195,13 @@ def _describe(config: AdapterConfig, base_model: str | None) -> str:
         wide = " or ".join(f"{width}" for width in sorted(set(widths)))
         lines += [
             f"| tokens | {tokens}, {size:,} parameters in total{' with the gates' if config.fusion_gates else ''} |",
-            f"| fusion layers | {len(widths)}, with the embedding dimension {wide}; `fusion_layers` in "
-            "`adapter_config.json` lists them |",
+            f"| fusion layers | {len(widths)}, with tokens of width {wide}; `fusion_layers` in `adapter_config.json` "
+            "lists them |",
         ]
     else:
         lines += [f"| tokens | {tokens} |"]
     defaults = {each.name: each.default for each in dataclasses.fields(config)}
+    defaults["prompt_space"] = config.default_prompt_space
     for name in ("prompt_gate", "prompt_groups", "prompt_mode", "prompt_space", "image_attends_prompts", "pinv_rtol"):
         if (value := getattr(config, name)) != defaults[name]:
             lines.append(f"| `{name}` | {value} |")
@@ -220,7 +224,7 @@ def _describe(config: AdapterConfig, base_model: str | None) -> str:
         "from peft import PeftModel",
         *([f"from transformers import {auto_class}"] if auto_class else []),
         "",
-        f'base_model = {auto_class}.from_pretrained("{base_model or _name(config)}"{revision})'
+        f'base_model = {auto_class}.from_pretrained("{base_model or f"path/to/{_name(config)}"}"{revision})'
         if auto_class
         else "base_model = ...  # the model that these tokens belong to, built by its own code",
         'model = PeftModel.from_pretrained(base_model, "user/repository")  # this repository, or a folder',

@@ -60,6 +60,11 @@ class Selection:
     excluded: dict[str, FusionLayer]
 
 
+def outside_saved(config: SDPTConfig) -> str:
+    """Return what messages say about the modules that are not looked at, because `modules_to_save` names them."""
+    return f" outside of modules_to_save={config.modules_to_save}" if config.modules_to_save else ""
+
+
 def select_fusion_layers(model: nn.Module, config: SDPTConfig) -> Selection:
     """Select the fusion layers that a config asks for.
 
@@ -74,9 +79,8 @@ def select_fusion_layers(model: nn.Module, config: SDPTConfig) -> Selection:
     modules = open_modules(model, config, lambda module: isinstance(module, SDPTLayer))
     layers = _fusion_layers(model, modules)
     if not layers:
-        outside = f" outside of modules_to_save={config.modules_to_save}" if config.modules_to_save else ""
         raise ValueError(
-            f"{type(model).__name__} has no fusion layer that SDPT knows{outside}. Models that have one: "
+            f"{type(model).__name__} has no fusion layer that SDPT knows{outside_saved(config)}. Models that have one: "
             f"{supported_hosts()}. Others: peft_sdpt.register_host."
         )
     names = [part for layer in layers.values() for part in layer.parts]
@@ -104,8 +108,8 @@ def select_fusion_layers(model: nn.Module, config: SDPTConfig) -> Selection:
             f"SDPTConfig.exclude_modules={config.exclude_modules!r} leaves no fusion layer to adapt; "
             f"it excludes {', '.join(excluded)}."
             if excluded
-            else f"{type(model).__name__} has no fusion layer that is adapted by default; name one in "
-            f"target_modules: {', '.join(layers)}."
+            else f"{type(model).__name__} has no fusion layer{outside_saved(config)} that is adapted by default; "
+            f"name one in target_modules: {', '.join(layers)}."
         )
     return Selection(layers, {name: layers[name] for name in names}, {name: layers[name] for name in excluded})
 

@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import numbers
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -44,9 +46,21 @@ def parameter_groups(
 
     Returns:
         One group for `torch.optim`, or two if the model trains LoRA; the second is that of LoRA.
+
+    Raises:
+        ValueError: A learning rate is not a positive and finite number, or the model has nothing to train.
     """
+    for name, rate in (("learning_rate", learning_rate), ("lora_learning_rate", lora_learning_rate)):
+        if isinstance(rate, bool) or not isinstance(rate, numbers.Real) or not 0 < rate < math.inf:
+            raise ValueError(f"{name} must be a positive and finite number, got {rate!r}")
     parameters: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
-    for name, parameter in trained_parameters(model).items():
+    named = trained_parameters(model)
+    if not named:
+        raise ValueError(
+            "The model has no parameter to train. PeftModel.from_pretrained trains an adapter only with "
+            "is_trainable=True."
+        )
+    for name, parameter in named.items():
         parameters[any(f"{key}." in name for key in LORA_KEYS)].append(parameter)
     groups = [{"params": parameters[0], "lr": learning_rate}, {"params": parameters[1], "lr": lora_learning_rate}]
     return groups if parameters[1] else groups[:1]

@@ -60,6 +60,7 @@ def test_defaults():
         ("init_weights", "sparse", "one of", ValueError),
         ("init_weights", None, "one of", ValueError),
         ("init_weights", 3, "one of", ValueError),
+        ("init_weights", 1, "one of", ValueError),  # 1 equals True
         ("prompt_gate", "x", "None or one of", ValueError),
         ("prompt_gate", True, "None or one of", ValueError),
         ("prompt_gate", 0, "None or one of", ValueError),
@@ -68,6 +69,7 @@ def test_defaults():
         ("prompt_groups", [20, 0], "positive and add up to num_virtual_tokens=20", ValueError),
         ("prompt_groups", [21, -1], "positive and add up to num_virtual_tokens=20", ValueError),
         ("prompt_groups", 20, "None or a list of integers", TypeError),
+        ("prompt_groups", {5, 15}, "None or a list of integers", TypeError),  # a set has no order
         ("prompt_groups", "20", "None or a list of integers", TypeError),
         ("prompt_groups", [20.0], "None or a list of integers", TypeError),
         ("prompt_groups", [19, True], "None or a list of integers", TypeError),
@@ -185,12 +187,19 @@ def test_a_config_of_before_gates_is_of_the_published_way():
 
 def test_collections_are_normalised():
     assert SDPTConfig(num_virtual_tokens=5, prompt_groups=(2, 3)).prompt_groups == [2, 3]
-    assert SDPTConfig(num_virtual_tokens=5, prompt_groups={2, 3}).prompt_groups == [2, 3]
     assert SDPTConfig(fusion_layers={"attn": 8}, fusion_gates={"attn": (2, 4)}).fusion_gates == {"attn": [2, 4]}
     assert SDPTConfig(layers_to_transform=2).layers_to_transform == [2]
     assert SDPTConfig(layers_to_transform=(2, 0)).layers_to_transform == [2, 0]
     assert SDPTConfig(target_modules={"b", "a"}).target_modules == ["a", "b"]
     assert SDPTConfig(modules_to_save=("head",)).modules_to_save == ["head"]
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    config = SDPTConfig(lora_rank=2, lora_alpha=np.float32(4), pinv_rtol=np.float64(0.5), prompt_dropout=np.float32(0))
+    values = [getattr(config, name) for name in ("lora_alpha", "pinv_rtol", "prompt_dropout")]
+    assert values == [4.0, 0.5, 0.0] and {type(value) for value in values} == {float}
+    config.save_pretrained(tmp_path)
+    assert SDPTConfig(lora_rank=2, lora_alpha=np.int64(4)).lora_scaling == 2.0
 
 
 def test_integers_of_numpy_are_integers(tmp_path):

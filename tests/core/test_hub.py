@@ -288,7 +288,7 @@ def test_the_card(tmp_path):
         "import peft_sdpt  # first; without it, PEFT raises KeyError: 'SDPT'",
         'from_pretrained("IDEA-Research/grounding-dino-tiny")',
         "| tokens | 4 per layer, 520 parameters in total with the gates |",
-        "| fusion layers | 2, with the embedding dimension 64;",
+        "| fusion layers | 2, with tokens of width 64;",
         "| `pinv_rtol` | 0.2 |",
         "| fully trained modules | `text_projection` |",
         f"- peft_sdpt {__version__}",

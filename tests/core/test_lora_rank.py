@@ -276,6 +276,8 @@ def test_beside_lora_of_peft():
     host.config.tie_word_embeddings = False
     inject_adapter_in_model(LoraConfig(target_modules=["fc1"], init_lora_weights=False), host, "lora")
     with_lora = run(host)
+    with pytest.raises(ValueError, match=r"lora_target_modules=None means .* and so '.*\.fc1', .* Name other layers"):
+        tuned(host=host)
     model = tuned(host=host, lora_target_modules=[QUERY, VALUE])
     assert not any(".lora_A." in key for key in get_peft_model_state_dict(model))
     model.set_adapter("default")

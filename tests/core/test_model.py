@@ -613,6 +613,21 @@ def test_linear_is_the_weighted_sum_of_tokens_and_gates(prompt_gate, tmp_path):
     assert torch.equal(run(loaded), outputs)
 
 
+def test_one_name_for_all_samples_is_refused():
+    model = attach(make_host()).eval()
+    with pytest.raises(ValueError, match="adapter_names must be a list with a name for each sample, got 'default'"):
+        model(**model_inputs(), adapter_names="default")
+
+
+def test_containers_in_modules_to_save_are_refused_before_the_host_is_changed():
+    host = make_host()
+    with pytest.raises(
+        TypeError, match=r"modules_to_save=\['bbox_embed'\] names '.*bbox_embed', which is a ModuleList"
+    ):
+        attach(host, modules_to_save=["bbox_embed"])
+    assert adapted_layers(host) == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
@@ -622,6 +637,8 @@ def test_linear_is_the_weighted_sum_of_tokens_and_gates(prompt_gate, tmp_path):
             "combination_type must be 'cat' or 'linear'",
         ),
         ((["default", "second"], [1.0]), {}, "adapters and weights must be equally long"),
+        (("default", [1.0] * 7), {}, "adapters must be a list, got 'default'"),
+        ((["default"], 1.0), {}, "weights must be a list, got 1.0"),
         (([], []), {}, "adapters and weights must be equally long, at least 1"),
         ((["default", "nosuch"], [1.0, 1.0]), {}, r"adapters has \['nosuch'\]"),
         ((["default", "second"], [1.0, 1.0]), {}, "needs adapters of one fusion_layers"),

@@ -218,6 +218,13 @@ def test_groups_of_parameters_have_their_rates():
     # Gates have the rate of the tokens.
     assert tokens == parameter_keys(LAYERS)
     assert tokens | lora == trained_parameters(model).keys() and not tokens & lora
+    for rates, message in (((-1.0,), "learning_rate must"), ((0.3, float("nan")), "lora_learning_rate must")):
+        with pytest.raises(ValueError, match=message):
+            parameter_groups(model, *rates)
+    with pytest.raises(ValueError, match=r"learning_rate must be a positive and finite number, got '0\.3'"):
+        parameter_groups(model, "0.3")
+    with pytest.raises(ValueError, match=r"no parameter to train.*is_trainable=True"):
+        parameter_groups(make_host().requires_grad_(False), 0.3)
     (group,) = parameter_groups(attach(make_host()), 0.3)
     assert group["lr"] == 0.3 and len(group["params"]) == 4
 
