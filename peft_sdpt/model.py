@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 import numbers
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -368,7 +368,7 @@ class SDPTModel(BaseTuner):
         if adapter_name in self.peft_config:
             raise ValueError(f"adapter_name {adapter_name!r} is taken; this model has {sorted(self.peft_config)}")
         for name, values in (("adapters", adapters), ("weights", weights)):
-            if isinstance(values, str) or not isinstance(values, Sequence):
+            if isinstance(values, str) or not isinstance(values, Collection):
                 raise ValueError(f"{name} must be a list, got {values!r}")
         if not adapters or len(adapters) != len(weights):
             raise ValueError(f"adapters and weights must be equally long, at least 1; got {adapters} and {weights}")
