@@ -78,8 +78,6 @@ NOT_APPLICABLE = {
     r"save_pretrained_with_target_modules": "SDPT keeps target_modules as a list, so that two saves are the same file",
     r"mixed_model|rejects_duplicate.*True": "PeftMixedModel takes a fixed list of tuners",
     r"in_features_out_features|weight_bias_attributes": "a fusion attention has several projections, so no one weight",
-    r"TestPeftCustomModel::test_disable_adapters\[": "wants a start that changes nothing, which no prompt has; "
-    "test_common_disable_adapter is PEFT's test for tuners without one",
     r"multihead|conv1d_emb|lora_conv2d|unsupported_layer|opt_timing|_gpu_": "about other layers or an accelerator",
     r"mixed.*multiple_modules_to_save": "PEFT mixes modules_to_save of plain layers; here they are fusion attentions",
     r"fsdp_wrapped.*mm_grounding_dino": "FSDP refuses the scalar parameters of the host",
@@ -90,15 +88,19 @@ OTHER_TUNER = "a case of another tuner"
 # Half-precision tests try merging at their end, when what is before has been checked; they count as passed.
 ALL_BUT_MERGING = "all but merging was checked"
 
-# On the text of the test modules, in this order. A layer of ours has one parameter where LoRA's has A and B.
+# On the text of the test modules, in this order. A layer of ours has prompts and gates where LoRA's has A and B.
 SUBSTITUTIONS = (
-    (r'^ *"[^"\n]*lora_B\.[^"\n]*",\n', ""),
-    (r'^ *del \w+\["[^"\n]*lora_B[^\n]*\n', ""),
-    (r', "[^"\n]*lora_B\.[^"\n]*"\]', "]"),
-    (r'lora_A\["default"\]\.weight', 'sdpt_prompts["default"]'),
-    (r"lora_[AB]\.(\w+)\.weight", r"sdpt_prompts.\1"),
-    (r"lora_[AB]\.weight", "sdpt_prompts"),
-    (r"lora_[AB]\b", "sdpt_prompts"),
+    *(
+        substitution
+        for theirs, ours in (("lora_A", "sdpt_prompts"), ("lora_B", "sdpt_gates"))
+        for substitution in (
+            (rf'{theirs}\["default"\]\.weight', f'{ours}["default"]'),
+            (rf"{theirs}\.(\w+)\.weight", rf"{ours}.\1"),
+            (rf"{theirs}\.weight", ours),
+            (rf"{theirs}\b", ours),
+        )
+    ),
+    (r"assert sorted\(state_dict\) == expected", "assert sorted(state_dict) == sorted(expected)"),
     (r'"lora_"', '"sdpt_"'),
     (r"\blora_(foobar|head)", r"sdpt_\1"),
     (r'"lora\.\w+"', '"SDPTLayer"'),
@@ -214,27 +216,46 @@ class CatConfig(SDPTConfig):
 
 
 ACTIVE_CASES = [
-    ("SDPT same", "lora", CatConfig, {"target_modules": ["lin0"]}, {"target_modules": ["lin0"]}),
+    (
+        "SDPT same",
+        "lora",
+        CatConfig,
+        {"target_modules": ["lin0"], "init_weights": False},
+        {"target_modules": ["lin0"], "init_weights": False},
+    ),
     (
         "SDPT same, of other sizes",
         "sdpt",
         SDPTConfig,
-        {"target_modules": ["lin0", "lin1"], "num_virtual_tokens": 2},
-        {"target_modules": ["lin0"], "num_virtual_tokens": 5, "prompt_mode": "independent"},
+        {"target_modules": ["lin0", "lin1"], "num_virtual_tokens": 2, "init_weights": False},
+        {"target_modules": ["lin0"], "num_virtual_tokens": 5, "prompt_mode": "independent", "init_weights": False},
     ),
-    ("SDPT different", "sdpt", SDPTConfig, {"target_modules": ["lin0"]}, {"target_modules": ["lin1"]}),
+    (
+        "SDPT different",
+        "sdpt",
+        SDPTConfig,
+        {"target_modules": ["lin0"], "init_weights": False},
+        {"target_modules": ["lin1"], "init_weights": False},
+    ),
 ]
+
+
+def acting(**fields) -> SDPTConfig:
+    """A config of adapters that change the outputs at once."""
+    return SDPTConfig(init_weights=False, **fields)
+
+
 MATRICES = {
     "TEST_CASES": CASES,
     "ALL_PEFT_CONFIG_CLASSES": [SDPTConfig],
     "ALL_CONFIG_CLASSES": [(SDPTConfig, {})],
     "MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES": ACTIVE_CASES,
     "MIXED_ADAPTER_TEST_CASES": [
-        ("SDPT", SDPTConfig(target_modules=["lin0"]), SDPTConfig(target_modules=["lin0"], num_virtual_tokens=3)),
+        ("SDPT", acting(target_modules=["lin0"]), acting(target_modules=["lin0"], num_virtual_tokens=3)),
         (
             "SDPT, one hidden from the image",
-            SDPTConfig(target_modules=["lin0", "lin1"], image_attends_prompts=False),
-            SDPTConfig(target_modules=["lin0", "lin1"], prompt_mode="independent"),
+            acting(target_modules=["lin0", "lin1"], image_attends_prompts=False),
+            acting(target_modules=["lin0", "lin1"], prompt_mode="independent"),
         ),
     ],
 }
@@ -304,7 +325,10 @@ class LoraConfig:
 
     def __new__(cls, **kwargs):
         names = {field.name for field in dataclasses.fields(SDPTConfig)}
+        names -= cls.ignored
         ours = {name: value for name, value in kwargs.items() if name in names and value != "all-linear"}
+        if kwargs.get("init_lora_weights") is False:
+            ours["init_weights"] = False
         if kwargs.keys() - names - cls.ignored:
             return peft.LoraConfig(**kwargs)
         # Not LoRA's 8, so that no count of tokens agrees by chance with a size of the host.
@@ -345,7 +369,7 @@ def adapt_cases(module: dict) -> None:
 def adapt_classes(module: dict) -> None:
     """At the end of a test module."""
     if "TestPeftCustomModel" in module:
-        # Common tests that PEFT runs on transformers models alone, or on tuners without a neutral start.
+        # Common tests that PEFT runs on transformers models alone, or with adapters that change the outputs at once.
         for name in ("disable_adapter", "unload_adapter", "save_pretrained_selected_adapters"):
             setattr(module["TestPeftCustomModel"], f"test_common_{name}", _common_test(f"_test_{name}"))
         name = "add_adapter_no_autocast_adapter_dtype"
@@ -369,7 +393,8 @@ def adapt_classes(module: dict) -> None:
 def _common_test(name: str, *arguments):
     @pytest.mark.parametrize("test_name, model_id, config_cls, config_kwargs", CASES)
     def test(self, test_name, model_id, config_cls, config_kwargs):
-        getattr(self, name)(model_id, config_cls, dict(config_kwargs), *arguments)
+        # These tests expect that a new adapter changes the outputs.
+        getattr(self, name)(model_id, config_cls, {**config_kwargs, "init_weights": False}, *arguments)
 
     return test
 
