@@ -485,12 +485,14 @@ def _refuse_second_tuner(model: nn.Module) -> None:
 def _refuse_modules_to_save(model: nn.Module, config: SDPTConfig) -> None:
     """Check what PEFT would refuse after the model has been changed, or save wrongly."""
     for name, module in model.named_modules():
-        if matches(config.modules_to_save, name) and isinstance(module, _CONTAINERS):
+        if not matches(config.modules_to_save, name):
+            continue
+        if isinstance(module, _CONTAINERS):
             raise TypeError(
                 f"SDPTConfig.modules_to_save={config.modules_to_save} names '{name}', which is a "
                 f"{type(module).__name__}. PEFT cannot save such a container: name the modules in it."
             )
-        if matches(config.modules_to_save, name) and ("_orig_mod" in name or isinstance(module, OptimizedModule)):
+        if "_orig_mod" in name or isinstance(module, OptimizedModule):
             raise ValueError(
                 f"SDPTConfig.modules_to_save={config.modules_to_save} names '{name}', which is compiled. PEFT would "
                 "save and load it under the name that torch.compile gives it. Attach or load the adapter first, and "

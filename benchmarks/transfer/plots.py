@@ -26,7 +26,7 @@ def plots(results: dict[str, Any]) -> dict[str, str]:
 
 def _is_sdpt(name: str) -> bool:
     """Return whether a method has prompts of SDPT, and so the colour of these methods."""
-    return name.startswith("sdpt") or name == "published-recipe"
+    return name.startswith(("sdpt", "gated")) or name == "published-recipe"
 
 
 def _start(runs: Runs, floor: bool = True) -> tuple[Figure, Any]:

@@ -359,7 +359,7 @@ def report(results: Results) -> str:
         "![AP and images per class](transfer-shots.svg)\n",
         "### Settings of gated prompts that were tried, 10 images per class, seed 0: AP on validation splits\n",
         _tried(runs, TRIED, runs.tasks),
-        "With LoRA, at its learning rate. Tokens and gates have the learning rate 0.3.\n",
+        "These settings have LoRA. The learning rate is that of LoRA, and tokens and gates have 0.3.\n",
         _tried(runs, TRIED_WITH_LORA, [task for task in runs.tasks if task in LORA_TASKS]),
         f"### Settings of SDPT without gates, {SHOTS} images per class: AP\n",
         _ablations(runs),
