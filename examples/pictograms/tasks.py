@@ -57,7 +57,7 @@ TASKS = {
 }
 
 
-def write_task(name: str, folder: Path, size: int = 96, disable_progress: bool = False) -> None:
+def write_task(name: str, folder: Path, disable_progress: bool = False, size: int = 96) -> None:
     """Write a task as a COCO folder: `train.json`, `val.json`, `test.json` and `images/`.
 
     A complete folder is not changed.
@@ -65,8 +65,8 @@ def write_task(name: str, folder: Path, size: int = 96, disable_progress: bool =
     Args:
         name: A key of `TASKS`.
         folder: Folder to write to.
-        size: Width and height of the images in pixels.
         disable_progress: Whether to hide the progress bar.
+        size: Width and height of the images in pixels.
     """
     splits = ("train", "val", "test")
     if all((folder / f"{split}.json").is_file() for split in splits):

@@ -15,7 +15,12 @@ from tests.helpers.detectors import ROOT, run_python
 
 PACKAGE = ROOT / "peft_sdpt"
 # Parts of the package, each with the parts that it may import.
-PARTS = {"core": {"core"}, "training": {"core", "training"}, "detection": {"core", "training", "detection"}}
+PARTS = {
+    "core": {"core"},
+    "training": {"core", "training"},
+    "detection": {"core", "training", "detection"},
+    "commands": {"core", "training", "detection", "commands"},
+}
 # Old names, which import the new ones.
 FORMER_NAMES = ("peft_sdpt.loss", "peft_sdpt.grounding")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-import train_detection
+from peft_sdpt.commands import train
 from tests.helpers.main_job import SHORT, run_main_job
 from tests.helpers.small_tasks import write_small_task
 
@@ -64,7 +64,7 @@ def at_step(monkeypatch):
     """Have something done in the middle of a training step, the first being 1, once."""
 
     def arrange(step: int, action, accumulated: int = 1) -> None:
-        compute, calls = train_detection.GroundedDetectionLoss.__call__, 0
+        compute, calls = train.GroundedDetectionLoss.__call__, 0
 
         def call(*args, **kwargs):
             nonlocal calls
@@ -73,6 +73,6 @@ def at_step(monkeypatch):
                 action()
             return compute(*args, **kwargs)
 
-        monkeypatch.setattr(train_detection.GroundedDetectionLoss, "__call__", call)
+        monkeypatch.setattr(train.GroundedDetectionLoss, "__call__", call)
 
     return arrange

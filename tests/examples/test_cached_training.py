@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from transformers import AutoModelForZeroShotObjectDetection
 
-import train_detection
+from peft_sdpt.commands import train
 from peft_sdpt.detection import feature_cache
 from tests.helpers.backbones import counted
 from tests.helpers.detectors import attach
@@ -26,7 +26,7 @@ RUN = (
 @contextmanager
 def recorded():
     """Within, every loss that the main job computes."""
-    values, compute = [], train_detection.GroundedDetectionLoss.__call__
+    values, compute = [], train.GroundedDetectionLoss.__call__
 
     def call(*args, **kwargs):
         loss = compute(*args, **kwargs)
@@ -34,7 +34,7 @@ def recorded():
         return loss
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_detection.GroundedDetectionLoss, "__call__", call)
+        patch.setattr(train.GroundedDetectionLoss, "__call__", call)
         yield values
 
 

@@ -22,6 +22,7 @@ from PIL import Image, ImageOps
 from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 
 import detect
+from peft_sdpt.commands import detect as command
 from peft_sdpt.detection import images, prediction
 from peft_sdpt.detection.grounding import split_classes
 from peft_sdpt.detection.saved_adapter import common_base_model, find_adapter, load_processor
@@ -188,9 +189,9 @@ def test_kinds_of_pictures(suffix, mode, tmp_path):
         noise(0).convert(mode).save(file, **({"compression": "group4"} if suffix == ".tif" and mode == "1" else {}))
     except (OSError, ValueError):
         pytest.skip("no such pictures")
-    results = detect.Results(tmp_path, None, ["dog"], [[0]])
+    results = command.Results(tmp_path, None, ["dog"], [[0]])
     found = {"boxes": torch.tensor([[5.0, 5.0, 60.0, 40.0]]), "scores": torch.ones(1), "labels": torch.tensor([0])}
-    name = detect.free_name(tmp_path / f"out{suffix}", set())
+    name = command.free_name(tmp_path / f"out{suffix}", set())
     results.add(file, name, images.read_image(file, str(file)), found, 0.5)
     with Image.open(tmp_path / f"out{suffix}") as written:
         assert written.size == (120, 90)
@@ -198,8 +199,8 @@ def test_kinds_of_pictures(suffix, mode, tmp_path):
 
 def test_a_picture_that_pillow_cannot_write_becomes_a_png():
     taken = {"a.psd.png"}
-    assert detect.free_name(Path("in/a.psd"), taken) == "a.psd-2.png"
-    assert detect.free_name(Path("in/detections.json"), taken) == "detections.json.png"
+    assert command.free_name(Path("in/a.psd"), taken) == "a.psd-2.png"
+    assert command.free_name(Path("in/detections.json"), taken) == "detections.json.png"
 
 
 # ---- adapters
@@ -376,14 +377,14 @@ def test_watching_ends_with_everything_written(run, photos, adapters, tmp_path, 
     """Ctrl-C while the first of many pictures is at work: it ends in the file, those after it are not begun."""
     for seed in range(20):
         noise(seed).save(photos / f"d{seed}.png")
-    real = detect.detect
+    real = command.detect
 
     def interrupted(*args):
         signal.raise_signal(signal.SIGINT)
-        monkeypatch.setattr(detect, "detect", real)
+        monkeypatch.setattr(command, "detect", real)
         return real(*args)
 
-    monkeypatch.setattr(detect, "detect", interrupted)
+    monkeypatch.setattr(command, "detect", interrupted)
     assert run(photos, "--adapter", adapters[0], "--watch", "--batch_size", 1) == 0
     names = [image["file_name"] for image in read(tmp_path / "out")["images"]]
     # The next one had been read already.
@@ -415,7 +416,7 @@ def refused(run, offline, tmp_path, monkeypatch, capsys):
 
     def refused(message: str, *flags, loads: bool = False, **kwargs) -> None:
         if not loads:
-            monkeypatch.setattr(detect, "load_detector", lambda *_: pytest.fail("loaded"))
+            monkeypatch.setattr(command, "load_detector", lambda *_: pytest.fail("loaded"))
         capsys.readouterr()
         assert run(*flags, **kwargs) == 2
         error = capsys.readouterr().err

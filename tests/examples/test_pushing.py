@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-import train_detection
+from peft_sdpt.commands import train as command
 from tests.helpers.hub import OWNER, READER
 
 REPO = "user/adapter"
@@ -95,14 +95,14 @@ def test_a_push_that_fails_at_the_end_loses_nothing(train, hub, impatient, tmp_p
     ],
 )
 def test_pushing_is_checked_before_any_work(train, hub, monkeypatch, flags, message):
-    monkeypatch.setattr(train_detection, "read_data", lambda *_: pytest.fail("began to work"))
+    monkeypatch.setattr(command, "read_data", lambda *_: pytest.fail("began to work"))
     code, _, error = train(*flags)
     assert code == 2 and message in error[0]
     assert not hub.repositories
 
 
 def test_a_repository_of_somebody_else_or_a_hub_out_of_reach(train, hub, tmp_path, monkeypatch, request):
-    monkeypatch.setattr(train_detection, "read_data", lambda *_: pytest.fail("began to work"))
+    monkeypatch.setattr(command, "read_data", lambda *_: pytest.fail("began to work"))
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "README.md").write_text("# Theirs")
     hub.add("other/adapter", tmp_path / "theirs")

@@ -27,6 +27,7 @@ from transformers import (
 
 import train_detection
 from peft_sdpt import SDPTConfig, SDPTLayer
+from peft_sdpt.commands import train
 from peft_sdpt.training import checkpoints
 from tests.helpers.detectors import ROOT, attach, make_host, run_python
 from tests.helpers.main_job import (
@@ -290,9 +291,7 @@ def test_workers_change_nothing(main_job, trained, small_task, tmp_path):
 
 def test_the_best_on_validation_is_kept_beside_the_last(main_job, small_task, tmp_path, monkeypatch):
     scores = iter([0.5, 0.2, 0.4, 0.3, 0.6])  # before, three validations, after
-    monkeypatch.setattr(
-        train_detection, "average_precision", lambda *_: dict.fromkeys(("AP", "AP50", "AP75"), next(scores))
-    )
+    monkeypatch.setattr(train, "average_precision", lambda *_: dict.fromkeys(("AP", "AP50", "AP75"), next(scores)))
     flags = ("--max_train_steps", 3, "--validation_steps", 1, "--checkpointing_steps", 1)
     assert main_job("--dataset_name", small_task, *flags) == 0
     out = tmp_path / "out"

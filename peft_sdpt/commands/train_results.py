@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""The results of `train_detection.py`: on the screen, in files, and in the model cards of its adapters."""
+"""The results of `sdpt-train`: on the screen, in files, and in the model cards of its adapters."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import Any
 from PIL import Image
 from torch import nn
 
-from peft_sdpt.detection import Detections, DetectionSplit, side_by_side
-from peft_sdpt.files import whole_files
-from peft_sdpt.model_card import CARD, write_results
-from peft_sdpt.training import Progress, trained_parameters
+from ..detection import Detections, DetectionSplit, side_by_side
+from ..files import whole_files
+from ..model_card import CARD, write_results
+from ..training import Progress, trained_parameters
 
 METRICS = ("AP", "AP50", "AP75")
 # Number of images of the evaluation split in `detections.png`.

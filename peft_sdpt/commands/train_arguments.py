@@ -1,21 +1,23 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""The flags of `train_detection.py`, and the rules for their values."""
+"""The flags of `sdpt-train`, and the rules for their values."""
 
 from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from accelerate.tracking import get_available_trackers
 
-from peft_sdpt.errors import InputError
-from peft_sdpt.files import output_folder
-from peft_sdpt.training import LORA_LEARNING_RATE
-from pictograms.tasks import TASKS
+from ..errors import InputError
+from ..files import output_folder
+from ..training import LORA_LEARNING_RATE
 
-HERE = Path(__file__).resolve().parent
+BASE_MODEL = "IDEA-Research/grounding-dino-tiny"
+# Writes a built-in data set to a folder in COCO format. The second argument tells whether to hide the progress bar.
+Task = Callable[[Path, bool], object]
 # Flags for reading the data, which are arguments of `load_splits` with the same names.
 DATA_FLAGS = ("bbox_format", "class_names_file", "class_names_column", "skip_bad_boxes", "skip_bad_images")
 # Flags for a new adapter, which are fields of `SDPTConfig`. A flag that is not given keeps the default of the field.
@@ -52,10 +54,13 @@ SCHEDULERS = (
 )
 
 
-def parse_args(description: str | None = None) -> argparse.Namespace:
+def parse_args(
+    description: str | None, model_name_or_path: str, dataset_name: str | None, tasks: Collection[str]
+) -> argparse.Namespace:
+    """Parse the flags in `sys.argv`. The arguments are those of `train.main`."""
     parser = argparse.ArgumentParser(description=description, formatter_class=Help, allow_abbrev=False)
-    add_data_flags(parser.add_argument_group("data"))
-    add_model_flags(parser.add_argument_group("base model and adapter"))
+    add_data_flags(parser.add_argument_group("data"), dataset_name, tasks)
+    add_model_flags(parser.add_argument_group("base model and adapter"), model_name_or_path)
     add_training_flags(parser.add_argument_group("training"))
     add_output_flags(parser.add_argument_group("output"))
     return parser.parse_args()
@@ -69,12 +74,14 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
         return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
-def add_data_flags(group: argparse._ArgumentGroup) -> None:
+def add_data_flags(group: argparse._ArgumentGroup, dataset_name: str | None, tasks: Collection[str]) -> None:
+    built_in = f", or a built-in task: {', '.join(tasks)}" if tasks else ""
     group.add_argument(
         "--dataset_name",
-        default="twemoji",
-        help="A folder with boxes in COCO format (also as exported by Roboflow, or as in ODinW and COCO), the Hub id "
-        f"of a data set with the columns image and objects, or a built-in task: {', '.join(TASKS)}.",
+        default=dataset_name,
+        required=dataset_name is None,
+        help="A folder with boxes in COCO format (also as exported by Roboflow, or as in ODinW and COCO), or the Hub "
+        f"id of a data set with the columns image and objects{built_in}.",
     )
     group.add_argument("--train_split", default="train", help="Split to train on.")
     group.add_argument(
@@ -115,10 +122,10 @@ def add_data_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--dataloader_num_workers", type=int, default=0, help="Number of processes that read images.")
 
 
-def add_model_flags(group: argparse._ArgumentGroup) -> None:
+def add_model_flags(group: argparse._ArgumentGroup, model_name_or_path: str) -> None:
     group.add_argument(
         "--model_name_or_path",
-        default=str(HERE / "host"),
+        default=model_name_or_path,
         help="Folder or Hub id of the base model, a Grounding DINO or MM Grounding DINO.",
     )
     group.add_argument(

@@ -1,0 +1,480 @@
+# Copyright 2026 The peft_sdpt authors
+# SPDX-License-Identifier: Apache-2.0
+"""Tune a grounded detector with SDPT on your own photos and boxes, and measure what it gains.
+
+    accelerate launch -m peft_sdpt.commands.train --dataset_name path/to/folder --output_dir my-adapter
+
+The command `sdpt-train` does the same in one process. It measures COCO AP of the base model, trains, measures again,
+and saves the adapter, `metrics.json` and `detections.png` in the output folder. "Before" is always the base model
+without an adapter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from peft import PeftModel, get_peft_model
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import get_scheduler
+
+from ..config import SDPTConfig
+from ..detection import (
+    DetectionSplit,
+    FeatureCache,
+    GroundedDetectionLoss,
+    SavedAdapter,
+    TrainingSamples,
+    average_precision,
+    check_image_size,
+    detect_split,
+    few_shot,
+    find_adapter,
+    has_split,
+    load_base_model,
+    load_detector,
+    load_processor,
+    load_splits,
+    load_trainable,
+    mean_boxes_per_process,
+    result_of,
+    save_adapter,
+    set_image_size,
+    split_classes,
+    write_adapter,
+)
+from ..errors import InputError, hint, one_line_errors
+from ..files import check_writable
+from ..layer import SDPTLayer
+from ..training import (
+    LORA_LEARNING_RATE,
+    Checkpoints,
+    Interruption,
+    Progress,
+    averaged,
+    claim_output_dir,
+    make_accelerator,
+    parameter_groups,
+    prepare_push,
+    push,
+    trained_parameters,
+)
+from .train_arguments import (
+    ADAPTER_FLAGS,
+    BASE_MODEL,
+    DATA_FLAGS,
+    Task,
+    check_args,
+    describe_run,
+    flags_of,
+    parse_args,
+)
+from .train_results import NUM_SHOWN_IMAGES, describe_best, report, report_shots
+
+
+@dataclass
+class Setup:
+    """The data and the model of a run.
+
+    Attributes:
+        splits: Splits by name.
+        validation_split: Name of the split for choosing the best adapter, or None.
+        eval_split: Name of the split for measuring AP before and after training.
+        detector: The `PeftModel`, or the base model if only that is measured.
+        model: The model to call: `detector`, or what Accelerate made of it.
+    """
+
+    args: argparse.Namespace
+    accelerator: Accelerator
+    splits: dict[str, DetectionSplit]
+    validation_split: str | None
+    eval_split: str
+    processor: Any
+    detector: Any
+    model: nn.Module
+    cache: FeatureCache | None
+    progress: Progress
+
+    def measure(self, split: str, label: str) -> tuple[dict[str, float], list[tuple]]:
+        """Measure the model on a split. Returns its metrics and its detections."""
+        args, data = self.args, self.splits[split]
+        batch_size, workers = args.per_device_eval_batch_size, args.dataloader_num_workers
+        rows = detect_split(self.model, self.processor, data, batch_size, self.accelerator, label, workers)
+        return average_precision(data, rows), rows
+
+
+@dataclass
+class Training:
+    """The objects that train the adapter of a `Setup`."""
+
+    samples: TrainingSamples
+    loader: DataLoader
+    trained: nn.ParameterList
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    average: AveragedModel | None
+    checkpoints: Checkpoints
+    steps_per_epoch: int
+    max_steps: int
+
+
+# ---- prepare
+
+
+def prepare(args: argparse.Namespace, accelerator: Accelerator, tasks: Mapping[str, Task]) -> Setup:
+    """Read the data, load the model, and check that they fit together."""
+    adapter = find_adapter(args.adapter) if args.adapter else None
+    splits, validation_split, eval_split = read_data(args, accelerator, tasks)
+    processor = load_processor(adapter, args.model_name_or_path)
+    if args.image_size:
+        set_image_size(processor, args.image_size)
+    detector: Any = load_model(args, adapter).to(accelerator.device)
+    cache = FeatureCache(args.cache_features, detector) if args.cache_features else None
+    if cache and cache.leaves_out_dropout:
+        accelerator.print("--cache_features: the backbones have dropout; stored features are computed without it")
+    if args.image_size:
+        check_image_size(detector, processor, args.image_size)
+    # Called for its error: a class name that does not fit into a prompt should end the run before it starts.
+    split_classes(splits[eval_split].class_names, processor.tokenizer, detector.config.max_text_len)
+    return Setup(
+        args=args,
+        accelerator=accelerator,
+        splits=splits,
+        validation_split=validation_split,
+        eval_split=eval_split,
+        processor=processor,
+        detector=detector,
+        model=detector,
+        cache=cache,
+        progress=Progress(),
+    )
+
+
+def read_data(
+    args: argparse.Namespace, accelerator: Accelerator, tasks: Mapping[str, Task]
+) -> tuple[dict[str, DetectionSplit], str | None, str]:
+    """Read the splits. Returns them by name, and the names of the validation (or None) and evaluation split."""
+    dataset = args.dataset_name
+    if dataset in tasks:
+        dataset = str(args.output_dir / "data" / dataset)
+        with accelerator.main_process_first():
+            tasks[args.dataset_name](Path(dataset), not accelerator.is_main_process)
+    validation = args.validation_split or ("val" if has_split(dataset, "val") else None)
+    held_out = args.eval_split or ("test" if has_split(dataset, "test") else validation or "val")
+    names = {held_out} if args.eval_only else {args.train_split, held_out} | ({validation} if validation else set())
+    splits = load_splits(dataset, names, accelerator, **{name: getattr(args, name) for name in DATA_FLAGS})
+    if args.shots and not args.eval_only:
+        train = splits[args.train_split]
+        splits[args.train_split] = drawn = train.subset(few_shot(train, args.shots, args.seed))
+        if accelerator.is_main_process:
+            report_shots(args.output_dir, args.shots, args.seed, train, drawn)
+    return splits, validation, held_out
+
+
+def load_model(args: argparse.Namespace, adapter: SavedAdapter | None) -> nn.Module:
+    """Load the base model, with a saved adapter, a new adapter or none."""
+    if adapter and not args.eval_only:
+        return load_trainable(args.model_name_or_path, adapter)
+    if args.eval_only:
+        return load_detector(args.model_name_or_path, [adapter] if adapter else [])
+    model = load_base_model(args.model_name_or_path)
+    fields = {name: getattr(args, name) for name in ADAPTER_FLAGS}
+    config = SDPTConfig(**{name: value for name, value in fields.items() if value is not None})
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise InputError(f"--model_name_or_path {args.model_name_or_path}: {error}") from None
+
+
+def prepare_training(setup: Setup) -> Training:
+    """Make the samples, the optimizer and the checkpoints, and resume from a checkpoint."""
+    args, accelerator, detector, progress = setup.args, setup.accelerator, setup.detector, setup.progress
+    train = setup.splits[args.train_split]
+    samples_per_step = args.per_device_train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+    steps_per_epoch = math.ceil(len(train) / samples_per_step)
+    max_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
+    max_text_len, augmentation = detector.config.max_text_len, not args.no_augmentation
+    samples = TrainingSamples(
+        train, max_steps * samples_per_step, setup.processor, max_text_len, args.seed, augmentation
+    )
+    if setup.cache and args.per_device_train_batch_size > 1 and len(set(train.sizes)) > 1:
+        accelerator.print(
+            "--cache_features: images of several sizes are padded to the largest of their batch, and stored at each "
+            "padded size; --per_device_train_batch_size 1, with --gradient_accumulation_steps, stores each image once"
+        )
+    loader = samples.loader(args.per_device_train_batch_size, args.dataloader_num_workers)
+    trained = nn.ParameterList(trained_parameters(detector).values())
+    groups = parameter_groups(detector, args.learning_rate, args.lora_learning_rate)
+    if len(groups) == 1 and args.lora_learning_rate != LORA_LEARNING_RATE:
+        raise InputError(
+            f"--lora_learning_rate {args.lora_learning_rate}: --adapter {args.adapter} has no LoRA to train."
+        )
+    optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay)
+    setup.model, optimizer, loader = accelerator.prepare(detector, optimizer, loader)
+    # Not prepared by Accelerate, so that it counts optimizer steps for any number of processes.
+    scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.num_warmup_steps, max_steps)
+    average = AveragedModel(trained, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay)) if args.ema_decay else None
+    accelerator.register_for_checkpointing(scheduler, progress, *([average] if average else []))
+    stored_dropout = "left out, by --cache_features" if setup.cache and setup.cache.leaves_out_dropout else None
+    fingerprints = {split: data.fingerprint() for split, data in setup.splits.items()}
+    run = describe_run(args) | {
+        "training steps": max_steps,
+        "images per step": samples_per_step,
+        "processes": accelerator.num_processes,
+        "mixed precision": accelerator.mixed_precision,
+        # None without dropout, because stored features then change nothing.
+        "dropout in backbones": stored_dropout,
+        "training images": fingerprints[args.train_split],
+        "validation images": setup.validation_split and fingerprints[setup.validation_split],
+        "evaluation images": fingerprints[setup.eval_split],
+    }
+    checkpoints = Checkpoints(
+        accelerator,
+        args.output_dir,
+        lambda folder: write_adapter(folder, detector, setup.processor, train.class_names),
+        run,
+        args.checkpoints_total_limit,
+    )
+    checkpoints.resume(args.resume_from_checkpoint)
+    if not (args.output_dir / "best").is_dir():  # the checkpoint came from another output folder
+        progress.best = {}
+    return Training(
+        samples=samples,
+        loader=loader,
+        trained=trained,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        average=average,
+        checkpoints=checkpoints,
+        steps_per_epoch=steps_per_epoch,
+        max_steps=max_steps,
+    )
+
+
+# ---- train
+
+
+def train(setup: Setup, training: Training) -> list[str]:
+    """Train the adapter, with validation and checkpoints. Returns the names of the saved files, in the main process."""
+    args, accelerator, progress = setup.args, setup.accelerator, setup.progress
+    validation_steps = args.validation_steps or training.steps_per_epoch
+    checkpointing_steps = training.steps_per_epoch if args.checkpointing_steps == "epoch" else args.checkpointing_steps
+    if args.with_tracking:
+        accelerator.init_trackers("train_detection", {name: str(value) for name, value in vars(args).items()})
+        if not progress.step:
+            accelerator.log({f"before/{name}": value for name, value in progress.before["metrics"].items()}, step=0)
+    if not setup.validation_split:
+        accelerator.print(f"{args.dataset_name} has no split val: only the last adapter is saved, not the best")
+    # A resumed run may have been killed between the checkpoint and the validation of this step.
+    if progress.step % validation_steps == 0:
+        validate(setup, training)
+    loss_function = GroundedDetectionLoss(setup.detector.config)
+    setup.model.train()
+    stored_features = setup.cache.used(training.samples.has_one_prompt) if setup.cache else nullcontext()
+    hide_bar = not accelerator.is_local_main_process
+    bar = tqdm(total=training.max_steps, initial=progress.step, desc="training", disable=hide_bar)
+    with Interruption(accelerator) as interruption, bar, stored_features:
+        start = time.perf_counter()
+        for batches in remaining_steps(setup, training):
+            loss = train_step(setup, training, loss_function, batches)
+            progress.step += 1
+            progress.seconds += time.perf_counter() - start
+            bar.update()
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+            if args.with_tracking:
+                log_step(setup, loss, training.scheduler.get_last_lr())
+            stopped = interruption.asked_for()
+            if stopped or (checkpointing_steps and progress.step % checkpointing_steps == 0):
+                training.checkpoints.save(progress.step)
+            if stopped:
+                done = f"stopped after step {progress.step} of {training.max_steps}"
+                raise KeyboardInterrupt(f"{done}; resume by --resume_from_checkpoint latest")
+            if progress.step % validation_steps == 0:
+                validate(setup, training)
+            start = time.perf_counter()
+    names = save(setup, training, args.output_dir)
+    validate(setup, training)
+    return names
+
+
+def remaining_steps(setup: Setup, training: Training) -> Iterator[list[tuple]]:
+    """Yield the batches of each optimizer step. If an image cannot be read any more, save a checkpoint first."""
+    accumulated = setup.args.gradient_accumulation_steps
+    batches = iter(setup.accelerator.skip_first_batches(training.loader, setup.progress.step * accumulated))
+    try:
+        while step := list(itertools.islice(batches, accumulated)):
+            yield step
+    except InputError:
+        # With several processes, the others wait in the middle of a step and cannot take part in a checkpoint.
+        if setup.accelerator.num_processes == 1 and setup.progress.step:
+            training.checkpoints.save(setup.progress.step)
+        raise
+
+
+def train_step(
+    setup: Setup, training: Training, loss_function: GroundedDetectionLoss, batches: list[tuple]
+) -> torch.Tensor:
+    """Take one optimizer step. Returns the loss of its batches as if they were one batch."""
+    args, accelerator = setup.args, setup.accelerator
+    number = setup.progress.step + 1
+    # The boxes of all batches of the step, so that the losses add up to the loss of one large batch.
+    num_boxes = mean_boxes_per_process([label for _, labels in batches for label in labels])
+    step_loss = torch.zeros((), device=accelerator.device)
+    for index, (inputs, labels) in enumerate(batches, 1):
+        # Processes exchange gradients only once per step.
+        with nullcontext() if index == len(batches) else accelerator.no_sync(setup.model):
+            outputs = setup.model(**inputs)
+            if not outputs.pred_boxes.isfinite().all():
+                raise InputError(f"the boxes are not finite any more at step {number}: lower {rate_flags(training)}.")
+            loss = loss_function(outputs, labels, num_boxes)
+            accelerator.backward(loss)
+        step_loss += loss.detach()
+    norm = accelerator.clip_grad_norm_(setup.model.parameters(), args.max_grad_norm)
+    # Checked before the step, so that no checkpoint has prompts that are not finite. With fp16, the gradient scaler
+    # skips such steps.
+    if accelerator.scaler is None and not norm.isfinite():
+        raise InputError(f"the gradients are not finite any more at step {number}: lower {rate_flags(training)}.")
+    training.optimizer.step()
+    training.optimizer.zero_grad()
+    if not accelerator.optimizer_step_was_skipped:
+        training.scheduler.step()
+        if training.average:
+            training.average.update_parameters(training.trained)
+    return step_loss
+
+
+def rate_flags(training: Training) -> str:
+    """Return the flags of the learning rates, one for each group of parameters."""
+    return " or ".join(("--learning_rate", "--lora_learning_rate")[: len(training.optimizer.param_groups)])
+
+
+def validate(setup: Setup, training: Training) -> None:
+    """Measure the adapter on the validation split, once per step, and save it if it is the best so far."""
+    args, progress = setup.args, setup.progress
+    if not setup.validation_split or progress.validated == progress.step:
+        return
+    with averaged(setup.detector, training.average):
+        metrics, _ = setup.measure(setup.validation_split, "validating")
+    progress.validated = progress.step
+    if metrics["AP"] > progress.best.get("AP", -1):
+        progress.best = {**metrics, "step": progress.step}
+        results = describe_best(args.dataset_name, setup.validation_split, progress.best)
+        save(setup, training, args.output_dir / "best", results)
+    setup.accelerator.log({f"validation/{name}": value for name, value in metrics.items()}, step=progress.step)
+
+
+def save(setup: Setup, training: Training, folder: Path, results: str | None = None) -> list[str]:
+    """Save the adapter, or its moving average, with results in its model card. Returns the names of the files."""
+    if not setup.accelerator.is_main_process:
+        return []
+    class_names = setup.splits[setup.args.train_split].class_names
+    with averaged(setup.detector, training.average):
+        return save_adapter(folder, setup.detector, setup.processor, class_names, results)
+
+
+def log_step(setup: Setup, loss: torch.Tensor, learning_rates: list[float]) -> None:
+    """Send the loss, the learning rates and the mean norm of the prompts of each layer to the trackers."""
+    values = {"loss": setup.accelerator.reduce(loss, reduction="mean").item()}
+    values |= dict(zip(("learning_rate", "lora_learning_rate"), learning_rates, strict=False))
+    layers = [module for module in setup.detector.modules() if isinstance(module, SDPTLayer)]
+    for index, layer in enumerate(layers):
+        trained = [prompts for prompts in layer.sdpt_prompts.values() if prompts.requires_grad]
+        norms = [prompts.detach().norm(dim=-1).flatten() for prompts in trained]
+        values[f"prompt_norm/layer_{index}"] = torch.cat(norms).mean().item()
+    setup.accelerator.log(values, step=setup.progress.step)
+
+
+# ---- evaluate
+
+
+def evaluate(setup: Setup, label: str, average: AveragedModel | None = None) -> dict[str, Any]:
+    """Measure the model, or its moving average. Returns metrics, and the detections in the first images."""
+    with averaged(setup.detector, average):
+        metrics, rows = setup.measure(setup.eval_split, label)
+    num_shown = min(NUM_SHOWN_IMAGES, len(setup.splits[setup.eval_split]))
+    return {"metrics": metrics, "shown": [result_of(image, rows) for image in range(num_shown)]}
+
+
+def evaluate_base_model(setup: Setup) -> dict[str, Any]:
+    """Measure the base model without its adapter."""
+    with setup.detector.disable_adapter() if isinstance(setup.detector, PeftModel) else nullcontext():
+        return evaluate(setup, "before")
+
+
+def run(args: argparse.Namespace, tasks: Mapping[str, Task]) -> None:
+    check_args(args)
+    tracker = args.report_to if args.with_tracking else None
+    accelerator = make_accelerator(args.mixed_precision, log_with=tracker, project_dir=args.output_dir)
+    set_seed(args.seed)
+    if not args.eval_only:
+        claim_output_dir(args.output_dir, accelerator, resuming=bool(args.resume_from_checkpoint))
+    elif accelerator.is_main_process:
+        check_writable(args.output_dir, "output_dir")
+    # The token is removed from the arguments, because they are saved in `metrics.json`.
+    token = vars(args).pop("hub_token")
+    hub = prepare_push(args.hub_model_id, token, accelerator) if args.push_to_hub else None
+
+    setup = prepare(args, accelerator, tasks)
+    training = None if args.eval_only else prepare_training(setup)
+    # A checkpoint already has the results of the base model.
+    setup.progress.before = setup.progress.before or evaluate_base_model(setup)
+    after, names = None, []
+    if training:
+        names = train(setup, training)
+        after = evaluate(setup, "after", training.average)
+        metrics = {f"after/{name}": value for name, value in after["metrics"].items()}
+        accelerator.log(metrics, step=setup.progress.step)
+    elif args.adapter:
+        after = evaluate(setup, "after")
+    if accelerator.is_main_process:
+        report(args, setup.progress, setup.detector, setup.eval_split, setup.splits[setup.eval_split], after)
+
+    # Frees the DDP wrapper before the process group ends. If the wrapper is the last to hold the group, torch 2.13
+    # keeps Python's lock while it waits for a thread of gloo that may need the lock, and the process hangs.
+    (setup.model,) = accelerator.free_memory(setup.model)
+    accelerator.end_training()
+    if hub:
+        best = [f"best/{name}" for name in names if setup.progress.best]
+        names = [*names, "metrics.json", "detections.png", *best]
+        repository, folder = args.hub_model_id, args.output_dir
+        again = f'hf upload {repository} {folder} . --exclude "step_*/*" --exclude "data/*"'
+        with hint(f"To try again: {again}"):
+            print(f"pushed to {push(hub, repository, folder, names)}")
+
+
+def main(
+    description: str | None = __doc__,
+    program: str = "sdpt-train",
+    model_name_or_path: str = BASE_MODEL,
+    dataset_name: str | None = None,
+    tasks: Mapping[str, Task] | None = None,
+) -> None:
+    """Run the command with the flags in `sys.argv`.
+
+    Args:
+        description: Text for `--help`.
+        program: Name of the program, for error messages.
+        model_name_or_path: Default of `--model_name_or_path`.
+        dataset_name: Default of `--dataset_name`. None if the flag is needed.
+        tasks: Built-in data sets by name. Each is a function that writes the data set as a COCO folder.
+    """
+    args = parse_args(description, model_name_or_path, dataset_name, tasks or {})
+    with one_line_errors(program, flags_of(args)):
+        run(args, tasks or {})
+
+
+if __name__ == "__main__":
+    main()
