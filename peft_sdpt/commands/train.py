@@ -41,6 +41,7 @@ from ..detection import (
     average_precision,
     check_image_size,
     detect_split,
+    divide,
     few_shot,
     find_adapter,
     has_split,
@@ -50,6 +51,7 @@ from ..detection import (
     load_splits,
     load_trainable,
     mean_boxes_per_process,
+    only_split,
     result_of,
     save_adapter,
     set_image_size,
@@ -82,7 +84,7 @@ from .train_arguments import (
     flags_of,
     parse_args,
 )
-from .train_results import NUM_SHOWN_IMAGES, describe_best, report, report_shots
+from .train_results import NUM_SHOWN_IMAGES, describe_best, report, report_division, report_shots
 
 
 @dataclass
@@ -172,10 +174,20 @@ def read_data(
         dataset = str(args.output_dir / "data" / dataset)
         with accelerator.main_process_first():
             tasks[args.dataset_name](Path(dataset), not accelerator.is_main_process)
-    validation = args.validation_split or ("val" if has_split(dataset, "val") else None)
-    held_out = args.eval_split or ("test" if has_split(dataset, "test") else validation or "val")
-    names = {held_out} if args.eval_only else {args.train_split, held_out} | ({validation} if validation else set())
-    splits = load_splits(dataset, names, accelerator, **{name: getattr(args, name) for name in DATA_FLAGS})
+    options = {name: getattr(args, name) for name in DATA_FLAGS}
+    whole = None if args.validation_split or args.eval_split else only_split(dataset)
+    validation: str | None = "val"
+    held_out = "test"
+    if whole:
+        splits = divide(load_splits(dataset, [whole], accelerator, **options)[whole], args.seed)
+        if accelerator.is_main_process:
+            report_division(args.output_dir, args.seed, splits)
+        splits[args.train_split] = splits.pop("train")
+    else:
+        validation = args.validation_split or ("val" if has_split(dataset, "val") else None)
+        held_out = args.eval_split or ("test" if has_split(dataset, "test") else validation or "val")
+        names = [held_out] if args.eval_only else [args.train_split, *([validation] if validation else []), held_out]
+        splits = load_splits(dataset, names, accelerator, **options)
     if args.shots and not args.eval_only:
         train = splits[args.train_split]
         splits[args.train_split] = drawn = train.subset(few_shot(train, args.shots, args.seed))

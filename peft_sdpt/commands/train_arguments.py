@@ -11,6 +11,7 @@ from pathlib import Path
 
 from accelerate.tracking import get_available_trackers
 
+from ..detection import BOX_FORMATS
 from ..errors import InputError
 from ..files import output_folder
 from ..training import LORA_LEARNING_RATE
@@ -80,8 +81,8 @@ def add_data_flags(group: argparse._ArgumentGroup, dataset_name: str | None, tas
         "--dataset_name",
         default=dataset_name,
         required=dataset_name is None,
-        help="A folder with boxes in COCO format (also as exported by Roboflow, or as in ODinW and COCO), or the Hub "
-        f"id of a data set with the columns image and objects{built_in}.",
+        help="A folder with images and boxes (COCO, YOLO, Pascal VOC, LabelMe, imagefolder or Parquet), or the Hub id "
+        f"of a data set with the columns image and objects{built_in}.",
     )
     group.add_argument("--train_split", default="train", help="Split to train on.")
     group.add_argument(
@@ -95,8 +96,9 @@ def add_data_flags(group: argparse._ArgumentGroup, dataset_name: str | None, tas
     group.add_argument(
         "--bbox_format",
         default="xywh",
-        choices=("xywh", "xyxy"),
-        help="Format of the boxes in pixels: corner, width and height as in COCO, or two corners.",
+        choices=tuple(BOX_FORMATS),
+        help="How a COCO file, or a data set on the Hub, writes boxes: corner, width and height, as in COCO; two "
+        "corners; or centre, width and height. They are in pixels, or with relative_ fractions of the image size.",
     )
     group.add_argument(
         "--class_names_file",

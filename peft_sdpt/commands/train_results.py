@@ -23,6 +23,15 @@ METRICS = ("AP", "AP50", "AP75")
 NUM_SHOWN_IMAGES = 4
 
 
+def report_division(output_dir: Path, seed: int, splits: dict[str, DetectionSplit]) -> None:
+    """Print how a data set without splits was divided, and save the ids of the images in `splits.json`."""
+    sizes = ", ".join(f"{len(data)} {name}" for name, data in splits.items())
+    print(f"the data set has no splits; --seed {seed} divides its images: {sizes} (see splits.json)")
+    record = {"seed": seed, "image_ids": {name: data.image_ids for name, data in splits.items()}}
+    with whole_files(output_dir) as folder:
+        (folder / "splits.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
 def report_shots(output_dir: Path, shots: int, seed: int, train: DetectionSplit, drawn: DetectionSplit) -> None:
     """Print the classes with too few images for `--shots`, and save the ids of the drawn images in `shots.json`."""
     for label, name in enumerate(train.class_names):

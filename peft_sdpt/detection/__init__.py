@@ -15,11 +15,18 @@ except ImportError as error:
     ) from None
 
 from ..errors import InputError
-from .data import DetectionSplit, centre_boxes, check_images, few_shot, require_same_classes
+from .data import DetectionSplit, centre_boxes, check_images, divide, few_shot, match_classes
 from .drawing import draw_detections, side_by_side
 from .feature_cache import FeatureCache
-from .grounding import class_prompt, class_scores, class_token_maps, phrase_lengths, split_classes
-from .loading import has_split, load_split, load_splits
+from .grounding import (
+    class_prompt,
+    class_scores,
+    class_token_maps,
+    phrase_lengths,
+    split_caption,
+    split_classes,
+)
+from .loading import BOX_FORMATS, find_splits, has_split, load_split, load_splits, only_split
 from .loss import GroundedDetectionLoss, mean_boxes_per_process
 from .metrics import average_precision, evaluate
 from .prediction import Detections, check_image_size, detect, detect_split, result_of, rows_of
@@ -39,6 +46,7 @@ from .saved_adapter import (
 )
 
 __all__ = [
+    "BOX_FORMATS",
     "DetectionSplit",
     "Detections",
     "FeatureCache",
@@ -58,10 +66,12 @@ __all__ = [
     "common_base_model",
     "detect",
     "detect_split",
+    "divide",
     "draw_detections",
     "evaluate",
     "few_shot",
     "find_adapter",
+    "find_splits",
     "has_split",
     "load_base_model",
     "load_detector",
@@ -69,15 +79,17 @@ __all__ = [
     "load_split",
     "load_splits",
     "load_trainable",
+    "match_classes",
     "mean_boxes_per_process",
+    "only_split",
     "phrase_lengths",
     "read_class_names",
-    "require_same_classes",
     "result_of",
     "rows_of",
     "save_adapter",
     "set_image_size",
     "side_by_side",
+    "split_caption",
     "split_classes",
     "write_adapter",
 ]

@@ -8,7 +8,7 @@ import functools
 import hashlib
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -93,6 +93,20 @@ class DetectionSplit:
             open_image=functools.partial(_open_nth, self.open_image, list(indices)),
         )
 
+    def with_classes(self, class_names: list[str]) -> DetectionSplit:
+        """Change the order of the classes, or add classes.
+
+        Args:
+            class_names: The new classes, with all classes of the split among them.
+
+        Returns:
+            A split with these classes and the same images.
+        """
+        position = {name: index for index, name in enumerate(class_names)}
+        new = [position[name] for name in self.class_names]
+        labels = [[new[label] for label in group] for group in self.labels]
+        return replace(self, class_names=class_names, labels=labels)
+
     def fingerprint(self) -> str:
         """Return a hash of everything but the pixels, 16 hex digits. A resumed run uses it to check its data."""
         fields = [self.class_names, self.image_ids, self.sizes, self.boxes, self.labels, self.crowds]
@@ -133,9 +147,7 @@ def few_shot(data: DetectionSplit, shots: int, seed: int) -> list[int]:
         Sorted indices into `data`. They depend on the arguments alone.
     """
     # GLIP also sorts by id and drops images without boxes before it shuffles.
-    order = [index for index, boxes in enumerate(data.boxes) if boxes]
-    order.sort(key=lambda index: (isinstance(data.image_ids[index], str), data.image_ids[index]))
-    random.Random(seed).shuffle(order)
+    order = shuffled(data, [index for index, boxes in enumerate(data.boxes) if boxes], seed)
     seen = [0] * len(data.class_names)
     taken = []
     for index in order:
@@ -181,41 +193,45 @@ def check_images(
     return {index: text for index, text in zip(images, problems, strict=True) if text}
 
 
-def require_same_classes(splits: dict[str, DetectionSplit], dataset_name: str) -> None:
-    """Check that all splits have the same classes in the same order.
+def match_classes(splits: dict[str, DetectionSplit]) -> dict[str, DetectionSplit]:
+    """Give all splits of a data set the same classes in the same order, by their names.
+
+    Annotation tools number the classes of each split on their own, and leave out those that a split does not have.
 
     Args:
         splits: The splits by name.
-        dataset_name: Name of the data set, for the error message.
+
+    Returns:
+        The splits with the classes of all splits: those of the first split, and then those that only others have.
+    """
+    class_names = list(dict.fromkeys(name for data in splits.values() for name in data.class_names))
+    return {name: data.with_classes(class_names) for name, data in splits.items()}
+
+
+def divide(data: DetectionSplit, seed: int) -> dict[str, DetectionSplit]:
+    """Divide a data set that has no splits, at random by image.
+
+    Args:
+        data: The whole data set.
+        seed: Seed of the random order.
+
+    Returns:
+        "train" with 70 % of the images, "val" and "test" with 15 % each. They depend on the ids of the images and the
+        seed alone.
 
     Raises:
-        InputError: Two splits differ. The message lists the classes that only one of them has, or the first class
-            where their order differs.
+        InputError: There are fewer than three images.
     """
-    (first, one), *others = splits.items()
-    for second, other in others:
-        if one.class_names == other.class_names:
-            continue
-        where = f"{dataset_name}: the splits {first} and {second} have"
-        only = [
-            f"only {name} has {listed(names)}"
-            for name, names in (
-                (first, [name for name in one.class_names if name not in other.class_names]),
-                (second, [name for name in other.class_names if name not in one.class_names]),
-            )
-            if names
-        ]
-        if only:
-            raise InputError(f"{where} different classes: {'; '.join(only)}.")
-        # Class names are unique, so both lists have the same length.
-        index = next(i for i, name in enumerate(one.class_names) if name != other.class_names[i])
-        raise InputError(
-            f"{where} the same classes in different orders: class {index} is {one.class_names[index]!r} in {first} and "
-            f"{other.class_names[index]!r} in {second}."
-        )
+    if len(data) < 3:
+        raise InputError(f"a data set without splits needs at least 3 images to be divided, got {len(data)}.")
+    order = shuffled(data, range(len(data)), seed)
+    held_out = max(1, round(0.15 * len(data)))
+    parts = {"train": order[2 * held_out :], "val": order[:held_out], "test": order[held_out : 2 * held_out]}
+    return {name: data.subset(sorted(indices)) for name, indices in parts.items()}
 
 
-def listed(names: list[str]) -> str:
-    """Return names for an error message. Only ten are listed, because LVIS has 1203 classes."""
-    more = [f"{len(names) - 10} more"] if len(names) > 10 else []
-    return ", ".join([*map(repr, names[:10]), *more])
+def shuffled(data: DetectionSplit, indices: Iterable[int], seed: int) -> list[int]:
+    """Return indices into a split in a random order, which depends on the ids of the images and the seed alone."""
+    order = sorted(indices, key=lambda i: (isinstance(data.image_ids[i], str), data.image_ids[i]))
+    random.Random(seed).shuffle(order)
+    return order

@@ -13,6 +13,7 @@ score a class by its own tokens.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,10 +24,17 @@ from ..errors import InputError
 
 # [CLS], [SEP], ".", "?" and [PAD]: Grounding DINO in transformers hard-codes these ids as the borders of phrases.
 BORDER_TOKEN_IDS = (101, 102, 1012, 1029, 0)
+# Where a name that was made for a program starts a new word: hotDog, USBPort, traffic-light. Not in iPhone and t-shirt.
+WORD_STARTS = re.compile(r"(?<=[a-z]{2})(?=[A-Z][a-z])|(?<=[A-Z]{2})(?=[A-Z][a-z]{2})|(?<=[^\W\d_]{2})-(?=[^\W\d_]{2})")
+# A full stop that ends a phrase in a prompt.
+PHRASE_END = re.compile(r"\s*\.(?:\s+|$)")
 
 
 def class_prompt(class_names: Sequence[str]) -> str:
     """Write a prompt with one phrase per class. A full stop ends each phrase.
+
+    Underscores become spaces, and so do hyphens between words. A name such as "hotDog" is split into its words. A
+    detector learned from sentences, and finds less with names that were made for programs.
 
     Full stops and question marks inside a name would split its phrase in two, so they become spaces. The last phrase
     needs its full stop too: with the masks of transformers, the tokens of an open phrase attend only to themselves.
@@ -38,21 +46,46 @@ def class_prompt(class_names: Sequence[str]) -> str:
         The prompt, in lower case.
 
     Raises:
-        InputError: There are no names, or a name has no word.
+        InputError: There are no names, a name has no word, or a name is a prompt of several classes.
 
     Example:
-        >>> class_prompt(["Red Blood Cell", "st. bernard"])
+        >>> class_prompt(["Red_Blood_Cell", "st. bernard"])
         'red blood cell. st bernard.'
     """
     phrases = []
     for name in class_names:
-        phrase = " ".join(name.lower().replace(".", " ").replace("?", " ").split())
+        if len(classes := split_caption(name)) > 1:
+            raise InputError(
+                f"class_names: {name!r} is a prompt of {len(classes)} classes; pass a list with one name per class."
+            )
+        words = WORD_STARTS.sub(" ", name.replace("_", " "))
+        phrase = " ".join(words.lower().replace(".", " ").replace("?", " ").split())
         if not phrase:
             raise InputError(f"class_names: {name!r} has no word for a prompt; every class needs a name.")
         phrases.append(phrase)
     if not phrases:
         raise InputError("class_names: the list is empty; a prompt needs at least one class name.")
     return " ".join(f"{phrase}." for phrase in phrases)
+
+
+def split_caption(text: str) -> list[str]:
+    """Split a prompt as Grounding DINO writes it into class names.
+
+    Args:
+        text: A prompt, or the name of one class. A prompt ends with a full stop, or has one between spaces.
+
+    Returns:
+        The class names.
+
+    Example:
+        >>> split_caption("cat . dog . red apple .")
+        ['cat', 'dog', 'red apple']
+        >>> split_caption("St. Bernard")
+        ['St. Bernard']
+    """
+    if not (text.rstrip().endswith(".") or " . " in text):
+        return [text]
+    return [phrase for phrase in PHRASE_END.split(text.strip()) if phrase] or [text]
 
 
 def phrase_lengths(class_names: Sequence[str], tokenizer: Any) -> list[int]:
@@ -67,14 +100,24 @@ def phrase_lengths(class_names: Sequence[str], tokenizer: Any) -> list[int]:
 
     Raises:
         InputError: The tokenizer knows no word of a name. Such a class would have no tokens of its own, and the classes
-            after it would be mixed up.
+            after it would be mixed up. Or two names have the same tokens, so that they would get the same scores. An
+            uncased tokenizer drops accents, and replaces characters that it does not know.
     """
     tokens = [tokenizer(class_prompt([name]), add_special_tokens=False)["input_ids"] for name in class_names]
+    first: dict[tuple[int, ...], str] = {}
     for name, ids in zip(class_names, tokens, strict=True):
         # The last token is the full stop.
         if set(ids[:-1]) <= {tokenizer.unk_token_id}:
             raise InputError(
                 f"class_names: the tokenizer knows no word of {name!r}; every class needs a word that it knows."
+            )
+        if not set(ids[:-1]).isdisjoint(BORDER_TOKEN_IDS):
+            raise InputError(f"class_names: {name!r} has a special token of the tokenizer, which would end its phrase.")
+        if first.setdefault(tuple(ids), name) != name:
+            read = tokenizer.decode(ids[:-1])
+            raise InputError(
+                f"class_names: {first[tuple(ids)]!r} and {name!r} are the same tokens for this tokenizer, {read!r}, so "
+                "a prompt cannot tell them apart; rename one of them."
             )
     return [len(ids) for ids in tokens]
 
@@ -93,7 +136,7 @@ def split_classes(class_names: Sequence[str], tokenizer: Any, max_text_len: int)
         For each prompt, a list of indices into `class_names`.
 
     Raises:
-        InputError: A single name does not fit into a prompt, or the tokenizer knows no word of it.
+        InputError: A single name does not fit into a prompt, or as in `phrase_lengths`.
     """
     chunks: list[list[int]] = []
     room = 0

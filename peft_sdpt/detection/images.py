@@ -9,55 +9,18 @@ import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm.auto import tqdm
 
 from ..errors import InputError
+from .decoding import opened, read_image
 
 # The formats that Pillow can both read and write in full colour.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
-# When a processor resizes an image, the shorter side must keep some pixels.
-MAX_ASPECT_RATIO = 100
 SECONDS_BETWEEN_LOOKS = 0.5
-
-
-def read_image(source: str | Path | IO[bytes], where: str, size: tuple[int, int] | None = None) -> Image.Image:
-    """Read an image as RGB, rotated as its EXIF orientation says.
-
-    Cameras store a rotated photo as it left the sensor, and annotations may belong to the stored or to the rotated
-    image. So an image that is stored in the expected `size` is not rotated.
-
-    Args:
-        source: A path or a file object.
-        where: Name of the image for error messages.
-        size: The expected (width, height) in pixels. None if it is not known.
-
-    Raises:
-        InputError: The file is not an image, is damaged, or is too oblong for a detector.
-    """
-    with opened(source, where) as image:
-        return (image if image.size == size else ImageOps.exif_transpose(image)).convert("RGB")
-
-
-@contextmanager
-def opened(source: str | Path | IO[bytes], where: str) -> Iterator[Image.Image]:
-    """Open an image and read its header only.
-
-    Raises:
-        InputError: As in `read_image`, also if the code in this context reads the pixels and they are damaged.
-    """
-    try:
-        with Image.open(source) as image:
-            if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
-                raise ValueError(f"{image.width} x {image.height} pixels are too oblong for a detector")
-            yield image
-    except Exception as error:  # the readers of Pillow raise many kinds of errors
-        raise InputError(f"{where}: cannot be opened as an image ({error}).") from None
 
 
 def images_in(folder: Path) -> list[Path]:

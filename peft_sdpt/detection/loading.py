@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""Reading and checking the splits of a folder in COCO format or of a data set on the Hub."""
+"""Reading and checking the splits of a data set, whatever its format."""
 
 from __future__ import annotations
 
@@ -14,12 +14,51 @@ from accelerate.utils import gather_object
 
 from ..errors import InputError
 from ..training.launch import cores_per_process
-from .coco import find_layout, load_coco_folder, read_json, split_names
-from .data import Box, DetectionSplit, check_images, listed, require_same_classes
+from .data import Box, DetectionSplit, check_images, match_classes
+from .formats import Source, find_source, require_split
+from .formats.files import SplitImages
+from .formats.source import is_split_name, listed, read_json, split_names
 from .grounding import class_prompt
 
-# The four numbers of a box in each format.
-BOX_FORMATS = {"xywh": "x, y, width, height", "xyxy": "x0, y0, x1, y1"}
+# The four numbers of a box in each format. FRACTIONS before a name says that they are fractions of the image size.
+FRACTIONS = "relative_"
+CORNERS = {
+    "xywh": "x, y, width, height",
+    "xyxy": "x0, y0, x1, y1",
+    "cxcywh": "centre x, centre y, width, height",
+}
+BOX_FORMATS = {
+    **{name: f"{numbers} in pixels" for name, numbers in CORNERS.items()},
+    **{FRACTIONS + name: f"{numbers} as fractions of the image size" for name, numbers in CORNERS.items()},
+}
+
+
+def find_splits(dataset_name: str) -> list[str]:
+    """Return the names of the splits of a data set.
+
+    Args:
+        dataset_name: See `load_split`.
+
+    Returns:
+        The names. A data set that does not name its only split has the name "default". The list is empty for a data set
+        that does not exist.
+
+    Raises:
+        InputError: The format of a folder is not known, or the Hub does not answer.
+    """
+    if Path(dataset_name).exists():
+        return find_source(dataset_name).splits
+    from datasets import get_dataset_split_names
+    from datasets.exceptions import DatasetNotFoundError
+
+    try:
+        return get_dataset_split_names(dataset_name)
+    except DatasetNotFoundError:  # `load_split` raises the error
+        return []
+    except Exception as error:  # a failing connection must not change which split is measured
+        raise InputError(
+            f"dataset_name={dataset_name!r}: no such folder, and its splits on the Hub cannot be read ({error})."
+        ) from None
 
 
 def has_split(dataset_name: str, split: str) -> bool:
@@ -33,22 +72,26 @@ def has_split(dataset_name: str, split: str) -> bool:
         Whether there is such a split. False for a data set that does not exist.
 
     Raises:
-        InputError: The Hub does not answer.
+        InputError: As in `find_splits`.
     """
-    folder = Path(dataset_name)
-    if folder.exists():
-        return find_layout(folder, split) is not None
-    from datasets import get_dataset_split_names
-    from datasets.exceptions import DatasetNotFoundError
+    return not set(split_names(split)).isdisjoint(find_splits(dataset_name))
 
-    try:
-        return not set(split_names(split)).isdisjoint(get_dataset_split_names(dataset_name))
-    except DatasetNotFoundError:  # `load_split` raises the error
-        return False
-    except Exception as error:  # a failing connection must not change which split is measured
-        raise InputError(
-            f"dataset_name={dataset_name!r}: no such folder, and its splits on the Hub cannot be read ({error})."
-        ) from None
+
+def only_split(dataset_name: str) -> str | None:
+    """Return the name of the only split of a data set that must be divided for training and evaluation.
+
+    Args:
+        dataset_name: See `load_split`.
+
+    Returns:
+        The name. None if the data set has several splits, or only one for evaluation.
+
+    Raises:
+        InputError: As in `find_splits`.
+    """
+    splits = find_splits(dataset_name)
+    is_for_evaluation = is_split_name(splits[0]) and not splits[0].lower().startswith("train") if splits else True
+    return None if len(splits) != 1 or is_for_evaluation else splits[0]
 
 
 def load_split(
@@ -59,22 +102,24 @@ def load_split(
     class_names_column: str | None = None,
     skip_bad_boxes: bool = False,
 ) -> DetectionSplit:
-    """Read a split of a local folder in COCO format, or of a data set on the Hub.
+    """Read a split of a local folder, or of a data set on the Hub.
 
-    The images of a folder are not opened; see `check_images` and `load_splits`.
+    The format is recognised: COCO, YOLO, Pascal VOC, LabelMe, or rows with images and objects, as on the Hub. The
+    images are not decoded; see `check_images` and `load_splits`. The headers of images are read if the annotations do
+    not have their sizes.
 
     Args:
-        dataset_name: A folder in one of `coco.LAYOUTS`: `<split>.json` and `images/`, or the layout of Roboflow, ODinW
-            or COCO. Or the Hub id of a data set with the columns `image` and `objects`. Objects have `bbox` and
-            `category`.
+        dataset_name: A folder, a COCO file, a `data.yaml` of YOLO, or the Hub id of a data set with the columns `image`
+            and `objects`. Objects have `bbox` and `category`.
         split: For instance "train", "val", "test" or "train2017". "val", "valid" and "validation" are the same split.
-        bbox_format: Format of the boxes in the data set, in pixels: "xywh" as in COCO, or "xyxy". The returned boxes
-            are "xywh".
+        bbox_format: A key of `BOX_FORMATS`: how COCO or rows write boxes, "xywh" by default. "xyxy" has two corners,
+            "cxcywh" the centre. "relative_xywh" and so on are fractions of the image size instead of pixels. The
+            returned boxes are "xywh" in pixels.
         class_names_file: A JSON object that maps names of the data set to names for prompts, for instance
             `{"RBC": "red blood cell"}`. It applies to the names that `class_names_column` gives.
-        class_names_column: Field of `categories` in COCO, or of `objects` on the Hub, with the class names. If a value
-            is a list, such as `synonyms` in LVIS, its first name is used. None for `name` in COCO, and for
-            `objects.category` on the Hub.
+        class_names_column: Field of `categories` in COCO, or of `objects` in rows, with the class names. If a value is
+            a list, such as `synonyms` in LVIS, its first name is used. None for `name` in COCO, and for
+            `objects.category` in rows.
         skip_bad_boxes: Whether to leave out boxes that are empty, not finite or outside their image, instead of
             raising.
 
@@ -84,27 +129,47 @@ def load_split(
     Raises:
         InputError: The split cannot be used. The message names the file and the image, annotation or category.
     """
+    source = _find(dataset_name, bbox_format, class_names_file, class_names_column)
+    return _load(source, dataset_name, split, bbox_format, class_names_file, skip_bad_boxes)
+
+
+def _find(
+    dataset_name: str, bbox_format: str, class_names_file: str | Path | None, class_names_column: str | None
+) -> Source:
+    """Find a data set, and check that its format takes these arguments of `load_split`."""
     if bbox_format not in BOX_FORMATS:
         raise InputError(f"bbox_format={bbox_format!r}: must be one of {', '.join(BOX_FORMATS)}.")
-    folder = Path(dataset_name)
-    if folder.exists():
-        fields, source = load_coco_folder(folder, split, class_names_column)
-    else:
-        # Imported here, because `datasets` is slow to import and not needed for a folder.
-        from .hub import load_hub_split
+    source = find_source(dataset_name, class_names_column, numbers_are_names=class_names_file is not None)
+    if source.sets_boxes and bbox_format != "xywh":
+        raise InputError(
+            f"bbox_format={bbox_format!r}: {dataset_name} is in {source.format} format, which says how boxes are "
+            "written."
+        )
+    return source
 
-        fields, source = load_hub_split(dataset_name, split, class_names_column)
+
+def _load(
+    source: Source,
+    dataset_name: str,
+    split: str,
+    bbox_format: str,
+    class_names_file: str | Path | None,
+    skip_bad_boxes: bool,
+) -> DetectionSplit:
+    """Read and check a split of a data set. The arguments are those of `load_split`."""
+    fields, annotations = source.read(require_split(source, split, dataset_name))
     data = DetectionSplit(**fields)
     if not len(data):
         raise InputError(f"{dataset_name}: split {split!r} has no images.")
     if not data.class_names:
         raise InputError(f"{dataset_name}: split {split!r} has no categories; a prompt needs class names.")
-    _read_boxes(data, bbox_format, source, skip_bad_boxes)
+    _read_boxes(data, bbox_format, annotations, skip_bad_boxes)
     if class_names_file is not None:
         data.class_names = rename_classes(data.class_names, Path(class_names_file))
     _check_phrases(data.class_names, f"{dataset_name}: split {split!r}")
     if not data.has_objects():
-        raise InputError(f"{dataset_name}: split {split!r} has no boxes except crowds.")
+        left_out = f" {len(data.left_out)} were left out; the first: {data.left_out[0]}." if data.left_out else ""
+        raise InputError(f"{dataset_name}: split {split!r} has no boxes except crowds.{left_out}")
     return data
 
 
@@ -113,30 +178,39 @@ def load_splits(
     splits: Iterable[str],
     accelerator: Accelerator,
     *,
+    bbox_format: str = "xywh",
+    class_names_file: str | Path | None = None,
+    class_names_column: str | None = None,
+    skip_bad_boxes: bool = False,
     skip_bad_images: bool = False,
-    **options: Any,
 ) -> dict[str, DetectionSplit]:
     """Read splits of one data set, and open all their images once.
 
     All processes of a launch call this together. Each process opens a share of the images, and all processes leave out
-    the same images.
+    the same images. The classes of the splits are matched by name; see `match_classes`.
 
     Args:
         dataset_name: See `load_split`.
         splits: Names of the splits.
-        accelerator: The accelerator of the launch. Its main process prints what is left out.
+        accelerator: The accelerator of the launch. Its main process prints what is left out, and what the data leaves
+            open: how rotated photos and names such as "hot_dog" are read.
+        bbox_format, class_names_file, class_names_column, skip_bad_boxes: See `load_split`.
         skip_bad_images: Whether to leave out images that cannot be opened, instead of raising.
-        options: Other arguments of `load_split`.
 
     Returns:
-        The splits by name, in alphabetical order.
+        The splits by name, in the given order.
 
     Raises:
-        InputError: A split cannot be read, an image does not open, two splits have different classes, or a split has
-            no objects.
+        InputError: A split cannot be read, an image does not open, or a split has no objects.
     """
-    data = {split: load_split(dataset_name, split, **options) for split in sorted(set(splits))}
-    require_same_classes(data, dataset_name)
+    source = _find(dataset_name, bbox_format, class_names_file, class_names_column)
+    read = {
+        split: _load(source, dataset_name, split, bbox_format, class_names_file, skip_bad_boxes)
+        for split in dict.fromkeys(splits)
+    }
+    data = match_classes(read)
+    for line in _notes(read, data):
+        accelerator.print(line)
     for split, images in data.items():
         mine = range(accelerator.process_index, len(images), accelerator.num_processes)
         problems = check_images(images, mine, cores_per_process(accelerator), not accelerator.is_local_main_process)
@@ -152,6 +226,40 @@ def load_splits(
         if not data[split].has_objects():
             raise InputError(f"{dataset_name}: split {split!r} has no objects left.")
     return data
+
+
+def _notes(read: dict[str, DetectionSplit], data: dict[str, DetectionSplit]) -> list[str]:
+    """Return a line for each thing that the data leaves open, and how it is read.
+
+    Args:
+        read: The splits as they were read.
+        data: The same splits with matched classes.
+    """
+    notes = []
+    class_names = next(iter(data.values())).class_names
+    words = {name: class_prompt([name]).rstrip(".") for name in class_names}
+    changed = [f"{name!r} as {phrase!r}" for name, phrase in words.items() if phrase != " ".join(name.lower().split())]
+    if changed:
+        notes.append(f"class names are read as words: {_first(changed)}")
+    for split, images in read.items():
+        missing = [name for name in class_names if name not in images.class_names]
+        if missing:
+            notes.append(f"split {split} has no class {listed(missing)}, which another split has")
+    for split, images in read.items():
+        opener = images.open_image
+        if isinstance(opener, SplitImages) and (undecided := opener.undecided()):
+            how = "turned, as viewers show them" if opener.turns_undecided() else "not turned, as others of the split"
+            notes.append(
+                f"split {split}: {len(undecided)} photos have an EXIF orientation, and their size does not tell "
+                f"whether their boxes are drawn on the turned photo; they are {how}"
+            )
+    return notes
+
+
+def _first(texts: list[str]) -> str:
+    """Return the first ten texts in one line."""
+    more = [f"and {len(texts) - 10} more"] if len(texts) > 10 else []
+    return ", ".join([*texts[:10], *more])
 
 
 def rename_classes(class_names: list[str], file: Path) -> list[str]:
@@ -203,7 +311,6 @@ def _read_boxes(data: DetectionSplit, bbox_format: str, source: str, skip_bad_bo
     Raises:
         InputError: A box is not four finite numbers, is empty or lies outside its image.
     """
-    other = "xyxy" if bbox_format == "xywh" else "xywh"
     good: list[list[int]] = []
     for image_id, size, boxes in zip(data.image_ids, data.sizes, data.boxes, strict=True):
         good.append([])
@@ -216,43 +323,53 @@ def _read_boxes(data: DetectionSplit, bbox_format: str, source: str, skip_bad_bo
             if skip_bad_boxes:
                 data.left_out.append(problem)
                 continue
-            if not any(
-                _box_problem(box, size, other)
-                for size, boxes in zip(data.sizes, data.boxes, strict=True)
-                for box in boxes
-            ):
-                problem += f"; all boxes fit their images as {BOX_FORMATS[other]}, which is bbox_format={other!r}"
-            else:
-                problem += "; skip_bad_boxes=True leaves such boxes out"
-            raise InputError(f"{problem}.")
+            fitting = [other for other in BOX_FORMATS if other != bbox_format and _all_fit(data, other)]
+            if fitting:
+                formats = " or ".join(f"bbox_format={other!r} ({BOX_FORMATS[other]})" for other in fitting)
+                raise InputError(f"{problem}; all boxes fit their images with {formats}.")
+            raise InputError(f"{problem}; skip_bad_boxes=True leaves such boxes out.")
     data.boxes = [
-        [_as_xywh(boxes[index], bbox_format) for index in indices]
-        for boxes, indices in zip(data.boxes, good, strict=True)
+        [_as_xywh(boxes[index], size, bbox_format) for index in indices]
+        for boxes, size, indices in zip(data.boxes, data.sizes, good, strict=True)
     ]
     data.labels = [[labels[index] for index in indices] for labels, indices in zip(data.labels, good, strict=True)]
     data.crowds = [[crowds[index] for index in indices] for crowds, indices in zip(data.crowds, good, strict=True)]
+
+
+def _all_fit(data: DetectionSplit, bbox_format: str) -> bool:
+    """Tell whether all boxes of a split fit their images in a format."""
+    images = zip(data.sizes, data.boxes, strict=True)
+    return not any(_box_problem(box, size, bbox_format) for size, boxes in images for box in boxes)
 
 
 def _box_problem(box: Any, size: tuple[int, int], bbox_format: str) -> str | None:
     """Return what is wrong with a box in an image of this (width, height), or None."""
     try:
         # Without this check, a string of four digits would count as four numbers.
-        x, y, width, height = _as_xywh(None if isinstance(box, str) else box, bbox_format)
+        x, y, width, height = _as_xywh(None if isinstance(box, str) else box, size, bbox_format)
     except (TypeError, ValueError):
         x = y = width = height = math.nan
     if not all(map(math.isfinite, (x, y, width, height))):
         return f"must be four finite numbers {BOX_FORMATS[bbox_format]}"
     if width <= 0 or height <= 0:
-        if bbox_format == "xyxy":
+        if bbox_format.endswith("xyxy"):
             return "is empty; x1 and y1 must be greater than x0 and y0"
         return "is empty; width and height must be positive"
     # A box may extend over the border by one pixel, because annotation tools round.
     if x < -1 or y < -1 or x + width > size[0] + 1 or y + height > size[1] + 1:
         return f"lies outside its image of {size[0]} x {size[1]} pixels"
+    # No object is that small, but every box of fractions is.
+    if x + width <= 1 and y + height <= 1 and max(size) > 2:
+        return "lies within the first pixel, so its numbers may be fractions of the image size"
     return None
 
 
-def _as_xywh(box: Any, bbox_format: str) -> Box:
-    """Return a box as (x, y, width, height). Raises TypeError or ValueError if it is not four numbers."""
+def _as_xywh(box: Any, size: tuple[int, int], bbox_format: str) -> Box:
+    """Return a box as (x, y, width, height) in pixels. Raises TypeError or ValueError if it is not four numbers."""
     x, y, a, b = map(float, box)
-    return (x, y, a, b) if bbox_format == "xywh" else (x, y, a - x, b - y)
+    numbers = bbox_format.removeprefix(FRACTIONS)
+    if numbers != bbox_format:
+        x, y, a, b = x * size[0], y * size[1], a * size[0], b * size[1]
+    if numbers == "xyxy":
+        return (x, y, a - x, b - y)
+    return (x - a / 2, y - b / 2, a, b) if numbers == "cxcywh" else (x, y, a, b)

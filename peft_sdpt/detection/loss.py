@@ -26,6 +26,7 @@ from accelerate.utils import reduce
 from torch import Tensor
 from transformers.loss.loss_grounding_dino import GroundingDinoHungarianMatcher, GroundingDinoImageLoss
 
+from ..errors import InputError
 from .grounding import class_token_maps
 
 
@@ -77,13 +78,18 @@ class GroundedDetectionLoss:
             outputs: Outputs of the detector: `logits` (B, Q, T), `pred_boxes` (B, Q, 4), `input_ids` (B, L) and, with
                 `two_stage`, `enc_outputs_class` (B, S, T) and `enc_outputs_coord_logits` (B, S, 4).
             labels: For each image, `class_labels` (n,), indices of phrases in the prompt of the image, and `boxes`
-                (n, 4), centre, width and height as fractions of the image size. n may be 0.
+                (n, 4), centre, width and height as fractions of the image size. n may be 0. If an image has more boxes
+                than the detector has queries, some boxes are not used.
             num_items_in_batch: The number that the loss is divided by. None for `mean_boxes_per_process(labels)`. With
                 gradient accumulation, pass the number for the labels of all accumulated batches; then their losses add
                 up to the loss of one large batch. The `Trainer` of transformers 5.24 passes None for such labels.
 
         Returns:
             The weighted sum of the losses, a scalar.
+
+        Raises:
+            InputError: There is not one label per image, a class label is not the index of a phrase, or the boxes are
+                not fractions of the image size.
         """
         stages = [(outputs.logits, outputs.pred_boxes, 1.0)]
         if outputs.enc_outputs_class is not None and self.encoder_coefficient:
@@ -93,6 +99,7 @@ class GroundedDetectionLoss:
             boxes = box_logits.gather(1, best[..., None].expand(-1, -1, 4)).sigmoid()
             stages.append((token_logits, boxes, self.encoder_coefficient))
         token_maps = class_token_maps(outputs.input_ids, outputs.logits.shape[-1])
+        _check_labels(labels, [len(token_map) for token_map in token_maps])
         num_boxes = mean_boxes_per_process(labels) if num_items_in_batch is None else num_items_in_batch
         total = outputs.logits.new_zeros(())
         for token_logits, boxes, weight in stages:
@@ -108,6 +115,43 @@ class GroundedDetectionLoss:
             losses |= self.set_loss.loss_boxes(stage, labels, matches, num_boxes)
             total = total + weight * sum(self.coefficients[name] * losses[name] for name in self.coefficients)
         return total
+
+
+def _check_labels(labels: list[dict[str, Tensor]], num_phrases: list[int]) -> None:
+    """Check the labels of a batch, whose images have this number of phrases in their prompts.
+
+    Raises:
+        InputError: The labels cannot be used. The message names the image and the value.
+    """
+    if len(labels) != len(num_phrases):
+        raise InputError(f"labels: must have one entry per image, got {len(labels)} for {len(num_phrases)} images.")
+    for image, label in enumerate(labels):
+        classes, boxes = label["class_labels"], label["boxes"]
+        if classes.is_floating_point() or classes.ndim != 1 or boxes.shape != (len(classes), 4):
+            raise InputError(
+                f"labels[{image}]: `class_labels` must be n integers and `boxes` have the shape (n, 4), got the shapes "
+                f"{tuple(classes.shape)} ({classes.dtype}) and {tuple(boxes.shape)}."
+            )
+    # The values of all images are checked together, because each look at a value waits for the GPU.
+    classes = torch.cat([label["class_labels"] for label in labels])
+    boxes = torch.cat([label["boxes"] for label in labels])
+    counts = torch.tensor([len(label["boxes"]) for label in labels])
+    limits = torch.tensor(num_phrases).repeat_interleave(counts).to(classes.device)
+    # A box may extend over the border a little. Boxes in pixels do not.
+    wrong_class, wrong_box = (classes < 0) | (classes >= limits), ~((boxes > -0.5) & (boxes < 1.5)).all(-1)
+    if not (wrong_class | wrong_box).any():
+        return
+    first = int((wrong_class | wrong_box).nonzero()[0])
+    image = next(i for i in range(len(labels)) if sum(len(label["boxes"]) for label in labels[: i + 1]) > first)
+    if wrong_class[first]:
+        raise InputError(
+            f"labels[{image}]: class label {int(classes[first])} must be from 0 to {num_phrases[image] - 1}, because "
+            f"the prompt of the image has {num_phrases[image]} phrases."
+        )
+    raise InputError(
+        f"labels[{image}]: box {boxes[first].tolist()} must be centre x, centre y, width and height as fractions of "
+        "the image size, from 0 to 1."
+    )
 
 
 def mean_boxes_per_process(labels: list[dict[str, Tensor]]) -> float:

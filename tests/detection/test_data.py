@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""Reading COCO folders and rows of the Hub, and every input that is refused."""
+"""Reading COCO folders and rows of the Hub, and every input that is refused. Other formats are in `test_formats.py`."""
 
 import dataclasses
 import io
@@ -19,12 +19,13 @@ from PIL import ExifTags, Image
 from peft_sdpt.detection import (
     DetectionSplit,
     check_images,
+    divide,
     few_shot,
     has_split,
     load_split,
-    loading,
-    require_same_classes,
+    match_classes,
 )
+from peft_sdpt.detection.formats import coco as coco_format
 from peft_sdpt.errors import InputError
 
 DATASETS = Path(__file__).resolve().parents[3] / "shared" / "datasets"
@@ -111,12 +112,17 @@ def test_as_coco_round_trip(folder, coco):
         ("train/_annotations.coco.json", "train", "train"),
         ("train/annotations_without_background.json", "train", "train"),
         ("annotations/instances_train2017.json", "train2017", "train2017"),
+        ("annotations/instances_train.json", "images/train", "train"),
+        ("annotations/train.json", "images", "train"),
+        ("train/labels.json", "train/data", "train"),
+        ("train/result.json", "train/images", "train"),
     ],
-    ids=["ours", "Roboflow", "ODinW", "COCO"],
+    ids=["ours", "Roboflow", "ODinW", "COCO", "CVAT", "annotations", "FiftyOne", "Label Studio"],
 )
 def test_layouts(folder, coco, annotations, images, split):
-    if images != "images":
-        shutil.move(folder / "images", folder / images)
+    shutil.move(folder / "images", folder / "moved")
+    (folder / images).parent.mkdir(exist_ok=True)
+    shutil.move(folder / "moved", folder / images)
     put(folder / annotations, coco)
     data = load_split(str(folder), split)
     assert data.class_names == ["White Cell", "dog", "cat"]
@@ -224,17 +230,12 @@ def test_missing_split_says_what_is_there(folder, coco):
     assert str(folder) in message and "'test'" in message
     for file in ("test.json", "test/_annotations.coco.json", "annotations/instances_test.json"):
         assert file in message
-    assert "The folder has annotations/instances_val2017.json, extra/_annotations.coco.json, train.json." in message
+    assert message.endswith("The data set (COCO) has train, extra, val2017.")
 
 
-def test_missing_split_of_an_empty_folder(tmp_path):
-    with pytest.raises(InputError, match=r"no split 'train'.* The folder has none\."):
+def test_an_empty_folder_is_no_data_set(tmp_path):
+    with pytest.raises(InputError, match=r"no data set in a known format. Looked for COCO, .*The folder is empty\."):
         load_split(str(tmp_path), "train")
-
-
-def test_a_file_is_no_folder(folder, coco):
-    with pytest.raises(InputError, match="no split 'train'"):
-        load_split(str(put(folder / "train.json", coco)), "train")
 
 
 def test_a_file_name_may_leave_the_folder(folder, coco):
@@ -249,7 +250,7 @@ def test_a_file_name_may_leave_the_folder(folder, coco):
 
 def test_missing_file(folder, coco):
     load(folder, coco)
-    with pytest.raises(InputError, match=r"no split 'val'; looked for val\.json, .*The folder has train\.json\."):
+    with pytest.raises(InputError, match=r"no split 'val'; looked for val\.json, .*The data set \(COCO\) has train\."):
         load_split(str(folder), "val")
 
 
@@ -503,8 +504,8 @@ def test_bad_boxes_are_left_out_only_when_asked(folder, coco):
 
 
 def test_unknown_box_format(folder, coco):
-    with pytest.raises(InputError, match=r"bbox_format='cxcywh': must be one of xywh, xyxy"):
-        load(folder, coco, bbox_format="cxcywh")
+    with pytest.raises(InputError, match=r"bbox_format='yxyx': must be one of xywh, xyxy"):
+        load(folder, coco, bbox_format="yxyx")
 
 
 # ---- names for prompts
@@ -748,31 +749,38 @@ def test_few_shot_of_ids_of_two_types():
     assert len(few_shot(data, 1, seed=0)) == 1
 
 
-def test_same_classes(folder, coco):
-    data = load(folder, coco)
-    require_same_classes({"train": data, "val": dataclasses.replace(data), "test": data.subset([0])}, "pets")
+def test_classes_are_matched_by_name(folder, coco):
+    """Each split has its own order, and lacks classes that it does not use."""
+    train = load(folder, coco)
+    val = load(folder, {**coco, "categories": [coco["categories"][i] for i in (1, 0)]}, "val")
+    assert val.class_names == ["dog", "White Cell"]
+    matched = match_classes({"train": train, "val": val})
+    for data in matched.values():
+        assert data.class_names == ["White Cell", "dog", "cat"]
+        assert data.labels == train.labels
+    assert matched["val"].image_ids == val.image_ids and val.labels == [[0], [1, 0], []]
+    # The split that comes first has the order; classes that only another has follow.
+    assert match_classes({"val": val, "train": train})["train"].class_names == ["dog", "White Cell", "cat"]
 
 
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [
-        (["White Cell", "dog", "cow", "sheep"], "different classes: only train has 'cat'; only val has 'cow', 'sheep'"),
-        (["White Cell", "dog"], "different classes: only train has 'cat'"),
-        (["cat", "White Cell", "dog", "cow"], "different classes: only val has 'cow'"),
-        (["White Cell", "cat", "dog"], "different orders: class 1 is 'dog' in train and 'cat' in val"),
-    ],
-)
-def test_other_classes(folder, coco, names, message):
-    data = load(folder, coco)
-    with pytest.raises(InputError, match=rf"pets: the splits train and val have .*{message}\."):
-        require_same_classes({"train": data, "val": dataclasses.replace(data, class_names=names)}, "pets")
+@pytest.mark.parametrize("size", [3, 4, 20, 101])
+def test_divide(size):
+    data = split_of([[0]] * size, num_classes=1)
+    parts = divide(data, seed=0)
+    assert list(parts) == ["train", "val", "test"]
+    ids = [part.image_ids for part in parts.values()]
+    assert sorted(image for part in ids for image in part) == list(range(size))
+    assert len(parts["val"]) == len(parts["test"]) == max(1, round(0.15 * size))
+    # By ids, not by places in the file.
+    assert [part.image_ids for part in divide(data.subset(range(size - 1, -1, -1)), seed=0).values()] == [
+        [*reversed(part)] for part in ids
+    ]
+    assert size < 20 or divide(data, seed=1)["test"].image_ids != ids[2]
 
 
-def test_long_lists_of_classes_are_cut(folder, coco):
-    data = load(folder, coco)
-    many = dataclasses.replace(data, class_names=[*data.class_names, *map(str, range(1200))])
-    with pytest.raises(InputError, match="'9', 1190 more"):
-        require_same_classes({"train": data, "val": many}, "pets")
+def test_too_few_images_to_divide():
+    with pytest.raises(InputError, match="needs at least 3 images to be divided, got 2"):
+        divide(split_of([[0], [0]], num_classes=1), seed=0)
 
 
 def test_fingerprint(folder, coco):
@@ -861,7 +869,7 @@ def test_hub_without_such_data(monkeypatch):
         raise FileNotFoundError("nothing here")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(InputError, match=r"dataset_name='no/such', split 'train': no such folder.*nothing here"):
+    with pytest.raises(InputError, match=r"dataset_name='no/such': no such folder.*nothing here"):
         load_split("no/such", "train")
 
 
@@ -936,7 +944,7 @@ def test_parquet_of_the_hub(parquet):
 
 def test_splits_of_the_hub(parquet):
     assert [has_split(parquet, split) for split in ("train", "val", "valid", "validation", "test")] == [1, 1, 1, 1, 0]
-    with pytest.raises(InputError, match="someone/some-data: no split 'test' on the Hub; it has train, validation"):
+    with pytest.raises(InputError, match=r"no split 'test'\. The data set \(the Hub\) has train, validation\."):
         load_split(parquet, "test")
 
 
@@ -1139,7 +1147,7 @@ def test_a_bug_of_a_reader_is_not_called_bad_data(tmp_path, monkeypatch):
     def broken(*_):
         raise TypeError("a bug")
 
-    monkeypatch.setattr(loading, "load_coco_folder", broken)
+    monkeypatch.setattr(coco_format, "find", broken)
     with pytest.raises(TypeError, match="a bug"):
         load_split(str(tmp_path), "train")
 

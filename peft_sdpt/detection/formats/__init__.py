@@ -1,0 +1,93 @@
+# Copyright 2026 The peft_sdpt authors
+# SPDX-License-Identifier: Apache-2.0
+"""Readers of data sets. Each format is a module with a function `find`, which returns a `Source` or None.
+
+Supervision and Datumaro read most of these formats too. Supervision brings a video library, and does not say which line
+of which file is wrong. Datumaro excludes current versions of NumPy and Pillow.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ...errors import InputError
+from . import coco, labelme, voc, yolo
+from .source import Source, listed
+from .unread import advice, check_archive
+
+__all__ = ["Source", "find_source", "require_split"]
+
+FORMATS = "COCO, YOLO, Pascal VOC, LabelMe, imagefolder with metadata.jsonl, Parquet, and save_to_disk"
+
+
+def find_source(dataset_name: str, class_names_column: str | None = None, numbers_are_names: bool = False) -> Source:
+    """Recognise the format of a data set, and find its splits.
+
+    Args:
+        dataset_name: A folder or file, or the Hub id of a data set.
+        class_names_column: Field with the class names, in COCO and in rows. None for the usual one.
+        numbers_are_names: Whether rows may have categories that are numbers without a name.
+
+    Returns:
+        The data set.
+
+    Raises:
+        InputError: The format is not read, there is no such data set, or `class_names_column` does not suit the format.
+    """
+    path = Path(dataset_name)
+    if not path.exists():
+        # Imported here, because `datasets` is slow to import and not needed for the other formats.
+        from .rows import find_on_hub
+
+        return find_on_hub(dataset_name, class_names_column, numbers_are_names)
+    source = _find_local(path, class_names_column, numbers_are_names)
+    if class_names_column is not None and source.sets_boxes:
+        raise InputError(
+            f"class_names_column={class_names_column!r}: {path} is in {source.format} format, which has no such field."
+        )
+    return source
+
+
+def _find_local(path: Path, class_names_column: str | None, numbers_are_names: bool) -> Source:
+    check_archive(path)
+    if path.is_file():
+        if path.suffix.lower() in (".yaml", ".yml"):
+            source = yolo.find(path)
+        elif path.suffix.lower() == ".json":
+            source = coco.find(path, class_names_column)
+        else:
+            source = None
+    else:
+        source = coco.find(path, class_names_column) or yolo.find(path) or voc.find(path)
+        if source is None:
+            from .rows import find_in_folder
+
+            source = find_in_folder(path, class_names_column, numbers_are_names) or labelme.find(path)
+    if source is None or not source.splits:
+        raise InputError(f"{path}: no data set in a known format. {_what_is_there(path)}")
+    return source
+
+
+def _what_is_there(path: Path) -> str:
+    """Return sentences about what was looked for in a folder and what was found."""
+    if path.is_file():
+        return "A file must be a COCO file (.json) or a data.yaml of YOLO."
+    entries = sorted(entry.name + "/" * entry.is_dir() for entry in path.iterdir())
+    found = f"The folder has {listed(entries)}." if entries else "The folder is empty."
+    return " ".join(filter(None, (f"Looked for {FORMATS}.", found, advice(path))))
+
+
+def require_split(source: Source, split: str, dataset_name: str) -> str:
+    """Return the name that a split has in a data set.
+
+    Raises:
+        InputError: There is no such split.
+    """
+    name = source.find(split)
+    if name is None:
+        looked_for = ", ".join(place.format(split=split) for place in source.looked_for)
+        raise InputError(
+            f"{dataset_name}: no split {split!r}{'; looked for ' if looked_for else ''}{looked_for}. The data set "
+            f"({source.format}) has {', '.join(source.splits)}."
+        )
+    return name

@@ -1,0 +1,220 @@
+# Copyright 2026 The peft_sdpt authors
+# SPDX-License-Identifier: Apache-2.0
+"""Finding the image files of a data set, and opening them."""
+
+from __future__ import annotations
+
+import functools
+import unicodedata
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+from PIL import Image
+
+from ...errors import InputError
+from ..decoding import Size, is_turned, opened, orientation_of, read_image, shown_size
+from ..images import SUFFIXES
+
+
+class ImageFinder:
+    """Finds image files by the names that annotations give.
+
+    A name is looked for in each folder. Annotation tools also write names with backslashes, with folders that the
+    export does not have, and with accents in another Unicode form than the file system. So a name that does not exist
+    is looked for without its first folders, and in any Unicode form.
+
+    Args:
+        folders: Folders to look in, in this order.
+    """
+
+    def __init__(self, folders: Iterable[Path]):
+        self.folders = list(dict.fromkeys(folder for folder in folders if folder.is_dir()))
+        self._stored: dict[Path, dict[str, Path]] = {}
+
+    def find(self, name: str) -> Path | None:
+        """Return the path of an image, or None."""
+        for candidate in (name, *_shortened(name)):
+            for folder in self.folders:
+                path = folder / candidate
+                try:
+                    if path.is_file():
+                        return path
+                except (OSError, ValueError):  # a name that no file can have
+                    return None
+        if name.isascii():
+            return None
+        for candidate in (name, *_shortened(name)):
+            for folder in self.folders:
+                stored = self._by_letters(folder).get(unicodedata.normalize("NFC", candidate))
+                if stored is not None:
+                    return stored
+        return None
+
+    def find_all(self, names: list[str], annotations: str) -> list[Path | None]:
+        """Find several images.
+
+        Args:
+            names: Their names.
+            annotations: Name of the annotation file, for the error message.
+
+        Raises:
+            InputError: Names in different folders lead to the same file.
+        """
+        paths = [self.find(name) for name in names]
+        found: dict[Path, str] = {}
+        for name, path in zip(names, paths, strict=True):
+            if path is not None and found.setdefault(path, name) != name:
+                raise InputError(
+                    f"{annotations}: the images {found[path]!r} and {name!r} are both found at {path}; a folder of the "
+                    "data set is missing."
+                )
+        return paths
+
+    def _by_letters(self, folder: Path) -> dict[str, Path]:
+        """Return all files in a folder by their relative path in composed Unicode."""
+        if folder not in self._stored:
+            files = (path for path in folder.rglob("*") if path.is_file())
+            self._stored[folder] = {
+                unicodedata.normalize("NFC", path.relative_to(folder).as_posix()): path for path in files
+            }
+        return self._stored[folder]
+
+
+def _shortened(name: str) -> list[str]:
+    """Return a name with forward slashes, and without its first folder, its first two folders and so on."""
+    parts = PurePosixPath(name.replace("\\", "/")).parts
+    return ["/".join(parts[start:]) for start in range(len(parts))]
+
+
+def image_files(folder: Path) -> list[Path]:
+    """Return the image files in a folder and its subfolders, sorted. Hidden ones are skipped."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in SUFFIXES and not any(p.startswith(".") for p in path.relative_to(folder).parts)
+    )
+
+
+@dataclass
+class SplitImages:
+    """Opens the images of a split by index, as RGB and upright.
+
+    It checks the size each time, because files may change during a run.
+
+    If the annotations of a rotated photo belong to the photo as it is stored, it is not turned. Its annotated size
+    tells this, except for square photos, and for photos that are mirrored or turned by 180 degrees. These follow the
+    other photos of the split, and are turned if no photo tells, as viewers show them.
+
+    Attributes:
+        num_images: Number of images.
+        source: Maps an index to a path or a file object. It raises `InputError` if the image is missing.
+        where: Maps an index to the name of the image for error messages.
+        annotations: Name of the annotations for error messages.
+        sizes: The annotated (width, height) of each image in pixels. None for the size of the image as it is shown,
+            which is read from its header.
+    """
+
+    num_images: int
+    source: Callable[[int], str | Path | IO[bytes]]
+    where: Callable[[int], str]
+    annotations: str
+    sizes: list[Size | None]
+    _shown: dict[int, Size] = field(default_factory=dict, init=False)
+    _turn_undecided: bool | None = field(default=None, init=False)
+
+    def __call__(self, index: int) -> Image.Image:
+        size = self.sizes[index]
+        image = read_image(self.source(index), self.where(index), functools.partial(self._turns, size))
+        expected, says = (self._shown.get(index), "its header") if size is None else (size, self.annotations)
+        if expected is not None and image.size != expected:
+            raise InputError(f"{self.where(index)}: {image.size} pixels, but {says} says {expected}.")
+        return image
+
+    def known_sizes(self) -> list[Size]:
+        """Return the size of each image. Sizes that are not annotated are read from the headers of the images.
+
+        Raises:
+            InputError: A header cannot be read.
+        """
+        for index, size in enumerate(self.sizes):
+            if size is None:
+                self._shown[index] = shown_size(*self._header(index))
+        return [self._shown[index] if size is None else size for index, size in enumerate(self.sizes)]
+
+    def undecided(self) -> list[int]:
+        """Return the images that have an EXIF orientation while their size does not tell whether to turn them."""
+        return [index for index, decision in self._decisions().items() if decision is None]
+
+    def turns_undecided(self) -> bool:
+        """Tell whether such images are turned. The headers of all images are read once."""
+        if self._turn_undecided is None:
+            decisions = [decision for decision in self._decisions().values() if decision is not None]
+            self._turn_undecided = 2 * sum(decisions) >= len(decisions)
+        return self._turn_undecided
+
+    def _turns(self, size: Size | None, stored: Size, orientation: int) -> bool:
+        decision = True if size is None else is_turned(stored, orientation, size)
+        return self.turns_undecided() if decision is None else decision
+
+    def _decisions(self) -> dict[int, bool | None]:
+        """Return for each image with an EXIF orientation whether its size asks to turn it. None if it does not tell."""
+        decisions = {}
+        for index, size in enumerate(self.sizes):
+            try:
+                stored, orientation = self._header(index)
+            except InputError:  # raised again when the image is opened
+                continue
+            if size is not None and orientation != 1:
+                decisions[index] = is_turned(stored, orientation, size)
+        return decisions
+
+    def _header(self, index: int) -> tuple[Size, int]:
+        with opened(self.source(index), self.where(index)) as image:
+            return image.size, orientation_of(image)
+
+
+@dataclass(frozen=True)
+class ImagePaths:
+    """The files of a split, as the `source` of `SplitImages`.
+
+    Attributes:
+        paths: Path of each image. None if it was not found.
+        names: Name of each image in the annotations.
+        folders: Folders that were searched, for the error message.
+        annotations: Name of the annotation file, for the error message.
+    """
+
+    paths: list[Path | None]
+    names: list[str]
+    folders: list[Path]
+    annotations: str
+
+    def __call__(self, index: int) -> Path:
+        path = self.paths[index]
+        if path is None or not path.is_file():
+            searched = ", ".join(map(str, self.folders)) or "no folder of images"
+            raise InputError(
+                f"{path or self.names[index]}: no such image, but {self.annotations} lists it; looked in {searched}."
+            )
+        return path
+
+    def where(self, index: int) -> str:
+        return str(self.paths[index] or self.names[index])
+
+
+def split_images(finder: ImageFinder, names: list[str], sizes: list[Any], annotations: Path) -> SplitImages:
+    """Make the `SplitImages` of image files.
+
+    Args:
+        finder: Finds the files.
+        names: Name of each image in the annotations.
+        sizes: The annotated (width, height) of each image, or None.
+        annotations: The annotation file or folder.
+
+    Raises:
+        InputError: Names in different folders lead to the same file.
+    """
+    paths = ImagePaths(finder.find_all(names, str(annotations)), names, finder.folders, annotations.name)
+    return SplitImages(len(names), paths, paths.where, annotations.name, list(sizes))

@@ -1,0 +1,140 @@
+# Copyright 2026 The peft_sdpt authors
+# SPDX-License-Identifier: Apache-2.0
+"""What all readers of data sets share: the result that they return, and parts of their checks."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict
+
+from PIL import Image
+
+from ...errors import InputError
+
+# Different names of the same split.
+VALIDATION_NAMES = ("val", "valid", "validation")
+# Names that a split usually has, also with a year or a number: train2017, val-1.
+SPLIT_NAME = re.compile(r"(train|val|valid|validation|dev|test)(ing)?(\W|_|\d|$)", re.IGNORECASE)
+# The name of the only split of a data set that does not name it, as in CVAT.
+DEFAULT = "default"
+# The number of paths that a message names.
+MAX_LISTED = 10
+
+
+class SplitFields(TypedDict):
+    """The arguments of a `DetectionSplit`, with boxes as the data set stores them, not checked yet."""
+
+    class_names: list[str]
+    image_ids: list[Any]
+    sizes: list[tuple[int, int]]
+    boxes: list[list[Any]]
+    labels: list[list[int]]
+    crowds: list[list[bool]]
+    open_image: Callable[[int], Image.Image]
+
+
+@dataclass
+class Source:
+    """A data set whose format is known.
+
+    Attributes:
+        format: Name of the format.
+        splits: Names of its splits. A data set without splits has the single name `DEFAULT`.
+        read: Reads a split by its name. Returns its fields, and the name of its annotations for error messages. It may
+            raise `InputError`.
+        sets_boxes: Whether the format determines how boxes are written, so that `bbox_format` does not apply.
+        looked_for: Where a split is looked for, with `{split}` for its name.
+    """
+
+    format: str
+    splits: list[str]
+    read: Callable[[str], tuple[SplitFields, str]]
+    sets_boxes: bool = True
+    looked_for: tuple[str, ...] = ()
+
+    def find(self, split: str) -> str | None:
+        """Return the name that a split has here. None if there is no such split."""
+        return next((name for name in split_names(split) if name in self.splits), None)
+
+
+def split_names(split: str) -> tuple[str, ...]:
+    """Return all names of a split, starting with the given one."""
+    return (split, *(name for name in VALIDATION_NAMES if split in VALIDATION_NAMES and name != split))
+
+
+def is_split_name(name: str) -> bool:
+    """Tell whether a name is one that splits usually have."""
+    return SPLIT_NAME.match(name) is not None
+
+
+def read_text(file: Path) -> str:
+    """Read a text file.
+
+    Raises:
+        InputError: The file cannot be read, or is not UTF-8.
+    """
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror}).") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: is not a text file in UTF-8 ({error}).") from None
+
+
+def read_json(file: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        InputError: The file cannot be read, or is not JSON.
+    """
+    try:
+        return json.loads(file.read_bytes())
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror}).") from None
+    except ValueError as error:
+        raise InputError(f"{file}: not JSON ({error}).") from None
+
+
+def one_name(value: Any, where: str) -> str:
+    """Return a class name. If the value is a list of names, such as `synonyms` in LVIS, return the first one.
+
+    Raises:
+        InputError: The value is neither; the message starts with `where`.
+    """
+    name = value[0] if isinstance(value, list) and value else value
+    if not isinstance(name, str):
+        raise InputError(f"{where} must be a name or a list of names, got {value!r}.")
+    return name
+
+
+def is_crowd(value: Any, where: str) -> bool:
+    """Return whether a box marks a crowd.
+
+    Raises:
+        InputError: The value is not a flag; the message starts with `where`.
+    """
+    # Annotation tools write the flag as a number, a boolean or a string, or leave it out.
+    text = str(value).lower()
+    if text not in ("0", "1", "0.0", "1.0", "false", "true", "none"):
+        raise InputError(f"{where}: `iscrowd` must be 0 or 1, got {value!r}.")
+    return text in ("1", "1.0", "true")
+
+
+def box_around(points: list[tuple[float, float]]) -> tuple[float, float, float, float]:
+    """Return the smallest box (x, y, width, height) that contains all points."""
+    xs, ys = zip(*points, strict=True)
+    return min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)
+
+
+def listed(names: list[Any]) -> str:
+    """Return names for an error message. Only some are listed, because LVIS has 1203 classes."""
+    more = [f"{len(names) - MAX_LISTED} more"] if len(names) > MAX_LISTED else []
+    return ", ".join([*map(repr, map(_plain, names[:MAX_LISTED])), *more])
+
+
+def _plain(name: Any) -> Any:
+    return str(name) if isinstance(name, Path) else name

@@ -1,0 +1,204 @@
+# Copyright 2026 The peft_sdpt authors
+# SPDX-License-Identifier: Apache-2.0
+"""YOLO: a text file per image with one object per line, and the class names in `data.yaml` or `classes.txt`.
+
+The folders are found as Ultralytics finds them (`check_det_dataset` and `img2label_paths` in version 8). Exports of
+Roboflow, CVAT, Label Studio and LabelImg have the same files.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ...errors import InputError
+from .files import ImageFinder, image_files, split_images
+from .source import DEFAULT, Source, SplitFields, box_around, is_split_name, listed, read_text
+
+NAME_FILES = ("classes.txt", "obj.names", "names.txt", "*.names")
+# Keys of `data.yaml` for the splits.
+SPLIT_KEYS = ("train", "val", "valid", "validation", "test")
+# Folders of the images, in a data set without `data.yaml`. CVAT uses the last one.
+IMAGE_FOLDERS = ("images/{split}", "{split}/images", "{split}", "obj_{split}_data")
+
+
+def find(path: Path) -> Source | None:
+    """Find the splits of a data set in YOLO format.
+
+    Args:
+        path: A folder, or a `data.yaml`.
+
+    Returns:
+        The data set, or None if the folder has no class names in one of the usual files.
+    """
+    if path.is_file():
+        return _with_yaml(path, _read_yaml(path))
+    for file in sorted([*path.glob("*.yaml"), *path.glob("*.yml")], key=lambda file: (file.stem != "data", file.name)):
+        content = _read_yaml(file)
+        if isinstance(content, dict) and "names" in content:
+            return _with_yaml(file, content)
+    for pattern in NAME_FILES:
+        for file in sorted(path.glob(pattern)):
+            return _with_names(path, file)
+    return None
+
+
+def _read_yaml(file: Path) -> Any:
+    try:
+        return yaml.safe_load(read_text(file))
+    except yaml.YAMLError as error:
+        raise InputError(f"{file}: not YAML ({error}).") from None
+
+
+def _with_yaml(file: Path, content: Any) -> Source:
+    """Return the data set of a `data.yaml`."""
+    if not isinstance(content, dict) or "names" not in content:
+        raise InputError(f"{file}: needs `names`, the class names, and a folder per split, as in YOLO's data.yaml.")
+    names = content["names"]
+    if isinstance(names, dict):
+        if set(names) != set(range(len(names))):
+            raise InputError(
+                f"{file}: the numbers in `names` must be 0, 1, 2 and so on, got {listed(sorted(names, key=str))}."
+            )
+        names = [names[index] for index in range(len(names))]
+    if not isinstance(names, list) or not all(isinstance(name, (str, int, float)) for name in names):
+        raise InputError(f"{file}: `names` must be a list of class names, got {names!r}.")
+    if content.get("nc", len(names)) != len(names):
+        raise InputError(f"{file}: `nc` says {content['nc']!r} classes, but `names` has {len(names)}.")
+    folders = {key: content[key] for key in SPLIT_KEYS if content.get(key)}
+    has_keypoints = bool(content.get("kpt_shape"))
+
+    def read(split: str) -> tuple[SplitFields, str]:
+        images = _images_of_yaml(file, content.get("path"), folders[split], split)
+        return _read([str(name) for name in names], images, file, split, has_keypoints), f"{file} ({split})"
+
+    return Source("YOLO", list(folders), read, looked_for=(f"the key `{{split}}` in {file.name}",))
+
+
+def _images_of_yaml(file: Path, root: Any, value: Any, split: str) -> list[Path]:
+    """Return the images of a split, from its value in `data.yaml`: a folder, a list of files, or several of these."""
+    values = value if isinstance(value, list) else [value]
+    images: list[Path] = []
+    for each in values:
+        if not isinstance(each, str):
+            raise InputError(f"{file}: `{split}` must be a folder or a text file with a list of images, got {each!r}.")
+        roots = ([file.parent / root] if isinstance(root, str) else []) + [file.parent]
+        # Roboflow writes ../train/images for a folder beside the file.
+        places = [base / each for base in roots] + [base / each.removeprefix("../") for base in roots]
+        place = next((place for place in places if place.exists()), None)
+        if place is None:
+            looked_for = ", ".join(dict.fromkeys(map(str, places)))
+            there = sorted(entry.name for entry in file.parent.iterdir())
+            raise InputError(
+                f"{file}: the folder of `{split}` does not exist; looked for {looked_for}. {file.parent} has "
+                f"{listed(there)}."
+            )
+        images += image_files(place) if place.is_dir() else _listed_images(place, file.parent)
+    if not images:
+        raise InputError(f"{file}: `{split}` is {value!r}, where no image was found.")
+    return images
+
+
+def _listed_images(file: Path, root: Path) -> list[Path]:
+    """Return the images that a text file lists, one path per line."""
+    finder = ImageFinder([file.parent, root])
+    lines = [line.strip() for line in read_text(file).splitlines() if line.strip()]
+    return [finder.find(line) or file.parent / line for line in lines]
+
+
+def _with_names(folder: Path, names_file: Path) -> Source:
+    """Return the data set of a folder with a list of class names, but without `data.yaml`."""
+    names = [line.strip() for line in read_text(names_file).splitlines()]
+    while names and not names[-1]:
+        names.pop()
+    splits: dict[str, list[Path]] = {}
+    for pattern in IMAGE_FOLDERS:
+        for place in sorted(folder.glob(pattern.format(split="*"))):
+            before, after = pattern.split("{split}")
+            split = place.relative_to(folder).as_posix().removeprefix(before).removesuffix(after)
+            if place.is_dir() and is_split_name(split) and (images := image_files(place)):
+                splits.setdefault(split, images)
+    for file in sorted(folder.glob("*.txt")):
+        if is_split_name(file.stem):
+            splits.setdefault(file.stem, _listed_images(file, folder))
+    if not splits and (images := image_files(folder)):
+        splits[DEFAULT] = images
+
+    def read(split: str) -> tuple[SplitFields, str]:
+        return _read(names, splits[split], names_file, split, has_keypoints=False), f"{folder} ({split})"
+
+    return Source("YOLO", list(splits), read, looked_for=(*IMAGE_FOLDERS, "{split}.txt"))
+
+
+def _read(names: list[str], images: list[Path], file: Path, split: str, has_keypoints: bool) -> SplitFields:
+    """Read the label files of a split, and the sizes of its images from their headers."""
+    folder = file.parent
+    opener = split_images(ImageFinder([folder]), [str(image) for image in images], [None] * len(images), file)
+    sizes = opener.known_sizes()
+    labels_of = [_label_file(image) for image in images]
+    if not any(label.is_file() for label in labels_of):
+        raise InputError(
+            f"{file}: split {split!r} has {len(images)} images, but no label file; looked for {labels_of[0]} and so on."
+        )
+    boxes: list[list[Any]] = []
+    labels: list[list[int]] = []
+    for label_file, (width, height) in zip(labels_of, sizes, strict=True):
+        boxes.append([])
+        labels.append([])
+        # An image without objects has an empty label file, or none.
+        lines = read_text(label_file).splitlines() if label_file.is_file() else []
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                where = f"{label_file}, line {number}"
+                label, (x, y, w, h) = _object(line, where, len(names), has_keypoints)
+                boxes[-1].append((x * width, y * height, w * width, h * height))
+                labels[-1].append(label)
+    return {
+        "class_names": names,
+        "image_ids": [_relative(image, folder) for image in images],
+        "sizes": sizes,
+        "boxes": boxes,
+        "labels": labels,
+        "crowds": [[False] * len(group) for group in labels],
+        "open_image": opener,
+    }
+
+
+def _label_file(image: Path) -> Path:
+    """Return the label file of an image: in `labels` in place of the last `images` in its path, or beside it."""
+    parts = list(image.parts)
+    if "images" in parts[:-1]:
+        last = max(index for index, part in enumerate(parts[:-1]) if part == "images")
+        label = Path(*parts[:last], "labels", *parts[last + 1 :]).with_suffix(".txt")
+        beside = image.with_suffix(".txt")
+        return beside if beside.is_file() and not label.is_file() else label
+    return image.with_suffix(".txt")
+
+
+def _object(line: str, where: str, num_classes: int, has_keypoints: bool) -> tuple[int, tuple[float, ...]]:
+    """Return the class and the box of a line: x, y, width and height as fractions of the image."""
+    try:
+        first, *values = map(float, line.split())
+    except ValueError:
+        raise InputError(f"{where}: must be numbers, got {line.strip()!r}.") from None
+    if not (first.is_integer() and 0 <= first < num_classes):
+        raise InputError(f"{where}: the class must be a number from 0 to {num_classes - 1}, got {line.split()[0]}.")
+    # A pixel beyond the border is allowed later. Values far above 1 are pixels.
+    if not all(math.isfinite(value) and -0.5 <= value <= 1.5 for value in values):
+        raise InputError(f"{where}: the values must be fractions of the image from 0 to 1, got {line.strip()!r}.")
+    if len(values) == 4 or (has_keypoints and len(values) > 4):
+        x, y, width, height = values[:4]
+        return int(first), (x - width / 2, y - height / 2, width, height)
+    if len(values) >= 6 and len(values) % 2 == 0:  # the outline of a segment, or the corners of a rotated box
+        return int(first), box_around(list(zip(values[::2], values[1::2], strict=True)))
+    raise InputError(
+        f"{where}: must be a class and 4 numbers (centre x, centre y, width, height), or a class and the points of an "
+        f"outline, got {len(values) + 1} numbers."
+    )
+
+
+def _relative(image: Path, folder: Path) -> str:
+    return image.relative_to(folder).as_posix() if image.is_relative_to(folder) else str(image)
