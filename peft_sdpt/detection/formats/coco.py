@@ -109,7 +109,10 @@ def _looks_like_coco(file: Path) -> bool:
             start = stream.read(BYTES_LOOKED_AT)
     except OSError:
         return False
-    return start.lstrip()[:1] == b"{" and re.search(rb'"(images|annotations|categories)"\s*:\s*\[', start) is not None
+    lists = set(re.findall(rb'"(images|annotations|categories)"\s*:\s*\[', start))
+    # Label Studio writes its categories alone into `notes.json`.
+    is_whole = len(start) < BYTES_LOOKED_AT
+    return start.lstrip().startswith(b"{") and bool(lists) and not (is_whole and lists == {b"categories"})
 
 
 def _read(

@@ -13,6 +13,8 @@ from ...errors import InputError
 from .files import ImageFinder, split_images
 from .source import DEFAULT, Source, SplitFields, box_around, is_split_name, read_json
 
+# LabelMe writes its shapes within this number of bytes, before the image.
+BYTES_LOOKED_AT = 100_000
 # Shapes that enclose an area. The others, such as points and lines, are no objects.
 AREAS = ("rectangle", "polygon", "circle", "mask", "rotation", "oriented rectangle")
 
@@ -23,10 +25,8 @@ def find(folder: Path) -> Source | None:
     Returns:
         The data set, or None if the folder has no such file.
     """
-    files = [file for file in sorted(folder.rglob("*.json")) if not file.name.startswith(".")]
-    # Other JSON files, for instance a list of class names, may be among them.
-    first = next((index for index, file in enumerate(files[:5]) if _is_labelme(file)), None)
-    if first is None:
+    files = [file for file in sorted(folder.rglob("*.json")) if not file.name.startswith(".") and _is_labelme(file)]
+    if not files:
         return None
     read_file = functools.cache(read_json)
     splits: dict[str, list[Path]] = {}
@@ -36,27 +36,31 @@ def find(folder: Path) -> Source | None:
 
     def read(split: str) -> tuple[SplitFields, str]:
         shapes = {file: _shapes(file, read_file(file)) for group in splits.values() for file in group}
-        names = sorted({shape["label"] for group in shapes.values() for shape in group or ()})
-        files = [file for file in splits[split] if shapes[file] is not None]
-        return _read(folder, files, read_file, shapes, names), f"{folder} ({split})"
+        names = sorted({shape["label"] for group in shapes.values() for shape in group})
+        return _read(folder, splits[split], read_file, shapes, names), f"{folder} ({split})"
 
     return Source("LabelMe", list(splits), read, looked_for=("{split}/*.json",))
 
 
 def _is_labelme(file: Path) -> bool:
+    """Tell by the start of a file whether LabelMe wrote it. The image, which may be in the file, is not read."""
     try:
-        content = read_json(file)
-    except InputError:
+        with file.open("rb") as stream:
+            return b'"shapes"' in stream.read(BYTES_LOOKED_AT)
+    except OSError:
         return False
-    return isinstance(content, dict) and {"shapes", "imagePath"} <= content.keys()
 
 
-def _shapes(file: Path, content: Any) -> list[dict] | None:
-    """Return the shapes of a file, checked. None if it is not a file of LabelMe."""
-    if not isinstance(content, dict) or not {"shapes", "imagePath"} <= content.keys():
-        return None
-    if not isinstance(content["shapes"], list) or not isinstance(content["imagePath"], str):
-        raise InputError(f"{file}: `shapes` must be a list and `imagePath` a name.")
+def _shapes(file: Path, content: Any) -> list[dict]:
+    """Return the shapes of a file.
+
+    Raises:
+        InputError: The file has other content.
+    """
+    if not isinstance(content, dict) or not isinstance(content.get("imagePath"), str):
+        raise InputError(f"{file}: not a file of LabelMe; it has no `imagePath`.")
+    if not isinstance(content.get("shapes"), list):
+        raise InputError(f"{file}: `shapes` must be a list, got {content.get('shapes')!r}.")
     for index, shape in enumerate(content["shapes"]):
         if not isinstance(shape, dict) or not isinstance(shape.get("label"), str):
             raise InputError(f"{file}: shapes[{index}] has no `label`.")

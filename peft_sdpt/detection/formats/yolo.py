@@ -186,11 +186,13 @@ def _object(line: str, where: str, num_classes: int, has_keypoints: bool) -> tup
         raise InputError(f"{where}: must be numbers, got {line.strip()!r}.") from None
     if not (first.is_integer() and 0 <= first < num_classes):
         raise InputError(f"{where}: the class must be a number from 0 to {num_classes - 1}, got {line.split()[0]}.")
+    if has_keypoints:
+        values = values[:4]
     # A pixel beyond the border is allowed later. Values far above 1 are pixels.
     if not all(math.isfinite(value) and -0.5 <= value <= 1.5 for value in values):
         raise InputError(f"{where}: the values must be fractions of the image from 0 to 1, got {line.strip()!r}.")
-    if len(values) == 4 or (has_keypoints and len(values) > 4):
-        x, y, width, height = values[:4]
+    if len(values) == 4:
+        x, y, width, height = values
         return int(first), (x - width / 2, y - height / 2, width, height)
     if len(values) >= 6 and len(values) % 2 == 0:  # the outline of a segment, or the corners of a rotated box
         return int(first), box_around(list(zip(values[::2], values[1::2], strict=True)))
