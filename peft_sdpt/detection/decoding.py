@@ -72,6 +72,8 @@ def opened(source: str | Path | IO[bytes], where: str) -> Iterator[Image.Image]:
 
 def orientation_of(image: Image.Image) -> int:
     """Return the EXIF orientation of an image, 1 to 8. Its pixels are not decoded. 1 means upright."""
+    if image.format == "TIFF":  # Pillow turns it, and gives its size as it is shown
+        return 1
     # Not `image.getexif()`, which decodes a PNG to look for EXIF data after its pixels.
     orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
     return orientation if orientation in range(1, 9) else 1

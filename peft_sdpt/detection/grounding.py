@@ -111,8 +111,6 @@ def phrase_lengths(class_names: Sequence[str], tokenizer: Any) -> list[int]:
             raise InputError(
                 f"class_names: the tokenizer knows no word of {name!r}; every class needs a word that it knows."
             )
-        if not set(ids[:-1]).isdisjoint(BORDER_TOKEN_IDS):
-            raise InputError(f"class_names: {name!r} has a special token of the tokenizer, which would end its phrase.")
         if first.setdefault(tuple(ids), name) != name:
             read = tokenizer.decode(ids[:-1])
             raise InputError(

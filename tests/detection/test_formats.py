@@ -10,12 +10,28 @@ from pathlib import Path
 
 import datasets
 import pytest
+from accelerate import Accelerator
 from PIL import ExifTags, Image
 
-from peft_sdpt.detection import DetectionSplit, check_images, find_splits, has_split, load_split, only_split
+from peft_sdpt.detection import (
+    DetectionSplit,
+    check_images,
+    evaluate,
+    find_splits,
+    has_split,
+    load_base_model,
+    load_processor,
+    load_split,
+    match_classes,
+    only_split,
+    set_image_size,
+)
 from peft_sdpt.errors import InputError
+from tests.helpers.detectors import ROOT
 from tests.helpers.formats import write_coco, write_labelme, write_voc, write_yolo
 
+SHARED = ROOT.parent / "shared"
+HOST = ROOT / "examples" / "host"
 NAMES = ["cat", "dog", "owl"]
 # File name, size, and objects as (class, box).
 IMAGES = {
@@ -677,3 +693,36 @@ def test_other_json_named_train(tmp_path):
     put(tmp_path / "train.json", [{"id": 1, "data": {"image": "a.png"}, "annotations": []}])
     with pytest.raises(InputError, match=r"train\.json: not a COCO file; .* It looks like the JSON of Label Studio"):
         load_split(str(tmp_path), "train")
+
+
+# ---- real data
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SHARED.is_dir(), reason=f"no {SHARED}: the photographs are not part of the repository")
+@pytest.mark.parametrize(
+    ("data_set", "split"),
+    [("datasets/bccd", "test"), ("datasets/boards", "test"), ("cases/underscored_names/words", "val")],
+)
+def test_real_data_has_the_same_ap_in_each_form(data_set, split, tmp_path):
+    """Written as YOLO and as Pascal VOC, where a class list has another order."""
+    source = load_split(str(SHARED / data_set), split)
+    paths = source.open_image.source.paths
+    objects = [list(zip(labels, boxes, strict=True)) for labels, boxes in zip(source.labels, source.boxes, strict=True)]
+    for form in ("yolo", "voc"):
+        for path, size, group in zip(paths, source.sizes, objects, strict=True):
+            (tmp_path / form / split).mkdir(parents=True, exist_ok=True)
+            (tmp_path / form / split / path.name).symlink_to(path)
+            if form == "yolo":
+                put((tmp_path / form / split / path.name).with_suffix(".txt"), write_yolo(size, group))
+            else:
+                xml = write_voc(path.name, size, group, source.class_names)
+                put((tmp_path / form / split / path.name).with_suffix(".xml"), xml)
+    put(tmp_path / "yolo" / "classes.txt", "\n".join(source.class_names))
+    forms = {"coco": source} | {form: load_split(str(tmp_path / form), split) for form in ("yolo", "voc")}
+    processor, model = load_processor(None, HOST), load_base_model(HOST).eval()
+    set_image_size(processor, 128)
+    forms = match_classes(forms)
+    results = {form: evaluate(model, processor, data, 8, Accelerator()) for form, data in forms.items()}
+    assert results["yolo"] == results["voc"] == results["coco"]
+    assert results["coco"]["AP50"] > 0.005

@@ -12,7 +12,15 @@ from transformers import GroundingDinoProcessor
 from transformers.models.grounding_dino.image_processing_pil_grounding_dino import GroundingDinoImageProcessorPil
 from transformers.models.grounding_dino.modeling_grounding_dino import build_label_maps
 
-from peft_sdpt.detection.grounding import class_prompt, class_scores, class_token_maps, split_classes
+from peft_sdpt.detection.grounding import (
+    class_prompt,
+    class_scores,
+    class_token_maps,
+    phrase_lengths,
+    split_caption,
+    split_classes,
+)
+from peft_sdpt.errors import InputError
 from tests.helpers.words import WORDS, make_tokenizer
 
 WHOLE_WORDS = [word for word in WORDS if not word.startswith("##")]
@@ -30,10 +38,56 @@ def tokenizer(tmp_path):
         (["Red Blood Cell", "platelet"], "red blood cell. platelet."),
         (["st. bernard", "What is this?"], "st bernard. what is this."),
         (["dog?cat.", "  hot\t dog \n"], "dog cat. hot dog."),
+        # Names that were made for programs are read as words, and other names stay.
+        (["hot_dog", "__red__blood_cell"], "hot dog. red blood cell."),
+        (["HotDog", "redBloodCell", "USBPort"], "hot dog. red blood cell. usb port."),
+        (["traffic-light", "t-shirt", "x-ray"], "traffic light. t-shirt. x-ray."),
+        (["RBC", "iPhone", "ESP32", "McDonald", "3-4"], "rbc. iphone. esp32. mcdonald. 3-4."),
     ],
 )
 def test_class_prompt(names, prompt):
     assert class_prompt(names) == prompt
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("cat . dog . person .", ["cat", "dog", "person"]),
+        ("cat. red apple.", ["cat", "red apple"]),
+        ("cat . dog", ["cat", "dog"]),
+        (" cat.  dog.\n", ["cat", "dog"]),
+        # One name.
+        ("cat", ["cat"]),
+        ("cat.", ["cat"]),
+        ("st. bernard", ["st. bernard"]),
+        ("U.S.A.", ["U.S.A"]),
+        ("3.5 inch disk", ["3.5 inch disk"]),
+        (".", ["."]),
+    ],
+)
+def test_split_caption(text, names):
+    assert split_caption(text) == names
+
+
+@pytest.mark.parametrize("name", ["cat . dog . person .", "cat. dog."])
+def test_a_prompt_in_place_of_a_name_is_refused(name):
+    with pytest.raises(InputError, match=rf"class_names: '{name}' is a prompt of \d classes; pass a list"):
+        class_prompt(["owl", name])
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["dög", "cat", "dog"], "'dög' and 'dog' are the same tokens for this tokenizer, 'dog'"),
+        (["dog \N{SNOWMAN}", "dog \N{SKULL}"], r"are the same tokens for this tokenizer, 'dog \[UNK\]'"),
+        (["DOG", "dog"], "'DOG' and 'dog' are the same tokens"),
+    ],
+)
+def test_names_that_a_prompt_cannot_hold(tokenizer, names, message):
+    with pytest.raises(InputError, match=message):
+        phrase_lengths(names, tokenizer)
+    with pytest.raises(InputError, match=message):
+        split_classes(names, tokenizer, 256)
 
 
 @pytest.mark.parametrize("names", [[""], ["dog", "  "], ["?.", "dog"]])

@@ -20,6 +20,7 @@ from transformers.loss.loss_grounding_dino import GroundingDinoForObjectDetectio
 from peft_sdpt import SDPTConfig
 from peft_sdpt.detection import loss as loss_module
 from peft_sdpt.detection.loss import GroundedDetectionLoss
+from peft_sdpt.errors import InputError
 from tests.helpers.detectors import HOST_NAMES, make_host
 from tests.helpers.patience import PATIENCE
 
@@ -306,6 +307,43 @@ def test_images_without_boxes(host, classes):
     assert result.item() == pytest.approx(loss_by_hand(host.config, outputs, labels, LAYOUTS), rel=1e-4)
     (gradient,) = torch.autograd.grad(result, inputs["pixel_values"])
     assert gradient.isfinite().all() and gradient.abs().max() > 0
+
+
+@pytest.mark.parametrize("label", [-1, 2, 100])
+def test_class_labels_out_of_range(case, label):
+    """Without the check, -1 is the last class, and the number of classes is an IndexError within transformers."""
+    config, outputs, labels = case[0], case[1], copy.deepcopy(case[2])
+    image = next(i for i, each in enumerate(labels) if len(each["boxes"]))
+    labels[image]["class_labels"][-1] = label
+    with pytest.raises(InputError, match=rf"labels\[{image}\]: class label {label} must be from 0 to 1, .* 2 phrases"):
+        GroundedDetectionLoss(config)(outputs, labels)
+
+
+def test_labels_of_too_few_images(case):
+    config, outputs, labels = case
+    with pytest.raises(InputError, match="must have one entry per image, got 2 for 3 images"):
+        GroundedDetectionLoss(config)(outputs, labels[:-1])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda label: label.update(boxes=100 * label["boxes"]),
+            "must be centre x, centre y, width and height as frac",
+        ),
+        (lambda label: label["boxes"].fill_(math.nan), r"box \[nan, nan, nan, nan\] must be centre x"),
+        (lambda label: label.update(boxes=label["boxes"][:, :3]), r"`boxes` have the shape \(n, 4\), got the shapes"),
+        (lambda label: label.update(boxes=label["boxes"][1:]), "got the shapes"),
+        (lambda label: label.update(class_labels=label["class_labels"].float()), r"n integers .*torch\.float32"),
+    ],
+)
+def test_other_labels_that_cannot_be_used(case, change, message):
+    config, outputs, labels = case[0], case[1], copy.deepcopy(case[2])
+    image = next(i for i, each in enumerate(labels) if len(each["boxes"]))
+    change(labels[image])
+    with pytest.raises(InputError, match=rf"labels\[{image}\].*{message}"):
+        GroundedDetectionLoss(config)(outputs, labels)
 
 
 def test_more_boxes_than_queries(host):

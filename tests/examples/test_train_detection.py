@@ -17,6 +17,7 @@ import pytest
 import torch
 from accelerate.utils import set_seed
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from PIL import ExifTags, Image
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForZeroShotObjectDetection,
@@ -421,6 +422,56 @@ def test_shots_train_on_few_images_and_write_down_which(main_job, small_task, tm
     assert kept == {a["category_id"] for a in coco["annotations"]}
 
 
+def test_classes_of_splits_are_matched_by_name(main_job, own_task, tmp_path, capsys):
+    """Each file has its own order and lacks what it does not use, as some tools write it."""
+
+    def reorder(coco):
+        coco["categories"].reverse()
+        used = {annotation["category_id"] for annotation in coco["annotations"]}
+        coco["categories"] = [category for category in coco["categories"] if category["id"] in used]
+        coco["categories"][0]["name"] = "big_Ape"
+
+    before = json.loads((own_task / "train.json").read_text())["categories"]
+    edit(own_task / "test.json", reorder)
+    assert main_job("--dataset_name", own_task, "--max_train_steps", 1) == 0
+    saved = json.loads((tmp_path / "out" / "class_names.json").read_text())
+    assert saved == [*(category["name"] for category in before), "big_Ape"]
+    output = capsys.readouterr().out
+    assert "class names are read as words: 'big_Ape' as 'big ape'" in output
+    assert "split train has no class 'big_Ape', which another split has" in output
+
+
+def test_a_data_set_without_splits_is_divided(main_job, own_task, tmp_path, capsys):
+    coco = json.loads((own_task / "train.json").read_text())
+    for split in ("val", "test"):
+        (own_task / f"{split}.json").unlink()
+    ids = sorted(image["id"] for image in coco["images"])
+    assert main_job("--dataset_name", own_task, "--max_train_steps", 1) == 0
+    line = "the data set has no splits; --seed 0 divides its images: 8 train, 2 val, 2 test (see splits.json)"
+    assert line in capsys.readouterr().out
+    record = json.loads((tmp_path / "out" / "splits.json").read_text())
+    assert sorted(sum(record["image_ids"].values(), [])) == ids  # noqa: RUF017
+    before = json.loads((tmp_path / "out" / "metrics.json").read_text())["before"]
+    # Measuring alone uses the same test split; another seed makes another one.
+    flags = ("--dataset_name", own_task, "--eval_only", "--output_dir")
+    assert main_job(*flags, tmp_path / "again") == 0
+    assert json.loads((tmp_path / "again" / "eval_metrics.json").read_text())["before"] == before
+    assert main_job(*flags, tmp_path / "other", "--seed", 1) == 0
+    other = json.loads((tmp_path / "other" / "splits.json").read_text())
+    assert other["image_ids"]["test"] != record["image_ids"]["test"]
+
+
+def test_undecided_photos_are_told(main_job, own_task, capsys):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 3
+    for file in list((own_task / "images").glob("test_*.png"))[:2]:
+        with Image.open(file) as image:
+            image.load()
+        image.save(file, exif=exif)
+    assert main_job("--dataset_name", own_task, "--eval_only") == 0
+    assert "split test: 2 photos have an EXIF orientation, and their size does not tell" in capsys.readouterr().out
+
+
 def test_names_for_prompts_are_what_the_adapter_is_saved_with(main_job, small_task, tmp_path):
     names = tmp_path / "names.json"
     names.write_text(json.dumps({"monkey": "small ape"}))
@@ -543,7 +594,7 @@ def test_an_adapter_of_another_host_is_refused(main_job, small_task, tmp_path, c
         (lambda coco: coco["annotations"][0].update(bbox=[0, 0, 500, 5]), "lies outside its image"),
         (lambda coco: coco["annotations"][0].update(bbox=[0, float("nan"), 5, 5]), "must be four finite numbers"),
         (lambda coco: coco["images"][0].update(file_name="gone.png"), "gone.png: no such image"),
-        (lambda coco: coco["categories"][0].update(name="ape"), "have different classes: only test has 'ape'"),
+        (lambda coco: coco["categories"][0].update(name="horse"), "several categories named horse ('horse', 'horse')"),
     ],
 )
 def test_bad_annotations_are_one_line_and_exit_code_2(main_job, own_task, change, message, capsys):
