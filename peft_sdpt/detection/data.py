@@ -202,7 +202,7 @@ def match_classes(splits: dict[str, DetectionSplit]) -> dict[str, DetectionSplit
         splits: The splits by name.
 
     Returns:
-        The splits with the classes of all splits: those of the first split, and then those that only others have.
+        New splits, whose classes are those of the first split, and then those that only others have.
     """
     class_names = list(dict.fromkeys(name for data in splits.values() for name in data.class_names))
     return {name: data.with_classes(class_names) for name, data in splits.items()}
