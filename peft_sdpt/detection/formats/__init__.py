@@ -85,9 +85,10 @@ def require_split(source: Source, split: str, dataset_name: str) -> str:
     """
     name = source.find(split)
     if name is None:
-        looked_for = ", ".join(place.format(split=split) for place in source.looked_for)
+        places = ", ".join(place.format(split=split) for place in source.looked_for)
+        looked_for = f"; looked for {places}" if places else ""
         raise InputError(
-            f"{dataset_name}: no split {split!r}{'; looked for ' if looked_for else ''}{looked_for}. The data set "
-            f"({source.format}) has {', '.join(source.splits)}."
+            f"{dataset_name}: no split {split!r}{looked_for}. The data set ({source.format}) has "
+            f"{', '.join(source.splits)}."
         )
     return name
