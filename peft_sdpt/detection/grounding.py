@@ -55,6 +55,24 @@ def class_prompt(class_names: Sequence[str]) -> str:
     return " ".join(f"{phrase}." for phrase in phrases)
 
 
+def split_caption(text: str) -> list[str]:
+    """Split a caption as users of Grounding DINO write it into class names.
+
+    Args:
+        text: A class name, or a caption: it ends with a full stop, or has a full stop between spaces.
+
+    Returns:
+        The names in the caption, or the class name alone.
+
+    Example:
+        >>> split_caption("cat . dog . person ."), split_caption("st. bernard")
+        (['cat', 'dog', 'person'], ['st. bernard'])
+    """
+    if " . " not in text and not text.rstrip().endswith("."):
+        return [text]
+    return [name for part in text.split(".") if (name := part.strip())]
+
+
 def phrase_lengths(class_names: Sequence[str], tokenizer: Any) -> list[int]:
     """Count the tokens of each class in a prompt.
 
