@@ -21,11 +21,12 @@ from ..wording import counted, enumerated
 
 # Phones store photos as HEIC. Pillow reads them through a package of its own, whose wheels have other licenses.
 try:
-    import pillow_heif
+    from pillow_heif import register_heif_opener
 except ImportError:
-    pillow_heif = None
+    READS_HEIF = False
 else:
-    pillow_heif.register_heif_opener()
+    register_heif_opener()
+    READS_HEIF = True
 
 # The formats that Pillow can both read and write in full colour.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
@@ -33,7 +34,7 @@ WRITABLE_SUFFIXES = {suffix for suffix, name in Image.registered_extensions().it
 HEIF_SUFFIXES = {".heic", ".heics", ".heif", ".heifs", ".hif"}
 VIDEO_SUFFIXES = {".3gp", ".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".webm", ".wmv"}
 # The suffixes of the images in a folder.
-SUFFIXES = WRITABLE_SUFFIXES | (HEIF_SUFFIXES if pillow_heif else set())
+SUFFIXES = WRITABLE_SUFFIXES | (HEIF_SUFFIXES if READS_HEIF else set())
 # When a processor resizes an image, the shorter side must keep some pixels.
 MAX_ASPECT_RATIO = 100
 SECONDS_BETWEEN_LOOKS = 0.5
@@ -207,7 +208,7 @@ def once(paths: list[Path]) -> list[Path]:
 
 def needs_heif(path: Path) -> AbstractContextManager:
     """Add to an error about a HEIC photo which package reads it."""
-    is_missing = pillow_heif is None and path.suffix.lower() in HEIF_SUFFIXES
+    is_missing = not READS_HEIF and path.suffix.lower() in HEIF_SUFFIXES
     return hint("HEIC photos need `pip install pillow-heif`.") if is_missing else nullcontext()
 
 
