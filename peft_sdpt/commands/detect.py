@@ -206,9 +206,8 @@ class Results:
         if empty:
             # Scores are rounded down, so that none looks like the threshold.
             best = [f"{image['file_name']} {math.floor(image['best_score'] * 1000) / 1000}" for image in empty]
-            best_scores = "The best score there is" if len(empty) == 1 else "The best scores there are"
-            text += f" Nothing is found in {counted(len(empty), 'image')} ({self._threshold()}). "
-            text += f"{best_scores}: {enumerated(best)}."
+            text += f" Nothing was found in {counted(len(empty), 'image')} ({self._threshold()}), where the best "
+            text += f"{'score is' if len(empty) == 1 else 'scores are'}: {enumerated(best)}."
         return self._named(f"{text} Results: {self.folder}")
 
     def _threshold(self) -> str:

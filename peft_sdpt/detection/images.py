@@ -148,7 +148,7 @@ def passed_over(files: list[Path], folders: set[Path]) -> str:
         parts.append(f"{kind}, whose frames must be extracted first, for instance with ffmpeg: {enumerated(videos)}")
     if photos:
         kind = counted(len(photos), "HEIC photo, which needs", "HEIC photos, which need")
-        parts.append(f"{kind} `pip install pillow-heif`: {enumerated(photos)}")
+        parts.append(f"{kind} pip install pillow-heif: {enumerated(photos)}")
     return "passed over " + "; ".join(parts)
 
 
@@ -209,7 +209,7 @@ def once(paths: list[Path]) -> list[Path]:
 def needs_heif(path: Path) -> AbstractContextManager:
     """Add to an error about a HEIC photo which package reads it."""
     is_missing = not READS_HEIF and path.suffix.lower() in HEIF_SUFFIXES
-    return hint("HEIC photos need `pip install pillow-heif`.") if is_missing else nullcontext()
+    return hint("HEIC photos need pip install pillow-heif.") if is_missing else nullcontext()
 
 
 def note_on_stderr(text: str) -> None:

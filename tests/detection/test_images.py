@@ -144,10 +144,10 @@ for inputs in ([tree / "b" / "c" / "2.HEIC"], [tree / "heic"]):
     lines = finished.stdout.splitlines()
     assert lines[0] == "['1.JPG', '3.webp', '4.AVIF']"
     assert "2.HEIC: cannot be opened as an image" in lines[1]
-    assert lines[1].endswith("HEIC photos need `pip install pillow-heif`.")
-    assert "(passed over 1 HEIC photo, which needs `pip install pillow-heif`: 8.heif)" in lines[2]
+    assert lines[1].endswith("HEIC photos need pip install pillow-heif.")
+    assert "(passed over 1 HEIC photo, which needs pip install pillow-heif: 8.heif)" in lines[2]
     name = Path("c", "2.HEIC")
-    assert f"1 HEIC photo, which needs `pip install pillow-heif`: {name}" in finished.stderr
+    assert f"1 HEIC photo, which needs pip install pillow-heif: {name}" in finished.stderr
 
 
 def test_only_the_first_frame(tmp_path, capsys):

@@ -138,7 +138,7 @@ def test_pictures_and_a_coco_file_that_agree_with_detect(run, photos, adapters, 
     summary = f"3 images, {sum(per_class)} objects ("
     assert summary in text and f"Results: {out}\n" in text
     assert all(f"{name}: {number}" in text for name, number in zip(NAMES, per_class, strict=True))
-    assert "Nothing is found" not in text
+    assert "Nothing was found" not in text
 
 
 def test_sources_are_found_from_anywhere(run, photos, adapters, tmp_path, monkeypatch):
@@ -186,7 +186,7 @@ def test_nothing_found(run, photos, adapters, tmp_path, capsys):
     written = read(tmp_path / "out")
     assert written["annotations"] == []
     text = capsys.readouterr().out
-    assert "3 images, 0 objects. Nothing is found in 3 images (threshold 0.9). The best scores there are: " in text
+    assert "3 images, 0 objects. Nothing was found in 3 images (threshold 0.9), where the best scores are: " in text
     assert run(photos, "--adapter", adapters[0], "--threshold", "0", output=tmp_path / "all") == 0
     everything = read(tmp_path / "all")["annotations"]
     best = {i["file_name"]: max(a["score"] for a in everything if a["image_id"] == i["id"]) for i in written["images"]}
@@ -201,7 +201,7 @@ def test_nothing_found(run, photos, adapters, tmp_path, capsys):
     capsys.readouterr()
     assert run(photos, "--adapter", adapters[0], "--threshold", best[in_order[1]] - 1e-4) == 0
     text = capsys.readouterr().out
-    assert "Nothing is found in 1 image (" in text and f"The best score there is: {in_order[2]} 0." in text
+    assert "Nothing was found in 1 image (" in text and f"where the best score is: {in_order[2]} 0." in text
 
 
 def test_the_threshold_that_an_adapter_suggests(run, photos, adapters, tmp_path, capsys):
@@ -225,9 +225,9 @@ def test_the_threshold_that_an_adapter_suggests(run, photos, adapters, tmp_path,
     assert lines[1].startswith("silent: looking for") and lines[1].endswith("(threshold 0.3)")
     assert len(read(tmp_path / "out" / "suggesting")["annotations"]) == 10
     assert lines[2].startswith("suggesting: 3 images, 10 objects (")
-    assert lines[3].startswith("silent: 3 images, 0 objects. Nothing is found in 3 images (threshold 0.3).")
+    assert lines[3].startswith("silent: 3 images, 0 objects. Nothing was found in 3 images (threshold 0.3), where")
     lines = detected("--threshold", "0.9")
-    expected = f"Nothing is found in 3 images (threshold 0.9; the adapter suggests {suggested})."
+    expected = f"Nothing was found in 3 images (threshold 0.9; the adapter suggests {suggested}), where"
     assert lines[2].startswith(f"suggesting: 3 images, 0 objects. {expected}")
 
 
@@ -304,13 +304,18 @@ def test_subfolders(run, adapters, tmp_path, monkeypatch, capsys):
 
 def test_a_result_never_replaces_an_image(refused, run, photos, adapters, tmp_path):
     flags = ("--adapter", adapters[0])
-    assert run(photos, *flags, output=tmp_path) == 0
     # The result of in/photos/a.png would be photos/a.png, which is an input itself.
     (tmp_path / "in" / "photos").mkdir(parents=True)
     noise(1).save(tmp_path / "in" / "photos" / "a.png")
     refused("photos has the input images", tmp_path / "in", photos, *flags, output=tmp_path)
     # A result in a watched folder would be the next input.
     refused("has the input images", photos, "--watch", *flags, output=tmp_path)
+
+
+def test_results_beside_the_folder_of_the_images(run, photos, adapters, tmp_path):
+    before = (photos / "a.png").read_bytes()
+    assert run(photos, "--adapter", adapters[0], output=tmp_path) == 0
+    assert (tmp_path / "a.png").exists() and (photos / "a.png").read_bytes() == before
 
 
 def test_photographs_are_turned_upright(run, adapters, tmp_path):
