@@ -165,7 +165,7 @@ class Results:
             detections: Its detections.
             num_queries: Number of queries of the detector.
         """
-        drawn = draw_detections(image, detections, self.class_names, self.threshold)
+        drawn = draw_detections(image, detections, self.class_names, threshold=0.0)  # all of them score enough
         # Properties of the source file, such as a compression for black and white, may not suit the new image.
         drawn.info.clear()
         file = self.folder / name

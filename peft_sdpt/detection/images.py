@@ -99,9 +99,13 @@ def images_in(folder: Path, without: Path | None = None) -> tuple[list[Path], li
     searched = {os.path.realpath(path) for path in (folder, without) if path}
     files = []
     for parent, subfolders, names in os.walk(folder, onerror=failed, followlinks=True):
-        new = {os.path.realpath(os.path.join(parent, name)): name for name in sorted(subfolders)}
-        subfolders[:] = [name for real, name in new.items() if real not in searched and not name.startswith(".")]
-        searched |= set(new)
+        new = []
+        for name in sorted(subfolders):
+            real = os.path.realpath(os.path.join(parent, name))
+            if real not in searched and not name.startswith("."):
+                searched.add(real)
+                new.append(name)
+        subfolders[:] = new
         files += [Path(parent, name) for name in names if not name.startswith(".")]
     images = [path for path in files if path.suffix.lower() in SUFFIXES]
     return sorted(images), sorted(set(files) - set(images))
