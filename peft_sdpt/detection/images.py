@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from ..errors import InputError, hint
 from ..wording import counted, enumerated
 
-# Phones store photos as HEIC. Pillow reads them through a package of its own, whose wheels have other licenses.
+# Phones store photos as HEIC. The package that reads them is optional, because its wheels contain code under the GPL.
 try:
     from pillow_heif import register_heif_opener
 except ImportError:
