@@ -7,20 +7,23 @@
     sdpt-detect camera/ --adapter my-adapter --watch
 
 The command writes each image with its boxes drawn, under the name of the image, and `detections.json`, a COCO file
-whose annotations have a `score`. Several adapters are loaded on one base model. Each adapter detects in every image,
-and has its own folder of results. Photos with an EXIF orientation are turned upright first, and the boxes are in pixels
-of the upright image.
+whose annotations have a `score`. Folders are searched with their subfolders, which the results repeat. Several adapters
+are loaded on one base model. Each adapter detects in every image, and has its own folder of results. Photos with an
+EXIF orientation are turned upright first, and the boxes are in pixels of the upright image.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable
+import math
+import os
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from PIL import Image
 from tqdm.auto import tqdm
@@ -37,21 +40,37 @@ from ..detection import (
     load_detector,
     load_processor,
     read_class_names,
+    read_threshold,
     split_classes,
 )
-from ..detection.images import SUFFIXES, batches, find_images, read_images, watch
+from ..detection.grounding import split_caption
+from ..detection.images import (
+    HEIF_SUFFIXES,
+    WRITABLE_SUFFIXES,
+    absolute_folders,
+    batches,
+    find_images,
+    read_images,
+    relative_name,
+    watch,
+)
 from ..errors import InputError, hint, one_line_errors
 from ..files import check_writable, output_folder, whole_files
+from ..wording import counted, enumerated
 from .train_arguments import BASE_MODEL
 
 # Arguments of the library whose flag has another name.
 RENAMED = {"adapters": "adapter", "source": "adapter"}
+# The threshold of adapters that suggest none.
+DEFAULT_THRESHOLD = 0.3
 
 
 def parse_args(description: str | None, model_name_or_path: str) -> argparse.Namespace:
     """Parse the flags in `sys.argv`. The arguments are those of `main`."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("inputs", nargs="+", type=Path, help="Images and folders of images.")
+    parser.add_argument(
+        "inputs", nargs="+", type=Path, help="Images and folders. Folders are searched with their subfolders."
+    )
     parser.add_argument(
         "--adapter",
         nargs="+",
@@ -69,9 +88,15 @@ def parse_args(description: str | None, model_name_or_path: str) -> argparse.Nam
         "--class_names",
         nargs="+",
         metavar="NAME",
-        help='Classes to detect, such as "red blood cell" platelet. Default: the classes each adapter was trained on.',
+        help='Classes to detect, such as "red blood cell" platelet, or a caption such as "cat . dog .". Default: the '
+        "classes each adapter was trained on.",
     )
-    parser.add_argument("--threshold", type=float, default=0.3, help="Lowest score of a detection. Default: 0.3.")
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        help="Lowest score of a detection. Default: the threshold that each adapter suggests, or "
+        f"{DEFAULT_THRESHOLD} if it suggests none.",
+    )
     parser.add_argument(
         "--batch_size", type=int, default=4, help="Batch size, for consecutive images of the same size. Default: 4."
     )
@@ -91,7 +116,7 @@ def parse_args(description: str | None, model_name_or_path: str) -> argparse.Nam
 
 
 def check_args(args: argparse.Namespace) -> None:
-    if not 0 <= args.threshold < 1:
+    if args.threshold is not None and not 0 <= args.threshold < 1:
         raise InputError(f"--threshold {args.threshold}: must be at least 0 and below 1.")
     if args.batch_size < 1:
         raise InputError(f"--batch_size {args.batch_size}: must be at least 1.")
@@ -107,53 +132,93 @@ class Results:
     """The results of one adapter: a folder with the images and their COCO file.
 
     Attributes:
+        name: Name of the adapter. Empty if it is the only one.
         folder: Folder to write to.
         processor: Processor of the images.
         class_names: Names of the classes.
         chunks: Class indices of each prompt, from `split_classes`.
+        threshold: Lowest score of a detection.
+        suggested: The threshold that the adapter suggests. None if it suggests none.
         images, annotations: Entries of the COCO file. All ids start at 1. The id of a category is its index in
             `class_names` plus 1.
+        full: Names of the images that may have more objects than the detector can find.
     """
 
+    name: str
     folder: Path
     processor: Any
     class_names: list[str]
     chunks: list[list[int]]
+    threshold: float
+    suggested: float | None = None
     images: list[dict] = field(default_factory=list)
     annotations: list[dict] = field(default_factory=list)
+    full: list[str] = field(default_factory=list)
 
-    def add(self, source: Path, name: str, image: Image.Image, detections: Detections, threshold: float) -> None:
+    def add(self, source: Path, name: str, image: Image.Image, detections: Detections, num_queries: int) -> None:
         """Write an image with its boxes, and add them to the entries of the COCO file.
 
         Args:
             source: Path of the image.
-            name: Name of the file to write.
+            name: Path of the file to write, relative to the folder of the results.
             image: The image, RGB.
             detections: Its detections.
-            threshold: Lowest score of a detection.
+            num_queries: Number of queries of the detector.
         """
-        drawn = draw_detections(image, detections, self.class_names, threshold)
+        drawn = draw_detections(image, detections, self.class_names, threshold=0.0)  # all of them score enough
         # Properties of the source file, such as a compression for black and white, may not suit the new image.
         drawn.info.clear()
-        with whole_files(self.folder) as folder:
-            drawn.save(folder / name, quality=95)
+        file = self.folder / name
+        with whole_files(file.parent) as folder:
+            drawn.save(folder / file.name, quality=95)
         width, height = image.size
         entry = {"id": len(self.images) + 1, "file_name": name, "width": width, "height": height}
-        self.images.append({**entry, "source": str(source)})
+        self.images.append({**entry, "source": os.path.abspath(source), "best_score": detections["best_score"]})
         columns = (detections["boxes"].tolist(), detections["scores"].tolist(), detections["labels"].tolist())
         for box, score, label in zip(*columns, strict=True):
-            if score >= threshold:
-                self.annotations.append(
-                    {
-                        "id": len(self.annotations) + 1,
-                        "image_id": entry["id"],
-                        "category_id": label + 1,
-                        "bbox": box,
-                        "area": box[2] * box[3],
-                        "score": score,
-                        "iscrowd": 0,
-                    }
-                )
+            self.annotations.append(
+                {
+                    "id": len(self.annotations) + 1,
+                    "image_id": entry["id"],
+                    "category_id": label + 1,
+                    "bbox": box,
+                    "area": box[2] * box[3],
+                    "score": score,
+                    "iscrowd": 0,
+                }
+            )
+        if uses_all_queries(detections, self.chunks, num_queries):
+            self.full.append(name)
+
+    def introduction(self) -> str:
+        """Say which classes are looked for, with which threshold."""
+        classes = counted(len(self.class_names), "class", "classes")
+        return self._named(f"looking for {classes}: {enumerated(self.class_names)} ({self._threshold()})")
+
+    def summary(self) -> str:
+        """Say in one line what was found."""
+        names = (self.class_names[annotation["category_id"] - 1] for annotation in self.annotations)
+        per_class = [f"{name}: {number}" for name, number in Counter(names).most_common()]
+        objects = counted(len(self.annotations), "object") + (f" ({enumerated(per_class)})" if per_class else "")
+        text = f"{counted(len(self.images), 'image')}, {objects}."
+        found_in = {annotation["image_id"] for annotation in self.annotations}
+        empty = sorted((i for i in self.images if i["id"] not in found_in), key=lambda i: -i["best_score"])
+        if empty:
+            # Scores are rounded down, so that none looks like the threshold.
+            best = [f"{image['file_name']} {math.floor(image['best_score'] * 1000) / 1000}" for image in empty]
+            text += f" Nothing was found in {counted(len(empty), 'image')} ({self._threshold()}), where the best "
+            text += f"{'score is' if len(empty) == 1 else 'scores are'}: {enumerated(best)}."
+        return self._named(f"{text} Results: {self.folder}")
+
+    def _threshold(self) -> str:
+        if self.suggested is None:
+            return f"threshold {self.threshold}"
+        if self.suggested == self.threshold:
+            return f"threshold {self.threshold}, as the adapter suggests"
+        return f"threshold {self.threshold}; the adapter suggests {self.suggested}"
+
+    def _named(self, text: str) -> str:
+        return f"{self.name}: {text}" if self.name else text
 
     def write(self) -> None:
         """Write the COCO file."""
@@ -166,15 +231,37 @@ class Results:
             (folder / "detections.json").write_text(json.dumps(coco) + "\n")
 
 
-def free_name(path: Path, taken: set[str]) -> str:
-    """Return a new file name for an image, and add it to `taken`: the name of the image, or `photo-2.jpg` and so on."""
-    stem, suffix = (path.stem, path.suffix) if path.suffix.lower() in SUFFIXES else (path.name, ".png")
-    name, number = stem + suffix, 1
-    while name.casefold() in taken:
+def uses_all_queries(detections: Detections, chunks: list[list[int]], num_queries: int) -> bool:
+    """Return whether each query of the detector found an object, so that there may be more.
+
+    A query can have several classes, but has one box for each prompt.
+    """
+    if len(detections["scores"]) < num_queries:
+        return False
+    classes = (torch.isin(detections["labels"], torch.tensor(chunk)) for chunk in chunks)
+    return any(len(detections["boxes"][mine].unique(dim=0)) >= num_queries for mine in classes)
+
+
+def free_name(name: Path, taken: set[str]) -> str:
+    """Return a new path for the result of an image, relative to the folder of the results, and add it to `taken`.
+
+    Args:
+        name: Path of the image, relative to the folder of the inputs.
+        taken: Paths of other results, casefolded.
+
+    Returns:
+        The path of the image, or `folder/photo-2.jpg` and so on. It has another suffix at the end if images like this
+        cannot be written.
+    """
+    stem, suffix = name.stem, name.suffix
+    if suffix.lower() not in WRITABLE_SUFFIXES:
+        stem, suffix = name.name, ".jpg" if suffix.lower() in HEIF_SUFFIXES else ".png"
+    free, number = name.with_name(stem + suffix).as_posix(), 1
+    while free.casefold() in taken:
         number += 1
-        name = f"{stem}-{number}{suffix}"
-    taken.add(name.casefold())
-    return name
+        free = name.with_name(f"{stem}-{number}{suffix}").as_posix()
+    taken.add(free.casefold())
+    return free
 
 
 def find_adapters(args: argparse.Namespace) -> list[SavedAdapter]:
@@ -209,47 +296,59 @@ def read_max_text_len(args: argparse.Namespace, base_model: str) -> int:
 
 
 def prepare_results(args: argparse.Namespace, base_model: str, adapters: list[SavedAdapter]) -> list[Results]:
-    """Load the processor and the class names of each adapter, or those for the base model if there are no adapters."""
+    """Load what detecting with each adapter needs, or with the base model if there are no adapters."""
     max_text_len = read_max_text_len(args, base_model)
     results = []
     detectors: list[SavedAdapter | None] = [*adapters] or [None]
     for adapter in detectors:
         if args.class_names:
-            class_names = args.class_names
+            # The check of the names says what is wrong with a caption that has no words.
+            class_names = [name for text in args.class_names for name in split_caption(text) or [text]]
         elif adapter:
             with hint("Pass --class_names."):
                 class_names = read_class_names(adapter)
         else:
             raise InputError("--class_names: is needed without an --adapter that has class names.")
         processor = load_processor(adapter, base_model)
-        phrases = [class_prompt([name]) for name in class_names]
+        if not class_names:
+            raise InputError(f"{adapter.source if adapter else '--class_names'}: has no class name.")
+        for phrase, number in Counter(class_prompt([name]) for name in class_names).items():
+            if number > 1:
+                raise InputError(f"class names: {phrase.removesuffix('.')} is given {number} times.")
         chunks = split_classes(class_names, processor.tokenizer, max_text_len)
-        if not phrases or len(set(phrases)) < len(phrases):
-            raise InputError(f"class names: must be at least one, and no name twice; got {' '.join(phrases) or 'none'}")
-        folder = args.output_dir / adapter.name if adapter and len(adapters) > 1 else args.output_dir
-        results.append(Results(folder, processor, class_names, chunks))
+        suggested = read_threshold(adapter) if adapter else None
+        threshold = next(t for t in (args.threshold, suggested, DEFAULT_THRESHOLD) if t is not None)
+        name = adapter.name if adapter and len(adapters) > 1 else ""
+        folder = args.output_dir / name
+        results.append(Results(name, folder, processor, class_names, chunks, threshold, suggested))
     return results
 
 
-def make_folders(folders: list[Path], inputs: Iterable[Path]) -> None:
+def make_folders(args: argparse.Namespace, paths: list[Path], results: list[Results]) -> None:
     """Make the folders of the results, unless they exist, and check that they can be written.
 
     Args:
-        folders: Folders of the results.
-        inputs: Folders that images are read from.
+        args: The flags.
+        paths: The images, unless `--watch` looks for them.
+        results: The results.
 
     Raises:
-        InputError: A folder cannot be written, or is also read from.
+        InputError: A folder cannot be written, or a result could replace an input.
     """
-    sources = {folder.resolve() for folder in inputs}
-    for folder in folders:
-        if folder.resolve() in sources:
-            raise InputError(f"--output_dir: {folder} has the input images, which would be overwritten.")
-        check_writable(folder, "output_dir")
+    sources = {path.resolve() for path in ({path.parent for path in paths} or args.inputs)}
+    inputs = absolute_folders(args.inputs)
+    subfolders = {relative_name(path, inputs).parent for path in paths} | {Path()}
+    for result in results:
+        for folder in (result.folder / subfolder for subfolder in subfolders):
+            target = folder.resolve()
+            # With --watch, a result in a watched folder would be a new image.
+            if target in sources or (args.watch and any(target in source.parents for source in sources)):
+                raise InputError(f"--output_dir: {folder} has the input images, which would be overwritten.")
+        check_writable(result.folder, "output_dir")
 
 
-def detect_all(args: argparse.Namespace, paths: list[Path], model: Any, results: list[Results]) -> int:
-    """Detect in all images, and write the results. Returns the number of images.
+def detect_all(args: argparse.Namespace, paths: list[Path], model: Any, results: list[Results]) -> None:
+    """Detect in all images, and write the results.
 
     Args:
         args: The flags.
@@ -259,18 +358,29 @@ def detect_all(args: argparse.Namespace, paths: list[Path], model: Any, results:
     """
     taken: set[str] = set()
     num_written = None
+    folders = absolute_folders(args.inputs)
+    looks = watch(args.inputs, args.output_dir) if args.watch else [read_images(paths, args.skip_bad_images)]
     bar = tqdm(total=None if args.watch else len(paths), desc="watching" if args.watch else "detecting", unit="image")
-    for images in watch(args.inputs) if args.watch else [read_images(paths, args.skip_bad_images)]:
+    for images in looks:
         for batch in batches(images, args.batch_size):
-            names = [free_name(path, taken) for path, _ in batch]
+            names = [free_name(relative_name(path, folders), taken) for path, _ in batch]
+            pictures = [image for _, image in batch]
             for number, result in enumerate(results):
                 if args.adapter:
                     model.set_adapter(f"adapter{number}")
-                all_detections = detect(
-                    model, result.processor, [image for _, image in batch], result.class_names, result.chunks
+                found = detect(
+                    model,
+                    result.processor,
+                    pictures,
+                    result.class_names,
+                    result.chunks,
+                    threshold=result.threshold,
+                    max_detections=None,
                 )
-                for (path, image), name, detections in zip(batch, names, all_detections, strict=True):
-                    result.add(path, name, image, detections, args.threshold)
+                for (path, image), name, detections in zip(batch, names, found, strict=True):
+                    if not detections["scores"].isfinite().all():
+                        raise InputError(f"{path}: its scores are not finite. The weights may be damaged.")
+                    result.add(path, name, image, detections, model.config.num_queries)
             bar.update(len(batch))
         # With --watch, results are written after the first look, so that the file always exists, and after each look
         # with new images.
@@ -279,24 +389,30 @@ def detect_all(args: argparse.Namespace, paths: list[Path], model: Any, results:
             for result in results:
                 result.write()
     bar.close()
-    return len(taken)
 
 
 def run(args: argparse.Namespace, model_name_or_path: str) -> None:
     # All input is checked before the weights are loaded.
     check_args(args)
-    paths = [] if args.watch else find_images(args.inputs, args.skip_bad_images)
+    paths = [] if args.watch else find_images(args.inputs, args.skip_bad_images, args.output_dir)
     adapters = find_adapters(args)
     with hint("Choose one by --model_name_or_path."):
         base_model = args.model_name_or_path or (common_base_model(adapters) if adapters else model_name_or_path)
     results = prepare_results(args, base_model, adapters)
-    sources = args.inputs if args.watch else {path.parent for path in paths}
-    make_folders([result.folder for result in results], sources)
+    make_folders(args, paths, results)
+    for result in results:
+        print(result.introduction())
 
-    model = load_detector(base_model, adapters).to(Accelerator().device)
-    num_images = detect_all(args, paths, model, results)
-    objects = ", ".join(f"{len(result.annotations)} in {result.folder}" for result in results)
-    print(f"images: {num_images}, objects: {objects}")
+    model: Any = load_detector(base_model, adapters).to(Accelerator().device)
+    detect_all(args, paths, model, results)
+    for result in results:
+        print(result.summary())
+        if result.full:
+            print(
+                f"As many objects as the detector can find in one image, {model.config.num_queries}, are in "
+                f"{counted(len(result.full), 'image')}: {enumerated(result.full)}. There may be more; cut such images "
+                "into parts."
+            )
 
 
 def main(description: str | None = __doc__, program: str = "sdpt-detect", model_name_or_path: str = BASE_MODEL) -> None:

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import colorsys
+import functools
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -19,6 +20,9 @@ def draw_detections(
     image: Image.Image, detections: Detections, class_names: list[str], threshold: float, width: int | None = None
 ) -> Image.Image:
     """Draw the boxes with a score of at least `threshold` on a copy of an image.
+
+    The colour of a box shows its class. In a crowded image, lines are thin and letters are small. Text that would
+    cover the text of a better box is left out.
 
     Args:
         image: The image, RGB.
@@ -37,27 +41,64 @@ def draw_detections(
     # Letters grow with the square root of the image size, because large photos are viewed both scaled down and
     # enlarged.
     letters = max(10, round(0.85 * (canvas.width * canvas.height) ** 0.25))
-    line = round(letters / 5)
-    font = ImageFont.load_default(letters)
-    # The best detection is drawn last, on top of others that it overlaps.
-    order = detections["scores"].argsort()
+    order = detections["scores"].argsort(descending=True)
     boxes, scores, labels = (
-        values[order].tolist() for values in (detections["boxes"], detections["scores"], detections["labels"])
+        values[order].tolist() for values in (detections["boxes"] * scale, detections["scores"], detections["labels"])
     )
-    for box, score, label in zip(boxes, scores, labels, strict=True):
-        if score < threshold:
-            continue
-        colour = tuple(round(255 * c) for c in colorsys.hsv_to_rgb(label * 0.618 % 1, 0.75, 0.95))
-        x, y, box_width, box_height = (value * scale for value in box)
-        draw.rectangle((x, y, x + box_width, y + box_height), outline=colour, width=line)
-        text = f"{class_names[label]} {score:.2f}"
-        # The text goes above the box, but inside the image where it fits.
-        left = max(0, min(x, canvas.width - draw.textlength(text, font) - 2 * line))
-        place = (left + line, max(0, y - 1.2 * letters))
-        corner = draw.textbbox(place, text, font)
-        draw.rectangle((corner[0] - line, corner[1] - line, corner[2] + line, corner[3] + line), fill=colour)
-        draw.text(place, text, fill="black", font=font)
+    shown = [row for row in zip(boxes, scores, labels, strict=True) if row[1] >= threshold]
+    texts = [(x, y, f"{class_names[label]} {score:.2f}") for (x, y, *_), score, label in shown]
+    places = _place_texts(draw, texts, letters)
+    if places.count(None) > len(places) / 4:
+        letters = max(10, letters // 2)
+        places = _place_texts(draw, texts, letters)
+    colours = [tuple(round(255 * c) for c in colorsys.hsv_to_rgb(label * 0.618 % 1, 0.75, 0.95)) for *_, label in shown]
+    # The best box is drawn last, on top of others that it overlaps.
+    for ((x, y, box_width, box_height), _, _), colour in reversed([*zip(shown, colours, strict=True)]):
+        width = max(1, min(round(letters / 5), round(min(box_width, box_height) / 8)))
+        draw.rectangle((x, y, x + box_width, y + box_height), outline=colour, width=width)
+    for (_, _, text), place, colour in zip(texts, places, colours, strict=True):
+        if place:
+            draw.rectangle(_background(draw, place, text, letters), fill=colour)
+            draw.text(place, text, fill="black", font=_font(letters))
     return canvas
+
+
+def _place_texts(
+    draw: ImageDraw.ImageDraw, texts: list[tuple[float, float, str]], letters: int
+) -> list[tuple[float, float] | None]:
+    """Place a text at each box, above its corner (x, y) but inside the image where it fits.
+
+    Returns:
+        The places. None for a text that would cover an earlier one.
+    """
+    places: list[tuple[float, float] | None] = []
+    taken: list[tuple[float, float, float, float]] = []
+    margin = round(letters / 5)
+    for x, y, text in texts:
+        left = max(0, min(x, draw.im.size[0] - draw.textlength(text, _font(letters)) - 2 * margin))
+        place = (left + margin, max(0, y - 1.2 * letters))
+        x0, y0, x1, y1 = area = _background(draw, place, text, letters)
+        if any(x0 < right and left < x1 and y0 < bottom and top < y1 for left, top, right, bottom in taken):
+            places.append(None)
+        else:
+            places.append(place)
+            taken.append(area)
+    return places
+
+
+@functools.cache
+def _font(letters: int) -> ImageFont.FreeTypeFont:
+    """Return the font of Pillow with letters of this height in pixels. Reading it takes longer than drawing a text."""
+    return ImageFont.load_default(letters)  # type: ignore[return-value]  # with a size, it is a FreeType font
+
+
+def _background(
+    draw: ImageDraw.ImageDraw, place: tuple[float, float], text: str, letters: int
+) -> tuple[float, float, float, float]:
+    """Return the corners of the area behind a text."""
+    x0, y0, x1, y1 = draw.textbbox(place, text, _font(letters))
+    margin = round(letters / 5)
+    return x0 - margin, y0 - margin, x1 + margin, y1 + margin
 
 
 def side_by_side(

@@ -14,10 +14,11 @@ from accelerate.utils import gather_object
 
 from ..errors import InputError
 from ..training.launch import cores_per_process
+from ..wording import counted, enumerated
 from .data import Box, DetectionSplit, check_images, match_classes
 from .formats import Source, find_source, require_split
 from .formats.files import SplitImages
-from .formats.source import is_split_name, listed, read_json, split_names
+from .formats.source import is_split_name, read_json, split_names
 from .grounding import class_prompt
 
 # The four numbers of a box in each format. FRACTIONS before a name says that they are fractions of the image size.
@@ -240,26 +241,21 @@ def _notes(read: dict[str, DetectionSplit], data: dict[str, DetectionSplit]) -> 
     words = {name: class_prompt([name]).rstrip(".") for name in class_names}
     changed = [f"{name!r} as {phrase!r}" for name, phrase in words.items() if phrase != " ".join(name.lower().split())]
     if changed:
-        notes.append(f"class names are read as words: {_first(changed)}")
+        notes.append(f"class names are read as words: {enumerated(changed)}")
     for split, images in read.items():
         missing = [name for name in class_names if name not in images.class_names]
         if missing:
-            notes.append(f"split {split} has no class {listed(missing)}, which another split has")
+            notes.append(f"split {split} has no class {enumerated(map(repr, missing))}, which another split has")
     for split, images in read.items():
         opener = images.open_image
         if isinstance(opener, SplitImages) and (undecided := opener.undecided()):
-            how = "turned, as viewers show them" if opener.turns_undecided() else "not turned, as others of the split"
+            how = "turned, as viewers do" if opener.turns_undecided() else "not turned, as others of the split"
+            photos = counted(len(undecided), "photo")
             notes.append(
-                f"split {split}: {len(undecided)} photos have an EXIF orientation, and their size does not tell "
-                f"whether their boxes are drawn on the turned photo; they are {how}"
+                f"split {split}: {photos} with an EXIF orientation, whose size does not tell whether the boxes are "
+                f"drawn on the turned photo: {how}"
             )
     return notes
-
-
-def _first(texts: list[str]) -> str:
-    """Return the first ten texts in one line."""
-    more = [f"and {len(texts) - 10} more"] if len(texts) > 10 else []
-    return ", ".join([*texts[:10], *more])
 
 
 def rename_classes(class_names: list[str], file: Path) -> list[str]:
@@ -282,7 +278,9 @@ def rename_classes(class_names: list[str], file: Path) -> list[str]:
         if not isinstance(name, str):
             raise InputError(f"{file}: the new name of {old!r} must be a string, got {name!r}.")
         if old not in class_names:
-            raise InputError(f"{file}: there is no class {old!r}; the classes are {listed(class_names)}.")
+            raise InputError(
+                f"{file}: there is no class {old!r}; the classes are {enumerated(map(repr, class_names))}."
+            )
     return [new.get(name, name) for name in class_names]
 
 

@@ -23,19 +23,24 @@ from ..training.interruption import make_worker_init_fn
 from .data import DetectionSplit
 from .grounding import class_prompt, class_scores, class_token_maps, split_classes
 
-# COCO counts the 100 best detections in an image.
+# COCO counts the 100 best detections in an image. This is the default of all functions here.
 MAX_DETECTIONS = 100
 # A detection: image index, x, y, width, height, score, class index.
 Row = tuple[int, float, float, float, float, float, int]
 
 
-class Detections(TypedDict):
+class _BestScore(TypedDict, total=False):
+    best_score: float
+
+
+class Detections(_BestScore):
     """Detections in one image.
 
     Attributes:
         boxes: Shape (n, 4), x, y, width and height in pixels.
         scores: Shape (n,).
         labels: Shape (n,), class indices.
+        best_score: The best score in the image, also if it is below the threshold of `detect`. Only `detect` sets it.
     """
 
     boxes: Tensor
@@ -44,7 +49,13 @@ class Detections(TypedDict):
 
 
 def detect(
-    model: nn.Module, processor: Any, images: list[Image.Image], class_names: list[str], chunks: list[list[int]]
+    model: nn.Module,
+    processor: Any,
+    images: list[Image.Image],
+    class_names: list[str],
+    chunks: list[list[int]],
+    threshold: float = 0.0,
+    max_detections: int | None = MAX_DETECTIONS,
 ) -> list[Detections]:
     """Detect all classes in some images.
 
@@ -55,12 +66,19 @@ def detect(
         class_names: Names of the classes.
         chunks: The result of `split_classes`. Each chunk takes one forward pass, so the classes need not fit into one
             prompt.
+        threshold: Lowest score of a detection.
+        max_detections: Maximum number of detections in an image. None for no limit. Then use a threshold, because each
+            pair of query and class is a detection.
 
     Returns:
-        For each image, the `MAX_DETECTIONS` best of all pairs of query and class.
+        For each image, the best of all pairs of query and class, sorted by score, and the best score.
+
+    Raises:
+        InputError: `max_detections` is below 1.
     """
     pixels = processor.image_processor(images, return_tensors="pt")
-    return _detect(model, processor.tokenizer, pixels, [image.size for image in images], class_names, chunks)
+    sizes = [image.size for image in images]
+    return _detect(model, processor.tokenizer, pixels, sizes, class_names, chunks, threshold, max_detections)
 
 
 @torch.no_grad()
@@ -71,36 +89,45 @@ def _detect(
     sizes: list[tuple[int, int]],
     class_names: list[str],
     chunks: list[list[int]],
+    threshold: float,
+    max_detections: int | None,
 ) -> list[Detections]:
     """Detect in images of these sizes, which the image processor has processed to `pixels`."""
-    none: Detections = {
-        "boxes": torch.empty(0, 4),
-        "scores": torch.empty(0),
-        "labels": torch.empty(0, dtype=torch.long),
-    }
-    best = [none] * len(sizes)
+    if max_detections is not None and max_detections < 1:
+        raise InputError(f"max_detections={max_detections}: must be at least 1, or None for no limit.")
+    best_scores = [0.0] * len(sizes)
+    # For each image, the boxes, scores and labels of each chunk.
+    found: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in sizes]
     device = next(model.parameters()).device
     pixels = pixels.to(device)
     for chunk in chunks:
         prompt = class_prompt([class_names[i] for i in chunk])
         text = tokenizer([prompt] * len(sizes), padding=True, return_tensors="pt").to(device)
         outputs = model(**pixels, **text)
-        scores = class_scores(outputs.logits.float(), class_token_maps(text["input_ids"], outputs.logits.shape[-1]))
-        for image, score in enumerate(scores):
+        all_scores = class_scores(outputs.logits.float(), class_token_maps(text["input_ids"], outputs.logits.shape[-1]))
+        for image, scores in enumerate(all_scores):
             width, height = sizes[image]
-            top = score.flatten().topk(min(MAX_DETECTIONS, score.numel()))
-            query, label = top.indices // len(chunk), top.indices % len(chunk)
+            scores = scores.flatten()
+            best_scores[image] = max(best_scores[image], scores.max().item())
+            # Scores are selected before they are sorted and before boxes are computed, because LVIS has a million pairs
+            # of query and class. A score that is not a number is kept, so that the caller can see it.
+            pairs = (~(scores < threshold)).nonzero().squeeze(1)
+            if max_detections is not None and len(pairs) > max_detections:
+                pairs = pairs[scores[pairs].topk(max_detections).indices]
+            query, label = pairs // len(chunk), pairs % len(chunk)
             centre_x, centre_y, w, h = outputs.pred_boxes[image, query].float().unbind(-1)
             x0, x1 = (((centre_x + side * w / 2) * width).clamp(0, width) for side in (-1, 1))
             y0, y1 = (((centre_y + side * h / 2) * height).clamp(0, height) for side in (-1, 1))
             boxes = torch.stack([x0, y0, x1 - x0, y1 - y0], dim=-1)
-            earlier = best[image]
-            boxes = torch.cat([earlier["boxes"], boxes.cpu()])
-            all_scores = torch.cat([earlier["scores"], top.values.cpu()])
-            labels = torch.cat([earlier["labels"], torch.tensor(chunk)[label.cpu()]])
-            order = all_scores.argsort(descending=True)[:MAX_DETECTIONS]
-            best[image] = {"boxes": boxes[order], "scores": all_scores[order], "labels": labels[order]}
-    return best
+            found[image].append((boxes.cpu(), scores[pairs].cpu(), torch.tensor(chunk)[label.cpu()]))
+    results: list[Detections] = []
+    for parts, best_score in zip(found, best_scores, strict=True):
+        boxes, scores, labels = (torch.cat(values) for values in zip(*parts, strict=True))
+        order = scores.argsort(descending=True, stable=True)[:max_detections]
+        results.append(
+            {"boxes": boxes[order], "scores": scores[order], "labels": labels[order], "best_score": best_score}
+        )
+    return results
 
 
 def check_image_size(model: nn.Module, processor: Any, image_size: int) -> None:
@@ -140,6 +167,8 @@ def detect_split(
     accelerator: Accelerator,
     label: str = "evaluating",
     num_workers: int = 0,
+    *,
+    max_detections: int | None = MAX_DETECTIONS,
 ) -> list[Row]:
     """Detect all classes in all images of a split. All processes of a launch call this together.
 
@@ -154,12 +183,13 @@ def detect_split(
         accelerator: The accelerator of the launch.
         label: Text of the progress bar.
         num_workers: Number of processes that read images.
+        max_detections: Maximum number of detections in an image, as in `detect`.
 
     Returns:
         The rows of all images, in each process.
 
     Raises:
-        InputError: The scores are not finite.
+        InputError: The scores are not finite, or `max_detections` is below 1.
     """
     detector = accelerator.unwrap_model(model)
     chunks = split_classes(data.class_names, processor.tokenizer, detector.config.max_text_len)
@@ -183,7 +213,9 @@ def detect_split(
         for images, pixels in bar:
             sizes = [data.sizes[image] for image in images]
             with accelerator.autocast():
-                results = _detect(detector, processor.tokenizer, pixels, sizes, data.class_names, chunks)
+                results = _detect(
+                    detector, processor.tokenizer, pixels, sizes, data.class_names, chunks, 0.0, max_detections
+                )
             for image, result in zip(images, results, strict=True):
                 if not result["scores"].isfinite().all():
                     raise InputError(

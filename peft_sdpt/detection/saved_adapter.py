@@ -23,6 +23,7 @@ from ..files import whole_files
 from ..model_card import CARD, carry_card, write_results
 
 CLASS_NAMES_FILE = "class_names.json"
+DETECTION_FILE = "detection.json"
 
 
 @dataclass(frozen=True)
@@ -240,6 +241,30 @@ def read_class_names(adapter: SavedAdapter) -> list[str]:
     if not isinstance(class_names, list) or not all(isinstance(name, str) for name in class_names):
         raise InputError(f"{file}: must be a JSON list of names.")
     return class_names
+
+
+def read_threshold(adapter: SavedAdapter) -> float | None:
+    """Read the threshold for detection that the validation data of an adapter suggests.
+
+    Args:
+        adapter: The adapter.
+
+    Returns:
+        The threshold, or None if the adapter was saved without one.
+
+    Raises:
+        InputError: The file cannot be read, or its threshold is not a number from 0 to 1.
+    """
+    file = adapter.folder / DETECTION_FILE
+    if not file.is_file():
+        return None
+    try:
+        threshold = json.loads(file.read_text(encoding="utf-8"))["threshold"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{file}: has no threshold that can be read ({error!r}).") from None
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold < 1:
+        raise InputError(f"{file}: threshold must be at least 0 and below 1, got {threshold!r}.")
+    return threshold
 
 
 def write_adapter(folder: str | os.PathLike, model: PeftModel, processor: Any, class_names: Sequence[str]) -> None:

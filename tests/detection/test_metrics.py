@@ -280,6 +280,41 @@ def test_keeps_the_hundred_best(processor, chunks):
     assert result["scores"].tolist() == pytest.approx(sorted(everything, reverse=True)[:100])
 
 
+@pytest.mark.parametrize("chunks", [[[0, 1, 2, 3, 4]], [[0], [1], [2], [3], [4]]])
+def test_no_limit_and_a_threshold(processor, chunks):
+    model = WordDetector(random_boxes(31))
+    arguments = (model, processor, [Image.new("RGB", (50, 50))], NAMES, chunks)
+    (everything,) = detect(*arguments, max_detections=None)
+    scores = everything["scores"].tolist()
+    assert len(scores) == 155 and scores == sorted(scores, reverse=True)
+    threshold = (scores[119] + scores[120]) / 2
+    (best,) = detect(*arguments, threshold=threshold, max_detections=None)
+    assert all(torch.equal(best[key], everything[key][:120]) for key in ("boxes", "scores", "labels"))
+    for lowest, limit, number in ((0.0, 7, 7), (threshold, 130, 120), (threshold, 20, 20)):
+        (some,) = detect(*arguments, lowest, limit)
+        assert some["scores"].tolist() == pytest.approx(scores[:number])
+    (none,) = detect(*arguments, threshold=1.0)
+    assert none["boxes"].shape == (0, 4) and len(none["scores"]) == len(none["labels"]) == 0
+    # The best score is known, though it is below the threshold.
+    assert none["best_score"] == everything["best_score"] == scores[0]
+
+
+def test_a_limit_below_one(processor):
+    with pytest.raises(ValueError, match="max_detections=0: must be at least 1, or None"):
+        detect(WordDetector(random_boxes(2)), processor, [Image.new("RGB", (9, 9))], NAMES, [[0]], max_detections=0)
+
+
+def test_more_than_a_hundred_objects_of_a_split(processor):
+    """The 144 queries are all in the rows, if they are asked for."""
+    model = WordDetector(random_boxes(144))
+    pictures = [Image.new("RGB", (120, 120))]
+    data = DetectionSplit(["cell"], [1], [(120, 120)], [[(0.0, 0.0, 8.0, 8.0)]], [[0]], [[False]], pictures.__getitem__)
+    arguments = (model, processor, data, 1, Accelerator(cpu=True))
+    assert len(detect_split(*arguments)) == MAX_DETECTIONS
+    assert len(detect_split(*arguments, max_detections=None)) == 144
+    assert len(detect_split(*arguments, max_detections=120)) == 120
+
+
 def test_rows_and_back():
     result = {
         "boxes": torch.tensor([[1.0, 2, 3, 4], [5, 6, 7, 8]]),

@@ -73,9 +73,11 @@ def photos(tmp_path):
 def run(monkeypatch, tmp_path):
     """Run the script in this process; returns its exit code, 0 when it just returns."""
 
-    def run(*flags, output: Path = tmp_path / "out") -> int:
+    def run(*flags, output: Path = tmp_path / "out", threshold: float | None = THRESHOLD) -> int:
         # Flags that are given again replace these.
-        arguments = ["detect.py", "--output_dir", output, "--threshold", THRESHOLD, *flags]
+        arguments = ["detect.py", "--output_dir", output, *flags]
+        if threshold is not None:
+            arguments[1:1] = ["--threshold", threshold]
         monkeypatch.setattr(sys, "argv", [*map(str, arguments)])
         try:
             detect.main()
@@ -127,14 +129,125 @@ def test_pictures_and_a_coco_file_that_agree_with_detect(run, photos, adapters, 
             assert [a["category_id"] - 1 for a in annotations] == found["labels"][kept].tolist()
             assert all(a["area"] == a["bbox"][2] * a["bbox"][3] and a["iscrowd"] == 0 for a in annotations)
     assert [a["id"] for a in written["annotations"]] == [*range(1, len(written["annotations"]) + 1)]
-    assert f"images: 3, objects: {len(written['annotations'])} in {out}" in capsys.readouterr().out
+    # It can be loaded as results of the same images too.
+    with contextlib.redirect_stdout(None):
+        assert len(coco.loadRes(written["annotations"]).getAnnIds()) == len(written["annotations"])
+    per_class = [sum(a["category_id"] == i for a in written["annotations"]) for i in (1, 2, 3)]
+    text = capsys.readouterr().out
+    assert "looking for 3 classes: grinning face, dog, red apple (threshold 0.02)\n" in text
+    summary = f"3 images, {sum(per_class)} objects ("
+    assert summary in text and f"Results: {out}\n" in text
+    assert all(f"{name}: {number}" in text for name, number in zip(NAMES, per_class, strict=True))
+    assert "Nothing was found" not in text
 
 
-@pytest.mark.parametrize("threshold", ["0", "0.9"])
-def test_threshold(run, photos, adapters, tmp_path, threshold):
-    assert run(photos, "--adapter", adapters[0], "--threshold", threshold) == 0
-    objects = len(read(tmp_path / "out")["annotations"])
-    assert objects == (3 * prediction.MAX_DETECTIONS if threshold == "0" else 0)
+def test_sources_are_found_from_anywhere(run, photos, adapters, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("photos", "--adapter", adapters[0], "--threshold", "0.9") == 0
+    assert [image["source"] for image in read(tmp_path / "out")["images"]] == [
+        str(photos / name) for name in ("a.png", "b.png", "c.png")
+    ]
+
+
+# ---- the threshold
+
+
+QUERIES = 50  # of the small base model
+
+
+def test_no_limit_above_the_threshold(run, photos, adapters, tmp_path, capsys):
+    """Each pair of query and class is there, more than the hundred that COCO counts."""
+    assert run(photos, "--adapter", adapters[0], "--threshold", "0") == 0
+    written = read(tmp_path / "out")
+    assert len(written["annotations"]) == 3 * QUERIES * len(NAMES) > 3 * prediction.MAX_DETECTIONS
+    scores = [a["score"] for a in written["annotations"] if a["image_id"] == 1]
+    assert scores == sorted(scores, reverse=True) and len(scores) == QUERIES * len(NAMES)
+    text = capsys.readouterr().out
+    assert "As many objects as the detector can find in one image, 50, are in 3 images: a.png, b.png, c.png." in text
+
+
+def test_uses_all_queries():
+    boxes = torch.arange(12.0).reshape(3, 4)
+
+    def full(boxes, labels, chunks, num_queries):
+        found = {"boxes": boxes, "scores": torch.ones(len(boxes)), "labels": torch.tensor(labels)}
+        return command.uses_all_queries(found, chunks, num_queries)
+
+    assert full(boxes, [0, 0, 0], [[0]], 3) and full(boxes, [0, 1, 0], [[0, 1]], 3)
+    assert not full(boxes, [0, 0, 0], [[0]], 4)
+    # A query with two classes is one object, and each prompt has all queries.
+    assert not full(boxes[[0, 0, 1]], [0, 1, 0], [[0, 1]], 3)
+    assert not full(boxes, [0, 1, 1], [[0], [1]], 3)
+
+
+def test_nothing_found(run, photos, adapters, tmp_path, capsys):
+    """The best score is named, rounded down, and how to find something."""
+    assert run(photos, "--adapter", adapters[0], "--threshold", "0.9") == 0
+    written = read(tmp_path / "out")
+    assert written["annotations"] == []
+    text = capsys.readouterr().out
+    assert "3 images, 0 objects. Nothing was found in 3 images (threshold 0.9), where the best scores are: " in text
+    assert run(photos, "--adapter", adapters[0], "--threshold", "0", output=tmp_path / "all") == 0
+    everything = read(tmp_path / "all")["annotations"]
+    best = {i["file_name"]: max(a["score"] for a in everything if a["image_id"] == i["id"]) for i in written["images"]}
+    assert {i["file_name"]: i["best_score"] for i in written["images"]} == pytest.approx(best, abs=1e-6)
+    in_order = sorted(best, key=best.__getitem__, reverse=True)
+    assert text.index(in_order[0]) < text.index(in_order[1]) < text.index(in_order[2])
+    for name, score in best.items():
+        shown = float(text.split(f"{name} ")[1].split()[0].rstrip(",."))
+        assert score - 0.001 <= shown <= score
+
+    # A threshold between the images.
+    capsys.readouterr()
+    assert run(photos, "--adapter", adapters[0], "--threshold", best[in_order[1]] - 1e-4) == 0
+    text = capsys.readouterr().out
+    assert "Nothing was found in 1 image (" in text and f"where the best score is: {in_order[2]} 0." in text
+
+
+def test_the_threshold_that_an_adapter_suggests(run, photos, adapters, tmp_path, capsys):
+    suggesting = tmp_path / "suggesting"
+    shutil.copytree(adapters[0], suggesting)
+    assert run(photos, "--adapter", adapters[0], "--threshold", "0") == 0
+    scores = sorted((a["score"] for a in read(tmp_path / "out")["annotations"]), reverse=True)
+    suggested = round((scores[9] + scores[10]) / 2, 7)
+    (suggesting / "detection.json").write_text(json.dumps({"threshold": suggested}))
+    default = ("--output_dir", tmp_path / "out")
+
+    def detected(*flags) -> list[str]:
+        capsys.readouterr()
+        code = run(photos, "--adapter", suggesting, f"silent={adapters[0]}", *default, *flags, threshold=None)
+        assert code == 0
+        return capsys.readouterr().out.splitlines()
+
+    lines = detected()
+    assert lines[0].startswith("suggesting: looking for 3 classes: ")
+    assert lines[0].endswith(f"(threshold {suggested}, as the adapter suggests)")
+    assert lines[1].startswith("silent: looking for") and lines[1].endswith("(threshold 0.3)")
+    assert len(read(tmp_path / "out" / "suggesting")["annotations"]) == 10
+    assert lines[2].startswith("suggesting: 3 images, 10 objects (")
+    assert lines[3].startswith("silent: 3 images, 0 objects. Nothing was found in 3 images (threshold 0.3), where")
+    lines = detected("--threshold", "0.9")
+    expected = f"Nothing was found in 3 images (threshold 0.9; the adapter suggests {suggested}), where"
+    assert lines[2].startswith(f"suggesting: 3 images, 0 objects. {expected}")
+
+
+def test_scores_that_are_not_finite(run, photos, adapters, monkeypatch, capsys):
+    real = command.load_detector
+
+    def damaged(*args):
+        model = real(*args)
+        with torch.no_grad():
+            next(p for name, p in model.named_parameters() if "class_embed" in name or "prompts" in name).fill_(
+                torch.nan
+            )
+        return model
+
+    monkeypatch.setattr(command, "load_detector", damaged)
+    assert run(photos, "--adapter", adapters[0]) == 2
+    assert f"{photos / 'a.png'}: its scores are not finite" in capsys.readouterr().err
+
+
+# ---- files
 
 
 def test_batches_change_nothing(run, photos, adapters, tmp_path):
@@ -164,6 +277,47 @@ def test_pictures_of_one_name_keep_apart(run, photos, adapters, tmp_path):
     assert names_of(tmp_path / "out") == sorted([*by_source.values(), "detections.json"])
 
 
+def test_subfolders(run, adapters, tmp_path, monkeypatch, capsys):
+    """The results repeat them. The results of the run before are no input."""
+    folder = tmp_path / "camera"
+    for seed, name in enumerate(("a/1.jpg", "b/1.jpg", "b/c/2.HEIC", "3.WEBP", "b/4.avif")):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        noise(seed).save(folder / name)
+    (folder / "notes.txt").write_text("no picture")
+    monkeypatch.chdir(folder)
+    for _ in range(2):
+        assert run(".", "--adapter", adapters[0], output=folder / "out") == 0
+        written = read(folder / "out")["images"]
+        names = ["3.WEBP", "a/1.jpg", "b/1.jpg", "b/4.avif", "b/c/2.HEIC.jpg"]
+        assert sorted(image["file_name"] for image in written) == names
+        for image in written:
+            with Image.open(folder / "out" / image["file_name"]) as drawn:
+                assert drawn.size == (image["width"], image["height"]) == (120, 90)
+            assert Path(image["source"]) == folder / image["file_name"].replace(".HEIC.jpg", ".HEIC")
+        assert capsys.readouterr().err.count("passed over 1 file that is not an image: notes.txt\n") == 1
+    # The boxes belong to the image of the same name.
+    assert run(folder / "b" / "1.jpg", "--adapter", adapters[0], output=tmp_path / "alone") == 0
+    (number,) = (image["id"] for image in written if image["file_name"] == "b/1.jpg")
+    ours = [a["score"] for a in read(folder / "out")["annotations"] if a["image_id"] == number]
+    assert ours and ours == pytest.approx([a["score"] for a in read(tmp_path / "alone")["annotations"]], abs=1e-5)
+
+
+def test_a_result_never_replaces_an_image(refused, run, photos, adapters, tmp_path):
+    flags = ("--adapter", adapters[0])
+    # The result of in/photos/a.png would be photos/a.png, which is an input itself.
+    (tmp_path / "in" / "photos").mkdir(parents=True)
+    noise(1).save(tmp_path / "in" / "photos" / "a.png")
+    refused("photos has the input images", tmp_path / "in", photos, *flags, output=tmp_path)
+    # A result in a watched folder would be the next input.
+    refused("has the input images", photos, "--watch", *flags, output=tmp_path)
+
+
+def test_results_beside_the_folder_of_the_images(run, photos, adapters, tmp_path):
+    before = (photos / "a.png").read_bytes()
+    assert run(photos, "--adapter", adapters[0], output=tmp_path) == 0
+    assert (tmp_path / "a.png").exists() and (photos / "a.png").read_bytes() == before
+
+
 def test_photographs_are_turned_upright(run, adapters, tmp_path):
     upright = noise(3, 90, 120)
     exif = Image.Exif()
@@ -180,7 +334,9 @@ def test_photographs_are_turned_upright(run, adapters, tmp_path):
     assert ImageOps.exif_transpose(drawn[0]).tobytes() == drawn[1].tobytes()
 
 
-@pytest.mark.parametrize("suffix", [".jpg", ".JPEG", ".png", ".webp", ".bmp", ".gif", ".tif", ".ppm", ".jp2"])
+@pytest.mark.parametrize(
+    "suffix", [".jpg", ".JPEG", ".png", ".webp", ".avif", ".heic", ".HEIF", ".bmp", ".gif", ".tif", ".ppm", ".jp2"]
+)
 @pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "RGBA", "CMYK"])
 def test_kinds_of_pictures(suffix, mode, tmp_path):
     """Whatever is read is written again, though not as it was stored."""
@@ -189,18 +345,22 @@ def test_kinds_of_pictures(suffix, mode, tmp_path):
         noise(0).convert(mode).save(file, **({"compression": "group4"} if suffix == ".tif" and mode == "1" else {}))
     except (OSError, ValueError):
         pytest.skip("no such pictures")
-    results = command.Results(tmp_path, None, ["dog"], [[0]])
+    results = command.Results("", tmp_path, None, ["dog"], [[0]], 0.5)
     found = {"boxes": torch.tensor([[5.0, 5.0, 60.0, 40.0]]), "scores": torch.ones(1), "labels": torch.tensor([0])}
-    name = command.free_name(tmp_path / f"out{suffix}", set())
-    results.add(file, name, images.read_image(file, str(file)), found, 0.5)
-    with Image.open(tmp_path / f"out{suffix}") as written:
+    name = command.free_name(Path(f"out{suffix}"), set())
+    results.add(file, name, images.read_image(file, str(file)), {**found, "best_score": 1.0}, 900)
+    assert name == f"out{suffix}" + (".jpg" if suffix.lower() in images.HEIF_SUFFIXES else "")
+    with Image.open(tmp_path / name) as written:
         assert written.size == (120, 90)
 
 
-def test_a_picture_that_pillow_cannot_write_becomes_a_png():
-    taken = {"a.psd.png"}
-    assert command.free_name(Path("in/a.psd"), taken) == "a.psd-2.png"
-    assert command.free_name(Path("in/detections.json"), taken) == "detections.json.png"
+def test_names_of_results():
+    taken = {"a/b.psd.png"}
+    assert command.free_name(Path("a/b.psd"), taken) == "a/b.psd-2.png"
+    assert command.free_name(Path("b.psd"), taken) == "b.psd.png"
+    assert command.free_name(Path("detections.json"), taken) == "detections.json.png"
+    assert command.free_name(Path("IMG_1.HEIC"), taken) == "IMG_1.HEIC.jpg"
+    assert command.free_name(Path("A/B.psd.PNG"), taken) == "A/B.psd-3.PNG"
 
 
 # ---- adapters
@@ -269,6 +429,19 @@ def test_class_names_given_override(run, photos, adapters, tmp_path):
     assert run(photos, "--adapter", *adapters, "--class_names", "red blood cell", "platelet") == 0
     for name in ("one", "two"):
         assert [c["name"] for c in read(tmp_path / "out" / name)["categories"]] == ["red blood cell", "platelet"]
+
+
+def test_a_caption_is_split_into_classes(run, photos, adapters, tmp_path, capsys):
+    assert run(photos / "a.png", "--class_names", "cat . dog . person .", "st. bernard") == 0
+    assert [c["name"] for c in read(tmp_path / "out")["categories"]] == ["cat", "dog", "person", "st. bernard"]
+    assert "looking for 4 classes: cat, dog, person, st. bernard (threshold 0.02)\n" in capsys.readouterr().out
+
+
+def test_many_classes_are_not_all_listed(run, photos, capsys):
+    names = [f"{colour} {kind}" for colour in ("red", "green", "blue", "white") for kind in ("car", "dog", "hat")]
+    assert run(photos / "a.png", "--class_names", *names) == 0
+    assert "looking for 12 classes: red car, red dog, " in (text := capsys.readouterr().out)
+    assert "white car and 2 more (threshold 0.02)\n" in text
 
 
 def test_the_adapters_own_processor(run, photos, adapters, tmp_path):
@@ -362,7 +535,8 @@ def test_watch(run, photos, adapters, tmp_path, monkeypatch, capsys):
     assert seen["at first"] == seen["half there"] == ["a.png", "b.png", "c.png"]
     assert seen["there"] == written() == ["a.png", "b.png", "c.png", "late.png"]
     output = capsys.readouterr()
-    assert output.out == f"images: 4, objects: {len(read(out)['annotations'])} in {out}\n"
+    assert f"\n4 images, {len(read(out)['annotations'])} objects (" in output.out
+    assert output.err.count("passed over 1 file that is not an image: notes.txt") == 1
     assert f"skipped: {photos / 'never.jpg'} cannot be opened" in output.err and "late" not in output.err
     assert names_of(out) == ["a.png", "b.png", "c.png", "detections.json", "late.png"]
 
@@ -379,10 +553,10 @@ def test_watching_ends_with_everything_written(run, photos, adapters, tmp_path, 
         noise(seed).save(photos / f"d{seed}.png")
     real = command.detect
 
-    def interrupted(*args):
+    def interrupted(*args, **kwargs):
         signal.raise_signal(signal.SIGINT)
         monkeypatch.setattr(command, "detect", real)
-        return real(*args)
+        return real(*args, **kwargs)
 
     monkeypatch.setattr(command, "detect", interrupted)
     assert run(photos, "--adapter", adapters[0], "--watch", "--batch_size", 1) == 0
@@ -440,7 +614,8 @@ def refused(run, offline, tmp_path, monkeypatch, capsys):
         ("--adapter no/such folder: no such folder", ("--adapter", "no/such folder")),
         ("--output_dir /proc/nowhere: cannot be written", ("--output_dir", "/proc/nowhere", "--class_names", "dog")),
         ("has no word for a prompt", ("--class_names", "dog", "...")),
-        ("must be at least one, and no name twice; got dog. cat. dog.", ("--class_names", "dog", "cat", "Dog ")),
+        ("class names: dog is given 2 times", ("--class_names", "dog", "cat", "Dog ")),
+        ("class names: dog is given 2 times", ("--class_names", "cat . dog .", "dog")),
         ("the tokenizer knows no word of '☃'", ("--class_names", "☃")),
     ],
 )
@@ -514,7 +689,7 @@ def test_bad_adapters(refused, photos, adapters, tmp_path):
         ("{", "class_names.json: not JSON"),
         ('{"a": 1}', "class_names.json: must be a JSON list of names"),
         ("[1]", "class_names.json: must be a JSON list of names"),
-        ("[]", "must be at least one"),
+        ("[]", "named: has no class name."),
     ):
         shutil.rmtree(tmp_path / "named", ignore_errors=True)
         (changed("named") / "class_names.json").write_text(text)

@@ -469,7 +469,7 @@ def test_undecided_photos_are_told(main_job, own_task, capsys):
             image.load()
         image.save(file, exif=exif)
     assert main_job("--dataset_name", own_task, "--eval_only") == 0
-    assert "split test: 2 photos have an EXIF orientation, and their size does not tell" in capsys.readouterr().out
+    assert "split test: 2 photos with an EXIF orientation, whose size does not tell" in capsys.readouterr().out
 
 
 def test_names_for_prompts_are_what_the_adapter_is_saved_with(main_job, small_task, tmp_path):

@@ -11,8 +11,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from ...errors import InputError
+from ...wording import enumerated
 from . import coco, labelme, voc, yolo
-from .source import Source, listed
+from .source import Source
 from .unread import advice, check_archive
 
 __all__ = ["Source", "find_source", "require_split"]
@@ -73,7 +74,7 @@ def _what_is_there(path: Path) -> str:
     if path.is_file():
         return "A file must be a COCO file (.json) or a data.yaml of YOLO."
     entries = sorted(entry.name + "/" * entry.is_dir() for entry in path.iterdir())
-    found = f"The folder has {listed(entries)}." if entries else "The folder is empty."
+    found = f"The folder has {enumerated(entries)}." if entries else "The folder is empty."
     return " ".join(filter(None, (f"Looked for {FORMATS}.", found, advice(path))))
 
 

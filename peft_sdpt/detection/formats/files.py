@@ -15,7 +15,6 @@ from PIL import Image
 
 from ...errors import InputError
 from ..decoding import Size, is_turned, opened, orientation_of, read_image, shown_size
-from ..images import SUFFIXES
 
 
 class ImageFinder:
@@ -86,15 +85,6 @@ def _shortened(name: str) -> list[str]:
     """Return a name with forward slashes, and without its first folder, its first two folders and so on."""
     parts = PurePosixPath(name.replace("\\", "/")).parts
     return ["/".join(parts[start:]) for start in range(len(parts))]
-
-
-def image_files(folder: Path) -> list[Path]:
-    """Return the image files in a folder and its subfolders, sorted. Hidden ones are skipped."""
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES and not any(p.startswith(".") for p in path.relative_to(folder).parts)
-    )
 
 
 @dataclass

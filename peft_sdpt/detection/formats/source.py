@@ -21,8 +21,6 @@ VALIDATION_NAMES = ("val", "valid", "validation")
 SPLIT_NAME = re.compile(r"(train|val|valid|validation|dev|test)(ing)?(\W|_|\d|$)", re.IGNORECASE)
 # The name of the only split of a data set that does not name it, as in CVAT.
 DEFAULT = "default"
-# The number of paths that a message names.
-MAX_LISTED = 10
 
 
 class SplitFields(TypedDict):
@@ -128,13 +126,3 @@ def box_around(points: list[tuple[float, float]]) -> tuple[float, float, float, 
     """Return the smallest box (x, y, width, height) that contains all points."""
     xs, ys = zip(*points, strict=True)
     return min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)
-
-
-def listed(names: list[Any]) -> str:
-    """Return names for an error message. Only some are listed, because LVIS has 1203 classes."""
-    more = [f"{len(names) - MAX_LISTED} more"] if len(names) > MAX_LISTED else []
-    return ", ".join([*map(repr, map(_plain, names[:MAX_LISTED])), *more])
-
-
-def _plain(name: Any) -> Any:
-    return str(name) if isinstance(name, Path) else name

@@ -15,8 +15,10 @@ from typing import Any
 import yaml
 
 from ...errors import InputError
-from .files import ImageFinder, image_files, split_images
-from .source import DEFAULT, Source, SplitFields, box_around, is_split_name, listed, read_text
+from ...wording import enumerated
+from ..images import images_in
+from .files import ImageFinder, split_images
+from .source import DEFAULT, Source, SplitFields, box_around, is_split_name, read_text
 
 NAME_FILES = ("classes.txt", "obj.names", "names.txt", "*.names")
 # Keys of `data.yaml` for the splits.
@@ -61,7 +63,7 @@ def _with_yaml(file: Path, content: Any) -> Source:
     if isinstance(names, dict):
         if set(names) != set(range(len(names))):
             raise InputError(
-                f"{file}: the numbers in `names` must be 0, 1, 2 and so on, got {listed(sorted(names, key=str))}."
+                f"{file}: the numbers in `names` must be 0, 1, 2 and so on, got {enumerated(sorted(map(repr, names)))}."
             )
         names = [names[index] for index in range(len(names))]
     if not isinstance(names, list) or not all(isinstance(name, (str, int, float)) for name in names):
@@ -94,9 +96,9 @@ def _images_of_yaml(file: Path, root: Any, value: Any, split: str) -> list[Path]
             there = sorted(entry.name for entry in file.parent.iterdir())
             raise InputError(
                 f"{file}: the folder of `{split}` does not exist; looked for {looked_for}. {file.parent} has "
-                f"{listed(there)}."
+                f"{enumerated(there)}."
             )
-        images += image_files(place) if place.is_dir() else _listed_images(place, file.parent)
+        images += images_in(place)[0] if place.is_dir() else _listed_images(place, file.parent)
     if not images:
         raise InputError(f"{file}: `{split}` is {value!r}, where no image was found.")
     return images
@@ -119,12 +121,12 @@ def _with_names(folder: Path, names_file: Path) -> Source:
         for place in sorted(folder.glob(pattern.format(split="*"))):
             before, after = pattern.split("{split}")
             split = place.relative_to(folder).as_posix().removeprefix(before).removesuffix(after)
-            if place.is_dir() and is_split_name(split) and (images := image_files(place)):
+            if place.is_dir() and is_split_name(split) and (images := images_in(place)[0]):
                 splits.setdefault(split, images)
     for file in sorted(folder.glob("*.txt")):
         if is_split_name(file.stem):
             splits.setdefault(file.stem, _listed_images(file, folder))
-    if not splits and (images := image_files(folder)):
+    if not splits and (images := images_in(folder)[0]):
         splits[DEFAULT] = images
 
     def read(split: str) -> tuple[SplitFields, str]:
