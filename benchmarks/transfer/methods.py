@@ -60,6 +60,7 @@ SDPT_PARAMETERS = r"sdpt_(prompts|gates)"
 # Four rates per method, half a decade apart, shifted until the best one is not the lowest or highest.
 PROMPT_RATES = (0.03, 0.1, 0.3, 1.0)
 LARGE_PROMPT_RATES = (0.1, 0.3, 1.0, 3.0)
+SCALE_RATES = (0.01, 0.03, 0.1, 0.3)
 LARGE_ADAPTER_RATES = (0.003, 0.01, 0.03, 0.1)
 MIDDLE_ADAPTER_RATES = (0.001, 0.003, 0.01, 0.03)
 ADAPTER_RATES = (0.0003, 0.001, 0.003, 0.01)
@@ -191,7 +192,7 @@ METHODS: dict[str, Method] = {
     "mudpt-paper": Method(
         "MuDPT, transformer maps",
         _prompts("coupled by transformers", MUDPT_TOKENS),
-        ADAPTER_RATES,
+        MIDDLE_ADAPTER_RATES,
         r"\.make\.own\.",
         PROMPT_FACTOR,
     ),
@@ -218,7 +219,7 @@ METHODS: dict[str, Method] = {
     # The LoRA part of "SDPT and LoRA" alone.
     # About as many parameters as SDPT, where most adaptation is said to happen.
     "lora-image": Method("LoRA in the encoder's image layers, r = 2", _lora(2, ENCODER_IMAGE), MIDDLE_ADAPTER_RATES),
-    "scales-image": Method("scales in the encoder's image layers, (IA)³", _scales, LARGE_ADAPTER_RATES),
+    "scales-image": Method("scales in the encoder's image layers, (IA)³", _scales, SCALE_RATES),
     "lora-outside": Method("LoRA outside the fusion layers, r = 8", _lora(8, OUTSIDE_FUSION), MIDDLE_ADAPTER_RATES),
     "full": Method("full fine-tuning", lambda host, *_: train(host, lambda _: True), WEIGHT_RATES),
     # One rate for prompts and weights, as in the released command.
