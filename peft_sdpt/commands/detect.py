@@ -302,8 +302,7 @@ def prepare_results(args: argparse.Namespace, base_model: str, adapters: list[Sa
     detectors: list[SavedAdapter | None] = [*adapters] or [None]
     for adapter in detectors:
         if args.class_names:
-            # The check of the names says what is wrong with a caption that has no words.
-            class_names = [name for text in args.class_names for name in split_caption(text) or [text]]
+            class_names = [name for text in args.class_names for name in split_caption(text)]
         elif adapter:
             with hint("Pass --class_names."):
                 class_names = read_class_names(adapter)

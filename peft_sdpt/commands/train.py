@@ -74,6 +74,7 @@ from ..training import (
     push,
     trained_parameters,
 )
+from ..wording import counted
 from .train_arguments import (
     ADAPTER_FLAGS,
     BASE_MODEL,
@@ -149,6 +150,14 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator, tasks: Mapping[s
         accelerator.print("--cache_features: the backbones have dropout; stored features are computed without it")
     if args.image_size:
         check_image_size(detector, processor, args.image_size)
+    num_queries = detector.config.num_queries
+    for split, data in splits.items():
+        crowded = sum(len(boxes) > num_queries for boxes in data.boxes)
+        if crowded:
+            accelerator.print(
+                f"split {split}: {counted(crowded, 'image')} with more objects than the {num_queries} queries of the "
+                "detector, which cannot find all of them"
+            )
     # Called for its error: a class name that does not fit into a prompt should end the run before it starts.
     split_classes(splits[eval_split].class_names, processor.tokenizer, detector.config.max_text_len)
     return Setup(

@@ -16,6 +16,7 @@ except ImportError as error:
 
 from ..errors import InputError
 from .data import DetectionSplit, centre_boxes, check_images, divide, few_shot, match_classes
+from .decoding import read_image
 from .drawing import draw_detections, side_by_side
 from .feature_cache import FeatureCache
 from .grounding import (
@@ -85,6 +86,7 @@ __all__ = [
     "only_split",
     "phrase_lengths",
     "read_class_names",
+    "read_image",
     "read_threshold",
     "result_of",
     "rows_of",

@@ -54,7 +54,7 @@ def class_prompt(class_names: Sequence[str]) -> str:
     """
     phrases = []
     for name in class_names:
-        if len(classes := split_caption(name)) > 1:
+        if len(classes := _phrases(name)) > 1:
             raise InputError(
                 f"class_names: {name!r} is a prompt of {len(classes)} classes; pass a list with one name per class."
             )
@@ -69,23 +69,32 @@ def class_prompt(class_names: Sequence[str]) -> str:
 
 
 def split_caption(text: str) -> list[str]:
-    """Split a prompt as Grounding DINO writes it into class names.
+    """Split a text that a person wrote into class names.
 
     Args:
-        text: A prompt, or the name of one class. A prompt ends with a full stop, or has one between spaces.
+        text: The name of one class, or several names: with commas between them, or as a prompt of Grounding DINO. A
+            prompt ends with a full stop, or has one between spaces.
 
     Returns:
-        The class names.
+        The class names. The text itself if it has no name.
 
     Example:
         >>> split_caption("cat . dog . red apple .")
         ['cat', 'dog', 'red apple']
+        >>> split_caption("cat, dog")
+        ['cat', 'dog']
         >>> split_caption("St. Bernard")
         ['St. Bernard']
     """
+    names = [name.strip() for phrase in _phrases(text) for name in phrase.split(",")]
+    return [name for name in names if name] or [text]
+
+
+def _phrases(text: str) -> list[str]:
+    """Return the phrases of a prompt. Any other text is one phrase."""
     if not (text.rstrip().endswith(".") or " . " in text):
         return [text]
-    return [phrase for phrase in PHRASE_END.split(text.strip()) if phrase] or [text]
+    return [phrase for phrase in PHRASE_END.split(text.strip()) if phrase]
 
 
 def phrase_lengths(class_names: Sequence[str], tokenizer: Any) -> list[int]:

@@ -74,8 +74,13 @@ def detect(
         For each image, the best of all pairs of query and class, sorted by score, and the best score.
 
     Raises:
-        InputError: `max_detections` is below 1.
+        InputError: `max_detections` is below 1, or an image is not RGB.
     """
+    for index, image in enumerate(images):
+        if image.mode != "RGB":  # a conversion by Pillow would make an image of 16 bits white
+            raise InputError(
+                f"images[{index}]: must be RGB, got {image.mode}; peft_sdpt.detection.read_image reads any file as RGB."
+            )
     pixels = processor.image_processor(images, return_tensors="pt")
     sizes = [image.size for image in images]
     return _detect(model, processor.tokenizer, pixels, sizes, class_names, chunks, threshold, max_detections)

@@ -56,6 +56,7 @@ def test_class_prompt(names, prompt):
         ("cat. red apple.", ["cat", "red apple"]),
         ("cat . dog", ["cat", "dog"]),
         (" cat.  dog.\n", ["cat", "dog"]),
+        ("cat, dog , red apple,", ["cat", "dog", "red apple"]),
         # One name.
         ("cat", ["cat"]),
         ("cat.", ["cat"]),
@@ -71,6 +72,7 @@ def test_split_caption(text, names):
 
 @pytest.mark.parametrize("name", ["cat . dog . person .", "cat. dog."])
 def test_a_prompt_in_place_of_a_name_is_refused(name):
+    assert class_prompt(["tench, Tinca tinca"]) == "tench, tinca tinca."
     with pytest.raises(InputError, match=rf"class_names: '{name}' is a prompt of \d classes; pass a list"):
         class_prompt(["owl", name])
 

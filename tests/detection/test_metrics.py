@@ -474,3 +474,8 @@ def test_evaluate_a_host(processor):
     data = make_split([[BOX], [OTHER], []], [[0], [1], []], classes=2)
     metrics = evaluate(host, processor, data, 2, Accelerator(cpu=True))
     assert metrics.keys() == {"AP", "AP50", "AP75"} and all(0 <= value <= 1 for value in metrics.values())
+
+
+def test_images_of_another_mode_are_refused():
+    with pytest.raises(InputError, match=r"images\[1\]: must be RGB, got I;16; peft_sdpt\.detection\.read_image"):
+        detect(None, None, [Image.new("RGB", (9, 9)), Image.new("I;16", (9, 9))], ["dog"], [[0]])

@@ -461,6 +461,18 @@ def test_a_data_set_without_splits_is_divided(main_job, own_task, tmp_path, caps
     assert other["image_ids"]["test"] != record["image_ids"]["test"]
 
 
+def test_more_objects_than_queries_are_told(main_job, own_task, capsys):
+    """The small base model has 50 queries."""
+
+    def crowd(coco):
+        box = {"image_id": coco["images"][0]["id"], "category_id": coco["categories"][0]["id"], "bbox": [0, 0, 9, 9]}
+        coco["annotations"] += [{"id": 1000 + index, **box} for index in range(60)]
+
+    edit(own_task / "test.json", crowd)
+    assert main_job("--dataset_name", own_task, "--eval_only") == 0
+    assert "split test: 1 image with more objects than the 50 queries of the detector" in capsys.readouterr().out
+
+
 def test_undecided_photos_are_told(main_job, own_task, capsys):
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 3
