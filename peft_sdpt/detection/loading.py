@@ -18,7 +18,7 @@ from ..wording import counted, enumerated
 from .data import Box, DetectionSplit, check_images, match_classes
 from .formats import Source, find_source, require_split
 from .formats.files import SplitImages
-from .formats.source import is_split_name, read_json, split_names
+from .formats.source import is_split_name, matching_split, read_json
 from .grounding import class_prompt
 
 # The four numbers of a box in each format. FRACTIONS before a name says that they are fractions of the image size.
@@ -75,7 +75,7 @@ def has_split(dataset_name: str, split: str) -> bool:
     Raises:
         InputError: As in `find_splits`.
     """
-    return not set(split_names(split)).isdisjoint(find_splits(dataset_name))
+    return matching_split(find_splits(dataset_name), split) is not None
 
 
 def only_split(dataset_name: str) -> str | None:

@@ -362,6 +362,32 @@ def test_the_file_in_place_of_the_folder(tmp_path):
     check(load_split(str(tmp_path / "coco" / "annotations.json"), "default"))
 
 
+def test_images_that_are_named_as_splits(tmp_path):
+    """Their files are those of images, not lists of images or annotations of a split."""
+    names = {"train_1.png": "a.png", "test.png": "b c.png", "val.png": "d.jpg"}
+    for folder in ("yolo", "labelme"):
+        picture_files(tmp_path / folder)
+        for new, old in names.items():
+            size, objects = IMAGES[old]
+            with Image.open(tmp_path / folder / old) as image:
+                image.save(tmp_path / folder / new)
+            (tmp_path / folder / old).unlink()
+            put((tmp_path / "yolo" / new).with_suffix(".txt"), write_yolo(size, objects))
+            put((tmp_path / "labelme" / new).with_suffix(".json"), write_labelme(new, size, objects, NAMES))
+    put(tmp_path / "yolo" / "classes.txt", "\n".join(NAMES))
+    for folder in ("yolo", "labelme"):
+        assert find_splits(str(tmp_path / folder)) == ["default"]
+        check(load_split(str(tmp_path / folder), "default"))
+
+
+def test_splits_in_other_letter_case(tmp_path):
+    cvat(tmp_path)
+    (tmp_path / "annotations" / "instances_train.json").rename(tmp_path / "annotations" / "instances_Train.json")
+    (tmp_path / "images" / "train").rename(tmp_path / "images" / "Train")
+    assert has_split(str(tmp_path), "train")
+    check(load_split(str(tmp_path), "train"))
+
+
 def test_only_an_evaluation_split_is_not_divided(tmp_path):
     picture_files(tmp_path / "images")
     put(tmp_path / "test.json", coco())

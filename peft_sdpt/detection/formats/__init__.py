@@ -13,7 +13,7 @@ from pathlib import Path
 from ...errors import InputError
 from ...wording import enumerated
 from . import coco, labelme, voc, yolo
-from .source import Source
+from .source import Source, matching_split
 from .unread import advice, check_archive
 
 __all__ = ["Source", "find_source", "require_split"]
@@ -84,7 +84,7 @@ def require_split(source: Source, split: str, dataset_name: str) -> str:
     Raises:
         InputError: There is no such split.
     """
-    name = source.find(split)
+    name = matching_split(source.splits, split)
     if name is None:
         places = ", ".join(place.format(split=split) for place in source.looked_for)
         looked_for = f"; looked for {places}" if places else ""

@@ -10,7 +10,18 @@ from typing import Any
 
 from ...errors import InputError
 from .files import ImageFinder, split_images
-from .source import DEFAULT, Source, SplitFields, is_crowd, is_split_name, one_name, read_json
+from .source import (
+    DEFAULT,
+    START,
+    USUAL_NAMES,
+    Source,
+    SplitFields,
+    is_crowd,
+    is_labelme,
+    one_name,
+    read_json,
+    start_of,
+)
 from .unread import describe_json
 
 # Where a folder may have the annotation file of a split, and the folders of its images. If several files are for the
@@ -39,8 +50,6 @@ WHOLE_FILES = (
     *("annotations/annotations.json", "annotations/default.json"),
 )
 WHOLE_IMAGES = ("images", "images/default", "default", "data", "")
-# A COCO file names one of its three lists within this number of bytes, except after a long `info`.
-BYTES_LOOKED_AT = 100_000
 NUMBER = (int, float)
 ID = (int, float, str)
 # The fields that are read from each entry of a COCO file, and their types. Boxes and names are checked later.
@@ -89,8 +98,8 @@ def _split_files(folder: Path) -> dict[str, tuple[Path, list[Path], str]]:
         for file in sorted(folder.glob(layout.format(split="*"))):
             split = file.relative_to(folder).as_posix().removeprefix(before).removesuffix(after)
             path = file.relative_to(folder).as_posix()
-            # The folder may have other JSON files than annotations.
-            if is_split_name(split) or (path not in (*WHOLE_FILES, *found) and _looks_like_coco(file)):
+            # The folder may have other JSON files. A file for a split is read even if it is damaged.
+            if path not in (*WHOLE_FILES, *found) and _may_be_coco(file, split):
                 files.setdefault(split, (file, _folders(folder, images, split), layout))
                 found.add(path)
     return files
@@ -102,16 +111,17 @@ def _whole_file(folder: Path) -> dict[str, tuple[Path, list[Path], str]]:
     return {DEFAULT: (file, _folders(folder, WHOLE_IMAGES, DEFAULT), "")} if file else {}
 
 
+def _may_be_coco(file: Path, split: str) -> bool:
+    """Tell whether a file is, or should be, the COCO file of a split."""
+    return _looks_like_coco(file) or (split.lower() in USUAL_NAMES and not is_labelme(file))
+
+
 def _looks_like_coco(file: Path) -> bool:
     """Tell by the start of a file whether it may be a COCO file."""
-    try:
-        with file.open("rb") as stream:
-            start = stream.read(BYTES_LOOKED_AT)
-    except OSError:
-        return False
+    start = start_of(file)
     lists = set(re.findall(rb'"(images|annotations|categories)"\s*:\s*\[', start))
     # Label Studio writes its categories alone into `notes.json`.
-    is_whole = len(start) < BYTES_LOOKED_AT
+    is_whole = len(start) < START
     return start.lstrip().startswith(b"{") and bool(lists) and not (is_whole and lists == {b"categories"})
 
 

@@ -11,10 +11,8 @@ from typing import Any
 
 from ...errors import InputError
 from .files import ImageFinder, split_images
-from .source import DEFAULT, Source, SplitFields, box_around, is_split_name, read_json
+from .source import DEFAULT, Source, SplitFields, box_around, is_labelme, is_split_name, read_json
 
-# LabelMe writes its shapes within this number of bytes, before the image.
-BYTES_LOOKED_AT = 100_000
 # Shapes that enclose an area. The others, such as points and lines, are no objects.
 AREAS = ("rectangle", "polygon", "circle", "mask", "rotation", "oriented rectangle")
 
@@ -25,7 +23,7 @@ def find(folder: Path) -> Source | None:
     Returns:
         The data set, or None if the folder has no such file.
     """
-    files = [file for file in sorted(folder.rglob("*.json")) if not file.name.startswith(".") and _is_labelme(file)]
+    files = [file for file in sorted(folder.rglob("*.json")) if not file.name.startswith(".") and is_labelme(file)]
     if not files:
         return None
     read_file = functools.cache(read_json)
@@ -40,15 +38,6 @@ def find(folder: Path) -> Source | None:
         return _read(folder, splits[split], read_file, shapes, names), f"{folder} ({split})"
 
     return Source("LabelMe", list(splits), read, looked_for=("{split}/*.json",))
-
-
-def _is_labelme(file: Path) -> bool:
-    """Tell by the start of a file whether LabelMe wrote it. The image, which may be in the file, is not read."""
-    try:
-        with file.open("rb") as stream:
-            return b'"shapes"' in stream.read(BYTES_LOOKED_AT)
-    except OSError:
-        return False
 
 
 def _shapes(file: Path, content: Any) -> list[dict]:

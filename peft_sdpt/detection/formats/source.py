@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
@@ -17,8 +17,12 @@ from ...errors import InputError
 
 # Different names of the same split.
 VALIDATION_NAMES = ("val", "valid", "validation")
+USUAL_NAMES = ("train", *VALIDATION_NAMES, "test")
 # Names that a split usually has, also with a year or a number: train2017, val-1.
 SPLIT_NAME = re.compile(r"(train|val|valid|validation|dev|test)(ing)?(\W|_|\d|$)", re.IGNORECASE)
+# The number of bytes that tell the format of a file. A COCO file names one of its lists within them, except after a
+# long `info`. LabelMe writes its shapes before the image.
+START = 100_000
 # The name of the only split of a data set that does not name it, as in CVAT.
 DEFAULT = "default"
 
@@ -54,19 +58,39 @@ class Source:
     sets_boxes: bool = True
     looked_for: tuple[str, ...] = ()
 
-    def find(self, split: str) -> str | None:
-        """Return the name that a split has here. None if there is no such split."""
-        return next((name for name in split_names(split) if name in self.splits), None)
 
+def matching_split(splits: Iterable[str], split: str) -> str | None:
+    """Find a split by its name, by another name of the validation split, or in other letter case.
 
-def split_names(split: str) -> tuple[str, ...]:
-    """Return all names of a split, starting with the given one."""
-    return (split, *(name for name in VALIDATION_NAMES if split in VALIDATION_NAMES and name != split))
+    Args:
+        splits: Names of the splits that exist.
+        split: The name to look for.
+
+    Returns:
+        The name of the split that exists, or None.
+    """
+    others = [name for name in VALIDATION_NAMES if split in VALIDATION_NAMES and name != split]
+    by_name = {name.lower(): name for name in splits} | {name: name for name in splits}
+    return next((by_name[name] for name in (split, *others) if name in by_name), None)
 
 
 def is_split_name(name: str) -> bool:
     """Tell whether a name is one that splits usually have."""
     return SPLIT_NAME.match(name) is not None
+
+
+def start_of(file: Path) -> bytes:
+    """Return the first 100 kB of a file, to tell its format. Empty if the file cannot be read."""
+    try:
+        with file.open("rb") as stream:
+            return stream.read(START)
+    except OSError:
+        return b""
+
+
+def is_labelme(file: Path) -> bool:
+    """Tell by the start of a JSON file whether LabelMe wrote it."""
+    return re.search(rb'"shapes"\s*:\s*\[', start_of(file)) is not None
 
 
 def read_text(file: Path) -> str:

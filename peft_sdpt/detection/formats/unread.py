@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import InputError
-from .source import read_json
+from .source import read_json, start_of
 
 ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".7z", ".rar")
 # Datumaro needs older versions of NumPy and Pillow than this package allows, so it runs in an environment of its own.
@@ -69,8 +69,7 @@ def _has(*patterns: str) -> Callable[[Path], bool]:
 
 def _xml_of_cvat(folder: Path) -> bool:
     for file in (*folder.glob("*.xml"), *folder.glob("annotations/*.xml")):
-        with file.open("rb") as stream:
-            return b"<annotations" in stream.read(2000)
+        return b"<annotations" in start_of(file)
     return False
 
 

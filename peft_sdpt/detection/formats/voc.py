@@ -8,6 +8,7 @@ VOC has no list of classes. The classes are the sorted names in all splits, so t
 from __future__ import annotations
 
 import functools
+import re
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -15,7 +16,7 @@ from xml.etree import ElementTree
 from ...errors import InputError
 from ..images import SUFFIXES
 from .files import ImageFinder, split_images
-from .source import DEFAULT, Source, SplitFields, is_split_name, read_text
+from .source import DEFAULT, Source, SplitFields, is_split_name, read_text, start_of
 
 ANNOTATIONS = ("Annotations", "annotations", "labels", "xmls")
 IMAGES = ("JPEGImages", "images", "Images")
@@ -43,9 +44,7 @@ def find(folder: Path) -> Source | None:
 
 
 def _is_voc(file: Path) -> bool:
-    with file.open("rb") as stream:
-        start = stream.read(2000)
-    return b"<annotation>" in start or b"<annotation " in start
+    return re.search(rb"<annotation[ >]", start_of(file)) is not None
 
 
 def _lists(folder: Path, files: list[Path]) -> dict[str, list[Path]]:

@@ -16,9 +16,9 @@ import yaml
 
 from ...errors import InputError
 from ...wording import enumerated
-from ..images import images_in
+from ..images import SUFFIXES, images_in
 from .files import ImageFinder, split_images
-from .source import DEFAULT, Source, SplitFields, box_around, is_split_name, read_text
+from .source import DEFAULT, USUAL_NAMES, Source, SplitFields, box_around, is_split_name, read_text
 
 NAME_FILES = ("classes.txt", "obj.names", "names.txt", "*.names")
 # Keys of `data.yaml` for the splits.
@@ -123,8 +123,10 @@ def _with_names(folder: Path, names_file: Path) -> Source:
             split = place.relative_to(folder).as_posix().removeprefix(before).removesuffix(after)
             if place.is_dir() and is_split_name(split) and (images := images_in(place)[0]):
                 splits.setdefault(split, images)
+    beside = {path.stem for path in folder.iterdir() if path.suffix.lower() in SUFFIXES}
     for file in sorted(folder.glob("*.txt")):
-        if is_split_name(file.stem):
+        # Not the labels of an image that has the name of a split.
+        if file.stem.lower() in USUAL_NAMES and file.stem not in beside:
             splits.setdefault(file.stem, _listed_images(file, folder))
     if not splits and (images := images_in(folder)[0]):
         splits[DEFAULT] = images
