@@ -139,6 +139,14 @@ def yolo_of_label_studio(folder: Path) -> None:
     put(folder / "notes.json", {"categories": [{"id": 0, "name": "cat"}], "info": {}})
 
 
+def yolo_of_supervision(folder: Path) -> None:
+    """It writes a `data.yaml` without splits."""
+    picture_files(folder / "images")
+    for name in IMAGES:
+        put((folder / "labels" / name).with_suffix(".txt"), yolo_lines(name))
+    put(folder / "data.yaml", "nc: 3\nnames: [cat, dog, owl]\n")
+
+
 def yolo_of_labelimg(folder: Path) -> None:
     picture_files(folder)
     for name in IMAGES:
@@ -300,7 +308,7 @@ WITH_SPLITS = {
     "rows": (parquet, saved_to_disk, imagefolder),
 }
 WITHOUT_SPLITS = {
-    "YOLO": (yolo_of_label_studio, yolo_of_labelimg),
+    "YOLO": (yolo_of_label_studio, yolo_of_supervision, yolo_of_labelimg),
     "Pascal VOC": (voc_of_labelimg,),
     "LabelMe": (labelme,),
     "COCO": (

@@ -44,7 +44,8 @@ def find(path: Path) -> Source | None:
             return _with_yaml(file, content)
     for pattern in NAME_FILES:
         for file in sorted(path.glob(pattern)):
-            return _with_names(path, file)
+            names = [line.strip() for line in read_text(file).rstrip().splitlines()]
+            return _by_folder(path, names, file)
     return None
 
 
@@ -70,12 +71,15 @@ def _with_yaml(file: Path, content: Any) -> Source:
         raise InputError(f"{file}: `names` must be a list of class names, got {names!r}.")
     if content.get("nc", len(names)) != len(names):
         raise InputError(f"{file}: `nc` says {content['nc']!r} classes, but `names` has {len(names)}.")
+    names = [str(name) for name in names]
     folders = {key: content[key] for key in SPLIT_KEYS if content.get(key)}
+    if not folders:
+        return _by_folder(file.parent, names, file)
     has_keypoints = bool(content.get("kpt_shape"))
 
     def read(split: str) -> tuple[SplitFields, str]:
         images = _images_of_yaml(file, content.get("path"), folders[split], split)
-        return _read([str(name) for name in names], images, file, split, has_keypoints), f"{file} ({split})"
+        return _read(names, images, file, split, has_keypoints), f"{file} ({split})"
 
     return Source("YOLO", list(folders), read, looked_for=(f"the key `{{split}}` in {file.name}",))
 
@@ -111,11 +115,8 @@ def _listed_images(file: Path, root: Path) -> list[Path]:
     return [finder.find(line) or file.parent / line for line in lines]
 
 
-def _with_names(folder: Path, names_file: Path) -> Source:
-    """Return the data set of a folder with a list of class names, but without `data.yaml`."""
-    names = [line.strip() for line in read_text(names_file).splitlines()]
-    while names and not names[-1]:
-        names.pop()
+def _by_folder(folder: Path, names: list[str], names_file: Path) -> Source:
+    """Return the data set of a folder with class names, but without a `data.yaml` that names its splits."""
     splits: dict[str, list[Path]] = {}
     for pattern in IMAGE_FOLDERS:
         for place in sorted(folder.glob(pattern.format(split="*"))):
