@@ -5,18 +5,33 @@
 These parts work with any training loop. Install them with `pip install peft_sdpt[detection]`.
 """
 
+from importlib.util import find_spec
+
 try:
     import faster_coco_eval  # noqa: F401
     import PIL  # noqa: F401
     import scipy  # noqa: F401
+
+    # Only looked for, because it is slow to import and first needed after training.
+    if find_spec("matplotlib") is None:
+        raise ImportError(name="matplotlib")
 except ImportError as error:
     raise ImportError(
         f"peft_sdpt.detection needs the package {error.name}: pip install peft_sdpt[detection]", name=error.name
     ) from None
 
 from ..errors import InputError
+from .analysis import (
+    analyse_precision,
+    choose_images,
+    describe_images,
+    find_errors,
+    measure_threshold,
+    suggest_thresholds,
+)
+from .charts import draw_report
 from .data import DetectionSplit, centre_boxes, check_images, few_shot, require_same_classes
-from .drawing import draw_detections, side_by_side
+from .drawing import draw_detections, draw_objects, side_by_side
 from .feature_cache import FeatureCache
 from .grounding import class_prompt, class_scores, class_token_maps, phrase_lengths, split_classes
 from .loading import has_split, load_split, load_splits
@@ -33,9 +48,11 @@ from .saved_adapter import (
     load_processor,
     load_trainable,
     read_class_names,
+    read_threshold,
     save_adapter,
     set_image_size,
     write_adapter,
+    write_threshold,
 )
 
 __all__ = [
@@ -47,21 +64,27 @@ __all__ = [
     "Sample",
     "SavedAdapter",
     "TrainingSamples",
+    "analyse_precision",
     "augment",
     "average_precision",
     "centre_boxes",
     "check_image_size",
     "check_images",
+    "choose_images",
     "class_prompt",
     "class_scores",
     "class_token_maps",
     "common_base_model",
+    "describe_images",
     "detect",
     "detect_split",
     "draw_detections",
+    "draw_objects",
+    "draw_report",
     "evaluate",
     "few_shot",
     "find_adapter",
+    "find_errors",
     "has_split",
     "load_base_model",
     "load_detector",
@@ -70,8 +93,10 @@ __all__ = [
     "load_splits",
     "load_trainable",
     "mean_boxes_per_process",
+    "measure_threshold",
     "phrase_lengths",
     "read_class_names",
+    "read_threshold",
     "require_same_classes",
     "result_of",
     "rows_of",
@@ -79,5 +104,7 @@ __all__ = [
     "set_image_size",
     "side_by_side",
     "split_classes",
+    "suggest_thresholds",
     "write_adapter",
+    "write_threshold",
 ]

@@ -65,9 +65,7 @@ def average_precision(
     return mean_precision(precision_table(data, detections, max_detections))
 
 
-def precision_table(
-    data: DetectionSplit, detections: list[Row], max_detections: int = MAX_DETECTIONS
-) -> np.ndarray:
+def precision_table(data: DetectionSplit, detections: list[Row], max_detections: int = MAX_DETECTIONS) -> np.ndarray:
     """Compute the precision of each class, from which COCO's AP is a mean.
 
     Args:
