@@ -309,11 +309,9 @@ def _describe(processor: Any, class_names: Sequence[str], threshold: Mapping[str
     )
     rows = [("classes", f"{len(class_names):,}: {', '.join(names)}"), ("image size", f"resized to {pixels}")]
     if threshold:
-        best = (
-            f"{threshold['threshold']:g}, with the best F1 on the split `{threshold['split']}`, {threshold['f1']:.2f}"
-        )
-        gives = f"precision {threshold['precision']:.2f} and recall {threshold['recall']:.2f} at IoU 0.5"
-        rows.append(("score threshold", f"{best} ({gives})"))
+        best = f"{threshold['threshold']:g}, which has the best F1 on the split `{threshold['split']}`"
+        gives = ", ".join(f"{name} {threshold[name.lower()]:.2f}" for name in ("F1", "precision", "recall"))
+        rows.append(("score threshold", f"{best}: {gives} at IoU 0.5"))
     comment = "this repository" if source != "." else "the folder of this file, or the id of its repository on the Hub"
     lines = [
         "## How to detect with it",
