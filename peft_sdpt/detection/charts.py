@@ -55,7 +55,7 @@ def draw_report(record: dict[str, Any], file: Path) -> None:
         _validation(axes["validation"], record["curves"]["validation"], record["best"])
     _precision(axes["precision"], record["precision_recall"])
     _classes(axes["classes"], record["classes"])
-    _errors(axes["errors"], record["errors"], record["threshold"]["threshold"])
+    _errors(axes["errors"], record["errors"], record["at_threshold"]["threshold"])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
         figure.savefig(file, format="png", metadata={"Software": None})
