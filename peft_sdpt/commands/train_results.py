@@ -15,9 +15,9 @@ from typing import Any
 
 from ..detection import Detections, DetectionSplit, draw_report, side_by_side, write_threshold
 from ..detection.analysis import count_objects
-from ..detection.charts import describe_error, worst_and_best
+from ..detection.charts import describe_error, most_frequent, worst_and_best
 from ..files import whole_files
-from ..model_card import CARD, write_section
+from ..model_card import CARD, write_licence, write_section
 from ..training import Progress
 from ..words import counted, shorten
 
@@ -162,7 +162,7 @@ def write_report(
         The names of the files.
     """
     prefix = "eval_" if args.eval_only else ""
-    title = f"boxes with a score of at least {shown.threshold:g} ({shown.reason})"
+    title = f"boxes with a score of at least {shown.threshold:g}, {shown.reason}"
     with whole_files(args.output_dir) as folder:
         (folder / f"{prefix}metrics.json").write_text(to_json(record), encoding="utf-8")
         draw_report(record, folder / f"{prefix}report.png")
@@ -176,11 +176,12 @@ def write_report(
 
 
 def write_best_card(folder: Path, processor: Any, class_names: list[str], card: dict[str, Any]) -> None:
-    """Write how to detect with the best adapter into its model card. The arguments are those of `write_threshold`, and
-    `card` is that of `write_report`."""
+    """Write the licence and how to detect into the model card of the best adapter. The arguments are those of
+    `write_threshold`, and `card` is that of `write_report`."""
     with whole_files(folder) as unfinished:
         shutil.copyfile(folder / CARD, unfinished / CARD)
         write_threshold(unfinished, processor, class_names, card["threshold"], card["source"])
+        write_licence(unfinished / CARD, card["licence"])
 
 
 def to_json(record: dict[str, Any]) -> str:
@@ -209,9 +210,9 @@ def print_report(args: argparse.Namespace, record: dict[str, Any], data: Detecti
     at = record["at_threshold"]
     print(f"\nat a score of at least {at['threshold']:g}: F1 {at['f1']:.3f}, ", end="")
     print(f"precision {at['precision']:.3f}, recall {at['recall']:.3f}")
-    if record["errors"]:
-        errors = ", ".join(f"{describe_error(error)} ({error['count']:,})" for error in record["errors"][:ON_SCREEN])
-        print(f"most frequent errors: {errors}")
+    for kind, errors in most_frequent(record["errors"], ON_SCREEN // 2).items():
+        listed = ", ".join(f"{describe_error(error)} ({error['count']:,})" for error in errors)
+        print(f"  {kind + ':':11} {listed}")
     print()
     if trained := record["trainable_parameters"]:
         total = record["total_parameters"]
@@ -266,8 +267,9 @@ def describe_last(data: str, record: dict[str, Any]) -> str:
     ]
     if record["errors"]:
         paragraphs.append("Most frequent errors at this score:")
-        errors = record["errors"][: IN_CARD // 2]
-        paragraphs.append("\n".join(f"- {describe_error(error)}: {error['count']:,}" for error in errors))
+        kinds = most_frequent(record["errors"], IN_CARD // 4).values()
+        lines = [f"- {describe_error(error)}: {error['count']:,}" for errors in kinds for error in errors]
+        paragraphs.append("\n".join(lines))
     paragraphs += [
         "![Curves and charts of the training](report.png)",
         "![Objects, and detections before and after](detections.png)",

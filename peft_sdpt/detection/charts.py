@@ -14,8 +14,10 @@ from .analysis import DetectionError
 
 # Colours of "before" and "after", as in the plots of the benchmarks.
 COLOURS = {"before": "#888888", "after": "#d62728"}
-# Numbers of bars. More classes are cut to the best and the worst.
-NUM_CLASSES, NUM_ERRORS = 20, 10
+# Number of classes to show. More are cut to the best and the worst.
+NUM_CLASSES = 20
+# Colour of each kind of error, and the number of its errors to show.
+ERRORS, NUM_ERRORS = {"confused": "#9467bd", "missed": "#1f77b4", "background": "#ff7f0e", "repeated": "#2ca02c"}, 4
 # Properties of the names beside bars. A dollar sign in a name does not start a formula.
 NAMES: dict[str, Any] = {"fontsize": 8, "parse_math": False}
 # Longest name of a class beside a bar, in letters.
@@ -94,6 +96,20 @@ def describe_error(error: DetectionError) -> str:
     }[error["error"]].format(**error)
 
 
+def most_frequent(errors: Sequence[DetectionError], number: int) -> dict[str, list[DetectionError]]:
+    """Choose the errors to show: the most frequent ones of each kind that occurs, because most errors are of one kind.
+
+    Args:
+        errors: Errors, those with the highest count first.
+        number: Largest number of errors of a kind.
+
+    Returns:
+        The errors of each kind.
+    """
+    kinds = {kind: [error for error in errors if error["error"] == kind][:number] for kind in ERRORS}
+    return {kind: chosen for kind, chosen in kinds.items() if chosen}
+
+
 def _loss(axes: Any, loss: dict[str, Sequence[float]]) -> None:
     axes.plot(loss["step"], loss["value"], color=COLOURS["after"], linewidth=1)
     axes.set(title="training loss", xlabel="step", ylim=(0, None))
@@ -130,14 +146,14 @@ def _classes(axes: Any, classes: dict[str, dict[str, Any]]) -> None:
             axes.barh([place + offset * (height < 0.8) for place, _ in values], [value for _, value in values], height,
                       color=colour, label=when)  # fmt: skip
     axes.set_yticks(places, [shorten(name, NAME_LENGTH) for name in shown], **NAMES)
-    many = f", the {NUM_CLASSES // 2} worst and the {NUM_CLASSES // 2} best classes" if after_gap else ""
+    many = f" ({NUM_CLASSES // 2} best, {NUM_CLASSES // 2} worst)" if after_gap else ""
     axes.set(title=f"AP of each class{many}", xlim=(0, 1))
     axes.legend(frameon=False, fontsize=8, loc="lower right")
 
 
 def _errors(axes: Any, errors: list[DetectionError], threshold: float) -> None:
-    shown = errors[:NUM_ERRORS][::-1]
-    axes.barh(range(len(shown)), [error["count"] for error in shown], color="#1f77b4")
+    shown = [error for chosen in most_frequent(errors, NUM_ERRORS).values() for error in chosen][::-1]
+    axes.barh(range(len(shown)), [error["count"] for error in shown], color=[ERRORS[error["error"]] for error in shown])
     axes.set_yticks(range(len(shown)), [shorten(describe_error(error), 2 * NAME_LENGTH) for error in shown], **NAMES)
     axes.set(title=f"most frequent errors at a score of at least {threshold:g}", xlabel="number")
     if not shown:

@@ -5,7 +5,7 @@
 import pytest
 from PIL import Image
 
-from peft_sdpt.detection.charts import draw_report, worst_and_best
+from peft_sdpt.detection.charts import draw_report, most_frequent, worst_and_best
 from tests.helpers.detectors import run_python
 
 
@@ -76,6 +76,14 @@ def test_the_worst_and_the_best_classes():
     classes["class 8"]["after"] = {"AP": -1.0}
     classes["class 7"]["before"] = None
     assert worst_and_best(classes, 8)[0][:2] == ["class 8", "class 0"] and len(worst_and_best(classes, 8)[0]) == 8
+
+
+def test_the_most_frequent_errors_of_each_kind():
+    errors = [{"error": kind, "count": count} for count in (3, 2, 1) for kind in ("missed", "background", "confused")]
+    chosen = most_frequent(errors, 2)
+    assert list(chosen) == ["confused", "missed", "background"]
+    assert all([error["count"] for error in of_kind] == [3, 2] for of_kind in chosen.values())
+    assert most_frequent([], 2) == {}
 
 
 @pytest.mark.parametrize("package", ["matplotlib", "faster_coco_eval"])

@@ -47,6 +47,7 @@ def test_the_main_job_writes_results_into_its_cards(train, small_task, tmp_path)
     for name, row in (("before", "before, the base model alone"), ("after", "after")):
         assert f"| {row} | {' | '.join(f'{metrics[name][key]:.3f}' for key in ('AP', 'AP50', 'AP75'))} |" in last
     assert f"`{small_task.name}`" in last and "split `test`, 4 images of 40 classes" in last and MADE_BY_US in last
+    assert "after 1 training step." in last
     assert "(detections.png)" in last and "# My own words" in last and "license: mit" in last
     assert "library_name: peft" in last
     assert f"| validation | {metrics['best']['AP']:.3f} |" in best and "detections.png" not in best
