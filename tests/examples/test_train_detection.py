@@ -29,8 +29,10 @@ from transformers import (
 import train_detection
 from peft_sdpt import SDPTConfig, SDPTLayer
 from peft_sdpt.commands import train
+from peft_sdpt.commands.train_results import print_images, size_of
 from peft_sdpt.model_card import licence_of
 from peft_sdpt.training import checkpoints
+from tests.detection.test_metrics import BOX, make_split
 from tests.helpers.detectors import ROOT, attach, make_host, run_python
 from tests.helpers.main_job import (
     EVERYTHING,
@@ -372,6 +374,17 @@ def test_the_report_has_what_happened(main_job, trained, small_task, tmp_path, c
     assert f"F1 {at['f1']:.3f}, precision {at['precision']:.3f}" in card and "report.png" in card
     # Lists of numbers are on one line.
     assert len((out / "metrics.json").read_text().splitlines()) < 1500
+
+
+def test_one_of_a_kind_is_singular(capsys):
+    one, two = make_split([[BOX]]), make_split([[BOX], []], classes=2)
+    assert (size_of(one), size_of(two)) == ("1 image of 1 class", "2 images of 2 classes")
+    print_images({"train": two, "val": make_split([[BOX] * 2], classes=2)}, {"val"}, 1)
+    assert capsys.readouterr().out.splitlines() == [
+        "train: 1 of 2 images has no objects",
+        "val: 1 image has more than 1 object, and AP counts the 1 best detections of an image; "
+        "--max_detections 100 counts more",
+    ]
 
 
 def test_images_without_objects_and_with_many_are_told(main_job, own_task, tmp_path, capsys):
