@@ -6,8 +6,8 @@
 
 Without flags, the script uses the small base model in `examples/host` and the built-in task "twemoji": pictograms with
 known names, in a drawing style that the base model has never seen. The script measures COCO AP of the base model,
-trains, measures again, and saves the adapter, `metrics.json` and `detections.png` in the output folder. "Before" is
-always the base model without an adapter.
+trains, measures again, and saves the adapter, `metrics.json`, `report.png` and `detections.png` in the output folder.
+"Before" is always the base model without an adapter.
 
 With your own photos and boxes:
 

@@ -30,6 +30,7 @@ from .config import SDPTConfig
 from .files import publish_folder
 from .hosts import GLIP
 from .model_card import CARD
+from .wording import counted
 
 # A parameter of zeros that the released code appends to the text mask. It hides prompts from the image.
 _MASK = "cpt_maskpad"
@@ -230,7 +231,7 @@ def main(arguments: list[str] | None = None) -> None:
     widths = " or ".join(str(width) for width in sorted(set(layers.values())))
     size = os.path.getsize(os.path.join(args.output_dir, SAFETENSORS_WEIGHTS_NAME))
     print(
-        f"{args.output_dir}: {len(layers)} fusion layer{'s' * (len(layers) > 1)}, {config.num_virtual_tokens} tokens "
+        f"{args.output_dir}: {counted(len(layers), 'fusion layer')}, {counted(config.num_virtual_tokens, 'token')} "
         f"per layer, embedding dimension {widths}; {SAFETENSORS_WEIGHTS_NAME} has {size:,} bytes.",
         *(f"  {name}" for name in layers),
         f"The weights of the base model were not converted; they are in {args.checkpoint}.",

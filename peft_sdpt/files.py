@@ -12,6 +12,7 @@ import contextlib
 import os
 import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -85,6 +86,7 @@ def whole_file(file: str | os.PathLike, *, durable: bool = True) -> Iterator[Pat
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         yield unfinished
+        follow_umask(unfinished)
         if durable:
             flush(unfinished)
         os.replace(unfinished, file)
@@ -114,6 +116,7 @@ def whole_files(folder: str | os.PathLike) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         yield unfinished
+        follow_umask(*unfinished.iterdir())
         flush(unfinished)
         for file in sorted(unfinished.iterdir()):
             os.replace(file, folder / file.name)
@@ -133,10 +136,34 @@ def publish_folder(unfinished: Path, folder: Path) -> None:
     Raises:
         OSError: The folder cannot be flushed or renamed.
     """
+    follow_umask(*unfinished.iterdir())
     flush(unfinished)
     if folder.is_dir():
         folder.rmdir()  # on Windows, renaming does not replace an empty folder
     os.replace(unfinished, folder)
+
+
+def follow_umask(*files: Path) -> None:
+    """Give files that only their owner can read the permissions that a new file has in their folder.
+
+    safetensors 0.8 gives its files the mode 0600, whatever the umask of the user says.
+
+    Args:
+        files: Paths of new files. Paths of anything else are ignored.
+
+    Raises:
+        OSError: The permissions cannot be changed.
+    """
+    for file in files:
+        # On Windows, files have no such permissions.
+        if os.name == "posix" and file.is_file() and not file.stat().st_mode & 0o077:
+            # A new file tells the umask. Asking for the umask itself would change it for other threads for a moment.
+            example = file.with_name(f"{secrets.token_hex(8)}{UNFINISHED}")
+            try:
+                example.touch(exist_ok=False)
+                file.chmod(stat.S_IMODE(example.stat().st_mode))
+            finally:
+                example.unlink(missing_ok=True)
 
 
 def flush(path: Path) -> None:

@@ -15,20 +15,24 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, cast
 
 import peft
 import yaml
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData, hf_hub_download, metadata_load
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft.config import PeftConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING_NAMES
+
+from .wording import counted
 
 CARD = "README.md"
 PIPELINE_TAG = "zero-shot-object-detection"
 TAGS = ("prompt-tuning", "sdpt")
 DETECTION_TAG = "open-vocabulary-detection"
+LICENCE_FIELDS = ("license", "license_name", "license_link")
 _DETECTOR = "AutoModelForZeroShotObjectDetection"
 _PAPER = "https://arxiv.org/abs/2407.11414"
 _BASE_MODEL_TAG = "base_model:adapter:"
@@ -64,8 +68,8 @@ def complete_card(folder: str | os.PathLike, saved_config: PeftConfig) -> None:
     """Complete the model card in a folder, if it is a card of PEFT or an empty form. Other files are left alone.
 
     The metadata gets the library, the pipeline, the tags, and the base model if it is on the Hub. An existing `license`
-    is kept, and no licence is guessed. An empty form is replaced by our text. A text that somebody wrote is kept, and
-    our section is added after it, or replaced in its place.
+    is kept, and `write_licence` adds one. An empty form is replaced by our text. A text that somebody wrote is kept,
+    and our section is added after it, or replaced in its place.
 
     Args:
         folder: Folder of the saved adapter.
@@ -146,9 +150,42 @@ def carry_card(folder: Path, other: Path) -> None:
         pass
 
 
-def write_results(card: Path, results: str | None) -> None:
-    """Write the section with results into a model card. None removes it."""
-    card.write_text(with_section(card.read_text(encoding="utf-8"), "results", results), encoding="utf-8")
+def write_section(card: Path, name: str, body: str | None) -> None:
+    """Write a section into a model card. None removes it. See `with_section`."""
+    card.write_text(with_section(card.read_text(encoding="utf-8"), name, body), encoding="utf-8")
+
+
+def licence_of(source: str | os.PathLike) -> dict[str, str]:
+    """Find the licence in the model card of a folder, or of a repository on the Hub.
+
+    Args:
+        source: A folder or a Hub id.
+
+    Returns:
+        `license`, and `license_name` and `license_link` of a licence that the Hub does not know. It is empty if there
+        is no card, the card names no licence, or the Hub cannot be reached.
+    """
+    try:
+        file = Path(source) / CARD if Path(source).is_dir() else hf_hub_download(str(source), CARD)
+        metadata = metadata_load(file) or {}
+    except Exception:  # `huggingface_hub` and its HTTP client raise many kinds of errors
+        return {}
+    return {name: metadata[name] for name in LICENCE_FIELDS if isinstance(metadata.get(name), str)}
+
+
+def write_licence(card: Path, licence: Mapping[str, str]) -> None:
+    """Write a licence into the metadata of a model card.
+
+    Args:
+        card: Path of the card.
+        licence: A result of `licence_of`. If it is empty, the card stays as it is.
+    """
+    if not licence:
+        return
+    content = ModelCard.load(card, ignore_metadata_errors=True)
+    for name in LICENCE_FIELDS:
+        setattr(content.data, name, licence.get(name))
+    content.save(card)
 
 
 def _name(config: AdapterConfig) -> str:
@@ -191,10 +228,10 @@ def _describe(config: AdapterConfig, base_model: str | None) -> str:
     widths = list((config.fusion_layers or {}).values())
     tokens = f"{config.num_virtual_tokens} per layer" + (" and modality" if config.prompt_mode == "independent" else "")
     if widths:
-        size = _size_of(config, ".sdpt_prompts", ".sdpt_gates")
+        size = counted(_size_of(config, ".sdpt_prompts", ".sdpt_gates"), "parameter")
         wide = " or ".join(f"{width}" for width in sorted(set(widths)))
         lines += [
-            f"| tokens | {tokens}, {size:,} parameters in total{' with the gates' if config.fusion_gates else ''} |",
+            f"| tokens | {tokens}, {size} in total{' with the gates' if config.fusion_gates else ''} |",
             f"| fusion layers | {len(widths)}, with tokens of width {wide}; `fusion_layers` in `adapter_config.json` "
             "lists them |",
         ]
@@ -206,10 +243,11 @@ def _describe(config: AdapterConfig, base_model: str | None) -> str:
         if (value := getattr(config, name)) != defaults[name]:
             lines.append(f"| `{name}` | {value} |")
     if config.lora_rank is not None:
-        size = _size_of(config, ".sdpt_lora_A", ".sdpt_lora_B")
+        size = counted(_size_of(config, ".sdpt_lora_A", ".sdpt_lora_B"), "parameter")
+        layers = counted(len(config.lora_layers or {}), "linear layer")
         lines.append(
-            f"| LoRA | rank {config.lora_rank}, scaled by {config.lora_scaling:g}, on {len(config.lora_layers or {})} "
-            f"linear layers, {size:,} parameters in total; `lora_layers` in `adapter_config.json` lists them |"
+            f"| LoRA | rank {config.lora_rank}, scaled by {config.lora_scaling:g}, on {layers}, {size} in total; "
+            "`lora_layers` in `adapter_config.json` lists them |"
         )
     if config.modules_to_save:
         lines.append(f"| fully trained modules | {', '.join(f'`{name}`' for name in config.modules_to_save)} |")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +21,7 @@ from peft.config import PeftConfig
 from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import safe_open
 
+from .files import follow_umask
 from .model_card import complete_card
 
 # Shapes of the parameters of an adapter, by plain name.
@@ -78,6 +80,8 @@ class SavedConfig(PeftConfig):
         self.auto_mapping = kwargs.get("auto_mapping_dict") or self.auto_mapping
         super().save_pretrained(os.fspath(save_directory), **kwargs)
         complete_card(save_directory, self)
+        # PEFT's model has just written the weights.
+        follow_umask(Path(save_directory) / SAFETENSORS_WEIGHTS_NAME)
 
     def _upload_modified_files(self, working_dir: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         # `push_to_hub` has put the card of the repository, or transformers' empty one, over ours.

@@ -5,8 +5,8 @@
     accelerate launch -m peft_sdpt.commands.train --dataset_name path/to/folder --output_dir my-adapter
 
 The command `sdpt-train` does the same in one process. It measures COCO AP of the base model, trains, measures again,
-and saves the adapter, `metrics.json` and `detections.png` in the output folder. "Before" is always the base model
-without an adapter.
+and saves the adapter, `metrics.json`, `report.png` and `detections.png` in the output folder. "Before" is always the
+base model without an adapter.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +38,15 @@ from ..detection import (
     GroundedDetectionLoss,
     SavedAdapter,
     TrainingSamples,
-    average_precision,
+    analyse_precision,
     check_image_size,
+    choose_images,
+    describe_images,
     detect_split,
     divide,
     few_shot,
     find_adapter,
+    find_errors,
     has_split,
     load_base_model,
     load_detector,
@@ -51,16 +54,21 @@ from ..detection import (
     load_splits,
     load_trainable,
     mean_boxes_per_process,
+    measure_threshold,
     only_split,
+    read_threshold,
     result_of,
     save_adapter,
     set_image_size,
     split_classes,
+    suggest_thresholds,
     write_adapter,
 )
+from ..detection.saved_adapter import THRESHOLD_FILE
 from ..errors import InputError, hint, one_line_errors
 from ..files import check_writable
 from ..layer import SDPTLayer
+from ..model_card import licence_of
 from ..training import (
     LORA_LEARNING_RATE,
     Checkpoints,
@@ -85,7 +93,19 @@ from .train_arguments import (
     flags_of,
     parse_args,
 )
-from .train_results import NUM_SHOWN_IMAGES, describe_best, report, report_division, report_shots
+from .train_results import (
+    DEFAULT_THRESHOLD,
+    NUM_SHOWN_IMAGES,
+    Shown,
+    describe_best,
+    make_record,
+    print_images,
+    print_report,
+    report_division,
+    report_shots,
+    write_best_card,
+    write_report,
+)
 
 
 @dataclass
@@ -98,6 +118,7 @@ class Setup:
         eval_split: Name of the split for measuring AP before and after training.
         detector: The `PeftModel`, or the base model if only that is measured.
         model: The model to call: `detector`, or what Accelerate made of it.
+        licence: Metadata of the model cards.
     """
 
     args: argparse.Namespace
@@ -110,13 +131,33 @@ class Setup:
     model: nn.Module
     cache: FeatureCache | None
     progress: Progress
+    licence: dict[str, str] = field(default_factory=dict)
 
-    def measure(self, split: str, label: str) -> tuple[dict[str, float], list[tuple]]:
-        """Measure the model on a split. Returns its metrics and its detections."""
+    def measure(self, split: str, label: str) -> tuple[dict[str, Any], list[tuple]]:
+        """Measure the model on a split. Returns the result of `analyse_precision`, and the detections."""
         args, data = self.args, self.splits[split]
         batch_size, workers = args.per_device_eval_batch_size, args.dataloader_num_workers
-        rows = detect_split(self.model, self.processor, data, batch_size, self.accelerator, label, workers)
-        return average_precision(data, rows), rows
+        rows = detect_split(
+            self.model,
+            self.processor,
+            data,
+            batch_size,
+            self.accelerator,
+            label,
+            workers,
+            max_detections=args.max_detections,
+        )
+        return analyse_precision(data, rows, args.max_detections), rows
+
+    def suggest(self, split: str, rows: list[tuple]) -> dict[str, Any]:
+        """Suggest score thresholds from the detections in a split: one for `all` classes, and those of `classes`."""
+        best, of_classes = suggest_thresholds(self.splits[split], rows, self.args.max_detections)
+        return {"all": best and {**best, "split": split}, "classes": of_classes}
+
+    def card(self, threshold: dict[str, Any] | None, subfolder: str = "") -> dict[str, Any]:
+        """Return the arguments of `save_adapter` for the model card."""
+        source = f"{self.args.hub_model_id}{subfolder}" if self.args.push_to_hub else "."
+        return {"threshold": threshold, "licence": self.licence, "source": source}
 
 
 @dataclass
@@ -265,7 +306,7 @@ def prepare_training(setup: Setup) -> Training:
     checkpoints = Checkpoints(
         accelerator,
         args.output_dir,
-        lambda folder: write_adapter(folder, detector, setup.processor, train.class_names),
+        lambda folder: write_adapter(folder, detector, setup.processor, train.class_names, licence=setup.licence),
         run,
         args.checkpoints_total_limit,
     )
@@ -312,9 +353,10 @@ def train(setup: Setup, training: Training) -> list[str]:
         for batches in remaining_steps(setup, training):
             loss = train_step(setup, training, loss_function, batches)
             progress.step += 1
+            progress.losses.append(loss)
             progress.seconds += time.perf_counter() - start
             bar.update()
-            bar.set_postfix(loss=f"{loss.item():.3f}")
+            bar.set_postfix(loss=f"{loss:.3f}")
             if args.with_tracking:
                 log_step(setup, loss, training.scheduler.get_last_lr())
             stopped = interruption.asked_for()
@@ -326,7 +368,8 @@ def train(setup: Setup, training: Training) -> list[str]:
             if progress.step % validation_steps == 0:
                 validate(setup, training)
             start = time.perf_counter()
-    names = save(setup, training, args.output_dir)
+    # Saved before the last validation, which may fail. The report adds what the validation suggests.
+    names = save(setup, training, args.output_dir, setup.card(None))
     validate(setup, training)
     return names
 
@@ -345,10 +388,8 @@ def remaining_steps(setup: Setup, training: Training) -> Iterator[list[tuple]]:
         raise
 
 
-def train_step(
-    setup: Setup, training: Training, loss_function: GroundedDetectionLoss, batches: list[tuple]
-) -> torch.Tensor:
-    """Take one optimizer step. Returns the loss of its batches as if they were one batch."""
+def train_step(setup: Setup, training: Training, loss_function: GroundedDetectionLoss, batches: list[tuple]) -> float:
+    """Take one optimizer step. Returns the loss of the batches of all processes as if they were one batch."""
     args, accelerator = setup.args, setup.accelerator
     number = setup.progress.step + 1
     # The boxes of all batches of the step, so that the losses add up to the loss of one large batch.
@@ -374,7 +415,7 @@ def train_step(
         training.scheduler.step()
         if training.average:
             training.average.update_parameters(training.trained)
-    return step_loss
+    return accelerator.reduce(step_loss, reduction="mean").item()
 
 
 def rate_flags(training: Training) -> str:
@@ -388,27 +429,31 @@ def validate(setup: Setup, training: Training) -> None:
     if not setup.validation_split or progress.validated == progress.step:
         return
     with averaged(setup.detector, training.average):
-        metrics, _ = setup.measure(setup.validation_split, "validating")
+        measured, rows = setup.measure(setup.validation_split, "validating")
+    metrics = measured["metrics"]
     progress.validated = progress.step
+    progress.validations.append({"step": progress.step, **metrics})
+    progress.thresholds = setup.suggest(setup.validation_split, rows)
     if metrics["AP"] > progress.best.get("AP", -1):
-        progress.best = {**metrics, "step": progress.step}
+        threshold = progress.thresholds["all"]
+        progress.best = {**metrics, "step": progress.step, "threshold": threshold}
         results = describe_best(args.dataset_name, setup.validation_split, progress.best)
-        save(setup, training, args.output_dir / "best", results)
+        save(setup, training, args.output_dir / "best", setup.card(threshold, "/best"), results)
     setup.accelerator.log({f"validation/{name}": value for name, value in metrics.items()}, step=progress.step)
 
 
-def save(setup: Setup, training: Training, folder: Path, results: str | None = None) -> list[str]:
-    """Save the adapter, or its moving average, with results in its model card. Returns the names of the files."""
+def save(setup: Setup, training: Training, folder: Path, card: dict[str, Any], results: str | None = None) -> list[str]:
+    """Save the adapter, or its moving average, with its model card. Returns the names of the files."""
     if not setup.accelerator.is_main_process:
         return []
     class_names = setup.splits[setup.args.train_split].class_names
     with averaged(setup.detector, training.average):
-        return save_adapter(folder, setup.detector, setup.processor, class_names, results)
+        return save_adapter(folder, setup.detector, setup.processor, class_names, results, **card)
 
 
-def log_step(setup: Setup, loss: torch.Tensor, learning_rates: list[float]) -> None:
+def log_step(setup: Setup, loss: float, learning_rates: list[float]) -> None:
     """Send the loss, the learning rates and the mean norm of the prompts of each layer to the trackers."""
-    values = {"loss": setup.accelerator.reduce(loss, reduction="mean").item()}
+    values = {"loss": loss}
     values |= dict(zip(("learning_rate", "lora_learning_rate"), learning_rates, strict=False))
     layers = [module for module in setup.detector.modules() if isinstance(module, SDPTLayer)]
     for index, layer in enumerate(layers):
@@ -421,18 +466,67 @@ def log_step(setup: Setup, loss: torch.Tensor, learning_rates: list[float]) -> N
 # ---- evaluate
 
 
-def evaluate(setup: Setup, label: str, average: AveragedModel | None = None) -> dict[str, Any]:
-    """Measure the model, or its moving average. Returns metrics, and the detections in the first images."""
+def evaluate(setup: Setup, label: str, average: AveragedModel | None = None) -> tuple[dict[str, Any], list[tuple]]:
+    """Measure the model, or its moving average, on the evaluation split.
+
+    Returns:
+        The result of `analyse_precision` with `shown`, the detections in some images. And all detections.
+    """
     with averaged(setup.detector, average):
-        metrics, rows = setup.measure(setup.eval_split, label)
-    num_shown = min(NUM_SHOWN_IMAGES, len(setup.splits[setup.eval_split]))
-    return {"metrics": metrics, "shown": [result_of(image, rows) for image in range(num_shown)]}
+        measured, rows = setup.measure(setup.eval_split, label)
+    images = choose_images(setup.splits[setup.eval_split], NUM_SHOWN_IMAGES)
+    return {**measured, "shown": [result_of(image, rows) for image in images]}, rows
 
 
-def evaluate_base_model(setup: Setup) -> dict[str, Any]:
+def evaluate_base_model(setup: Setup) -> tuple[dict[str, Any], list[tuple]]:
     """Measure the base model without its adapter."""
     with setup.detector.disable_adapter() if isinstance(setup.detector, PeftModel) else nullcontext():
         return evaluate(setup, "before")
+
+
+def report(setup: Setup, after: dict[str, Any] | None, rows: list[tuple], own_threshold: float | None) -> list[str]:
+    """Print the results, and write them with pictures and a model card.
+
+    Args:
+        setup: The run.
+        after: Results with the adapter, or None.
+        rows: Detections in the evaluation split, with the adapter if there is one.
+        own_threshold: Score threshold that the evaluated adapter was saved with, or None.
+
+    Returns:
+        The names of the files that belong to the adapter.
+    """
+    args, data = setup.args, setup.splits[setup.eval_split]
+    thresholds = setup.progress.thresholds or setup.suggest(setup.eval_split, rows)
+    suggested = thresholds["all"]
+    if own_threshold is not None:
+        threshold, reason = own_threshold, "the threshold of the adapter"
+    elif suggested:
+        threshold, reason = suggested["threshold"], f"which has the best F1 on the split {suggested['split']}"
+    else:
+        threshold, reason = DEFAULT_THRESHOLD, "the default, because no box is right"
+    trained = trained_parameters(setup.detector).values()
+    record = make_record(
+        args,
+        setup.progress,
+        after,
+        data,
+        thresholds,
+        at_threshold=measure_threshold(data, rows, threshold, args.max_detections),
+        errors=find_errors(data, rows, threshold, args.max_detections),
+        images={split: describe_images(each) for split, each in setup.splits.items()},
+        trainable_parameters=0 if args.eval_only else sum(parameter.numel() for parameter in trained),
+        total_parameters=sum(parameter.numel() for parameter in setup.detector.parameters()),
+    )
+    columns = {"before": setup.progress.before["shown"]} | ({"after": after["shown"]} if after else {})
+    shown = Shown(data.subset(choose_images(data, NUM_SHOWN_IMAGES)), columns, threshold, reason)
+    names = write_report(args, record, shown, data, setup.eval_split, setup.processor, setup.card(suggested))
+    if setup.progress.best and args.push_to_hub:
+        # The best adapter may come from a part of the run that was to push nothing.
+        card = setup.card(setup.progress.best["threshold"], "/best")
+        write_best_card(args.output_dir / "best", setup.processor, data.class_names, card)
+    print_report(args, record, data, setup.eval_split)
+    return names
 
 
 def run(args: argparse.Namespace, tasks: Mapping[str, Task]) -> None:
@@ -447,29 +541,37 @@ def run(args: argparse.Namespace, tasks: Mapping[str, Task]) -> None:
     # The token is removed from the arguments, because they are saved in `metrics.json`.
     token = vars(args).pop("hub_token")
     hub = prepare_push(args.hub_model_id, token, accelerator) if args.push_to_hub else None
+    own_threshold = read_threshold(find_adapter(args.adapter)) if args.adapter and args.eval_only else None
 
     setup = prepare(args, accelerator, tasks)
+    if accelerator.is_main_process:
+        print_images(setup.splits, {setup.validation_split, setup.eval_split}, args.max_detections)
+    if accelerator.is_main_process and not args.eval_only:
+        # A licence that somebody wrote into the card of the output folder stays.
+        flag = {"license": args.license} if args.license else {}
+        setup.licence = flag or licence_of(args.output_dir) or licence_of(args.model_name_or_path)
     training = None if args.eval_only else prepare_training(setup)
+    rows: list[tuple] = []
     # A checkpoint already has the results of the base model.
-    setup.progress.before = setup.progress.before or evaluate_base_model(setup)
+    if not setup.progress.before:
+        setup.progress.before, rows = evaluate_base_model(setup)
     after, names = None, []
     if training:
         names = train(setup, training)
-        after = evaluate(setup, "after", training.average)
+        after, rows = evaluate(setup, "after", training.average)
         metrics = {f"after/{name}": value for name, value in after["metrics"].items()}
         accelerator.log(metrics, step=setup.progress.step)
     elif args.adapter:
-        after = evaluate(setup, "after")
-    if accelerator.is_main_process:
-        report(args, setup.progress, setup.detector, setup.eval_split, setup.splits[setup.eval_split], after)
+        after, rows = evaluate(setup, "after")
+    written = report(setup, after, rows, own_threshold) if accelerator.is_main_process else []
 
     # Frees the DDP wrapper before the process group ends. If the wrapper is the last to hold the group, torch 2.13
     # keeps Python's lock while it waits for a thread of gloo that may need the lock, and the process hangs.
     (setup.model,) = accelerator.free_memory(setup.model)
     accelerator.end_training()
     if hub:
-        best = [f"best/{name}" for name in names if setup.progress.best]
-        names = [*names, "metrics.json", "detections.png", *best]
+        best = [f"best/{name}" for name in (*names, THRESHOLD_FILE) if setup.progress.best]
+        names = [*names, *written, *best]
         repository, folder = args.hub_model_id, args.output_dir
         again = f'hf upload {repository} {folder} . --exclude "step_*/*" --exclude "data/*"'
         with hint(f"To try again: {again}"):

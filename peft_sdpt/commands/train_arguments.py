@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Callable, Collection
 from pathlib import Path
 
 from accelerate.tracking import get_available_trackers
 
 from ..detection import BOX_FORMATS
+from ..detection.prediction import MAX_DETECTIONS
 from ..errors import InputError
 from ..files import output_folder
 from ..training import LORA_LEARNING_RATE
@@ -29,7 +31,7 @@ FREE_FLAGS = (
     *("output_dir", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "validation_steps"),
     *("with_tracking", "report_to", "per_device_eval_batch_size", "dataloader_num_workers"),
     "cache_features",
-    *("push_to_hub", "hub_model_id"),
+    *("push_to_hub", "hub_model_id", "license"),
     *("dataset_name", "train_split", "validation_split", "eval_split", "shots", *DATA_FLAGS),
     *("num_train_epochs", "max_train_steps", "per_device_train_batch_size", "mixed_precision"),
 )
@@ -196,6 +198,12 @@ def add_training_flags(group: argparse._ArgumentGroup) -> None:
         help="Evaluate and save the exponential moving average of the prompts, with this decay per step.",
     )
     group.add_argument(
+        "--max_detections",
+        type=int,
+        default=MAX_DETECTIONS,
+        help="Number of best detections per image that count in evaluation.",
+    )
+    group.add_argument(
         "--mixed_precision",
         choices=("no", "fp16", "bf16"),
         help="Mixed precision. Default: the setting of `accelerate config`.",
@@ -238,6 +246,11 @@ def add_output_flags(group: argparse._ArgumentGroup) -> None:
         "--push_to_hub", action="store_true", help="Upload the last and the best adapter to the Hub after training."
     )
     group.add_argument("--hub_model_id", help="Repository to push to, user/name. It is created if it does not exist.")
+    group.add_argument(
+        "--license",
+        help="Licence of the adapter for its model card, such as apache-2.0. Default: that of the base model, if its "
+        "model card names one.",
+    )
     group.add_argument(
         "--hub_token", help="Token with write access to the repository. Default: the token of `hf auth login`."
     )
@@ -284,7 +297,7 @@ def check_args(args: argparse.Namespace) -> None:
 def check_values(args: argparse.Namespace) -> None:
     for name in ("num_train_epochs", "max_train_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
                  "gradient_accumulation_steps", "num_virtual_tokens", "lora_rank", "image_size", "shots",
-                 "validation_steps", "checkpointing_steps", "checkpoints_total_limit"):  # fmt: skip
+                 "validation_steps", "checkpointing_steps", "checkpoints_total_limit", "max_detections"):  # fmt: skip
         value = getattr(args, name)
         if value not in (None, "epoch") and value < 1:
             raise InputError(f"--{name} {value}: must be at least 1.")
@@ -301,11 +314,13 @@ def check_values(args: argparse.Namespace) -> None:
         if value is not None and not 0 < value < 1:
             raise InputError(f"--{name} {value}: must be above 0 and below 1.")
     for name in ("dataset_name", "adapter", "model_name_or_path", "resume_from_checkpoint", "hub_model_id",
-                 "cache_features"):  # fmt: skip
+                 "cache_features", "license"):  # fmt: skip
         if getattr(args, name) == "":
             raise InputError(f"--{name}: is empty.")
     if args.hub_model_id and args.hub_model_id.count("/") != 1:
         raise InputError(f"--hub_model_id {args.hub_model_id}: must be user/name.")
+    if args.license and not re.fullmatch(r"[a-z0-9.+-]+", args.license):
+        raise InputError(f"--license {args.license}: must be an identifier of the Hub, such as apache-2.0.")
 
 
 def check_combinations(args: argparse.Namespace) -> None:

@@ -6,21 +6,30 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-from torch import nn
-
-from ..detection import Detections, DetectionSplit, side_by_side
+from ..detection import Detections, DetectionSplit, draw_report, side_by_side, write_threshold
+from ..detection.analysis import count_objects
+from ..detection.charts import describe_error, most_frequent, worst_and_best
 from ..files import whole_files
-from ..model_card import CARD, write_results
-from ..training import Progress, trained_parameters
+from ..model_card import CARD, write_licence, write_section
+from ..training import Progress
+from ..wording import counted, shorten
 
 METRICS = ("AP", "AP50", "AP75")
 # Number of images of the evaluation split in `detections.png`.
 NUM_SHOWN_IMAGES = 4
+# Score threshold of `detections.png` if no other can be suggested.
+DEFAULT_THRESHOLD = 0.3
+# Number of points of the curve of the loss in `metrics.json`.
+NUM_POINTS = 500
+# Numbers of classes and of errors on the screen, and in a model card.
+ON_SCREEN, IN_CARD = 6, 20
 
 
 def report_division(output_dir: Path, seed: int, splits: dict[str, DetectionSplit]) -> None:
@@ -37,100 +46,198 @@ def report_shots(output_dir: Path, shots: int, seed: int, train: DetectionSplit,
     for label, name in enumerate(train.class_names):
         num_images = sum(label in labels for labels in train.labels)
         if num_images < shots:
-            print(f"--shots {shots}: class {name!r} is on {num_images} images only; all of them are used")
+            print(f"--shots {shots}: class {name!r} is on {counted(num_images, 'image')} only; all of them are used")
     record = {"shots": shots, "seed": seed, "image_ids": drawn.image_ids}
     with whole_files(output_dir) as folder:
         (folder / "shots.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
-def report(
+@dataclass
+class Shown:
+    """The images in `detections.png`.
+
+    Attributes:
+        data: A split with the images.
+        columns: Maps a heading to the detections in each image.
+        threshold: Lowest score to draw.
+        reason: Why it is this one.
+    """
+
+    data: DetectionSplit
+    columns: dict[str, list[Detections]]
+    threshold: float
+    reason: str
+
+
+def print_images(splits: dict[str, DetectionSplit], measured: Collection[str | None], max_detections: int) -> None:
+    """Print the number of images without objects, and of images with more objects than AP counts.
+
+    Args:
+        splits: The splits by name.
+        measured: Names of the splits that are measured.
+        max_detections: Value of `--max_detections`.
+    """
+    for split, data in splits.items():
+        numbers = [len(crowds) - sum(crowds) for crowds in data.crowds]
+        if empty := numbers.count(0):
+            have = "has" if empty == 1 else "have"
+            print(f"{split}: {empty:,} of {counted(len(data), 'image')} {have} no objects")
+        crowded = sum(number > max_detections for number in numbers)
+        if crowded and split in measured:
+            have = "has" if crowded == 1 else "have"
+            enough = -(-max(numbers) // 100) * 100
+            print(
+                f"{split}: {counted(crowded, 'image')} {have} more than {counted(max_detections, 'object')}, and AP "
+                f"counts the {max_detections} best detections of an image; --max_detections {enough} counts more"
+            )
+
+
+def make_record(
     args: argparse.Namespace,
     progress: Progress,
-    detector: nn.Module,
-    eval_split: str,
-    held_out: DetectionSplit,
     after: dict[str, Any] | None,
-) -> None:
-    """Print the results of a run, and write them with images and a model card.
+    data: DetectionSplit,
+    thresholds: dict[str, Any],
+    **numbers: Any,
+) -> dict[str, Any]:
+    """Return the content of `metrics.json`.
 
     Args:
         args: The flags of the run.
         progress: Its progress, with the results of the base model in `before`.
-        detector: The model with its adapter.
-        eval_split: Name of the evaluation split.
-        held_out: The evaluation split.
-        after: Results with the adapter, or None: `metrics`, and `shown`, the detections in the first images.
+        after: Results with the adapter, or None.
+        data: The evaluation split.
+        thresholds: Suggested score thresholds: one for `all` classes, and those of `classes`.
+        numbers: Other entries.
     """
-    trained = trained_parameters(detector).values()
-    record = {
-        "before": progress.before["metrics"],
+    before = progress.before
+    after_classes = after["classes"] if after else [None] * len(data.class_names)
+    columns = (data.class_names, count_objects(data), before["classes"], after_classes, thresholds["classes"])
+    return {
+        "before": before["metrics"],
         "after": after and after["metrics"],
         "best": progress.best or None,
-        "trainable_parameters": 0 if args.eval_only else sum(parameter.numel() for parameter in trained),
-        "total_parameters": sum(parameter.numel() for parameter in detector.parameters()),
+        "threshold": thresholds["all"],
+        **numbers,
+        "classes": {
+            name: {"objects": objects, "before": first, "after": then, "threshold": threshold}
+            for name, objects, first, then, threshold in zip(*columns, strict=True)
+        },
+        "precision_recall": {
+            "recall": [point / 100 for point in range(101)],
+            "before": before["precision"],
+            "after": after and after["precision"],
+        },
+        "curves": {"loss": curve(progress.losses), "validation": progress.validations},
         "train_seconds": round(progress.seconds, 1),
         "args": {name: public_name(value) for name, value in vars(args).items()},
     }
-    detections = {"before": progress.before["shown"]} | ({"after": after["shown"]} if after else {})
-    images = [held_out.open_image(image) for image in range(len(detections["before"]))]
-    size = f"{len(held_out)} images of {len(held_out.class_names)} classes"
-    data = f"`{public_name(args.dataset_name)}`, split `{eval_split}`, {size}"
-    card = None if args.eval_only else describe_last(data, progress.step, record)
-    write_report(args.output_dir, record, images, detections, held_out.class_names, card)
-    print_report(args.output_dir, f"{args.dataset_name}, {eval_split} split of {size}", record)
+
+
+def curve(losses: list[float]) -> dict[str, list]:
+    """Return at most `NUM_POINTS` points of a curve. A point has the mean of as many steps, and the last of them."""
+    width = -(-len(losses) // NUM_POINTS) or 1
+    parts = [losses[start : start + width] for start in range(0, len(losses), width)]
+    return {
+        "step": [min(width * (index + 1), len(losses)) for index in range(len(parts))],
+        "value": [round(sum(part) / len(part), 5) for part in parts],
+    }
 
 
 def write_report(
-    output_dir: Path,
+    args: argparse.Namespace,
     record: dict[str, Any],
-    images: list[Image.Image],
-    detections: dict[str, list[Detections]],
-    class_names: list[str],
-    card: str | None,
-) -> None:
-    """Write `metrics.json`, `detections.png` and the results in the model card. Either all of them are written, or
-    none.
+    shown: Shown,
+    data: DetectionSplit,
+    split: str,
+    processor: Any,
+    card: dict[str, Any],
+) -> list[str]:
+    """Write `metrics.json`, the pictures, the threshold and the model card. Either all of them are written, or none.
+
+    The files of an evaluation start with `eval_`, so that they do not replace those of a training run in the same
+    folder. It writes no threshold and no model card.
 
     Args:
-        output_dir: Folder to write to.
+        args: The flags of the run.
         record: Content of `metrics.json`.
-        images: Images to show.
-        detections: Maps a heading to the detections in each image.
-        class_names: Names of the classes.
-        card: Results for the model card. None for an evaluation, whose files start with `eval_`, so that they do not
-            replace the files of a training run in the same folder.
+        shown: Content of `detections.png`.
+        data: The evaluation split.
+        split: Its name.
+        processor: The processor of the model.
+        card: Arguments of `save_adapter` for the model card.
+
+    Returns:
+        The names of the files.
     """
-    prefix = "" if card else "eval_"
-    with whole_files(output_dir) as folder:
-        (folder / f"{prefix}metrics.json").write_text(json.dumps(record, indent=2) + "\n")
-        side_by_side(images, detections, class_names).save(folder / f"{prefix}detections.png")
-        if card:
-            shutil.copyfile(output_dir / CARD, folder / CARD)
-            write_results(folder / CARD, card)
+    prefix = "eval_" if args.eval_only else ""
+    title = f"boxes with a score of at least {shown.threshold:g}, {shown.reason}"
+    with whole_files(args.output_dir) as folder:
+        (folder / f"{prefix}metrics.json").write_text(to_json(record), encoding="utf-8")
+        draw_report(record, folder / f"{prefix}report.png")
+        side_by_side(shown.data, shown.columns, shown.threshold, title).save(folder / f"{prefix}detections.png")
+        if not args.eval_only:
+            shutil.copyfile(args.output_dir / CARD, folder / CARD)
+            write_threshold(folder, processor, data.class_names, card["threshold"], card["source"])
+            where = f"`{public_name(args.dataset_name)}`, split `{split}`, {size_of(data)}"
+            write_section(folder / CARD, "results", describe_last(where, record))
+        return sorted(path.name for path in folder.iterdir())
 
 
-def print_report(output_dir: Path, data: str, record: dict[str, Any]) -> None:
-    """Print the results.
+def write_best_card(folder: Path, processor: Any, class_names: list[str], card: dict[str, Any]) -> None:
+    """Write the licence and how to detect into the model card of the best adapter. The arguments are those of
+    `write_threshold`, and `card` is that of `write_report`."""
+    with whole_files(folder) as unfinished:
+        shutil.copyfile(folder / CARD, unfinished / CARD)
+        write_threshold(unfinished, processor, class_names, card["threshold"], card["source"])
+        write_licence(unfinished / CARD, card["licence"])
 
-    Args:
-        output_dir: Folder that the results are in.
-        data: Description of the evaluation data.
-        record: Content of `metrics.json`.
-    """
-    print(f"\n{data}")
+
+def to_json(record: dict[str, Any]) -> str:
+    """Return a record as JSON, with lists of numbers on one line."""
+    text = json.dumps(record, indent=2, ensure_ascii=False)
+    # Strings have no line breaks in JSON, so this matches no string.
+    return re.sub(r"\[\n[^\[\]{}\"]*\]", lambda match: " ".join(match[0].split()), text) + "\n"
+
+
+def print_report(args: argparse.Namespace, record: dict[str, Any], data: DetectionSplit, split: str) -> None:
+    """Print the results. The arguments are those of `write_report`."""
+    print(f"\n{args.dataset_name}, {split} split of {size_of(data)}")
+    whens = [when for when in ("before", "after") if record[when]]
     print(f"{'':8}" + "".join(f"{name:>8}" for name in METRICS))
-    for name in ("before", "after"):
-        if record[name]:
-            print(f"{name:8}" + "".join(f"{record[name][key]:8.3f}" for key in METRICS))
-    trained, total = record["trainable_parameters"], record["total_parameters"]
-    if trained:
+    for when in whens:
+        print(f"{when:8}" + "".join(f"{record[when][key]:8.3f}" for key in METRICS))
+    shown, after_gap = worst_and_best(record["classes"], ON_SCREEN)
+    print(f"\n{'AP of each class' if not after_gap else 'AP of the worst and best classes':32}", end="")
+    print("".join(f"{when:>8}" for when in whens) + f"{'objects':>9}")
+    for name in shown:
+        if after_gap and name == after_gap[0]:
+            print("  ...")
+        entry = record["classes"][name]
+        print(f"  {shorten(name, 28):30}" + "".join(f"{entry[when]['AP']:8.3f}" for when in whens), end="")
+        print(f"{entry['objects']:9,}")
+    at = record["at_threshold"]
+    print(f"\nat a score of at least {at['threshold']:g}: F1 {at['f1']:.3f}, ", end="")
+    print(f"precision {at['precision']:.3f}, recall {at['recall']:.3f}")
+    for kind, errors in most_frequent(record["errors"], ON_SCREEN // 2).items():
+        listed = ", ".join(f"{describe_error(error)} ({error['count']:,})" for error in errors)
+        print(f"  {kind + ':':11} {listed}")
+    print()
+    if trained := record["trainable_parameters"]:
+        total = record["total_parameters"]
         share = f"{100 * trained / total:.3f} %"
         print(f"trained {trained:,} of {total:,} parameters ({share}) in {record['train_seconds']:.0f} s")
-        print(f"adapter: {output_dir}/adapter_model.safetensors")
+        print(f"adapter: {args.output_dir}/adapter_model.safetensors")
     if best := record["best"]:
-        print(f"best adapter, validation AP {best['AP']:.3f} at step {best['step']}: {output_dir}/best")
-    prefix = "" if trained else "eval_"
-    print(f"wrote {output_dir}/{prefix}metrics.json and {prefix}detections.png")
+        print(f"best adapter, validation AP {best['AP']:.3f} at step {best['step']}: {args.output_dir}/best")
+    if suggested := record["threshold"]:
+        print(f"suggested score threshold: {suggested['threshold']:g}, from the split {suggested['split']}")
+    prefix = "eval_" if args.eval_only else ""
+    print(f"wrote {args.output_dir}/{prefix}metrics.json, {prefix}report.png and {prefix}detections.png")
+
+
+def size_of(data: DetectionSplit) -> str:
+    return f"{counted(len(data), 'image')} of {counted(len(data.class_names), 'class', 'classes')}"
 
 
 def describe_best(dataset_name: str, split: str, metrics: dict[str, float]) -> str:
@@ -142,19 +249,39 @@ def describe_best(dataset_name: str, split: str, metrics: dict[str, float]) -> s
     )
 
 
-def describe_last(data: str, steps: int, record: dict[str, Any]) -> str:
+def describe_last(data: str, record: dict[str, Any]) -> str:
     """Return the results for the model card of the adapter after the last training step.
 
     Args:
         data: Description of the evaluation data in Markdown.
-        steps: Number of training steps.
         record: Content of `metrics.json`.
     """
+    steps = record["curves"]["loss"]["step"][-1]
+    shown, after_gap = worst_and_best(record["classes"], IN_CARD)
+    at = record["at_threshold"]
+    classes = []
+    for name in shown:
+        entry = record["classes"][name]
+        values = (f"{entry[when]['AP']:.3f}" for when in ("before", "after"))
+        classes.append([name.replace("|", "\\|"), *values, f"{entry['objects']:,}"])
     paragraphs = [
         "## Results",
-        f"COCO AP on {data}, after {steps} training steps. `metrics.json` lists the arguments of the run.",
+        f"COCO AP on {data}, after {counted(steps, 'training step')}. `metrics.json` has all numbers and the "
+        "arguments of the run.",
         table({"before, the base model alone": record["before"], "after": record["after"]}),
-        "![Detections before and after](detections.png)",
+        f"AP of the {IN_CARD // 2} worst and the {IN_CARD // 2} best classes:" if after_gap else "AP of each class:",
+        markdown(["", "before", "after", "objects"], classes),
+        f"At a score of at least {at['threshold']:g}: F1 {at['f1']:.3f}, precision {at['precision']:.3f}, recall "
+        f"{at['recall']:.3f}, at IoU 0.5.",
+    ]
+    if record["errors"]:
+        paragraphs.append("Most frequent errors at this score:")
+        kinds = most_frequent(record["errors"], IN_CARD // 4).values()
+        lines = [f"- {describe_error(error)}: {error['count']:,}" for errors in kinds for error in errors]
+        paragraphs.append("\n".join(lines))
+    paragraphs += [
+        "![Curves and charts of the training](report.png)",
+        "![Objects, and detections before and after](detections.png)",
     ]
     if record["best"]:
         paragraphs.append(f"`best/` holds the adapter with the highest validation AP, {record['best']['AP']:.3f}.")
@@ -163,9 +290,12 @@ def describe_last(data: str, steps: int, record: dict[str, Any]) -> str:
 
 def table(rows: dict[str, dict[str, float]]) -> str:
     """Return a Markdown table of metrics, with one row for each entry."""
-    lines = [["", *METRICS], ["---"] * (len(METRICS) + 1)]
-    lines += [[name, *(f"{metrics[key]:.3f}" for key in METRICS)] for name, metrics in rows.items()]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown(["", *METRICS], [[name, *(f"{row[key]:.3f}" for key in METRICS)] for name, row in rows.items()])
+
+
+def markdown(heading: list[str], rows: list[list[str]]) -> str:
+    """Return a Markdown table."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in [heading, ["---"] * len(heading), *rows])
 
 
 def public_name(value: Any) -> Any:

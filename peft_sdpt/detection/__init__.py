@@ -5,19 +5,34 @@
 These parts work with any training loop. Install them with `pip install peft_sdpt[detection]`.
 """
 
+from importlib.util import find_spec
+
 try:
     import faster_coco_eval  # noqa: F401
     import PIL  # noqa: F401
     import scipy  # noqa: F401
+
+    # Only looked for, because it is slow to import and first needed after training.
+    if find_spec("matplotlib") is None:
+        raise ImportError(name="matplotlib")
 except ImportError as error:
     raise ImportError(
         f"peft_sdpt.detection needs the package {error.name}: pip install peft_sdpt[detection]", name=error.name
     ) from None
 
 from ..errors import InputError
+from .analysis import (
+    analyse_precision,
+    choose_images,
+    describe_images,
+    find_errors,
+    measure_threshold,
+    suggest_thresholds,
+)
+from .charts import draw_report
 from .data import DetectionSplit, centre_boxes, check_images, divide, few_shot, match_classes
 from .decoding import read_image
-from .drawing import draw_detections, side_by_side
+from .drawing import draw_detections, draw_objects, side_by_side
 from .feature_cache import FeatureCache
 from .grounding import (
     class_prompt,
@@ -45,6 +60,7 @@ from .saved_adapter import (
     save_adapter,
     set_image_size,
     write_adapter,
+    write_threshold,
 )
 
 __all__ = [
@@ -57,22 +73,28 @@ __all__ = [
     "Sample",
     "SavedAdapter",
     "TrainingSamples",
+    "analyse_precision",
     "augment",
     "average_precision",
     "centre_boxes",
     "check_image_size",
     "check_images",
+    "choose_images",
     "class_prompt",
     "class_scores",
     "class_token_maps",
     "common_base_model",
+    "describe_images",
     "detect",
     "detect_split",
     "divide",
     "draw_detections",
+    "draw_objects",
+    "draw_report",
     "evaluate",
     "few_shot",
     "find_adapter",
+    "find_errors",
     "find_splits",
     "has_split",
     "load_base_model",
@@ -83,6 +105,7 @@ __all__ = [
     "load_trainable",
     "match_classes",
     "mean_boxes_per_process",
+    "measure_threshold",
     "only_split",
     "phrase_lengths",
     "read_class_names",
@@ -95,5 +118,7 @@ __all__ = [
     "side_by_side",
     "split_caption",
     "split_classes",
+    "suggest_thresholds",
     "write_adapter",
+    "write_threshold",
 ]

@@ -24,7 +24,7 @@ Size = tuple[int, int]
 
 
 def read_image(
-    source: str | Path | IO[bytes], where: str, turn: Callable[[Size, int], bool] | None = None
+    source: str | Path | IO[bytes], where: str | None = None, turn: Callable[[Size, int], bool] | None = None
 ) -> Image.Image:
     """Read an image as RGB with 8 bits per channel.
 
@@ -33,7 +33,7 @@ def read_image(
 
     Args:
         source: A path or a file object.
-        where: Name of the image for error messages.
+        where: Name of the image for error messages. None for `source`.
         turn: Tells by the stored (width, height) and the EXIF orientation whether to rotate and mirror the image as the
             orientation says. None for always, as viewers do.
 
@@ -44,7 +44,7 @@ def read_image(
         InputError: The file is not an image, is damaged, has values whose range is not known, or is too oblong for a
             detector.
     """
-    with opened(source, where) as image:
+    with opened(source, str(source) if where is None else where) as image:
         orientation = orientation_of(image)
         is_deep = image.mode == "F" or image.mode.startswith("I")
         pixels = _eight_bits(image) if is_deep else image

@@ -1,19 +1,21 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""Drawing detections on images, and drawing the results of several models side by side."""
+"""Drawing detections on images, and drawing the objects and the results of several models side by side."""
 
 from __future__ import annotations
 
 import colorsys
 import functools
+from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
+from .data import DetectionSplit
 from .prediction import Detections
 
-# Width of an image, gap between images and height of the headings in `side_by_side`, in pixels.
+# Width of an image, gap between images and height of the title and of the headings in `side_by_side`, in pixels.
 SIDE, GAP, HEADER = 320, 6, 26
-GROUPS_PER_ROW = 2
+TRUTH = "ground truth"
 
 
 def draw_detections(
@@ -34,6 +36,39 @@ def draw_detections(
     Returns:
         The copy with the boxes, class names and scores.
     """
+    order = detections["scores"].argsort(descending=True)
+    boxes, scores, labels = (
+        values[order].tolist() for values in (detections["boxes"], detections["scores"], detections["labels"])
+    )
+    drawn = [
+        (box, f"{class_names[label]} {score:.2f}", label)
+        for box, score, label in zip(boxes, scores, labels, strict=True)
+        if score >= threshold
+    ]
+    return _draw(image, drawn, width)
+
+
+def draw_objects(data: DetectionSplit, index: int, width: int | None = None) -> Image.Image:
+    """Draw the true boxes of an image of a split on a copy of it.
+
+    Args:
+        data: The split.
+        index: Index of the image.
+        width: Width of the copy in pixels. None for the width of the image.
+
+    Returns:
+        The copy with the boxes and class names.
+    """
+    columns = zip(data.boxes[index], data.labels[index], data.crowds[index], strict=True)
+    drawn = [(box, data.class_names[label] + (" (crowd)" if crowd else ""), label) for box, label, crowd in columns]
+    return _draw(data.open_image(index), drawn, width)
+
+
+def _draw(image: Image.Image, drawn: Sequence[tuple[Sequence[float], str, int]], width: int | None) -> Image.Image:
+    """Draw boxes on a copy of an image, each with its text, in the colour of its class.
+
+    The first box is drawn on top of the others. A text that would cover an earlier one is left out.
+    """
     scale = (width or image.width) / image.width
     size = (round(image.width * scale), max(1, round(image.height * scale)))
     canvas = image.copy() if size == image.size else image.resize(size, Image.Resampling.LANCZOS)
@@ -41,21 +76,16 @@ def draw_detections(
     # Letters grow with the square root of the image size, because large photos are viewed both scaled down and
     # enlarged.
     letters = max(10, round(0.85 * (canvas.width * canvas.height) ** 0.25))
-    order = detections["scores"].argsort(descending=True)
-    boxes, scores, labels = (
-        values[order].tolist() for values in (detections["boxes"] * scale, detections["scores"], detections["labels"])
-    )
-    shown = [row for row in zip(boxes, scores, labels, strict=True) if row[1] >= threshold]
-    texts = [(x, y, f"{class_names[label]} {score:.2f}") for (x, y, *_), score, label in shown]
+    boxes = [[value * scale for value in box] for box, _, _ in drawn]
+    texts = [(box[0], box[1], text) for box, (_, text, _) in zip(boxes, drawn, strict=True)]
     places = _place_texts(draw, texts, letters)
     if places.count(None) > len(places) / 4:
         letters = max(10, letters // 2)
         places = _place_texts(draw, texts, letters)
-    colours = [tuple(round(255 * c) for c in colorsys.hsv_to_rgb(label * 0.618 % 1, 0.75, 0.95)) for *_, label in shown]
-    # The best box is drawn last, on top of others that it overlaps.
-    for ((x, y, box_width, box_height), _, _), colour in reversed([*zip(shown, colours, strict=True)]):
-        width = max(1, min(round(letters / 5), round(min(box_width, box_height) / 8)))
-        draw.rectangle((x, y, x + box_width, y + box_height), outline=colour, width=width)
+    colours = [tuple(round(255 * c) for c in colorsys.hsv_to_rgb(label * 0.618 % 1, 0.75, 0.95)) for *_, label in drawn]
+    for (x, y, box_width, box_height), colour in reversed([*zip(boxes, colours, strict=True)]):
+        line = max(1, min(round(letters / 5), round(min(box_width, box_height) / 8)))
+        draw.rectangle((x, y, x + box_width, y + box_height), outline=colour, width=line)
     for (_, _, text), place, colour in zip(texts, places, colours, strict=True):
         if place:
             draw.rectangle(_background(draw, place, text, letters), fill=colour)
@@ -102,37 +132,48 @@ def _background(
 
 
 def side_by_side(
-    images: list[Image.Image],
-    columns: dict[str, list[Detections]],
-    class_names: list[str],
-    threshold: float = 0.3,
+    data: DetectionSplit, columns: dict[str, list[Detections]], threshold: float = 0.3, title: str | None = None
 ) -> Image.Image:
-    """Draw the detections of several models side by side for each image, with two images per row.
+    """Draw images of a split, one per row: the true boxes, and beside them the detections of several models.
 
     Args:
-        images: The images, RGB.
+        data: A split with the images to draw.
         columns: Maps a heading, for instance the name of a model, to its detections in each image.
-        class_names: Names of the classes.
-        threshold: Lowest score to draw.
+        threshold: Lowest score to draw, the same for all models. If it hides all detections of a model, the heading of
+            its column says so.
+        title: Text above the headings. Default: the threshold.
 
     Returns:
-        The sheet, with the headings in its first row.
+        The sheet.
     """
-    groups = [
-        [draw_detections(image, detections[i], class_names, threshold, SIDE) for detections in columns.values()]
-        for i, image in enumerate(images)
+    headings = [TRUTH, *(heading + _hidden(results, threshold) for heading, results in columns.items())]
+    rows = [
+        [
+            draw_objects(data, index, SIDE),
+            *(
+                draw_detections(data.open_image(index), results[index], data.class_names, threshold, SIDE)
+                for results in columns.values()
+            ),
+        ]
+        for index in range(len(data))
     ]
-    rows = [groups[i : i + GROUPS_PER_ROW] for i in range(0, len(groups), GROUPS_PER_ROW)]
-    group_width = len(columns) * (SIDE + GAP) + GAP
-    heights = [max(group[0].height for group in row) + GAP for row in rows]
-    sheet = Image.new("RGB", (min(GROUPS_PER_ROW, len(groups)) * group_width, HEADER + sum(heights)), "white")
-    draw = ImageDraw.Draw(sheet)
-    y = HEADER
-    for row, height in zip(rows, heights, strict=True):
-        for place, group in enumerate(row):
-            for column, (heading, image) in enumerate(zip(columns, group, strict=True)):
-                x = place * group_width + column * (SIDE + GAP)
-                draw.text((x + 4, 3), heading, fill="black", font=ImageFont.load_default(16))
-                sheet.paste(image, (x, y))
-        y += height
+    height = 2 * HEADER + sum(row[0].height + GAP for row in rows)
+    sheet = Image.new("RGB", (len(headings) * (SIDE + GAP) - GAP, height), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(16)
+    draw.text((4, 3), title or f"boxes with a score of at least {threshold:g}", fill="black", font=font)
+    for column, heading in enumerate(headings):
+        draw.text((column * (SIDE + GAP) + 4, HEADER + 3), heading, fill="black", font=font)
+    y = 2 * HEADER
+    for row in rows:
+        for column, image in enumerate(row):
+            sheet.paste(image, (column * (SIDE + GAP), y))
+        y += row[0].height + GAP
     return sheet
+
+
+def _hidden(results: list[Detections], threshold: float) -> str:
+    """Return what the heading of a column says if it shows no detection."""
+    best = max((float(result["scores"].max()) for result in results if len(result["scores"])), default=None)
+    if best is None:
+        return ": no box"
+    return f": no box above {threshold:g}, best {best:.2g}" if best < threshold else ""

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,12 @@ from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 from ..config import SDPTConfig
 from ..errors import InputError
 from ..files import whole_files
-from ..model_card import CARD, carry_card, write_results
+from ..model_card import CARD, carry_card, write_licence, write_section
 
 CLASS_NAMES_FILE = "class_names.json"
-DETECTION_FILE = "detection.json"
+THRESHOLD_FILE = "detection.json"
+# Number of classes that a model card lists.
+LISTED_CLASSES = 100
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ def find_adapter(source: str, name: str | None = None) -> SavedAdapter:
     """Find a saved adapter in a folder or on the Hub. Its files are downloaded from the Hub.
 
     Args:
-        source: A folder or a Hub id.
+        source: A folder or a Hub id. `user/repository/best` is a folder in a repository.
         name: Name of the adapter. None for the last part of the folder or id.
 
     Returns:
@@ -61,8 +63,11 @@ def find_adapter(source: str, name: str | None = None) -> SavedAdapter:
     if not folder.is_dir():
         try:
             # The files are downloaded here, so that the rest of the code handles only local folders.
-            patterns = ["*.json", "*.txt", "adapter_model.safetensors"]
-            folder = Path(snapshot_download(source, allow_patterns=patterns, ignore_patterns="*/*"))
+            repository, subfolder = "/".join(source.split("/")[:2]), "/".join(source.split("/")[2:])
+            start = f"{subfolder}/" if subfolder else ""
+            patterns = [start + name for name in ("*.json", "*.txt", "adapter_model.safetensors")]
+            snapshot = snapshot_download(repository, allow_patterns=patterns, ignore_patterns=f"{start}*/*")
+            folder = Path(snapshot, subfolder)
         except Exception as error:  # `huggingface_hub` raises many kinds of errors
             raise InputError(f"{where}: no such folder, and no such repository on the Hub ({error}).") from None
     for file in ("adapter_config.json", "adapter_model.safetensors"):
@@ -244,30 +249,112 @@ def read_class_names(adapter: SavedAdapter) -> list[str]:
 
 
 def read_threshold(adapter: SavedAdapter) -> float | None:
-    """Read the threshold for detection that the validation data of an adapter suggests.
+    """Read the score threshold that validation suggests for an adapter.
 
     Args:
         adapter: The adapter.
 
     Returns:
-        The threshold, or None if the adapter was saved without one.
+        The threshold, at least 0 and below 1. None if the adapter was saved without one.
 
     Raises:
-        InputError: The file cannot be read, or its threshold is not a number from 0 to 1.
+        InputError: The file is damaged.
     """
-    file = adapter.folder / DETECTION_FILE
+    file = adapter.folder / THRESHOLD_FILE
     if not file.is_file():
         return None
     try:
-        threshold = json.loads(file.read_text(encoding="utf-8"))["threshold"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{file}: has no threshold that can be read ({error!r}).") from None
-    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold < 1:
-        raise InputError(f"{file}: threshold must be at least 0 and below 1, got {threshold!r}.")
-    return threshold
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{file}: not JSON ({error}).") from None
+    threshold = content.get("threshold") if isinstance(content, dict) else None
+    if not isinstance(threshold, int | float) or isinstance(threshold, bool) or not 0 <= threshold < 1:
+        raise InputError(f"{file}: must be a JSON object with a threshold of at least 0 and below 1.")
+    return float(threshold)
 
 
-def write_adapter(folder: str | os.PathLike, model: PeftModel, processor: Any, class_names: Sequence[str]) -> None:
+def write_threshold(
+    folder: str | os.PathLike,
+    processor: Any,
+    class_names: Sequence[str],
+    threshold: Mapping[str, Any] | None,
+    source: str = ".",
+) -> None:
+    """Write a suggested score threshold into the folder of an adapter, and how to detect with it into its model card.
+
+    Args:
+        folder: Folder of the adapter, with its model card.
+        processor: The processor of the model.
+        class_names: Names of the classes that the adapter was trained on.
+        threshold: A `ThresholdChoice` with the name of its `split`. None if no threshold is known.
+        source: Where the model card says that the adapter is: a Hub id, or "." for the folder of the card.
+    """
+    file = Path(folder) / THRESHOLD_FILE
+    if threshold:
+        file.write_text(json.dumps(dict(threshold), indent=2) + "\n", encoding="utf-8")
+    else:
+        file.unlink(missing_ok=True)
+    write_section(Path(folder) / CARD, "detection", _describe(processor, class_names, threshold, source))
+
+
+def _describe(processor: Any, class_names: Sequence[str], threshold: Mapping[str, Any] | None, source: str) -> str:
+    """Return the section of the model card that tells what an adapter detects, and how."""
+    # A bar would end the cell of the table.
+    names = ["`" + name.replace("|", "\\|") + "`" for name in class_names[:LISTED_CLASSES]]
+    if len(class_names) > LISTED_CLASSES:
+        names.append(f"and {len(class_names) - LISTED_CLASSES:,} more, which `{CLASS_NAMES_FILE}` lists")
+    size = dict(processor.image_processor.size)
+    pixels = ", ".join(
+        f"{name.replace('_', ' ')} {value} pixels" for name, value in sorted(size.items(), reverse=True) if value
+    )
+    rows = [("classes", f"{len(class_names):,}: {', '.join(names)}"), ("image size", f"resized to {pixels}")]
+    if threshold:
+        best = f"{threshold['threshold']:g}, which has the best F1 on the split `{threshold['split']}`"
+        gives = ", ".join(f"{name} {threshold[name.lower()]:.2f}" for name in ("F1", "precision", "recall"))
+        rows.append(("score threshold", f"{best}: {gives} at IoU 0.5"))
+    comment = "this repository" if source != "." else "the folder of this file, or the id of its repository on the Hub"
+    lines = [
+        "## How to detect with it",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in rows),
+        "",
+        "```python",
+        *_EXAMPLE.format(source=source, comment=comment).strip().splitlines(),
+        "```",
+        "",
+        "It needs `pip install peft_sdpt[detection]`, and a picture of yours as `photo.jpg`. A box is x, y, width and "
+        "height in pixels.",
+    ]
+    return "\n".join(lines)
+
+
+_EXAMPLE = """
+from peft_sdpt import detection
+
+adapter = detection.find_adapter("{source}")  # {comment}
+names, threshold = detection.read_class_names(adapter), detection.read_threshold(adapter) or 0.3
+processor = detection.load_processor(adapter, adapter.base_model)
+model = detection.load_detector(adapter.base_model, [adapter])
+chunks = detection.split_classes(names, processor.tokenizer, model.config.max_text_len)
+image = detection.read_image("photo.jpg")
+found = detection.detect(model, processor, [image], names, chunks, threshold)[0]
+for box, score, label in zip(found["boxes"].tolist(), found["scores"].tolist(), found["labels"].tolist()):
+    print(names[label], round(score, 2), [round(value) for value in box])
+"""
+
+
+def write_adapter(
+    folder: str | os.PathLike,
+    model: PeftModel,
+    processor: Any,
+    class_names: Sequence[str],
+    *,
+    threshold: Mapping[str, Any] | None = None,
+    licence: Mapping[str, str] | None = None,
+    source: str = ".",
+) -> None:
     """Write the files of `save_adapter` directly into a folder, for code that moves the complete folder itself.
 
     The function suits `peft_sdpt.training.Checkpoints`. If it fails, a part of the files may be there.
@@ -277,11 +364,16 @@ def write_adapter(folder: str | os.PathLike, model: PeftModel, processor: Any, c
         model: The model with the adapter.
         processor: The processor of the model.
         class_names: Names of the classes that the adapter was trained on.
+        threshold: Suggested score threshold, a `ThresholdChoice` with the name of its `split`. None if it is not known.
+        licence: Metadata for the model card, as from `licence_of`. None keeps what the card has.
+        source: Where the model card says that the adapter is: a Hub id, or "." for the folder of the card.
     """
     model.save_pretrained(str(folder))
     processor.save_pretrained(folder)
     text = json.dumps(list(class_names), indent=2, ensure_ascii=False) + "\n"
     (Path(folder) / CLASS_NAMES_FILE).write_text(text, encoding="utf-8")
+    write_threshold(folder, processor, class_names, threshold, source)
+    write_licence(Path(folder) / CARD, licence or {})
 
 
 def save_adapter(
@@ -290,11 +382,15 @@ def save_adapter(
     processor: Any,
     class_names: Sequence[str],
     results: str | None = None,
+    *,
+    threshold: Mapping[str, Any] | None = None,
+    licence: Mapping[str, str] | None = None,
+    source: str = ".",
 ) -> list[str]:
-    """Save an adapter with everything that detecting with it needs: its processor and its class names.
+    """Save an adapter with everything that detecting with it needs: its processor, class names and score threshold.
 
-    Each file is written completely or not at all. The model card of the folder is kept, apart from its section on
-    results.
+    Each file is written completely or not at all. The model card of the folder is kept, apart from its sections on
+    detection and results.
 
     Args:
         folder: Folder to write to. It is made if it does not exist.
@@ -302,6 +398,9 @@ def save_adapter(
         processor: The processor of the model.
         class_names: Names of the classes that the adapter was trained on.
         results: Section on results for the model card, in Markdown. None removes this section.
+        threshold: Suggested score threshold, a `ThresholdChoice` with the name of its `split`. None if it is not known.
+        licence: Metadata for the model card, as from `licence_of`. None keeps what the card has.
+        source: Where the model card says that the adapter is: a Hub id, or "." for the folder of the card.
 
     Returns:
         The sorted names of the files.
@@ -311,6 +410,10 @@ def save_adapter(
     """
     with whole_files(folder) as unfinished:
         carry_card(Path(folder), unfinished)
-        write_adapter(unfinished, model, processor, class_names)
-        write_results(unfinished / CARD, results)
-        return sorted(path.name for path in unfinished.iterdir())
+        write_adapter(unfinished, model, processor, class_names, threshold=threshold, licence=licence, source=source)
+        write_section(unfinished / CARD, "results", results)
+        names = sorted(path.name for path in unfinished.iterdir())
+    if not threshold:
+        # That of an earlier adapter in this folder.
+        (Path(folder) / THRESHOLD_FILE).unlink(missing_ok=True)
+    return names

@@ -35,14 +35,20 @@ class Progress:
         step: Number of optimizer steps so far.
         seconds: Time spent in training steps.
         before: Results of the base model without an adapter.
+        losses: The loss of each step, as a mean over the processes.
         validated: Step of the last validation.
+        validations: For each validation, its metrics and its `step`.
+        thresholds: Score thresholds that the last validation suggests.
         best: Metrics of the best adapter so far on the validation split, and its `step`.
     """
 
     step: int = 0
     seconds: float = 0.0
     before: dict[str, Any] = field(default_factory=dict)
+    losses: list[float] = field(default_factory=list)
     validated: int = 0
+    validations: list[dict[str, float]] = field(default_factory=list)
+    thresholds: dict[str, Any] = field(default_factory=dict)
     best: dict[str, Any] = field(default_factory=dict)
 
     def state_dict(self) -> dict[str, Any]:

@@ -128,6 +128,26 @@ def test_all_is_flushed_before_the_name_is_given(tmp_path, monkeypatch):
     assert flushed == [str(tmp_path / "unfinished" / "file.txt"), str(tmp_path / "unfinished")]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="files have no such permissions")
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_files_are_readable_as_the_umask_says(tmp_path, mask, mode):
+    before = os.umask(mask)
+    try:
+        with whole_file(tmp_path / "one") as unfinished:
+            unfinished.touch(0o600)  # as safetensors does
+        with whole_files(tmp_path / "several") as unfinished:
+            (unfinished / "two").touch(0o600)
+            (unfinished / "plain").touch()
+        (tmp_path / "unfinished").mkdir()
+        (tmp_path / "unfinished" / "three").touch(0o600)
+        publish_folder(tmp_path / "unfinished", tmp_path / "folder")
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert [path.name for path in sorted(files)] == ["three", "one", "plain", "two"]
+    assert {path.stat().st_mode & 0o777 for path in files} == {mode}
+
+
 def test_a_folder_that_can_be_written_is_made_and_stays_empty(tmp_path):
     (tmp_path / "file").write_text("")
     check_writable(tmp_path / "new" / "folder")

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageChops
 
 import pictograms
-from peft_sdpt.detection.drawing import GAP, HEADER, SIDE, draw_detections, side_by_side
+from peft_sdpt.detection.drawing import SIDE, draw_detections
 from peft_sdpt.detection.loading import load_split
 from pictograms import STYLES, SceneStyle, make_scene, read_categories, tasks, tiles
 from pretrain_host import held_out_scenes
@@ -341,24 +341,6 @@ def test_names_stay_inside_the_picture():
     # The margin behind the name is as wide as that before it.
     assert plain.getpixel((399, 160)) == named.getpixel((399, 160))
     assert all(named.getpixel((398, y)) != (0, 0, 0) for y in range(300))
-
-
-def test_sheet_has_every_picture_once_a_column(found):
-    none = {key: value[:0] for key, value in found.items()}
-    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
-    sizes = [(160, 80), (160, 160), (320, 80)]
-    pictures = [Image.new("RGB", size, colour) for size, colour in zip(sizes, colours, strict=True)]
-    sheet = side_by_side(pictures, {"before": [none] * 3, "after": [found] * 3}, ["dog", "cat"])
-    heights = [160, 320, 80]
-    assert sheet.size == (2 * (2 * (SIDE + GAP) + GAP), HEADER + 320 + GAP + 80 + GAP)
-    corners = [(0, HEADER), (2 * (SIDE + GAP) + GAP, HEADER), (0, HEADER + 320 + GAP)]
-    for (x, y), colour, height in zip(corners, colours, heights, strict=True):
-        before = sheet.crop((x, y, x + SIDE, y + height))
-        assert before.getcolors() == [(SIDE * height, colour)]
-        after = sheet.crop((x + SIDE + GAP, y, x + 2 * SIDE + GAP, y + height))
-        assert len(after.getcolors(1000)) > 2 and after.getpixel((SIDE - 1, height - 1)) == colour
-    # Headings stand above the columns.
-    assert len(sheet.crop((0, 0, SIDE, HEADER)).getcolors(1000)) > 1
 
 
 def test_line_art_is_dark_on_white_within_the_outlines():

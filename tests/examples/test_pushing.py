@@ -3,11 +3,16 @@
 """What the main job writes into the cards of its adapters, and what it pushes to the Hub."""
 
 import json
+import re
+import shutil
+from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from peft_sdpt.commands import train as command
 from tests.helpers.hub import OWNER, READER
+from tests.helpers.main_job import HOST, TWO_STEPS
 
 REPO = "user/adapter"
 WEIGHTS = "adapter_model.safetensors"
@@ -42,6 +47,7 @@ def test_the_main_job_writes_results_into_its_cards(train, small_task, tmp_path)
     for name, row in (("before", "before, the base model alone"), ("after", "after")):
         assert f"| {row} | {' | '.join(f'{metrics[name][key]:.3f}' for key in ('AP', 'AP50', 'AP75'))} |" in last
     assert f"`{small_task.name}`" in last and "split `test`, 4 images of 40 classes" in last and MADE_BY_US in last
+    assert "after 1 training step." in last
     assert "(detections.png)" in last and "# My own words" in last and "license: mit" in last
     assert "library_name: peft" in last
     assert f"| validation | {metrics['best']['AP']:.3f} |" in best and "detections.png" not in best
@@ -55,10 +61,11 @@ def test_the_main_job_pushes_what_belongs_there(train, hub, tmp_path):
     assert code == 0 and f"pushed to {hub.endpoint}/{REPO}" in said
     files = hub.repositories[REPO].files()
     adapter = {
-        *("adapter_config.json", WEIGHTS, "README.md", "class_names.json"),
+        *("adapter_config.json", WEIGHTS, "README.md", "class_names.json", "detection.json"),
         *("processor_config.json", "tokenizer.json", "tokenizer_config.json"),
     }
-    assert set(files) == adapter | {"metrics.json", "detections.png"} | {f"best/{name}" for name in adapter}
+    pictures = {"detections.png", "report.png"}
+    assert set(files) == adapter | {"metrics.json"} | pictures | {f"best/{name}" for name in adapter}
     assert all(content == (tmp_path / "out" / name).read_bytes() for name, content in files.items())
     assert not [name for name in (tmp_path / "out").rglob("*.json") if OWNER in name.read_text()]
     assert OWNER.encode() not in b"".join(files.values())
@@ -66,7 +73,54 @@ def test_the_main_job_pushes_what_belongs_there(train, hub, tmp_path):
     # Resumed by the same command without pushing, and pushed again.
     code, _, error = train("--checkpointing_steps", 1, "--resume_from_checkpoint", "latest")
     assert code == 0, error
+    assert 'find_adapter(".")' in (tmp_path / "out" / "best" / "README.md").read_text()
     assert train(*PUSH, "--checkpointing_steps", 1, "--resume_from_checkpoint", "latest")[0] == 0
+    for folder in ("", "/best"):
+        card = hub.repositories[REPO].files()[f"{folder}/README.md".lstrip("/")].decode()
+        assert f'find_adapter("{REPO}{folder}")' in card
+
+
+def run_card(card: str, small_task, folder, monkeypatch, capsys) -> tuple[dict, list[str]]:
+    """Run the code of a model card that detects, as it stands, beside a picture. Returns its names and its output."""
+    (code,) = re.findall(r"```python\n(from peft_sdpt import detection\n.*?)```", card, re.DOTALL)
+    assert 10 <= len(code.splitlines()) <= 13
+    monkeypatch.chdir(folder)
+    picture = min((small_task / "images").glob("test_*"))
+    with Image.open(picture) as image:
+        image.convert("RGB").save(folder / "photo.jpg", quality=95)
+    capsys.readouterr()
+    namespace: dict = {}
+    exec(code, namespace)
+    return namespace, capsys.readouterr().out.splitlines()
+
+
+def check_found(namespace: dict, said: list[str], threshold: float) -> None:
+    scores = namespace["found"]["scores"]
+    assert namespace["threshold"] == threshold
+    assert len(said) == (scores >= threshold).sum() > 0
+    assert all(re.fullmatch(r"[a-z ]+ \d\.\d+ \[\d+, \d+, \d+, \d+\]", line) for line in said)
+
+
+@pytest.mark.parametrize("folder", [".", "best"])
+def test_the_code_of_a_card_runs_in_its_folder(trained, small_task, tmp_path, monkeypatch, capsys, folder):
+    out = Path(shutil.copytree(trained(*TWO_STEPS) / folder, tmp_path / "copy"))
+    namespace, said = run_card((out / "README.md").read_text(), small_task, out, monkeypatch, capsys)
+    check_found(namespace, said, json.loads((out / "detection.json").read_text())["threshold"])
+
+
+def test_the_code_of_a_pushed_card_runs_anywhere(train, hub, small_task, tmp_path, monkeypatch, capsys):
+    """With nothing but the names of repositories: the base model is on the Hub as well."""
+    hub.add("IDEA-Research/grounding-dino-tiny", HOST)
+    code, _, error = train(*PUSH, "--model_name_or_path", "IDEA-Research/grounding-dino-tiny")
+    assert code == 0, error
+    shutil.move(tmp_path / "out", tmp_path / "gone")
+    files = hub.repositories[REPO].files()
+    for path in ("", "best/"):
+        (tmp_path / "anywhere").mkdir(exist_ok=True)
+        card = files[f"{path}README.md"].decode()
+        namespace, said = run_card(card, small_task, tmp_path / "anywhere", monkeypatch, capsys)
+        check_found(namespace, said, json.loads(files[f"{path}detection.json"])["threshold"])
+        assert "\nlicense: apache-2.0\n" in card and "\nbase_model: IDEA-Research/grounding-dino-tiny\n" in card
 
 
 def test_a_push_that_fails_at_the_end_loses_nothing(train, hub, impatient, tmp_path):

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,10 @@ from transformers import (
 import train_detection
 from peft_sdpt import SDPTConfig, SDPTLayer
 from peft_sdpt.commands import train
+from peft_sdpt.commands.train_results import print_images, size_of
+from peft_sdpt.model_card import licence_of
 from peft_sdpt.training import checkpoints
+from tests.detection.test_metrics import BOX, make_split
 from tests.helpers.detectors import ROOT, attach, make_host, run_python
 from tests.helpers.main_job import (
     EVERYTHING,
@@ -53,12 +57,13 @@ def test_main_job_trains_measures_and_saves(main_job, trained, small_task, tmp_p
     metrics = json.loads((out / "metrics.json").read_text())
     assert set(metrics) == {
         *("before", "after", "best", "trainable_parameters", "total_parameters", "train_seconds", "args"),
+        *("threshold", "at_threshold", "errors", "images", "classes", "precision_recall", "curves"),
     }
     assert set(metrics["before"]) == set(metrics["after"]) == {"AP", "AP50", "AP75"}
     prompts = load_file(out / "adapter_model.safetensors")
     assert metrics["trainable_parameters"] == sum(p.numel() for p in prompts.values())
     assert metrics["trainable_parameters"] < 0.005 * metrics["total_parameters"]
-    assert (out / "adapter_config.json").is_file() and (out / "detections.png").is_file()
+    assert all((out / name).is_file() for name in ("adapter_config.json", "detections.png", "report.png"))
     assert json.loads((out / "class_names.json").read_text())[:2] == ["monkey", "horse"]
     assert not list(out.rglob("*.unfinished"))
 
@@ -68,6 +73,13 @@ def test_main_job_trains_measures_and_saves(main_job, trained, small_task, tmp_p
     assert json.loads((out / "metrics.json").read_text()) == metrics
     assert again["before"] == metrics["before"] and again["after"] == metrics["after"]
     assert again["trainable_parameters"] == 0
+    # At the threshold that was saved with the adapter, though the evaluation suggests another.
+    assert again["at_threshold"] == metrics["at_threshold"] and again["errors"] == metrics["errors"]
+    assert (again["threshold"]["split"], metrics["threshold"]["split"]) == ("test", "val")
+    for when in ("before", "after"):
+        assert {name: entry[when] for name, entry in again["classes"].items()} == {
+            name: entry[when] for name, entry in metrics["classes"].items()
+        }
 
 
 def test_main_job_goes_on_from_a_saved_adapter(main_job, trained, small_task, tmp_path):
@@ -292,12 +304,19 @@ def test_workers_change_nothing(main_job, trained, small_task, tmp_path):
 
 def test_the_best_on_validation_is_kept_beside_the_last(main_job, small_task, tmp_path, monkeypatch):
     scores = iter([0.5, 0.2, 0.4, 0.3, 0.6])  # before, three validations, after
-    monkeypatch.setattr(train, "average_precision", lambda *_: dict.fromkeys(("AP", "AP50", "AP75"), next(scores)))
+    analyse = train.analyse_precision
+
+    def scripted(*args):
+        return {**analyse(*args), "metrics": dict.fromkeys(("AP", "AP50", "AP75"), next(scores))}
+
+    monkeypatch.setattr(train, "analyse_precision", scripted)
     flags = ("--max_train_steps", 3, "--validation_steps", 1, "--checkpointing_steps", 1)
     assert main_job("--dataset_name", small_task, *flags) == 0
     out = tmp_path / "out"
     metrics = json.loads((out / "metrics.json").read_text())
-    assert metrics["best"] == {"AP": 0.4, "AP50": 0.4, "AP75": 0.4, "step": 2}
+    threshold = json.loads((out / "best" / "detection.json").read_text())
+    assert metrics["best"] == {"AP": 0.4, "AP50": 0.4, "AP75": 0.4, "step": 2, "threshold": threshold}
+    assert [(each["step"], each["AP"]) for each in metrics["curves"]["validation"]] == [(1, 0.2), (2, 0.4), (3, 0.3)]
     assert metrics["before"]["AP"] == 0.5 and metrics["after"]["AP"] == 0.6
     for folder, step in (("", 3), ("best", 2)):
         kept, then = prompts(out / folder), prompts(out / f"step_{step}")
@@ -308,7 +327,121 @@ def test_without_a_validation_split_only_the_last_is_kept(main_job, own_task, tm
     (own_task / "val.json").unlink()
     assert main_job("--dataset_name", own_task, "--max_train_steps", 1) == 0
     assert "has no split val: only the last adapter is saved" in capsys.readouterr().out
-    assert not (tmp_path / "out" / "best").exists()
+    out = tmp_path / "out"
+    assert not (out / "best").exists()
+    # The evaluation split suggests the threshold instead.
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["threshold"] == json.loads((out / "detection.json").read_text())
+    assert metrics["threshold"]["split"] == "test" and metrics["curves"]["validation"] == []
+    assert metrics["at_threshold"] == {key: value for key, value in metrics["threshold"].items() if key != "split"}
+
+
+def test_the_report_has_what_happened(main_job, trained, small_task, tmp_path, capsys):
+    """Numbers that belong together agree, in the file, on the screen and in the card."""
+    assert main_job("--dataset_name", small_task, *TWO_STEPS) == 0
+    out, said = tmp_path / "out", capsys.readouterr().out
+    metrics = json.loads((out / "metrics.json").read_text())
+    card = (out / "README.md").read_text()
+    truth = json.loads((small_task / "test.json").read_text())
+    names = {category["id"]: category["name"] for category in truth["categories"]}
+    objects = Counter(names[annotation["category_id"]] for annotation in truth["annotations"])
+    classes = metrics["classes"]
+    assert list(classes) == list(names.values())
+    assert {name: entry["objects"] for name, entry in classes.items()} == {name: objects[name] for name in classes}
+    for when in ("before", "after"):
+        occurring = [entry[when]["AP"] for entry in classes.values() if entry[when]]
+        assert len(occurring) == len(objects)
+        assert sum(occurring) / len(occurring) == pytest.approx(metrics[when]["AP"], abs=1e-3)
+        curve = metrics["precision_recall"][when]
+        assert sum(curve) / len(curve) == pytest.approx(metrics[when]["AP50"], abs=1e-3)
+    # Each object is found, missed or confused at the threshold.
+    at, errors = metrics["at_threshold"], metrics["errors"]
+    missed = sum(error["count"] for error in errors if error["error"] == "missed")
+    confused = sum(error["count"] for error in errors if error["error"] == "confused")
+    found = at["recall"] * objects.total()
+    assert missed <= objects.total() - found + 0.1 <= missed + confused + 0.2
+    assert metrics["threshold"]["threshold"] == at["threshold"] and metrics["threshold"]["split"] == "val"
+    assert metrics["images"]["test"] == {
+        **{"images": 4, "images_without_objects": 0, "objects": objects.total()},
+        "most_objects": max(Counter(annotation["image_id"] for annotation in truth["annotations"]).values()),
+    }
+    assert metrics["curves"]["loss"]["step"] == [1, 2] and min(metrics["curves"]["loss"]["value"]) > 0
+    assert [each["step"] for each in metrics["curves"]["validation"]] == [2]
+
+    worst = min((entry["after"]["AP"], name) for name, entry in classes.items() if entry["after"])[1]
+    assert f"  {worst} " in said and f"at a score of at least {at['threshold']:g}: F1 {at['f1']:.3f}" in said
+    assert f"suggested score threshold: {at['threshold']:g}, from the split val" in said
+    assert f"| {worst} | {classes[worst]['before']['AP']:.3f} | {classes[worst]['after']['AP']:.3f} |" in card
+    assert f"F1 {at['f1']:.3f}, precision {at['precision']:.3f}" in card and "report.png" in card
+    # Lists of numbers are on one line.
+    assert len((out / "metrics.json").read_text().splitlines()) < 1500
+
+
+def test_one_of_a_kind_is_singular(capsys):
+    one, two = make_split([[BOX]]), make_split([[BOX], []], classes=2)
+    assert (size_of(one), size_of(two)) == ("1 image of 1 class", "2 images of 2 classes")
+    print_images({"train": two, "val": make_split([[BOX] * 2], classes=2)}, {"val"}, 1)
+    assert capsys.readouterr().out.splitlines() == [
+        "train: 1 of 2 images has no objects",
+        "val: 1 image has more than 1 object, and AP counts the 1 best detections of an image; "
+        "--max_detections 100 counts more",
+    ]
+
+
+def test_images_without_objects_and_with_many_are_told(main_job, own_task, tmp_path, capsys):
+    for split, number in (("train", 1), ("test", 2)):
+
+        def empty(coco, number=number):
+            images = [image["id"] for image in coco["images"][:number]]
+            coco["annotations"] = [each for each in coco["annotations"] if each["image_id"] not in images]
+
+        edit(own_task / f"{split}.json", empty)
+    assert main_job("--dataset_name", own_task, "--max_train_steps", 1, "--max_detections", 2) == 0
+    said, metrics = capsys.readouterr().out, json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert "train: 1 of 12 images has no objects\n" in said and "test: 2 of 4 images have no objects\n" in said
+    assert "val: 4" not in said and "of 4 images have no objects" in said
+    crowded = [line for line in said.splitlines() if "more than 2 objects, and AP counts the 2 best detections" in line]
+    assert crowded and all(line.endswith("--max_detections 100 counts more") for line in crowded)
+    assert not [line for line in crowded if line.startswith("train")]
+    assert metrics["images"]["test"]["images_without_objects"] == 2
+    assert metrics["images"]["train"]["images_without_objects"] == 1
+
+
+def test_a_threshold_that_nothing_suggests_is_the_default(main_job, small_task, tmp_path, monkeypatch, capsys):
+    """A detector that finds nothing right."""
+    monkeypatch.setattr(train, "detect_split", lambda *_, **__: [])
+    assert main_job("--dataset_name", small_task, "--max_train_steps", 1) == 0
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["threshold"] is None and metrics["at_threshold"]["threshold"] == 0.3
+    assert {error["error"] for error in metrics["errors"]} == {"missed"}
+    assert not list((tmp_path / "out").rglob("detection.json"))
+    assert "suggested score threshold" not in capsys.readouterr().out
+
+
+def test_the_licence_is_that_of_the_base_model_or_the_flag(main_job, trained, small_task, tmp_path, capsys):
+    assert licence_of(trained(*TWO_STEPS)) == licence_of(trained(*TWO_STEPS) / "best") == {"license": "apache-2.0"}
+    # That of the card in the output folder stays, unless the flag gives another.
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
+    run = ("--dataset_name", small_task, "--max_train_steps", 1)
+    for flags, licence in (((), "mit"), (("--license", "cc-by-4.0"), "cc-by-4.0")):
+        assert main_job(*run, *flags) == 0
+        assert licence_of(tmp_path / "out") == licence_of(tmp_path / "out" / "best") == {"license": licence}
+    for wrong in ("Apache 2", ""):
+        assert main_job(*run, "--license", wrong) == 2
+        assert f"--license{' ' * bool(wrong)}{wrong}: " in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="files have no such permissions")
+def test_all_files_of_a_run_are_readable_as_the_umask_says(main_job, small_task, tmp_path):
+    before = os.umask(0o027)
+    try:
+        assert main_job("--dataset_name", small_task, *ONE_STEP) == 0
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert {path.parent.name for path in files} == {"out", "best", "step_1"}
+    assert {str(path): oct(path.stat().st_mode & 0o777) for path in files} == {str(path): "0o640" for path in files}
 
 
 LORA = ("--lora_rank", 2, "--lora_learning_rate", 0.01)
