@@ -47,7 +47,7 @@ from ..detection import (
     few_shot,
     find_adapter,
     find_errors,
-    has_split,
+    find_splits,
     load_base_model,
     load_detector,
     load_processor,
@@ -64,6 +64,7 @@ from ..detection import (
     suggest_thresholds,
     write_adapter,
 )
+from ..detection.formats import matching_split
 from ..detection.saved_adapter import THRESHOLD_FILE
 from ..errors import InputError, hint, one_line_errors
 from ..files import check_writable
@@ -225,7 +226,8 @@ def read_data(
         with accelerator.main_process_first():
             tasks[args.dataset_name](Path(dataset), not accelerator.is_main_process)
     options = {name: getattr(args, name) for name in DATA_FLAGS}
-    whole = None if args.validation_split or args.eval_split else only_split(dataset)
+    existing = find_splits(dataset)
+    whole = None if args.validation_split or args.eval_split else only_split(existing)
     validation: str | None = "val"
     held_out = "test"
     if whole:
@@ -234,8 +236,8 @@ def read_data(
             report_division(args.output_dir, args.seed, splits)
         splits[args.train_split] = splits.pop("train")
     else:
-        validation = args.validation_split or ("val" if has_split(dataset, "val") else None)
-        held_out = args.eval_split or ("test" if has_split(dataset, "test") else validation or "val")
+        validation = args.validation_split or ("val" if matching_split(existing, "val") else None)
+        held_out = args.eval_split or ("test" if matching_split(existing, "test") else validation or "val")
         names = [held_out] if args.eval_only else [args.train_split, *([validation] if validation else []), held_out]
         splits = load_splits(dataset, names, accelerator, **options)
     if args.shots and not args.eval_only:

@@ -16,9 +16,9 @@ from ..errors import InputError
 from ..training.launch import cores_per_process
 from ..wording import counted, enumerated
 from .data import Box, DetectionSplit, check_images, match_classes
-from .formats import Source, find_source, require_split
+from .formats import Source, find_source, matching_split, require_split
 from .formats.files import SplitImages
-from .formats.source import is_split_name, matching_split, read_json
+from .formats.source import is_split_name, read_json
 from .grounding import class_prompt
 
 # The four numbers of a box in each format. FRACTIONS before a name says that they are fractions of the image size.
@@ -78,21 +78,18 @@ def has_split(dataset_name: str, split: str) -> bool:
     return matching_split(find_splits(dataset_name), split) is not None
 
 
-def only_split(dataset_name: str) -> str | None:
-    """Return the name of the only split of a data set that must be divided for training and evaluation.
+def only_split(splits: list[str]) -> str | None:
+    """Return the only split of a data set that must be divided for training and evaluation.
 
     Args:
-        dataset_name: See `load_split`.
+        splits: The result of `find_splits`.
 
     Returns:
-        The name. None if the data set has several splits, or only one for evaluation.
-
-    Raises:
-        InputError: As in `find_splits`.
+        Its name. None if the data set has several splits, or only one for evaluation.
     """
-    splits = find_splits(dataset_name)
-    is_for_evaluation = is_split_name(splits[0]) and not splits[0].lower().startswith("train") if splits else True
-    return None if len(splits) != 1 or is_for_evaluation else splits[0]
+    if len(splits) != 1 or (is_split_name(splits[0]) and not splits[0].lower().startswith("train")):
+        return None
+    return splits[0]
 
 
 def load_split(

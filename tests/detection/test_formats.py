@@ -336,7 +336,7 @@ def test_a_format_with_splits(write, tmp_path, monkeypatch):
     for split in ("train", "val", "validation"):
         check(load_split(str(folder), split))
         assert has_split(str(folder), split)
-    assert not has_split(str(folder), "minival") and only_split(str(folder)) is None
+    assert not has_split(str(folder), "minival") and only_split(find_splits(str(folder))) is None
     with pytest.raises(InputError, match=r"no split 'minival'.*The data set \(.*\) has .*train, val"):
         load_split(str(folder), "minival")
 
@@ -345,8 +345,8 @@ def test_a_format_with_splits(write, tmp_path, monkeypatch):
 def test_a_format_without_splits(write, tmp_path):
     folder = tmp_path / "data set"
     write(folder)
-    name = only_split(str(folder))
-    assert find_splits(str(folder)) == [name]
+    (name,) = find_splits(str(folder))
+    assert only_split([name]) == name
     check(load_split(str(folder), name))
 
 
@@ -399,7 +399,7 @@ def test_splits_in_other_letter_case(tmp_path):
 def test_only_an_evaluation_split_is_not_divided(tmp_path):
     picture_files(tmp_path / "images")
     put(tmp_path / "test.json", coco())
-    assert only_split(str(tmp_path)) is None
+    assert find_splits(str(tmp_path)) == ["test"] and only_split(["test"]) is None
 
 
 # ---- names of files

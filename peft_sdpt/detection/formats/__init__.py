@@ -16,7 +16,7 @@ from . import coco, labelme, voc, yolo
 from .source import Source, matching_split
 from .unread import advice, check_archive
 
-__all__ = ["Source", "find_source", "require_split"]
+__all__ = ["Source", "find_source", "matching_split", "require_split"]
 
 FORMATS = "COCO, YOLO, Pascal VOC, LabelMe, imagefolder with metadata.jsonl, Parquet, and save_to_disk"
 
