@@ -156,28 +156,32 @@ def draw(result: Result | None, threshold: float) -> Any:
         found = f"{count} found" if count else f"nothing found; the best score is {scores.max():.2f}"
         # Small images are enlarged, so that the names of the classes can be read.
         drawn = draw_detections(image, detections, class_names, threshold, max(image.width, 480))
-        shown.append(gr.Image(drawn, label=f"{heading}: {found}"))
+        shown += [f"**{heading}**: {found}", drawn]
     return shown
 
 
 def make_page(model: Any, choices: list[Choice]) -> gr.Blocks:
     has_adapters = isinstance(model, PeftModel)
-    headings = [BASE, "adapter"] if has_adapters else [BASE]
     texts = [", ".join(choice.class_names) for choice in choices]
     # Images are deleted from the server after an hour.
-    with gr.Blocks(title="SDPT", analytics_enabled=False, delete_cache=(3600, 3600)) as page, gr.Row():
+    with gr.Blocks(analytics_enabled=False, title="SDPT", fill_width=True, delete_cache=(3600, 3600)) as page, gr.Row():
         with gr.Column():
             # Without a mode, the file is handed over as it is. Gradio would clip 16-bit images.
             image = gr.Image(type="filepath", image_mode=None, sources=["upload", "webcam", "clipboard"], label="image")
-            text = gr.Textbox(texts[0], label="classes", info="Separated by commas.")
+            text = gr.Textbox(texts[0], label="classes", info="Separated by commas.", max_lines=4)
             names = [(choice.name, number) for number, choice in enumerate(choices)]
             adapter = gr.Dropdown(names, value=0, label="adapter", visible=len(choices) > 1)
             scale = gr.Slider(0, 1, 1, step=0.05, label="adapter scale (0: base model)", visible=has_adapters)
             threshold = gr.Slider(LOWEST, 1, choices[0].threshold, step=0.01, label="threshold")
             button = gr.Button("Detect", variant="primary")
         with gr.Column(scale=2), gr.Row():
-            buttons = ["download", "fullscreen"]  # without the one that shares images on the Hub
-            shown = [gr.Image(label=name, interactive=False, buttons=buttons) for name in headings]
+            shown = []
+            for name in [BASE, "adapter"] if has_adapters else [BASE]:
+                with gr.Column(elem_classes="result"):
+                    heading = gr.Markdown(f"**{name}**")
+                    # A label would cover a part of the image. The default buttons share images on the Hub.
+                    drawn = gr.Image(show_label=False, interactive=False, buttons=["download", "fullscreen"])
+                    shown += [heading, drawn]
         result = gr.State()
 
         # One call at a time, because each one switches and scales the adapters of the model.
