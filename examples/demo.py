@@ -33,10 +33,10 @@ from peft_sdpt.detection import (
     load_detector,
     load_processor,
     read_class_names,
+    read_image,
     read_threshold,
     split_classes,
 )
-from peft_sdpt.detection.images import read_image
 from peft_sdpt.errors import hint, one_line_errors
 
 try:
@@ -129,7 +129,7 @@ def detect_both(model: Any, choices: list[Choice], file: str | None, text: str, 
     except InputError as error:
         raise gr.Error(str(error), print_exception=False) from None
 
-    detect_now = partial(detect, model, choice.processor, [image], names, chunks)
+    detect_now = partial(detect, model, choice.processor, [image], names, chunks, LOWEST, None)
     if not isinstance(model, PeftModel):
         return image, names, [(BASE, *detect_now())]
     with model.disable_adapter():
@@ -151,9 +151,8 @@ def draw(result: Result | None, threshold: float) -> Any:
     image, class_names, models = result
     shown = []
     for heading, detections in models:
-        scores = detections["scores"]
-        count = int((scores >= threshold).sum())
-        found = f"{count} found" if count else f"nothing found; the best score is {scores.max():.2f}"
+        count = int((detections["scores"] >= threshold).sum())
+        found = f"{count} found" if count else f"nothing found; the best score is {detections['best_score']:.2f}"
         # Small images are enlarged, so that the names of the classes can be read.
         drawn = draw_detections(image, detections, class_names, threshold, max(image.width, 480))
         shown += [f"**{heading}**: {found}", drawn]
