@@ -102,7 +102,9 @@ def test_deep_images_are_turned_like_others(kind, orientation):
 def test_other_modes_are_as_pillow_converts_them(mode):
     image = grey(EIGHT_BITS, np.uint8).convert(mode)
     expected = np.asarray(image.convert("RGB")).astype(int)
-    assert abs(np.asarray(read_image(encoded(image, "TIFF"), "x")).astype(int) - expected).max() <= 2
+    # Pillow 12 cannot read an uncompressed file in YCbCr that it wrote.
+    file = encoded(image, "TIFF", compression="tiff_adobe_deflate")
+    assert abs(np.asarray(read_image(file, "x")).astype(int) - expected).max() <= 2
 
 
 @pytest.mark.parametrize(

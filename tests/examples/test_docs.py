@@ -26,6 +26,7 @@ from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch.distributed.run import get_args_parser
 from transformers import AutoModelForZeroShotObjectDetection
 
+import demo
 import detect
 import pretrain_host
 import train_detection
@@ -49,6 +50,7 @@ DIRECTIVES = ("{toctree}", "{eval-rst}")
 SCRIPTS = {
     "examples/train_detection.py": train_detection,
     "examples/detect.py": detect,
+    "examples/demo.py": demo,
     "examples/pretrain_host.py": pretrain_host,
     "-m benchmarks.speed": speed,
     "-m benchmarks.speed.kept": kept,
