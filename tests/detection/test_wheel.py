@@ -167,7 +167,7 @@ def test_a_missing_package_names_the_extra():
     code = """
 import sys
 from peft_sdpt import SDPTConfig, initialize_sdpt_prototypes  # the tuner needs no extra
-for package in ("scipy", "PIL", "faster_coco_eval"):
+for package in ("scipy", "PIL", "faster_coco_eval", "matplotlib"):
     sys.modules[package] = None  # as if it were not installed
     try:
         from peft_sdpt.detection.loss import GroundedDetectionLoss
@@ -176,7 +176,10 @@ for package in ("scipy", "PIL", "faster_coco_eval"):
     del sys.modules[package]
 """
     needs = "MissingExtraError peft_sdpt.detection needs the package"
-    lines = [f"{needs} {package}: pip install peft_sdpt[detection]" for package in ("scipy", "PIL", "faster_coco_eval")]
+    lines = [
+        f"{needs} {package}: pip install peft_sdpt[detection]"
+        for package in ("scipy", "PIL", "faster_coco_eval", "matplotlib")
+    ]
     assert run_python(code).stdout.splitlines() == lines
 
 
