@@ -5,6 +5,9 @@
 Neither the build nor a reader's browser fetches anything, so formulas are MathML.
 """
 
+import re
+from pathlib import Path
+
 from docutils.nodes import SkipNode
 from latex2mathml.converter import convert
 
@@ -22,13 +25,35 @@ exclude_patterns = ["conf.py"]
 
 html_theme = "furo"
 html_title = f"peft_sdpt {release}"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_copy_source = False
+# setup.cfg is the only place with the address of the repository.
+settings = (Path(__file__).parents[1] / "setup.cfg").read_text(encoding="utf-8")
+repository = re.search(r"^\s+Source = (\S+)$", settings, re.MULTILINE)[1]
+# Each page links to its source, and the menu to the repository.
+html_theme_options = {"source_repository": repository, "source_branch": "main", "source_directory": "docs/"}
+html_context = {"repository": repository}
+templates_path = ["_templates"]
+html_sidebars = {
+    "**": [
+        "sidebar/brand.html",
+        "sidebar/search.html",
+        "sidebar/scroll-start.html",
+        "sidebar/navigation.html",
+        "repository.html",
+        "sidebar/scroll-end.html",
+    ]
+}
 html_math_renderer = "mathml"
 
 # References to this package must resolve. Those to other libraries would need a network.
 nitpicky = True
 nitpick_ignore_regex = [
-    ("py:class", r"(torch|nn|peft|collections|os|abc|pathlib|PIL|accelerate|huggingface_hub)\.\S+|PeftType|TaskType"),
+    (
+        "py:class",
+        r"(torch|nn|peft|collections|os|abc|transformers|pathlib|PIL|accelerate|huggingface_hub)\.\S+|PeftType|TaskType",
+    ),
     # How an `SDPTConfig` is read and written; its methods are documented with the config.
     ("py:class", r"peft_sdpt\.saving\.SavedConfig"),
     # If an entry of `Attributes` has two names, the builder takes the first for a type.
@@ -50,7 +75,9 @@ def inline_formula(translator, node):
 
 
 def formula(translator, node):
-    translator.body.append(f"<div>{convert(node.astext(), display='block')}</div>")
+    # Formulas side by side are below each other on a narrow screen.
+    parts = [convert(part, display="block") for part in node.astext().split(r"\qquad")]
+    translator.body.append(f'<div class="formulas">{"".join(parts)}</div>')
     raise SkipNode
 
 

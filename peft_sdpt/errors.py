@@ -18,11 +18,16 @@ class InputError(ValueError):
     """
 
 
+class MissingExtraError(ImportError):
+    """A package of an extra is not installed. The message names the package and the extra."""
+
+
 @contextlib.contextmanager
 def one_line_errors(program: str, flags: Mapping[str, str] | None = None) -> Iterator[None]:
     """End a program with one line on stderr instead of a traceback.
 
-    The exit code is 2 for an `InputError` and 130 for Ctrl-C. Any other exception passes through.
+    The exit code is 2 for an `InputError` or a `MissingExtraError`, and 130 for Ctrl-C. Any other exception passes
+    through.
 
     Args:
         program: Name of the program, which starts the line.
@@ -30,7 +35,7 @@ def one_line_errors(program: str, flags: Mapping[str, str] | None = None) -> Ite
     """
     try:
         yield
-    except InputError as error:
+    except (InputError, MissingExtraError) as error:
         # An error from a DataLoader worker has a traceback in front of its message.
         message = str(error).rpartition("InputError: ")[2]
         print(f"{program}: {' '.join(with_flags(message, flags or {}).split())}", file=sys.stderr)

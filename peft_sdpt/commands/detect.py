@@ -19,6 +19,7 @@ import json
 import math
 import os
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,6 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from tqdm.auto import tqdm
-from transformers import AutoConfig
 
 from ..detection import (
     Detections,
@@ -37,6 +37,7 @@ from ..detection import (
     detect,
     draw_detections,
     find_adapter,
+    load_base_config,
     load_detector,
     load_processor,
     read_class_names,
@@ -285,14 +286,9 @@ def find_adapters(args: argparse.Namespace) -> list[SavedAdapter]:
 
 def read_max_text_len(args: argparse.Namespace, base_model: str) -> int:
     """Return the maximum number of tokens in a prompt of the base model. Only its config is loaded."""
-    try:
-        max_text_len = getattr(AutoConfig.from_pretrained(base_model), "max_text_len", None)
-    except (OSError, ValueError) as error:
-        hint = "" if args.model_name_or_path else " The adapter names this base model; pass --model_name_or_path."
-        raise InputError(f"{base_model}: cannot be loaded as a detector ({error}).{hint}") from None
-    if max_text_len is None:
-        raise InputError(f"{base_model}: is not a Grounding DINO or MM Grounding DINO.")
-    return max_text_len
+    by_adapter = hint("The adapter names this base model; pass --model_name_or_path.")
+    with nullcontext() if args.model_name_or_path or not args.adapter else by_adapter:
+        return load_base_config(base_model).max_text_len
 
 
 def prepare_results(args: argparse.Namespace, base_model: str, adapters: list[SavedAdapter]) -> list[Results]:

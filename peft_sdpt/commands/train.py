@@ -48,6 +48,7 @@ from ..detection import (
     find_adapter,
     find_errors,
     find_splits,
+    load_base_config,
     load_base_model,
     load_detector,
     load_processor,
@@ -533,6 +534,8 @@ def report(setup: Setup, after: dict[str, Any] | None, rows: list[tuple], own_th
 
 def run(args: argparse.Namespace, tasks: Mapping[str, Task]) -> None:
     check_args(args)
+    # Called for its error, before anything is prepared.
+    load_base_config(args.model_name_or_path)
     tracker = args.report_to if args.with_tracking else None
     accelerator = make_accelerator(args.mixed_precision, log_with=tracker, project_dir=args.output_dir)
     set_seed(args.seed)

@@ -7,6 +7,8 @@ These parts work with any training loop. Install them with `pip install peft_sdp
 
 from importlib.util import find_spec
 
+from ..errors import InputError, MissingExtraError
+
 try:
     import faster_coco_eval  # noqa: F401
     import PIL  # noqa: F401
@@ -16,11 +18,10 @@ try:
     if find_spec("matplotlib") is None:
         raise ImportError(name="matplotlib")
 except ImportError as error:
-    raise ImportError(
+    raise MissingExtraError(
         f"peft_sdpt.detection needs the package {error.name}: pip install peft_sdpt[detection]", name=error.name
     ) from None
 
-from ..errors import InputError
 from .analysis import (
     analyse_precision,
     choose_images,
@@ -29,6 +30,7 @@ from .analysis import (
     measure_threshold,
     suggest_thresholds,
 )
+from .base_models import load_base_config
 from .charts import draw_report
 from .data import DetectionSplit, centre_boxes, check_images, divide, few_shot, match_classes
 from .decoding import read_image
@@ -97,6 +99,7 @@ __all__ = [
     "find_errors",
     "find_splits",
     "has_split",
+    "load_base_config",
     "load_base_model",
     "load_detector",
     "load_processor",

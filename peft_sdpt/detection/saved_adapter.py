@@ -21,6 +21,7 @@ from ..config import SDPTConfig
 from ..errors import InputError
 from ..files import whole_files
 from ..model_card import CARD, carry_card, write_licence, write_section
+from .base_models import refuse_adapter_folder
 
 CLASS_NAMES_FILE = "class_names.json"
 THRESHOLD_FILE = "detection.json"
@@ -173,11 +174,7 @@ def load_base_model(model_name_or_path: str | os.PathLike) -> nn.Module:
     Raises:
         InputError: The model cannot be loaded, or the folder holds an adapter, which transformers would load with it.
     """
-    if (Path(model_name_or_path) / "adapter_config.json").is_file():
-        raise InputError(
-            f"model_name_or_path={str(model_name_or_path)!r}: is the folder of an adapter; give its base model here, "
-            "and load the adapter onto it."
-        )
+    refuse_adapter_folder(model_name_or_path)
     try:
         return AutoModelForZeroShotObjectDetection.from_pretrained(model_name_or_path, dtype=torch.float32)
     except (OSError, ValueError) as error:

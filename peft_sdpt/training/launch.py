@@ -8,6 +8,7 @@ import os
 import sys
 from typing import Any
 
+import psutil
 import torch
 from accelerate import Accelerator
 
@@ -50,13 +51,26 @@ def make_accelerator(mixed_precision: str | None = None, **options: Any) -> Acce
 
 
 def use_all_cores(accelerator: Accelerator) -> None:
-    """Divide the cores of this machine among its processes, if the launcher gave each process a single thread.
+    """Divide the cores of this machine among its processes, if their launcher chose a single thread by itself.
 
-    `accelerate launch` (1.15) sets one thread unless `--num_cpu_threads_per_process` is given. A user who asks for
-    exactly one thread also gets all cores, because the two cases look the same.
+    `accelerate launch` (1.15) and `torchrun` with several processes (torch 2.13) set OMP_NUM_THREADS to 1 unless the
+    user set it. Here, the two cases look the same. They differ in the environment of the launcher.
     """
-    if os.environ.get("OMP_NUM_THREADS") == "1" and "ACCELERATE_MIXED_PRECISION" in os.environ:
+    launched = not {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"}.isdisjoint(os.environ)
+    if launched and os.environ.get("OMP_NUM_THREADS") == "1" and not user_chose_threads():
         torch.set_num_threads(cores_per_process(accelerator))
+
+
+def user_chose_threads() -> bool:
+    """Whether the user gave the launcher of this process a number of threads. False if the launcher cannot be read."""
+    try:
+        launcher = psutil.Process(os.getppid())
+        # `accelerate launch` also accepts dashes in the names of flags.
+        flags = {argument.partition("=")[0].replace("-", "_") for argument in launcher.cmdline()}
+        # The environment is the one that the launcher was started with, without its own changes.
+        return "OMP_NUM_THREADS" in launcher.environ() or "__num_cpu_threads_per_process" in flags
+    except psutil.Error:
+        return False
 
 
 def cores_per_process(accelerator: Accelerator) -> int:

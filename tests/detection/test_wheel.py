@@ -1,13 +1,17 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""The wheel alone is enough for a training loop, and the package imports only what is needed."""
+"""The distributions: the sources with their tests, and the wheel with its commands, which is enough for a training
+loop."""
 
+import email
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -54,17 +58,41 @@ def check(command: list, **options) -> str:
     return result.stdout
 
 
+BUILD = "import sys; from setuptools import build_meta; getattr(build_meta, sys.argv[1])(sys.argv[2])"
+# Folders and files of a checkout that a source distribution has, without what tools leave there.
+PARTS = (".ci", "benchmarks", "docs", "examples", "peft_sdpt", "tests")
+FILES = ("CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "README.md", "constraints.txt", "noxfile.py",
+         "pyproject.toml", "setup.cfg", "setup.py")  # fmt: skip
+NOT_CARRIED = shutil.ignore_patterns("__pycache__", ".*_cache")
+
+
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory) -> Path:
-    """A folder with the package, installed from a wheel of a copy of the checkout, which stays as it is."""
-    source, wheels, target = (tmp_path_factory.mktemp(name) for name in ("source", "wheels", "target"))
-    for name in ("pyproject.toml", "setup.cfg", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    shutil.copytree(ROOT / "peft_sdpt", source / "peft_sdpt", ignore=shutil.ignore_patterns("__pycache__"))
-    pip = ("-m", "pip", "--disable-pip-version-check")
-    check([*pip, "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", wheels, source])
-    (wheel,) = wheels.glob("*.whl")
-    check([*pip, "install", "--quiet", "--no-deps", "--target", target, wheel])
+def sources(tmp_path_factory) -> Path:
+    """The unpacked source distribution of a copy of the checkout, which stays as it is."""
+    copy, target = (tmp_path_factory.mktemp(name) for name in ("copy", "sources"))
+    for name in FILES:
+        shutil.copy(ROOT / name, copy)
+    for name in PARTS:
+        shutil.copytree(ROOT / name, copy / name, ignore=NOT_CARRIED)
+    check(["-c", BUILD, "build_sdist", target], cwd=copy)
+    (archive,) = target.glob("*.tar.gz")
+    shutil.unpack_archive(archive, target, filter="data")
+    return next(path for path in target.iterdir() if path.is_dir())
+
+
+@pytest.fixture(scope="module")
+def wheel(sources, tmp_path_factory) -> Path:
+    """The wheel that is built from the source distribution."""
+    target = tmp_path_factory.mktemp("wheels")
+    check(["-c", BUILD, "build_wheel", target], cwd=sources)
+    return next(target.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory) -> Path:
+    """A folder with the package, installed from the wheel."""
+    target = tmp_path_factory.mktemp("target")
+    check(["-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-deps", "--target", target, wheel])
     return target
 
 
@@ -85,6 +113,74 @@ def test_a_training_loop_runs_on_the_wheel_alone(installed, tmp_path):
 def test_the_wheel_has_all_modules_and_its_types(installed):
     modules = {path.relative_to(ROOT) for path in (ROOT / "peft_sdpt").rglob("*.py")} | {Path("peft_sdpt/py.typed")}
     assert all((installed / module).is_file() for module in modules)
+
+
+@pytest.mark.slow
+def test_the_source_distribution_has_what_its_tests_need(sources):
+    for part in PARTS:
+        files = {path.relative_to(ROOT) for path in (ROOT / part).rglob("*") if path.is_file()}
+        files = {path for path in files if "__pycache__" not in path.parts and path.suffix != ".pyc"}
+        assert not [path for path in files if not (sources / path).is_file()], part
+    assert all((sources / name).is_file() for name in FILES)
+    # One test of the package that runs there, on the package that is there.
+    environment = {**os.environ, "PYTHONPATH": str(sources), "OMP_NUM_THREADS": "1"}
+    tests = ["tests/core/test_layout.py", "tests/detection/test_saved_adapter.py::test_a_saved_adapter_is_found_again"]
+    output = check(["-m", "pytest", "-n", "0", "-q", *tests], cwd=sources, env=environment)
+    assert " passed" in output and "failed" not in output
+
+
+@pytest.mark.slow
+def test_the_page_of_the_index_has_no_relative_link_or_image(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        metadata = email.message_from_bytes(archive.read(name))
+    urls = dict(url.split(", ", 1) for url in metadata.get_all("Project-URL"))
+    assert set(urls) == {"Source", "Documentation", "Issues", "Changelog"}
+    assert all(url.startswith(urls["Source"]) for url in urls.values())
+    page = metadata.get_payload(decode=True).decode()
+    targets = re.findall(r"\]\(([^)\s]+)\)", page)
+    assert f"{urls['Source']}/raw/main/docs/detections.png" in targets
+    assert f"{urls['Source']}/blob/main/docs/index.md#quick-tour" in targets
+    assert not [target for target in targets if not target.startswith("https://")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["sdpt-train", "sdpt-detect"])
+def test_the_wheel_installs_the_commands(installed, tmp_path, command):
+    def run(*paths) -> subprocess.CompletedProcess:
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [*paths, installed]))}
+        command_line = [sys.executable, installed / "bin" / command, "--help"]
+        return subprocess.run(command_line, env=environment, cwd=tmp_path, capture_output=True, text=True)
+
+    result = run()
+    assert result.returncode == 0 and "--model_name_or_path" in result.stdout, result.stderr
+    # Without the extra `detection`: a package that is not there.
+    (tmp_path / "without").mkdir()
+    (tmp_path / "without" / "sitecustomize.py").write_text("import sys; sys.modules['scipy'] = None")
+    result = run(tmp_path / "without")
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    message = f"{command}: peft_sdpt.detection needs the package scipy: pip install peft_sdpt[detection]"
+    assert result.stderr.strip().splitlines()[-1] == message
+
+
+def test_a_missing_package_names_the_extra():
+    code = """
+import sys
+from peft_sdpt import SDPTConfig, initialize_sdpt_prototypes  # the tuner needs no extra
+for package in ("scipy", "PIL", "faster_coco_eval", "matplotlib"):
+    sys.modules[package] = None  # as if it were not installed
+    try:
+        from peft_sdpt.detection.loss import GroundedDetectionLoss
+    except ImportError as error:
+        print(type(error).__name__, error)
+    del sys.modules[package]
+"""
+    needs = "MissingExtraError peft_sdpt.detection needs the package"
+    lines = [
+        f"{needs} {package}: pip install peft_sdpt[detection]"
+        for package in ("scipy", "PIL", "faster_coco_eval", "matplotlib")
+    ]
+    assert run_python(code).stdout.splitlines() == lines
 
 
 def test_the_package_alone_imports_nothing_of_detection_and_training():

@@ -714,5 +714,5 @@ def test_adapters_that_do_not_load_on_the_host(refused, photos, adapters, tmp_pa
 
 def test_a_host_of_another_kind(refused, photos, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "owlvit"}')
-    message = "is not a Grounding DINO or MM Grounding DINO"
+    message = f"--model_name_or_path {tmp_path}: must be a Grounding DINO, MM Grounding DINO or LLMDet"
     refused(message, photos, "--model_name_or_path", tmp_path, "--class_names", "dog")

@@ -70,6 +70,8 @@ OTHER_COMMANDS = (
     "hf upload",
     "hf auth login",
     "sphinx-build",
+    "python -m build",
+    "twine check",
 )
 
 
@@ -393,3 +395,56 @@ def test_links_to_files_lead_somewhere(page):
 def test_the_readme_leads_to_every_page():
     linked = set(re.findall(r"\(docs/(\w+\.md)", (ROOT / "README.md").read_text()))
     assert linked >= {page.name for page in DOCS.glob("*.md")}
+
+
+# ---- numbers
+
+
+def table_rows(page: Path) -> list[list[str]]:
+    """Cells of all rows of tables of a page. An empty first cell is that of the row above."""
+    rows: list[list[str]] = []
+    for line in prose(page).splitlines():
+        if line.strip().startswith("| "):
+            cells = [cell.strip().replace("**", "") for cell in line.strip().strip("|").split("|")]
+            rows.append([cells[0] or (rows[-1][0] if rows else ""), *cells[1:]])
+    return rows
+
+
+def test_the_page_on_settings_quotes_the_results():
+    results: dict[str, set[str]] = {}
+    for row in table_rows(DOCS / "transfer.md"):
+        # The method is in the first cell or, where a table is sorted by tasks, in the second.
+        for method in row[:2]:
+            numbers = (re.findall(r"\d+\.\d", cell) for cell in row[1:])
+            results.setdefault(method, set()).update(number for found in numbers for number in found)
+    checked = 0
+    for row in table_rows(DOCS / "settings.md"):
+        method = re.sub(r", scale 0\.7$", "", row[0])
+        if method in results:
+            quoted = [number for cell in row[1:] for number in re.findall(r"^\d+\.\d\b", cell)]
+            assert set(quoted) <= results[method], row
+            checked += len(quoted)
+    assert checked > 50
+
+
+def test_the_page_on_settings_computes_time_and_memory_from_the_measurements():
+    measured: dict[str, list[list[str]]] = {}
+    for row in table_rows(DOCS / "performance.md"):
+        measured.setdefault(row[0], []).append(row)
+    rows = [row for row in table_rows(DOCS / "settings.md") if row[-1].endswith(" GB") and len(row) == 4]
+    device = ""
+    for row in rows:
+        device = device if row[0] == "the same" else row[0]
+        if "cores" in device:
+            # Time and memory of inference, then of a training step.
+            time, memory = measured[f"Grounding DINO Tiny, {row[1]}"][2:4]
+            seconds, gigabytes = float(time[1].split()[0]), float(memory[1].split()[0])
+            ratios = float(time[2].split()[0]), float(memory[2])
+        else:
+            (gpu,) = measured[f"training step, {row[1]}, {device.split(', ')[1]}"]
+            milliseconds, gigabytes = (float(number) for number in re.findall(r"[\d.]+", gpu[1]))
+            seconds, ratios = milliseconds / 1000, [float(number) for number in gpu[-1].split(", ")]
+        for quoted, exact in ((row[2], seconds * ratios[0]), (row[3], gigabytes * ratios[1])):
+            number = quoted.split()[0]
+            assert number == f"{exact:.{len(number.partition('.')[2])}f}", row
+    assert len(rows) == 7

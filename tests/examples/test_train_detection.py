@@ -711,11 +711,17 @@ def strange_host(tmp_path):
     return tmp_path / "owlvit"
 
 
-def test_a_model_without_fusion_layers_is_told_which_models_have_them(main_job, small_task, strange_host, capsys):
-    assert main_job("--dataset_name", small_task, "--model_name_or_path", strange_host) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert f"--model_name_or_path {strange_host}: " in error
-    assert "OwlViTForObjectDetection has no fusion layer" in error and "Grounding DINO, MM Grounding DINO" in error
+def test_a_base_model_of_another_kind_is_refused_before_anything_else(
+    main_job, small_task, strange_host, tmp_path, monkeypatch, capsys
+):
+    for name in ("make_accelerator", "load_splits", "load_base_model"):
+        monkeypatch.setattr(train, name, lambda *_, name=name, **__: pytest.fail(f"{name} was called"))
+    for flags in ((), ("--image_size", 32), ("--eval_only",)):
+        assert main_job("--dataset_name", small_task, "--model_name_or_path", strange_host, *flags) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert f"--model_name_or_path {strange_host}: must be a Grounding DINO, MM Grounding DINO or LLMDet" in error
+        assert "its type is 'owlvit'" in error
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_adapter_of_another_host_is_refused(main_job, small_task, tmp_path, capsys):

@@ -13,6 +13,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from peft_sdpt import SDPTConfig, SDPTLayer
+from peft_sdpt.detection.base_models import TRAINED
 from peft_sdpt.hosts import BiAttentionHost
 from peft_sdpt.layer import SharedSDPTLayer
 from tests.helpers import detectors
@@ -251,6 +252,35 @@ def test_the_full_size_model_takes_prompts(case):
     gates = {name for name in trainable if name.endswith(".sdpt_gates.default")}
     assert len(gates) == len(model.peft_config["default"].fusion_gates)
     assert len(gates) == case.full_size_layers or not case.image_reads or case.shared
-    trained = sum(trainable.values())
-    print(f"{case.name}: {trained:,} of {total:,}, {100 * trained / total:.3f} %")
-    assert trained / total < 0.005
+    tokens = sum(size for name, size in trainable.items() if name not in gates)
+    # The row of the table in the README, and whether the commands work with the model.
+    row = readme_rows()[IN_README[case.name]]
+    assert row[2] == f"{tokens:,}".replace(",", " ") and row[3].startswith(f"{100 * tokens / total:.3f} %")
+    assert row[4] == ("yes" if isinstance(host.config, TRAINED) else "no")
+    assert sum(trainable.values()) / total < 0.005
+
+
+# Rows of the README by the names of the cases.
+IN_README = {
+    "grounding_dino": "Grounding DINO",
+    "mm_grounding_dino": "MM Grounding DINO, LLMDet",
+    "lxmert": "LXMERT",
+    "bridgetower": "BridgeTower",
+    "sam3": "SAM 3",
+    "sam3_lite_text": "SAM 3 Lite Text",
+    "blip": "BLIP",
+    "blip_2": "BLIP-2",
+    "instructblip": "InstructBLIP, InstructBlipVideo",
+    "instructblipvideo": "InstructBLIP, InstructBlipVideo",
+    "omdet_turbo": "OmDet-Turbo",
+    "flava": "FLAVA",
+    "vilt": "ViLT",
+}
+
+
+def readme_rows() -> dict[str, list[str]]:
+    """Cells of the table of base models in the README, by the first cell."""
+    text = (detectors.ROOT / "README.md").read_text(encoding="utf-8")
+    lines = text.partition("## Supported base models")[2].partition("\n## ")[0].splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+    return {row[0]: row for row in rows}

@@ -1,0 +1,71 @@
+# Copyright 2026 The peft_sdpt authors
+# SPDX-License-Identifier: Apache-2.0
+"""Base models that detection trains are told apart by their config, and every other one is refused in one line."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from peft_sdpt.detection import GroundedDetectionLoss, load_base_config
+from peft_sdpt.errors import InputError
+from tests.helpers.detectors import ROOT, attach, make_host, model_inputs
+from tests.helpers.tiny import cases
+
+HOST = ROOT / "examples" / "host"
+TRAINED = ("grounding_dino", "mm_grounding_dino")
+
+
+@pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
+def test_each_supported_base_model_is_trained_or_refused(case, tmp_path):
+    config = getattr(case.make(), "config", None)
+    if hasattr(config, "save_pretrained"):  # the ports of other code bases have none
+        config.save_pretrained(tmp_path)
+    if case.name in TRAINED:
+        assert type(load_base_config(tmp_path)) is type(config)
+        return
+    reason = "must be a Grounding DINO" if (tmp_path / "config.json").exists() else "cannot be loaded as a detector"
+    with pytest.raises(InputError, match=reason) as raised:
+        load_base_config(tmp_path)
+    assert str(raised.value).startswith(f"model_name_or_path={str(tmp_path)!r}: ")
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_what_is_not_refused_trains(name):
+    model = attach(make_host(name)).train()
+    labels = [{"class_labels": torch.tensor([0]), "boxes": torch.tensor([[0.5, 0.5, 0.4, 0.4]])}] * 2
+    loss = GroundedDetectionLoss(model.config)(model(**model_inputs()), labels)
+    loss.backward()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert loss.isfinite() and all(parameter.grad.abs().sum() > 0 for parameter in trained)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "owlvit"}, "its type is 'owlvit'"),
+        ({"model_type": "clip"}, "its type is 'clip'"),
+        ({"model_type": "nosuch"}, "cannot be loaded as a detector"),
+        ({"num_queries": "many"}, "cannot be loaded as a detector"),
+        ({"focal_alpha": None}, "cannot be loaded as a detector"),
+        ({"backbone_config": {"model_type": "nosuch"}}, "cannot be loaded as a detector"),
+    ],
+)
+def test_a_config_of_another_kind_or_a_damaged_one_is_refused(tmp_path, change, message):
+    config = json.loads((HOST / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(InputError, match=message):
+        load_base_config(tmp_path)
+
+
+def test_folders_that_are_no_base_model_are_refused(tmp_path):
+    with pytest.raises(InputError, match="cannot be loaded as a detector"):
+        load_base_config(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(InputError, match="cannot be loaded as a detector"):
+        load_base_config(tmp_path)
+    shutil.copy(HOST / "config.json", tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match="is the folder of an adapter"):
+        load_base_config(tmp_path)
