@@ -368,6 +368,15 @@ def test_behaviours_name_tests_that_exist():
             assert name in functions(ROOT / file), f"{file} has no {name}"
 
 
+def test_the_formats_of_data_name_tests_that_exist():
+    there = set.union(*(functions(file) for file in (ROOT / "tests" / "detection").rglob("test_*.py")))
+    rows = [line for line in (DOCS / "data.md").read_text().splitlines() if line.count(" | ") == 4][1:]
+    assert len(rows) >= 15
+    for row in rows:
+        named = re.findall(r"`(test_\w+)`", row)
+        assert named and set(named) <= there, row
+
+
 def test_messages_of_python_have_their_tests():
     there = set.union(*(functions(file) for file in (ROOT / "tests").rglob("test_*.py")))
     assert set(OF_PYTHON.values()) <= there

@@ -14,6 +14,7 @@ from typing import IO, Any
 from PIL import Image
 
 from ...errors import InputError
+from ...wording import enumerated
 from ..decoding import Size, is_turned, opened, orientation_of, read_image, shown_size
 
 
@@ -184,9 +185,11 @@ class ImagePaths:
     def __call__(self, index: int) -> Path:
         path = self.paths[index]
         if path is None or not path.is_file():
-            searched = ", ".join(map(str, self.folders)) or "no folder of images"
+            searched = ", ".join(map(str, self.folders)) or "no folder, because none of the usual ones exists"
+            there = sorted(file.name for folder in self.folders for file in folder.iterdir() if file.is_file())
             raise InputError(
-                f"{path or self.names[index]}: no such image, but {self.annotations} lists it; looked in {searched}."
+                f"{path or self.names[index]}: no such image, but {self.annotations} lists it; looked in {searched}, "
+                f"with {enumerated(there) or 'no files'}."
             )
         return path
 
