@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""The settings are in setup.cfg. This file only makes the links of README.md absolute, for the page of the index.
+"""The settings are in setup.cfg. This file only makes the links of README.md absolute, for its page on PyPI.
 
 In README.md, links are relative, so that they work in every clone, fork and version.
 """

@@ -1,12 +1,12 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""Show in a browser what adapters detect, beside the base model.
+"""Show the detections of adapters and of the base model in a browser.
 
     python examples/demo.py --adapter my-adapter
     python examples/demo.py --adapter my-adapter night=user/other-adapter
 
-The script prints the address of the page. All adapters are loaded on one base model. Without an adapter, the base model
-alone detects. The script is also the app of a Space on the Hub: docs/demo.md explains how to make one.
+The script prints the address of the page. All adapters are loaded on one base model. Without an adapter, only the base
+model detects. The script is also the app of a Space on the Hub, and docs/demo.md explains how to make one.
 """
 
 from __future__ import annotations
@@ -84,7 +84,9 @@ def parse_args() -> argparse.Namespace:
         "--class_names", nargs="+", metavar="NAME", help="Classes at the start. Default: those of each adapter."
     )
     parser.add_argument(
-        "--threshold", type=float, help="Lowest score at the start. Default: what each adapter suggests, or 0.3."
+        "--threshold",
+        type=float,
+        help="Lowest score at the start. Default: the threshold that each adapter suggests, or 0.3.",
     )
     return parser.parse_args()
 

@@ -7,11 +7,11 @@
     python examples/detect.py camera/ --adapter my-adapter --watch
 
 The script writes each image with its boxes drawn, under the name of the image, and `detections.json`, a COCO file whose
-annotations have a `score`. Folders are searched with their subfolders, which the results repeat. Several adapters are
-loaded on one base model. Each adapter detects in every image, and has its own folder of results. Photos with an EXIF
-orientation are turned upright first, and the boxes are in pixels of the upright image.
+annotations have a `score`. Folders are searched with their subfolders, and the results have the same subfolders.
+Several adapters are loaded on one base model. Each adapter detects in every image, and has its own folder of results.
+Photos with an EXIF orientation are turned upright first, and the boxes are in pixels of the upright image.
 
-Without an adapter, the small base model in `examples/host` detects. Everything else is in
+Without an adapter, the small base model in `examples/host` detects. The rest of the code is in
 `peft_sdpt/commands/detect.py`, which is installed as `sdpt-detect`.
 """
 

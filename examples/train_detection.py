@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""Tune a grounded detector with SDPT and measure what it gains.
+"""Tune a grounded detector with SDPT, and measure its AP before and after.
 
     accelerate launch examples/train_detection.py
 
@@ -14,8 +14,8 @@ With your own photos and boxes:
     accelerate launch examples/train_detection.py --model_name_or_path IDEA-Research/grounding-dino-tiny \\
         --dataset_name path/to/folder --output_dir my-adapter
 
-The script only adds the base model and the tasks. The training is in `peft_sdpt/commands/train.py`, which is installed
-as `sdpt-train`.
+The script only sets the base model and the built-in tasks. The training is in `peft_sdpt/commands/train.py`, which is
+installed as `sdpt-train`.
 """
 
 from __future__ import annotations

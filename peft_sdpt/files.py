@@ -157,7 +157,7 @@ def follow_umask(*files: Path) -> None:
     for file in files:
         # On Windows, files have no such permissions.
         if os.name == "posix" and file.is_file() and not file.stat().st_mode & 0o077:
-            # A new file tells the umask. Asking for the umask itself would change it for other threads for a moment.
+            # A new file shows the umask. Reading the umask itself would change it for other threads for a moment.
             example = file.with_name(f"{secrets.token_hex(8)}{UNFINISHED}")
             try:
                 example.touch(exist_ok=False)

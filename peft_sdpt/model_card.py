@@ -68,8 +68,8 @@ def complete_card(folder: str | os.PathLike, saved_config: PeftConfig) -> None:
     """Complete the model card in a folder, if it is a card of PEFT or an empty form. Other files are left alone.
 
     The metadata gets the library, the pipeline, the tags, and the base model if it is on the Hub. An existing `license`
-    is kept, and `write_licence` adds one. An empty form is replaced by our text. A text that somebody wrote is kept,
-    and our section is added after it, or replaced in its place.
+    is kept. No licence is added here; see `write_licence`. An empty form is replaced by our text. A text that somebody
+    wrote is kept, and our section is added after it, or replaced in its place.
 
     Args:
         folder: Folder of the saved adapter.
@@ -162,8 +162,8 @@ def licence_of(source: str | os.PathLike) -> dict[str, str]:
         source: A folder or a Hub id.
 
     Returns:
-        `license`, and `license_name` and `license_link` of a licence that the Hub does not know. It is empty if there
-        is no card, the card names no licence, or the Hub cannot be reached.
+        A dict with `license`. For a licence that the Hub does not know, it also has `license_name` and `license_link`.
+        It is empty if there is no card, the card names no licence, or the Hub cannot be reached.
     """
     try:
         file = Path(source) / CARD if Path(source).is_dir() else hf_hub_download(str(source), CARD)

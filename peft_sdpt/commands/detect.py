@@ -7,9 +7,9 @@
     sdpt-detect camera/ --adapter my-adapter --watch
 
 The command writes each image with its boxes drawn, under the name of the image, and `detections.json`, a COCO file
-whose annotations have a `score`. Folders are searched with their subfolders, which the results repeat. Several adapters
-are loaded on one base model. Each adapter detects in every image, and has its own folder of results. Photos with an
-EXIF orientation are turned upright first, and the boxes are in pixels of the upright image.
+whose annotations have a `score`. Folders are searched with their subfolders, and the results have the same subfolders.
+Several adapters are loaded on one base model. Each adapter detects in every image, and has its own folder of results.
+Photos with an EXIF orientation are turned upright first, and the boxes are in pixels of the upright image.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ class Results:
         suggested: The threshold that the adapter suggests. None if it suggests none.
         images, annotations: Entries of the COCO file. All ids start at 1. The id of a category is its index in
             `class_names` plus 1.
-        full: Names of the images that may have more objects than the detector can find.
+        full: Names of the images in which all queries of the detector found an object.
     """
 
     name: str
@@ -233,9 +233,9 @@ class Results:
 
 
 def uses_all_queries(detections: Detections, chunks: list[list[int]], num_queries: int) -> bool:
-    """Return whether each query of the detector found an object, so that there may be more.
+    """Return whether each query of the detector found an object. The image may then have more objects.
 
-    A query can have several classes, but has one box for each prompt.
+    A query can have several classes, but it has only one box for each prompt.
     """
     if len(detections["scores"]) < num_queries:
         return False
@@ -251,8 +251,8 @@ def free_name(name: Path, taken: set[str]) -> str:
         taken: Paths of other results, casefolded.
 
     Returns:
-        The path of the image, or `folder/photo-2.jpg` and so on. It has another suffix at the end if images like this
-        cannot be written.
+        The path of the image, or `folder/photo-2.jpg` and so on. If images of this format cannot be written, another
+        suffix is added.
     """
     stem, suffix = name.stem, name.suffix
     if suffix.lower() not in WRITABLE_SUFFIXES:
@@ -266,7 +266,7 @@ def free_name(name: Path, taken: set[str]) -> str:
 
 
 def find_adapters(args: argparse.Namespace) -> list[SavedAdapter]:
-    """Find the adapters of `--adapter`. Each one has a name of its own, for the folder of its results."""
+    """Find the adapters of `--adapter`. Their names are unique, because the folders of the results have these names."""
     adapters = []
     named: dict[str, SavedAdapter] = {}
     for text in args.adapter:
@@ -292,7 +292,7 @@ def read_max_text_len(args: argparse.Namespace, base_model: str) -> int:
 
 
 def prepare_results(args: argparse.Namespace, base_model: str, adapters: list[SavedAdapter]) -> list[Results]:
-    """Load what detecting with each adapter needs, or with the base model if there are no adapters."""
+    """Load everything for detecting with each adapter, or with the base model if there are no adapters."""
     max_text_len = read_max_text_len(args, base_model)
     results = []
     detectors: list[SavedAdapter | None] = [*adapters] or [None]
@@ -404,9 +404,9 @@ def run(args: argparse.Namespace, model_name_or_path: str) -> None:
         print(result.summary())
         if result.full:
             print(
-                f"As many objects as the detector can find in one image, {model.config.num_queries}, are in "
-                f"{counted(len(result.full), 'image')}: {enumerated(result.full)}. There may be more; cut such images "
-                "into parts."
+                f"The detector found as many objects as it can, {model.config.num_queries}, in "
+                f"{counted(len(result.full), 'image')}: {enumerated(result.full)}. There may be more objects; "
+                "cut such images into parts."
             )
 
 

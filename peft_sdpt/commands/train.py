@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""Tune a grounded detector with SDPT on your own photos and boxes, and measure what it gains.
+"""Tune a grounded detector with SDPT on your own photos and boxes, and measure its AP before and after.
 
     accelerate launch -m peft_sdpt.commands.train --dataset_name path/to/folder --output_dir my-adapter
 
@@ -152,7 +152,7 @@ class Setup:
         return analyse_precision(data, rows, args.max_detections), rows
 
     def suggest(self, split: str, rows: list[tuple]) -> dict[str, Any]:
-        """Suggest score thresholds from the detections in a split: one for `all` classes, and those of `classes`."""
+        """Suggest score thresholds from the detections in a split: `all` for all classes, `classes` for each class."""
         best, of_classes = suggest_thresholds(self.splits[split], rows, self.args.max_detections)
         return {"all": best and {**best, "split": split}, "classes": of_classes}
 
@@ -473,7 +473,7 @@ def evaluate(setup: Setup, label: str, average: AveragedModel | None = None) -> 
     """Measure the model, or its moving average, on the evaluation split.
 
     Returns:
-        The result of `analyse_precision` with `shown`, the detections in some images. And all detections.
+        The result of `analyse_precision` with `shown`, the detections in some images; and all detections.
     """
     with averaged(setup.detector, average):
         measured, rows = setup.measure(setup.eval_split, label)
@@ -596,7 +596,7 @@ def main(
         description: Text for `--help`.
         program: Name of the program, for error messages.
         model_name_or_path: Default of `--model_name_or_path`.
-        dataset_name: Default of `--dataset_name`. None if the flag is needed.
+        dataset_name: Default of `--dataset_name`. None if the user must pass the flag.
         tasks: Built-in data sets by name. Each is a function that writes the data set as a COCO folder.
     """
     args = parse_args(description, model_name_or_path, dataset_name, tasks or {})

@@ -99,8 +99,9 @@ def add_data_flags(group: argparse._ArgumentGroup, dataset_name: str | None, tas
         "--bbox_format",
         default="xywh",
         choices=tuple(BOX_FORMATS),
-        help="How a COCO file, or a data set on the Hub, writes boxes: corner, width and height, as in COCO; two "
-        "corners; or centre, width and height. They are in pixels, or with relative_ fractions of the image size.",
+        help="Format of the boxes in a COCO file or in a data set on the Hub: corner, width and height, as in COCO; "
+        "two corners; or centre, width and height. Boxes are in pixels. With relative_, they are fractions of the "
+        "image size.",
     )
     group.add_argument(
         "--class_names_file",
@@ -130,7 +131,7 @@ def add_model_flags(group: argparse._ArgumentGroup, model_name_or_path: str) -> 
     group.add_argument(
         "--model_name_or_path",
         default=model_name_or_path,
-        help="Folder or Hub id of the base model, a Grounding DINO or MM Grounding DINO.",
+        help="Folder or Hub id of the base model, a Grounding DINO, MM Grounding DINO or LLMDet.",
     )
     group.add_argument(
         "--adapter", help="Folder or Hub id of a saved adapter to evaluate, or to continue training from."

@@ -60,7 +60,7 @@ class Shown:
         data: A split with the images.
         columns: Maps a heading to the detections in each image.
         threshold: Lowest score to draw.
-        reason: Why it is this one.
+        reason: Why this threshold was chosen.
     """
 
     data: DetectionSplit
@@ -88,7 +88,7 @@ def print_images(splits: dict[str, DetectionSplit], measured: Collection[str | N
             enough = -(-max(numbers) // 100) * 100
             print(
                 f"{split}: {counted(crowded, 'image')} {have} more than {counted(max_detections, 'object')}, and AP "
-                f"counts the {max_detections} best detections of an image; --max_detections {enough} counts more"
+                f"counts the {max_detections} best detections per image; --max_detections {enough} counts more"
             )
 
 
@@ -107,7 +107,7 @@ def make_record(
         progress: Its progress, with the results of the base model in `before`.
         after: Results with the adapter, or None.
         data: The evaluation split.
-        thresholds: Suggested score thresholds: one for `all` classes, and those of `classes`.
+        thresholds: Suggested score thresholds: `all` for all classes together, and `classes` for each class.
         numbers: Other entries.
     """
     before = progress.before
@@ -135,7 +135,7 @@ def make_record(
 
 
 def curve(losses: list[float]) -> dict[str, list]:
-    """Return at most `NUM_POINTS` points of a curve. A point has the mean of as many steps, and the last of them."""
+    """Return at most `NUM_POINTS` points of a curve. A point has the mean of several steps, and the last of them."""
     width = -(-len(losses) // NUM_POINTS) or 1
     parts = [losses[start : start + width] for start in range(0, len(losses), width)]
     return {
@@ -185,8 +185,10 @@ def write_report(
 
 
 def write_best_card(folder: Path, processor: Any, class_names: list[str], card: dict[str, Any]) -> None:
-    """Write the licence and how to detect into the model card of the best adapter. The arguments are those of
-    `write_threshold`, and `card` is that of `write_report`."""
+    """Write the licence and the section on detection into the model card of the best adapter.
+
+    The arguments are those of `write_threshold`, and `card` is that of `write_report`.
+    """
     with whole_files(folder) as unfinished:
         shutil.copyfile(folder / CARD, unfinished / CARD)
         write_threshold(unfinished, processor, class_names, card["threshold"], card["source"])

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""What a detector gets right and wrong: AP of each class, the threshold with the best F1, and the errors above it."""
+"""Analysis of detections: AP of each class, the threshold with the best F1, and the errors above it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DIGITS = 3
 
 
 class ThresholdChoice(TypedDict):
-    """A score threshold and what it gives at an IoU of 0.5.
+    """A score threshold, and its results at an IoU of 0.5.
 
     Attributes:
         threshold: Lowest score of a detection.
@@ -63,9 +63,9 @@ def analyse_precision(
         max_detections: Number of best detections that count, per image and class.
 
     Returns:
-        `metrics`, as from `average_precision`. `classes`, the same for each class, or None for a class that does not
-        occur. `precision`, 101 values: the precision at an IoU of 0.5 and at a recall of 0, 0.01 up to 1, as a mean
-        over the classes. The mean of these values is AP50.
+        `metrics` is the result of `average_precision`. `classes` has the same metrics for each class, or None for a
+        class that does not occur. `precision` has the precision at an IoU of 0.5 and at a recall of 0, 0.01 up to 1, as
+        a mean over the classes. The mean of these 101 values is AP50.
     """
     table = precision_table(data, detections, max_detections)
     occurs = ~np.isnan(table[0, 0])
@@ -89,8 +89,8 @@ def suggest_thresholds(
         max_detections: Number of best detections that count, per image and class.
 
     Returns:
-        The best threshold for all classes together, and the best one for each class. They are None where no detection
-        is true.
+        The best threshold for all classes together, and the best one for each class. A threshold is None if no
+        detection is true.
     """
     scores, labels, is_true = _counted(data, detections, max_detections)
     num_objects = count_objects(data)
@@ -104,7 +104,7 @@ def suggest_thresholds(
 def measure_threshold(
     data: DetectionSplit, detections: list[Row], threshold: float, max_detections: int = MAX_DETECTIONS
 ) -> ThresholdChoice:
-    """Measure what a score threshold gives. The arguments are those of `find_errors`."""
+    """Measure F1, precision and recall at a score threshold. The arguments are those of `find_errors`."""
     scores, _, is_true = _counted(data, detections, max_detections)
     return _at_threshold(scores, is_true, sum(count_objects(data)), threshold)
 
@@ -130,9 +130,10 @@ def _best_threshold(scores: np.ndarray, is_true: np.ndarray, num_objects: int) -
     f1 = 2 * num_true[last] / (last + 1 + num_objects)
     best = f1.argmax()
     below = scores[last[best] + 1] if last[best] + 1 < len(scores) else 0.0
-    # In the middle between the lowest score above and the highest one below, for scores that are a little different.
+    # The threshold is halfway between the lowest score above it and the highest score below it, so that it also suits
+    # scores that are a little different.
     threshold = min(float(f"{(scores[last[best]] + below) / 2:.{DIGITS}g}"), 1 - 10**-DIGITS)
-    # Counted again, because rounding may pass a score.
+    # Counted again, because the rounded threshold may be on the other side of a score.
     return _at_threshold(scores, is_true[order], num_objects, threshold)
 
 
@@ -230,8 +231,8 @@ def describe_images(data: DetectionSplit) -> dict[str, int]:
         data: The split.
 
     Returns:
-        `images`, `images_without_objects`, `objects`, and `most_objects`, the number of objects in the image that has
-        most. Crowds do not count.
+        `images`, `images_without_objects`, `objects`, and `most_objects`, the largest number of objects in one image.
+        Crowds do not count.
     """
     numbers = [len(crowds) - sum(crowds) for crowds in data.crowds]
     return {
@@ -253,7 +254,7 @@ def choose_images(data: DetectionSplit, number: int) -> list[int]:
         number: Number of images. If the split has fewer, all are taken.
 
     Returns:
-        Sorted indices. They depend on the arguments alone.
+        Sorted indices.
     """
     remaining, taken = list(range(len(data))), list[int]()
     while remaining and len(taken) < number:

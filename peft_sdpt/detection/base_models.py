@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""The base models that the parts of this package for detection can train."""
+"""The base models that `peft_sdpt.detection` can train."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ TRAINED = (GroundingDinoConfig, MMGroundingDinoConfig)
 def load_base_config(model_name_or_path: str | os.PathLike) -> GroundingDinoConfig | MMGroundingDinoConfig:
     """Load the config of a base model, and check that `GroundedDetectionLoss` can train the model.
 
-    These are Grounding DINO, MM Grounding DINO and LLMDet of transformers. Other base models of SDPT have other inputs,
-    and need a loss of their own. No weights are loaded, so call this before a long preparation.
+    It can train Grounding DINO, MM Grounding DINO and LLMDet of transformers. Other base models of SDPT have other
+    inputs and need another loss. No weights are loaded, so call this function before any slow preparation.
 
     Args:
         model_name_or_path: Folder or Hub id of the base model.
@@ -28,7 +28,7 @@ def load_base_config(model_name_or_path: str | os.PathLike) -> GroundingDinoConf
         The config.
 
     Raises:
-        InputError: The config cannot be loaded, is of another kind of model, or the folder holds an adapter.
+        InputError: The config cannot be loaded, the model is of another kind, or the folder holds an adapter.
     """
     refuse_adapter_folder(model_name_or_path)
     name = str(model_name_or_path)

@@ -196,13 +196,13 @@ def check_images(
 def match_classes(splits: dict[str, DetectionSplit]) -> dict[str, DetectionSplit]:
     """Give all splits of a data set the same classes in the same order, by their names.
 
-    Annotation tools number the classes of each split on their own, and leave out those that a split does not have.
+    Annotation tools number the classes of each split separately, and leave out classes that a split does not have.
 
     Args:
         splits: The splits by name.
 
     Returns:
-        New splits, whose classes are those of the first split, and then those that only others have.
+        New splits. Their classes are those of the first split, followed by those that only other splits have.
     """
     class_names = list(dict.fromkeys(name for data in splits.values() for name in data.class_names))
     return {name: data.with_classes(class_names) for name, data in splits.items()}
@@ -216,8 +216,8 @@ def divide(data: DetectionSplit, seed: int) -> dict[str, DetectionSplit]:
         seed: Seed of the random order.
 
     Returns:
-        "train" with 70 % of the images, "val" and "test" with 15 % each. They depend on the ids of the images and the
-        seed alone.
+        "train" with 70 % of the images, and "val" and "test" with 15 % each. The division depends only on the ids of
+        the images and the seed.
 
     Raises:
         InputError: There are fewer than three images.

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""Decoding image files as a person sees them: upright, and as RGB with 8 bits per channel."""
+"""Decoding image files as an image viewer shows them: upright, and as RGB with 8 bits per channel."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import ExifTags, Image, ImageOps
 
 from ..errors import InputError
 
-# When a processor resizes an image, the shorter side must keep some pixels.
+# If an image were more oblong, its shorter side would have no pixels left after a processor resizes it.
 MAX_ASPECT_RATIO = 100
 # TIFF tags. Pillow has no names for their numbers.
 BITS_PER_SAMPLE, PHOTOMETRIC, MAX_SAMPLE_VALUE = 258, 262, 281
@@ -34,8 +34,8 @@ def read_image(
     Args:
         source: A path or a file object.
         where: Name of the image for error messages. None for `source`.
-        turn: Tells by the stored (width, height) and the EXIF orientation whether to rotate and mirror the image as the
-            orientation says. None for always, as viewers do.
+        turn: Takes the stored (width, height) and the EXIF orientation, and returns whether to rotate and mirror the
+            image as the orientation says. None to do so always, as viewers do.
 
     Returns:
         The image.
@@ -71,7 +71,7 @@ def opened(source: str | Path | IO[bytes], where: str) -> Iterator[Image.Image]:
 
 
 def orientation_of(image: Image.Image) -> int:
-    """Return the EXIF orientation of an image, 1 to 8. Its pixels are not decoded. 1 means upright."""
+    """Return the EXIF orientation of an image, from 1 (upright) to 8. Its pixels are not decoded."""
     if image.format == "TIFF":  # Pillow turns it, and gives its size as it is shown
         return 1
     # Not `image.getexif()`, which decodes a PNG to look for EXIF data after its pixels.

@@ -140,7 +140,7 @@ def side_by_side(
         data: A split with the images to draw.
         columns: Maps a heading, for instance the name of a model, to its detections in each image.
         threshold: Lowest score to draw, the same for all models. If it hides all detections of a model, the heading of
-            its column says so.
+            its column says this.
         title: Text above the headings. Default: the threshold.
 
     Returns:

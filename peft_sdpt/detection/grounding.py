@@ -24,7 +24,7 @@ from ..errors import InputError
 
 # [CLS], [SEP], ".", "?" and [PAD]: Grounding DINO in transformers hard-codes these ids as the borders of phrases.
 BORDER_TOKEN_IDS = (101, 102, 1012, 1029, 0)
-# Where a name that was made for a program starts a new word: hotDog, USBPort, traffic-light. Not in iPhone and t-shirt.
+# Matches where a new word starts in hotDog, USBPort and traffic-light. It does not split iPhone and t-shirt.
 WORD_STARTS = re.compile(r"(?<=[a-z]{2})(?=[A-Z][a-z])|(?<=[A-Z]{2})(?=[A-Z][a-z]{2})|(?<=[^\W\d_]{2})-(?=[^\W\d_]{2})")
 # A full stop that ends a phrase in a prompt.
 PHRASE_END = re.compile(r"\s*\.(?:\s+|$)")
@@ -33,8 +33,8 @@ PHRASE_END = re.compile(r"\s*\.(?:\s+|$)")
 def class_prompt(class_names: Sequence[str]) -> str:
     """Write a prompt with one phrase per class. A full stop ends each phrase.
 
-    Underscores become spaces, and so do hyphens between words. A name such as "hotDog" is split into its words. A
-    detector learned from sentences, and finds less with names that were made for programs.
+    Underscores become spaces, and so do hyphens between words. A name such as "hotDog" is split into its words.
+    Detectors are trained on natural text, and find fewer objects with names such as "hot_dog".
 
     Full stops and question marks inside a name would split its phrase in two, so they become spaces. The last phrase
     needs its full stop too: with the masks of transformers, the tokens of an open phrase attend only to themselves.
@@ -72,11 +72,11 @@ def split_caption(text: str) -> list[str]:
     """Split a text that a person wrote into class names.
 
     Args:
-        text: The name of one class, or several names: with commas between them, or as a prompt of Grounding DINO. A
-            prompt ends with a full stop, or has one between spaces.
+        text: The name of one class, several names with commas between them, or a prompt of Grounding DINO. A prompt
+            ends with a full stop, or has one between spaces.
 
     Returns:
-        The class names. The text itself if it has no name.
+        The class names. If the text has no name, the list has the text itself.
 
     Example:
         >>> split_caption("cat . dog . red apple .")
@@ -109,8 +109,8 @@ def phrase_lengths(class_names: Sequence[str], tokenizer: Any) -> list[int]:
 
     Raises:
         InputError: The tokenizer knows no word of a name. Such a class would have no tokens of its own, and the classes
-            after it would be mixed up. Or two names have the same tokens, so that they would get the same scores. An
-            uncased tokenizer drops accents, and replaces characters that it does not know.
+            after it would be mixed up. The error is also raised if two names have the same tokens, because they would
+            get the same scores. An uncased tokenizer drops accents, and replaces characters that it does not know.
     """
     tokens = [tokenizer(class_prompt([name]), add_special_tokens=False)["input_ids"] for name in class_names]
     first: dict[tuple[int, ...], str] = {}
@@ -143,7 +143,7 @@ def split_classes(class_names: Sequence[str], tokenizer: Any, max_text_len: int)
         For each prompt, a list of indices into `class_names`.
 
     Raises:
-        InputError: A single name does not fit into a prompt, or as in `phrase_lengths`.
+        InputError: A single name does not fit into a prompt, or `phrase_lengths` raises the error.
     """
     chunks: list[list[int]] = []
     room = 0

@@ -131,7 +131,7 @@ def has_several_frames(image: Image.Image) -> bool:
 def find_images(inputs: list[Path], skip_bad_images: bool, without: Path | None = None) -> list[Path]:
     """Find all images in files and folders, each once, and check their headers.
 
-    Notes about files that are passed over, and about images of which only the first frame is read, go to stderr.
+    Notes about files that are not read, and about images of which only the first frame is read, go to stderr.
 
     Args:
         inputs: Files and folders. Folders are searched with their subfolders.
@@ -165,7 +165,7 @@ def find_images(inputs: list[Path], skip_bad_images: bool, without: Path | None 
         raise InputError("inputs: none of them can be opened as an image.")
     if animated:
         files = counted(len(animated), "file")
-        note_on_stderr(f"only the first frame or page is read of {files}: {enumerated(animated)}")
+        note_on_stderr(f"only the first frame or page of {files} is read: {enumerated(animated)}")
     return good
 
 
@@ -175,7 +175,7 @@ def once(paths: list[Path]) -> list[Path]:
 
 
 def needs_heif(path: Path) -> AbstractContextManager:
-    """Add to an error about a HEIC photo which package reads it."""
+    """Add the package that reads HEIC photos to the message of an error."""
     is_missing = not READS_HEIF and path.suffix.lower() in HEIF_SUFFIXES
     return hint("HEIC photos need pip install pillow-heif.") if is_missing else nullcontext()
 
@@ -257,7 +257,7 @@ def watch(folders: list[Path], without: Path | None = None) -> Iterator[Iterator
             tried[path] = None
             if animated and not animated_noted:
                 animated_noted = True
-                note_on_stderr(f"only the first frame or page is read of files such as {path}")
+                note_on_stderr(f"only the first frame or page of files such as {path} is read")
             yield path, image
 
     handler_before = signal.signal(signal.SIGINT, interrupt)

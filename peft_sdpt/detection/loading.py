@@ -110,9 +110,9 @@ def load_split(
         dataset_name: A folder, a COCO file, a `data.yaml` of YOLO, or the Hub id of a data set with the columns `image`
             and `objects`. Objects have `bbox` and `category`.
         split: For instance "train", "val", "test" or "train2017". "val", "valid" and "validation" are the same split.
-        bbox_format: A key of `BOX_FORMATS`: how COCO or rows write boxes, "xywh" by default. "xyxy" has two corners,
-            "cxcywh" the centre. "relative_xywh" and so on are fractions of the image size instead of pixels. The
-            returned boxes are "xywh" in pixels.
+        bbox_format: A key of `BOX_FORMATS`, the format of the boxes in COCO or in rows. The default is "xywh". "xyxy"
+            has two corners, and "cxcywh" has the centre, width and height. "relative_xywh" and so on are fractions of
+            the image size instead of pixels. The returned boxes are "xywh" in pixels.
         class_names_file: A JSON object that maps names of the data set to names for prompts, for instance
             `{"RBC": "red blood cell"}`. It applies to the names that `class_names_column` gives.
         class_names_column: Field of `categories` in COCO, or of `objects` in rows, with the class names. If a value is
@@ -190,8 +190,8 @@ def load_splits(
     Args:
         dataset_name: See `load_split`.
         splits: Names of the splits.
-        accelerator: The accelerator of the launch. Its main process prints what is left out, and what the data leaves
-            open: how rotated photos and names such as "hot_dog" are read.
+        accelerator: The accelerator of the launch. Its main process prints which boxes and images are left out, and how
+            it reads names such as "hot_dog" and photos whose orientation is not certain.
         bbox_format, class_names_file, class_names_column, skip_bad_boxes: See `load_split`.
         skip_bad_images: Whether to leave out images that cannot be opened, instead of raising.
 
@@ -227,7 +227,7 @@ def load_splits(
 
 
 def _notes(read: dict[str, DetectionSplit], data: dict[str, DetectionSplit]) -> list[str]:
-    """Return a line for each thing that the data leaves open, and how it is read.
+    """Return lines that say how names such as "hot_dog", missing classes and rotated photos are read.
 
     Args:
         read: The splits as they were read.
@@ -246,11 +246,11 @@ def _notes(read: dict[str, DetectionSplit], data: dict[str, DetectionSplit]) -> 
     for split, images in read.items():
         opener = images.open_image
         if isinstance(opener, SplitImages) and (undecided := opener.undecided()):
-            how = "turned, as viewers do" if opener.turns_undecided() else "not turned, as others of the split"
-            photos = counted(len(undecided), "photo")
+            how = "turned, as in image viewers" if opener.turns_undecided() else "not turned, as others of the split"
+            photos = counted(len(undecided), "photo has", "photos have")
             notes.append(
-                f"split {split}: {photos} with an EXIF orientation, whose size does not tell whether the boxes are "
-                f"drawn on the turned photo: {how}"
+                f"split {split}: {photos} an EXIF orientation, and the size does not tell whether the boxes are drawn "
+                f"on the turned photo: {how}"
             )
     return notes
 

@@ -93,7 +93,7 @@ def mean_precision(table: np.ndarray) -> dict[str, float]:
         table: Array of shape (10, 101, n).
 
     Returns:
-        The means over the classes that occur. They are NaN if none of them occurs.
+        The means over the classes that occur. They are NaN if no class occurs.
     """
     table = table[..., ~np.isnan(table[0, 0])]
     parts = {"AP": table, "AP50": table[0], "AP75": table[5]}
@@ -105,8 +105,8 @@ def match_detections(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Match detections with the objects of their class at an IoU of at least 0.5, as COCO does.
 
-    The detections of a class choose in the order of their scores. So those above a threshold have the same matches with
-    and without the others.
+    Detections with higher scores are matched first. So the matches of the detections above a threshold do not depend on
+    those below it.
 
     Args:
         data: The split with the true boxes.
@@ -114,8 +114,8 @@ def match_detections(
         max_detections: Number of best detections that are matched, per image and class.
 
     Returns:
-        For each detection, the id of its object in `DetectionSplit.as_coco`, or 0, shape (n,). And whether the
-        detection lies in a crowd and counts neither as true nor as false, shape (n,).
+        Two arrays of shape (n,). The first has for each detection the id of its object in `DetectionSplit.as_coco`, or
+        0. The second tells whether the detection lies in a crowd, where it counts neither as true nor as false.
     """
     objects, in_crowd = np.zeros(len(detections), dtype=int), np.zeros(len(detections), dtype=bool)
     if len(detections):

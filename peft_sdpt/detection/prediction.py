@@ -23,7 +23,7 @@ from ..training.interruption import make_worker_init_fn
 from .data import DetectionSplit
 from .grounding import class_prompt, class_scores, class_token_maps, split_classes
 
-# COCO counts the 100 best detections in an image. This is the default of all functions here.
+# COCO counts the 100 best detections per image. This is the default of all functions here.
 MAX_DETECTIONS = 100
 # A detection: image index, x, y, width, height, score, class index.
 Row = tuple[int, float, float, float, float, float, int]
@@ -67,8 +67,8 @@ def detect(
         chunks: The result of `split_classes`. Each chunk takes one forward pass, so the classes need not fit into one
             prompt.
         threshold: Lowest score of a detection.
-        max_detections: Maximum number of detections in an image. None for no limit. Then use a threshold, because each
-            pair of query and class is a detection.
+        max_detections: Maximum number of detections per image. None for no limit. If there is no limit, use a
+            threshold, because otherwise each pair of query and class is a detection.
 
     Returns:
         For each image, the best of all pairs of query and class, sorted by score, and the best score.
@@ -188,7 +188,7 @@ def detect_split(
         accelerator: The accelerator of the launch.
         label: Text of the progress bar.
         num_workers: Number of processes that read images.
-        max_detections: Maximum number of detections in an image, as in `detect`.
+        max_detections: Maximum number of detections per image, as in `detect`.
 
     Returns:
         The rows of all images, in each process.

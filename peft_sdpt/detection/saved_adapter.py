@@ -246,7 +246,7 @@ def read_class_names(adapter: SavedAdapter) -> list[str]:
 
 
 def read_threshold(adapter: SavedAdapter) -> float | None:
-    """Read the score threshold that validation suggests for an adapter.
+    """Read the suggested score threshold of an adapter.
 
     Args:
         adapter: The adapter.
@@ -277,7 +277,7 @@ def write_threshold(
     threshold: Mapping[str, Any] | None,
     source: str = ".",
 ) -> None:
-    """Write a suggested score threshold into the folder of an adapter, and how to detect with it into its model card.
+    """Write a suggested score threshold into the folder of an adapter, and the code that detects into its model card.
 
     Args:
         folder: Folder of the adapter, with its model card.
@@ -321,8 +321,8 @@ def _describe(processor: Any, class_names: Sequence[str], threshold: Mapping[str
         *_EXAMPLE.format(source=source, comment=comment).strip().splitlines(),
         "```",
         "",
-        "It needs `pip install peft_sdpt[detection]`, and a picture of yours as `photo.jpg`. A box is x, y, width and "
-        "height in pixels.",
+        "The code needs `pip install peft_sdpt[detection]`, and a photo with the name `photo.jpg`. A box is x, y, "
+        "width and height in pixels.",
     ]
     return "\n".join(lines)
 
@@ -411,6 +411,6 @@ def save_adapter(
         write_section(unfinished / CARD, "results", results)
         names = sorted(path.name for path in unfinished.iterdir())
     if not threshold:
-        # That of an earlier adapter in this folder.
+        # The folder may have the threshold of an earlier adapter.
         (Path(folder) / THRESHOLD_FILE).unlink(missing_ok=True)
     return names

@@ -54,7 +54,7 @@ def use_all_cores(accelerator: Accelerator) -> None:
     """Divide the cores of this machine among its processes, if their launcher chose a single thread by itself.
 
     `accelerate launch` (1.15) and `torchrun` with several processes (torch 2.13) set OMP_NUM_THREADS to 1 unless the
-    user set it. Here, the two cases look the same. They differ in the environment of the launcher.
+    user set it. A user may also have set it to 1. Only the launcher's own environment and flags show who set it.
     """
     launched = not {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"}.isdisjoint(os.environ)
     if launched and os.environ.get("OMP_NUM_THREADS") == "1" and not user_chose_threads():
@@ -62,7 +62,7 @@ def use_all_cores(accelerator: Accelerator) -> None:
 
 
 def user_chose_threads() -> bool:
-    """Whether the user gave the launcher of this process a number of threads. False if the launcher cannot be read."""
+    """Return whether the user chose a number of threads for the launcher. False if the launcher cannot be inspected."""
     try:
         launcher = psutil.Process(os.getppid())
         # `accelerate launch` also accepts dashes in the names of flags.

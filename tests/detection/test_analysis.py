@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""AP of each class, the threshold with the best F1, and the errors, by hand."""
+"""AP of each class, the threshold with the best F1, and the errors equal numbers that were computed by hand."""
 
 import numpy as np
 import pytest
@@ -40,7 +40,7 @@ def test_precision_of_each_class():
     assert second == {"AP": 0.0, "AP50": 0.0, "AP75": 0.0} and third is None
     assert result["metrics"] == average_precision(data, rows)
     assert result["metrics"]["AP"] == pytest.approx((first["AP"] + second["AP"]) / 2, abs=1e-4)
-    # Precision 1 up to a recall of one half, and 2 / 3 above, in one of two classes.
+    # In one of two classes, the precision is 1 up to a recall of one half, and 2 / 3 above.
     assert result["precision"] == [0.5] * 51 + [0.3333] * 50
     assert np.mean(result["precision"]) == pytest.approx(result["metrics"]["AP50"], abs=1e-4)
 
@@ -172,7 +172,7 @@ def test_images_of_different_classes_are_shown():
     data = make_split([[BOX] * len(each) for each in labels], labels, classes=3)
     assert choose_images(data, 2) == [0, 3]
     assert choose_images(data, 3) == [0, 3, 5]
-    # Then from the start among those that remain, and images without objects last.
+    # The choice then starts over with the remaining images. Images without objects come last.
     assert choose_images(data, 4) == [0, 1, 3, 5] and choose_images(data, 6) == [0, 1, 3, 4, 5, 6]
     assert choose_images(data, 7) == choose_images(data, 100) == list(range(7))
     assert choose_images(make_split([[], []]), 1) == [0]

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""Base models that detection trains are told apart by their config, and every other one is refused in one line."""
+"""The config tells which base models can be trained. Every other one raises a one-line error."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ TRAINED = ("grounding_dino", "mm_grounding_dino")
 @pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
 def test_each_supported_base_model_is_trained_or_refused(case, tmp_path):
     config = getattr(case.make(), "config", None)
-    if hasattr(config, "save_pretrained"):  # the ports of other code bases have none
+    if hasattr(config, "save_pretrained"):  # the ports of other code bases do not have it
         config.save_pretrained(tmp_path)
     if case.name in TRAINED:
         assert type(load_base_config(tmp_path)) is type(config)

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""The picture of a report, for records of every kind."""
+"""A report is drawn for records of every kind."""
 
 import pytest
 from PIL import Image
@@ -72,7 +72,7 @@ def test_the_worst_and_the_best_classes():
     classes = make_record(9, trained=False)["classes"]
     assert worst_and_best(classes, 9) == ([f"class {i}" for i in range(9)], [])
     assert worst_and_best(classes, 4) == (["class 0", "class 1", "class 7", "class 8"], ["class 7", "class 8"])
-    # After training, by the AP after it. Classes that do not occur are left out.
+    # After training, classes are sorted by the AP after it. Classes that do not occur are left out.
     classes["class 8"]["after"] = {"AP": -1.0}
     classes["class 7"]["before"] = None
     assert worst_and_best(classes, 8)[0][:2] == ["class 8", "class 0"] and len(worst_and_best(classes, 8)[0]) == 8
@@ -88,7 +88,7 @@ def test_the_most_frequent_errors_of_each_kind():
 
 @pytest.mark.parametrize("package", ["matplotlib", "faster_coco_eval"])
 def test_a_package_that_is_missing_is_named_at_once(package):
-    """Not after hours of training, when the charts are drawn."""
+    """The error is not raised after hours of training, when the charts are drawn."""
     code = f"""
 import importlib.util, sys
 find_spec = importlib.util.find_spec

@@ -759,7 +759,7 @@ def test_classes_are_matched_by_name(folder, coco):
         assert data.class_names == ["White Cell", "dog", "cat"]
         assert data.labels == train.labels
     assert matched["val"].image_ids == val.image_ids and val.labels == [[0], [1, 0], []]
-    # The split that comes first has the order; classes that only another has follow.
+    # The first split determines the order. Classes that only another split has follow.
     assert match_classes({"val": val, "train": train})["train"].class_names == ["dog", "White Cell", "cat"]
 
 
@@ -771,7 +771,7 @@ def test_divide(size):
     ids = [part.image_ids for part in parts.values()]
     assert sorted(image for part in ids for image in part) == list(range(size))
     assert len(parts["val"]) == len(parts["test"]) == max(1, round(0.15 * size))
-    # By ids, not by places in the file.
+    # The division depends on the ids, not on the places in the file.
     assert [part.image_ids for part in divide(data.subset(range(size - 1, -1, -1)), seed=0).values()] == [
         [*reversed(part)] for part in ids
     ]

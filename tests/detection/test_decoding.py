@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""Images of every depth become what a viewer shows: upright, RGB, 8 bits."""
+"""Images with any number of bits are read as a viewer shows them: upright, RGB and 8 bits."""
 
 import io
 
@@ -45,14 +45,14 @@ def test_sixteen_bits(kind):
 
 
 def test_a_tiff_says_its_range():
-    """Microscopes store 12 bits in 16. Without the tag, nothing tells them from dark images."""
+    """Microscopes store 12 bits in 16. Without the tag, such images look like dark images."""
     values = grey((4095 * RAMP).round(), np.uint16)
     assert abs(channels_of(encoded(values, "TIFF", tiffinfo={MAX_SAMPLE_VALUE: 4095})) - EIGHT_BITS).max() <= 1
     assert channels_of(encoded(values, "TIFF")).max() == round(255 * 4095 / 65535)
 
 
 def test_a_tiff_of_twelve_bits():
-    """Pillow reads such files, and does not write them."""
+    """Pillow reads such files but does not write them."""
     values = (4095 * RAMP).round().astype(int).ravel().tolist()
     packed = bytearray()
     for one, two in zip(values[::2], values[1::2], strict=True):

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""The sheet of objects and detections, and drawing many boxes."""
+"""The sheet shows objects and detections. Many boxes can be drawn on an image."""
 
 import pytest
 import torch
@@ -126,7 +126,7 @@ def test_few_boxes_keep_large_letters(monkeypatch):
         areas(monkeypatch, image, grid(size, *cells), ["cell"], 0.3) for cells in ((2, 2), (30, 20))
     )
     assert few[3] - few[1] > 1.8 * (many[3] - many[1])
-    # The best box has its text, whatever overlaps it.
+    # The best box has its text, even if other boxes overlap it.
     same = {key: value.repeat_interleave(2, 0) for key, value in grid(size, 2, 2).items()}
     assert len(areas(monkeypatch, image, same, ["cell"], 0.3)) == 4
 
@@ -134,7 +134,7 @@ def test_few_boxes_keep_large_letters(monkeypatch):
 def test_small_boxes_are_not_filled():
     size = (640, 480)
     drawn = draw_detections(Image.new("RGB", size, "white"), grid(size, 60, 45), ["cell"], 0.3)
-    # Boxes are 8.5 by 8.5 pixels. Those without text keep their inside.
+    # Boxes are 8.5 by 8.5 pixels. The inside of boxes without text stays visible.
     inside = [
         drawn.getpixel((int((x + 0.4) * 640 / 60), int((y + 0.4) * 480 / 45))) for x in range(60) for y in range(45)
     ]

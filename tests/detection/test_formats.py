@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""One small data set in every format that is read, and what each reader refuses."""
+"""All formats give the same small data set, and each reader raises errors for files that it cannot read."""
 
 import json
 import random
@@ -66,7 +66,7 @@ def yolo_lines(name: str) -> str:
 
 
 def check(data: DetectionSplit, names=IMAGES) -> None:
-    """The data set is the one above, in any order."""
+    """Check that a data set is the one above, in any order."""
     assert data.class_names == NAMES
     found = {}
     for index in range(len(data)):
@@ -104,7 +104,7 @@ def yolo_of_roboflow(folder: Path) -> None:
 
 
 def yolo_with_lists(folder: Path) -> None:
-    """The lists of Darknet, and outlines in place of boxes."""
+    """The data set has the lists of Darknet, and outlines instead of boxes."""
     picture_files(folder / "all" / "images")
     for name, (size, objects) in IMAGES.items():
         put((folder / "all" / "labels" / name).with_suffix(".txt"), write_yolo(size, objects, outlines=True))
@@ -171,7 +171,7 @@ def voc_of_roboflow(folder: Path) -> None:
 
 
 def voc_of_labelimg(folder: Path) -> None:
-    """The path of another machine, a name without a suffix, and no size."""
+    """The files have the path of another machine, a name without a suffix, and no size."""
     picture_files(folder / "images")
     for name, (_, objects) in IMAGES.items():
         xml = write_voc(Path(name).stem, (0, 0), objects, NAMES)
@@ -282,7 +282,7 @@ def one_saved_to_disk(folder: Path) -> None:
 
 
 def imagefolder(folder: Path) -> None:
-    """As the documentation of `datasets` writes it, with `categories`, and names in place of numbers."""
+    """The form is that of the documentation of `datasets`, with `categories`, and names instead of numbers."""
     for split in ("train", "val"):
         picture_files(folder / split)
         lines = [
@@ -371,7 +371,7 @@ def test_the_file_in_place_of_the_folder(tmp_path):
 
 
 def test_images_that_are_named_as_splits(tmp_path):
-    """Their files are those of images, not lists of images or annotations of a split."""
+    """Their files belong to images. They are not lists of images or annotations of a split."""
     names = {"train_1.png": "a.png", "test.png": "b c.png", "val.png": "d.jpg"}
     for folder in ("yolo", "labelme"):
         picture_files(tmp_path / folder)
@@ -417,7 +417,7 @@ def test_accents_in_any_form(tmp_path, written, stored):
 
 
 def test_two_names_of_one_file(tmp_path):
-    """The folders that a tool leaves out may be what tells two images apart."""
+    """Two images may differ only in the folders that a tool leaves out."""
     (tmp_path / "images").mkdir()
     Image.new("RGB", (9, 9)).save(tmp_path / "images" / "1.png")
     entry = ((9, 9), [(0, (1, 1, 5, 5))])
@@ -479,7 +479,7 @@ def test_boxes_drawn_on_the_photo_as_it_is_shown(tmp_path, orientation, size, su
 
 @pytest.mark.parametrize("orientation", [2, 3, 4])
 def test_undecided_photos_follow_the_others_of_the_split(tmp_path, orientation):
-    """Photos on their side tell that this tool draws on the photo as it is stored."""
+    """Photos that are turned by 90 degrees show that this tool draws on the photo as it is stored."""
     photo(tmp_path / "images" / "p.png", (64, 48), orientation)
     entries = {"p.png": ((64, 48), [(0, (0, 0, 32, 24))])}
     for index in range(3):
@@ -664,7 +664,7 @@ def test_numbers_as_categories_with_names_in_a_file(tmp_path):
 
 
 def test_sizes_of_rows_decide_as_in_coco(tmp_path):
-    """Many data sets have columns with the sizes. A photo on its side is not turned if they are those of the file."""
+    """Many data sets have columns with the sizes. If they are the sizes of the stored photos, no photo is turned."""
     photo(tmp_path / "p.jpg", (48, 64), 6)
     columns = {
         "image": [{"bytes": (tmp_path / "p.jpg").read_bytes(), "path": None}],
@@ -739,7 +739,7 @@ def test_other_json_named_train(tmp_path):
     [("datasets/bccd", "test"), ("datasets/boards", "test"), ("cases/underscored_names/words", "val")],
 )
 def test_real_data_has_the_same_ap_in_each_form(data_set, split, tmp_path):
-    """Written as YOLO and as Pascal VOC, where a class list has another order."""
+    """The data is written as YOLO and as Pascal VOC, which has another order of classes."""
     source = load_split(str(SHARED / data_set), split)
     paths = source.open_image.source.paths
     objects = [list(zip(labels, boxes, strict=True)) for labels, boxes in zip(source.labels, source.boxes, strict=True)]

@@ -38,7 +38,7 @@ def tokenizer(tmp_path):
         (["Red Blood Cell", "platelet"], "red blood cell. platelet."),
         (["st. bernard", "What is this?"], "st bernard. what is this."),
         (["dog?cat.", "  hot\t dog \n"], "dog cat. hot dog."),
-        # Names that were made for programs are read as words, and other names stay.
+        # Names with underscores, hyphens or inner capitals are split into words. Other names stay.
         (["hot_dog", "__red__blood_cell"], "hot dog. red blood cell."),
         (["HotDog", "redBloodCell", "USBPort"], "hot dog. red blood cell. usb port."),
         (["traffic-light", "t-shirt", "x-ray"], "traffic light. t-shirt. x-ray."),

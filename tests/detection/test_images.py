@@ -45,12 +45,12 @@ def test_subfolders(tree):
     assert below(found, tree) == FOUND
     assert below(others, tree) == ["a/clip.mp4", "b/a.psd", "notes.txt"]
     assert below(images_in(tree)[0], tree) == [*FOUND, "out/b.png"]
-    # The folder itself is searched, whatever it is called.
+    # The folder itself is searched, even if its name starts with a dot.
     assert below(images_in(tree / ".hidden", without=tree / ".hidden")[0], tree) == [".hidden/5.png"]
 
 
 def test_links_to_folders(tree, tmp_path):
-    """They are followed, and circles end."""
+    """Links are followed, and a circle of links does not repeat forever."""
     picture(tmp_path / "elsewhere" / "7.png")
     try:
         (tree / "link").symlink_to(tmp_path / "elsewhere")
@@ -97,7 +97,7 @@ def test_what_is_passed_over_is_named(tree, capsys):
     line = "passed over 2 files that are not images: b/a.psd, notes.txt; "
     line += "1 video, whose frames must be extracted first, for instance with ffmpeg: a/clip.mp4\n"
     assert capsys.readouterr().err == line.replace("/", os.sep)
-    # Nothing is said of a folder of images only, nor twice.
+    # No note is printed for a folder with images only, and none is printed twice.
     find_images([tree / "out"], False)
     assert capsys.readouterr().err == ""
     find_images([tree, tree / "b"], False, tree / "out")
@@ -158,7 +158,7 @@ def test_only_the_first_frame(tmp_path, capsys):
     # Phones store a preview as the second picture.
     frames[0].save(tmp_path / "phone.jpg", format="MPO", save_all=True, append_images=frames[1:])
     found = find_images([tmp_path], False)
-    line = "only the first frame or page is read of 4 files: a.gif, b.tif, c.webp, d.png\n"
+    line = "only the first frame or page of 4 files is read: a.gif, b.tif, c.webp, d.png\n"
     assert len(found) == 9 and capsys.readouterr().err == line
     for path, image in images.read_images(found, False):
         red, _, blue = image.getpixel((20, 15))
@@ -166,7 +166,7 @@ def test_only_the_first_frame(tmp_path, capsys):
 
 
 def test_watching(tree, tmp_path, monkeypatch, capsys):
-    """Subfolders that come later too. Files that are passed over are named after the first look and at the end."""
+    """New subfolders are searched too. Files that are not read are named after the first look and at the end."""
     looks = []
 
     def user(_) -> None:
@@ -191,4 +191,4 @@ def test_watching(tree, tmp_path, monkeypatch, capsys):
     error = capsys.readouterr().err
     assert error.count("passed over") == 2 and error.count("notes.txt") == 1
     assert "passed over 1 file that is not an image: " + str(Path("new", "e.txt")) in error
-    assert error.count("only the first frame or page is read") == 1
+    assert error.count("only the first frame or page of files such as") == 1

@@ -305,7 +305,7 @@ def test_a_limit_below_one(processor):
 
 
 def test_more_than_a_hundred_objects_of_a_split(processor):
-    """The 144 queries are all in the rows, if they are asked for."""
+    """With a high enough limit, all 144 queries are in the rows."""
     model = WordDetector(random_boxes(144))
     pictures = [Image.new("RGB", (120, 120))]
     data = DetectionSplit(["cell"], [1], [(120, 120)], [[(0.0, 0.0, 8.0, 8.0)]], [[0]], [[False]], pictures.__getitem__)

@@ -1,7 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""The distributions: the sources with their tests, and the wheel with its commands, which is enough for a training
-loop."""
+"""The source distribution has its tests. The wheel has the commands, and is enough for a training loop."""
 
 import email
 import json
@@ -59,7 +58,7 @@ def check(command: list, **options) -> str:
 
 
 BUILD = "import sys; from setuptools import build_meta; getattr(build_meta, sys.argv[1])(sys.argv[2])"
-# Folders and files of a checkout that a source distribution has, without what tools leave there.
+# Folders and files of a checkout that a source distribution has, without files that tools create there.
 PARTS = (".ci", "benchmarks", "docs", "examples", "peft_sdpt", "tests")
 FILES = ("CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "README.md", "constraints.txt", "noxfile.py",
          "pyproject.toml", "setup.cfg", "setup.py")  # fmt: skip
@@ -122,7 +121,7 @@ def test_the_source_distribution_has_what_its_tests_need(sources):
         files = {path for path in files if "__pycache__" not in path.parts and path.suffix != ".pyc"}
         assert not [path for path in files if not (sources / path).is_file()], part
     assert all((sources / name).is_file() for name in FILES)
-    # One test of the package that runs there, on the package that is there.
+    # One test of the unpacked sources runs there, with the package of these sources.
     environment = {**os.environ, "PYTHONPATH": str(sources), "OMP_NUM_THREADS": "1"}
     tests = ["tests/core/test_layout.py", "tests/detection/test_saved_adapter.py::test_a_saved_adapter_is_found_again"]
     output = check(["-m", "pytest", "-n", "0", "-q", *tests], cwd=sources, env=environment)
@@ -154,7 +153,7 @@ def test_the_wheel_installs_the_commands(installed, tmp_path, command):
 
     result = run()
     assert result.returncode == 0 and "--model_name_or_path" in result.stdout, result.stderr
-    # Without the extra `detection`: a package that is not there.
+    # Without the extra `detection`, a package is missing.
     (tmp_path / "without").mkdir()
     (tmp_path / "without" / "sitecustomize.py").write_text("import sys; sys.modules['scipy'] = None")
     result = run(tmp_path / "without")

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""The demo page, in a real browser."""
+"""The demo page works in a real browser."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ import demo  # noqa: E402
 
 SPACE = HOST.parent / "space"
 CLASSES = {"one": ["cat", "red apple"], "two": ["st. bernard", "tea cup"]}
-# Of the second adapter; no other threshold of the page.
+# The threshold of the second adapter. No other threshold of the page has this value.
 SUGGESTED = 0.22
-# Milliseconds for a step on the page. Each one takes a few seconds.
+# The timeout of a step on the page in milliseconds. A step takes a few seconds.
 WAIT = 300_000
 
 
@@ -109,7 +109,7 @@ def served(log: Path, script=demo.__file__, *flags):
 
 
 class Page:
-    """What a user does on the page, and sees."""
+    """The page, with the actions of a user and what the user sees."""
 
     def __init__(self, browser, address: str):
         from playwright.sync_api import expect
@@ -161,7 +161,7 @@ class Page:
 
 @pytest.fixture(scope="module")
 def heading(adapters):
-    """What the heading of an image must be, by the functions of the package."""
+    """Return the expected heading of an image, computed with the functions of the package."""
     saved = [find_adapter(str(adapters / name)) for name in CLASSES]
     model = load_detector(HOST, saved)
     processor = load_processor(None, HOST)
@@ -197,7 +197,7 @@ def test_the_page_in_a_browser(browser, adapters, picture, heading, tmp_path):
         page.detect()
         page.says("but a prompt takes at most")
 
-        # What the adapter detects is not what the base model detects.
+        # The adapter and the base model have different detections.
         page.write("star, leaf. star")
         names = ["star", "leaf"]
         page.set("threshold", 0.1)
@@ -206,7 +206,7 @@ def test_the_page_in_a_browser(browser, adapters, picture, heading, tmp_path):
         base, tuned = page.shows(heading(*one), heading(*one, "one"))
         assert base.shape == tuned.shape and not np.array_equal(base, tuned)
 
-        # With the scale 0 it is, and the scale of a call is not that of the next.
+        # With the scale 0, they have the same detections. The scale of a call does not affect the next call.
         page.set("adapter scale", 0)
         page.detect()
         same_base, same = page.shows(heading(*one), heading(*one, "one", 0.0))
@@ -221,7 +221,7 @@ def test_the_page_in_a_browser(browser, adapters, picture, heading, tmp_path):
         assert "nothing found" in heading(picture, names, 0.99) and np.array_equal(*nothing)
         assert not np.array_equal(nothing[0], base) and not np.array_equal(nothing[1], tuned)
 
-        # Another adapter detects otherwise, and suggests its own threshold. The classes of the user stay.
+        # Another adapter has other detections, and suggests its own threshold. The classes of the user stay.
         page.choose("two")
         page.expect(page.tab.get_by_label("number input for threshold")).to_have_value(str(SUGGESTED))
         page.expect(page.tab.get_by_label("classes")).to_have_value("star, leaf. star")
@@ -243,7 +243,7 @@ def test_the_page_in_a_browser(browser, adapters, picture, heading, tmp_path):
             height, width, _ = page.shows(heading(*read), heading(*read, "two"))[0].shape
             assert width / height == size[0] / size[1]
 
-        # Nothing else was asked, so the page works without the internet.
+        # The page requested nothing else, so it works without the internet.
         assert not [url for url in page.requests if not url.startswith((address, "data:", "blob:"))]
 
 

@@ -129,7 +129,7 @@ def test_pictures_and_a_coco_file_that_agree_with_detect(run, photos, adapters, 
             assert [a["category_id"] - 1 for a in annotations] == found["labels"][kept].tolist()
             assert all(a["area"] == a["bbox"][2] * a["bbox"][3] and a["iscrowd"] == 0 for a in annotations)
     assert [a["id"] for a in written["annotations"]] == [*range(1, len(written["annotations"]) + 1)]
-    # It can be loaded as results of the same images too.
+    # The file can also be loaded as results of the same images.
     with contextlib.redirect_stdout(None):
         assert len(coco.loadRes(written["annotations"]).getAnnIds()) == len(written["annotations"])
     per_class = [sum(a["category_id"] == i for a in written["annotations"]) for i in (1, 2, 3)]
@@ -156,14 +156,14 @@ QUERIES = 50  # of the small base model
 
 
 def test_no_limit_above_the_threshold(run, photos, adapters, tmp_path, capsys):
-    """Each pair of query and class is there, more than the hundred that COCO counts."""
+    """The results have each pair of query and class, more than the hundred that COCO counts."""
     assert run(photos, "--adapter", adapters[0], "--threshold", "0") == 0
     written = read(tmp_path / "out")
     assert len(written["annotations"]) == 3 * QUERIES * len(NAMES) > 3 * prediction.MAX_DETECTIONS
     scores = [a["score"] for a in written["annotations"] if a["image_id"] == 1]
     assert scores == sorted(scores, reverse=True) and len(scores) == QUERIES * len(NAMES)
     text = capsys.readouterr().out
-    assert "As many objects as the detector can find in one image, 50, are in 3 images: a.png, b.png, c.png." in text
+    assert "The detector found as many objects as it can, 50, in 3 images: a.png, b.png, c.png." in text
 
 
 def test_uses_all_queries():
@@ -175,13 +175,13 @@ def test_uses_all_queries():
 
     assert full(boxes, [0, 0, 0], [[0]], 3) and full(boxes, [0, 1, 0], [[0, 1]], 3)
     assert not full(boxes, [0, 0, 0], [[0]], 4)
-    # A query with two classes is one object, and each prompt has all queries.
+    # A query with two classes counts as one object. Each prompt uses all queries.
     assert not full(boxes[[0, 0, 1]], [0, 1, 0], [[0, 1]], 3)
     assert not full(boxes, [0, 1, 1], [[0], [1]], 3)
 
 
 def test_nothing_found(run, photos, adapters, tmp_path, capsys):
-    """The best score is named, rounded down, and how to find something."""
+    """The message has the best scores, rounded down."""
     assert run(photos, "--adapter", adapters[0], "--threshold", "0.9") == 0
     written = read(tmp_path / "out")
     assert written["annotations"] == []
@@ -278,7 +278,7 @@ def test_pictures_of_one_name_keep_apart(run, photos, adapters, tmp_path):
 
 
 def test_subfolders(run, adapters, tmp_path, monkeypatch, capsys):
-    """The results repeat them. The results of the run before are no input."""
+    """The results have the same subfolders. The results of an earlier run are not read as images."""
     folder = tmp_path / "camera"
     for seed, name in enumerate(("a/1.jpg", "b/1.jpg", "b/c/2.HEIC", "3.WEBP", "b/4.avif")):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -195,7 +195,7 @@ def parse(module, arguments: list[str], monkeypatch) -> argparse.Namespace:
 
 
 def parse_args(module) -> argparse.Namespace:
-    """What a script would run with."""
+    """Return the arguments that a script would run with."""
     command = {train_detection: train, detect: detect_command}.get(module)
     if command is None:
         return module.parse_args()
@@ -410,7 +410,7 @@ def test_the_readme_leads_to_every_page():
 
 
 def table_rows(page: Path) -> list[list[str]]:
-    """Cells of all rows of tables of a page. An empty first cell is that of the row above."""
+    """Return the cells of all table rows of a page. An empty first cell gets the text of the row above."""
     rows: list[list[str]] = []
     for line in prose(page).splitlines():
         if line.strip().startswith("| "):
@@ -445,7 +445,7 @@ def test_the_page_on_settings_computes_time_and_memory_from_the_measurements():
     for row in rows:
         device = device if row[0] == "the same" else row[0]
         if "cores" in device:
-            # Time and memory of inference, then of a training step.
+            # The rows have time and memory of inference, and then of a training step.
             time, memory = measured[f"Grounding DINO Tiny, {row[1]}"][2:4]
             seconds, gigabytes = float(time[1].split()[0]), float(memory[1].split()[0])
             ratios = float(time[2].split()[0]), float(memory[2])

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""The notebook, in a real kernel."""
+"""The notebook runs in a real kernel."""
 
 import shutil
 
@@ -16,7 +16,7 @@ NOTEBOOK = HOST.parent / "my_photos.ipynb"
 
 @pytest.mark.slow
 def test_the_notebook(hub, small_task, tmp_path, monkeypatch):
-    """The detector of the Hub that it names is the small one, served from loopback, and training is short."""
+    """The small base model is served under the Hub id that the notebook names, and training is short."""
     hub.add("IDEA-Research/grounding-dino-tiny", HOST)
     shutil.copytree(small_task, tmp_path / "photos")
     notebook = nbformat.read(NOTEBOOK, as_version=4)

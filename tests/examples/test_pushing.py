@@ -81,7 +81,7 @@ def test_the_main_job_pushes_what_belongs_there(train, hub, tmp_path):
 
 
 def run_card(card: str, small_task, folder, monkeypatch, capsys) -> tuple[dict, list[str]]:
-    """Run the code of a model card that detects, as it stands, beside a picture. Returns its names and its output."""
+    """Run the detection code of a model card without changes, beside a picture. Returns its names and its output."""
     (code,) = re.findall(r"```python\n(from peft_sdpt import detection\n.*?)```", card, re.DOTALL)
     assert 10 <= len(code.splitlines()) <= 13
     monkeypatch.chdir(folder)
@@ -109,7 +109,7 @@ def test_the_code_of_a_card_runs_in_its_folder(trained, small_task, tmp_path, mo
 
 
 def test_the_code_of_a_pushed_card_runs_anywhere(train, hub, small_task, tmp_path, monkeypatch, capsys):
-    """With nothing but the names of repositories: the base model is on the Hub as well."""
+    """The code needs only the names of repositories, because the base model is on the Hub as well."""
     hub.add("IDEA-Research/grounding-dino-tiny", HOST)
     code, _, error = train(*PUSH, "--model_name_or_path", "IDEA-Research/grounding-dino-tiny")
     assert code == 0, error

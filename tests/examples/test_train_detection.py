@@ -73,7 +73,7 @@ def test_main_job_trains_measures_and_saves(main_job, trained, small_task, tmp_p
     assert json.loads((out / "metrics.json").read_text()) == metrics
     assert again["before"] == metrics["before"] and again["after"] == metrics["after"]
     assert again["trainable_parameters"] == 0
-    # At the threshold that was saved with the adapter, though the evaluation suggests another.
+    # The threshold is the one that was saved with the adapter, although the evaluation suggests another one.
     assert again["at_threshold"] == metrics["at_threshold"] and again["errors"] == metrics["errors"]
     assert (again["threshold"]["split"], metrics["threshold"]["split"]) == ("test", "val")
     for when in ("before", "after"):
@@ -337,7 +337,7 @@ def test_without_a_validation_split_only_the_last_is_kept(main_job, own_task, tm
 
 
 def test_the_report_has_what_happened(main_job, trained, small_task, tmp_path, capsys):
-    """Numbers that belong together agree, in the file, on the screen and in the card."""
+    """The file, the screen and the card have the same numbers."""
     assert main_job("--dataset_name", small_task, *TWO_STEPS) == 0
     out, said = tmp_path / "out", capsys.readouterr().out
     metrics = json.loads((out / "metrics.json").read_text())
@@ -383,7 +383,7 @@ def test_one_of_a_kind_is_singular(capsys):
     print_images({"train": two, "val": make_split([[BOX] * 2], classes=2)}, {"val"}, 1)
     assert capsys.readouterr().out.splitlines() == [
         "train: 1 of 2 images has no objects",
-        "val: 1 image has more than 1 object, and AP counts the 1 best detections of an image; "
+        "val: 1 image has more than 1 object, and AP counts the 1 best detections per image; "
         "--max_detections 100 counts more",
     ]
 
@@ -408,7 +408,7 @@ def test_images_without_objects_and_with_many_are_told(main_job, own_task, tmp_p
 
 
 def test_a_threshold_that_nothing_suggests_is_the_default(main_job, small_task, tmp_path, monkeypatch, capsys):
-    """A detector that finds nothing right."""
+    """No detection is right."""
     monkeypatch.setattr(train, "detect_split", lambda *_, **__: [])
     assert main_job("--dataset_name", small_task, "--max_train_steps", 1) == 0
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
@@ -420,7 +420,7 @@ def test_a_threshold_that_nothing_suggests_is_the_default(main_job, small_task, 
 
 def test_the_licence_is_that_of_the_base_model_or_the_flag(main_job, trained, small_task, tmp_path, capsys):
     assert licence_of(trained(*TWO_STEPS)) == licence_of(trained(*TWO_STEPS) / "best") == {"license": "apache-2.0"}
-    # That of the card in the output folder stays, unless the flag gives another.
+    # The licence of the card in the output folder stays, unless the flag gives another one.
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
     run = ("--dataset_name", small_task, "--max_train_steps", 1)
@@ -556,7 +556,7 @@ def test_shots_train_on_few_images_and_write_down_which(main_job, small_task, tm
 
 
 def test_classes_of_splits_are_matched_by_name(main_job, own_task, tmp_path, capsys):
-    """Each file has its own order and lacks what it does not use, as some tools write it."""
+    """Each file has its own order of classes and lacks classes that it does not use, as some tools write it."""
 
     def reorder(coco):
         coco["categories"].reverse()
@@ -585,7 +585,7 @@ def test_a_data_set_without_splits_is_divided(main_job, own_task, tmp_path, caps
     record = json.loads((tmp_path / "out" / "splits.json").read_text())
     assert sorted(sum(record["image_ids"].values(), [])) == ids  # noqa: RUF017
     before = json.loads((tmp_path / "out" / "metrics.json").read_text())["before"]
-    # Measuring alone uses the same test split; another seed makes another one.
+    # `--eval_only` uses the same test split. Another seed gives another split.
     flags = ("--dataset_name", own_task, "--eval_only", "--output_dir")
     assert main_job(*flags, tmp_path / "again") == 0
     assert json.loads((tmp_path / "again" / "eval_metrics.json").read_text())["before"] == before
@@ -614,7 +614,7 @@ def test_undecided_photos_are_told(main_job, own_task, capsys):
             image.load()
         image.save(file, exif=exif)
     assert main_job("--dataset_name", own_task, "--eval_only") == 0
-    assert "split test: 2 photos with an EXIF orientation, whose size does not tell" in capsys.readouterr().out
+    assert "split test: 2 photos have an EXIF orientation, and the size does not tell" in capsys.readouterr().out
 
 
 def test_names_for_prompts_are_what_the_adapter_is_saved_with(main_job, small_task, tmp_path):

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""Writing annotations in the formats that are read."""
+"""Functions that write annotations in the formats that are read."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def corners(box: Box) -> list[tuple[float, float]]:
 
 
 def write_yolo(size: tuple[int, int], objects: Objects, outlines: bool = False) -> str:
-    """The lines of an image, each a box or the outline of one."""
+    """Return the lines of an image. Each line has a box, or the outline of a box."""
     lines = []
     for label, (x, y, width, height) in objects:
         values = [(x + width / 2) / size[0], (y + height / 2) / size[1], width / size[0], height / size[1]]
@@ -57,7 +57,7 @@ def write_voc(file_name: str, size: tuple[int, int], objects: Objects, names: li
 def write_labelme(
     image_path: str, size: tuple[int, int], objects: Objects, names: list[str], outlines: bool = False
 ) -> dict:
-    """The content of the file of an image, with rectangles or outlines."""
+    """Return the content of the file of an image, with rectangles or outlines."""
     shapes = [
         {
             "label": names[label],

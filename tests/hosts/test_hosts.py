@@ -260,7 +260,7 @@ def test_the_full_size_model_takes_prompts(case):
     assert sum(trainable.values()) / total < 0.005
 
 
-# Rows of the README by the names of the cases.
+# Maps the name of a case to its row in the README.
 IN_README = {
     "grounding_dino": "Grounding DINO",
     "mm_grounding_dino": "MM Grounding DINO, LLMDet",
@@ -279,7 +279,7 @@ IN_README = {
 
 
 def readme_rows() -> dict[str, list[str]]:
-    """Cells of the table of base models in the README, by the first cell."""
+    """Return the cells of the table of base models in the README, by the first cell."""
     text = (detectors.ROOT / "README.md").read_text(encoding="utf-8")
     lines = text.partition("## Supported base models")[2].partition("\n## ")[0].splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""Real launches: a launcher's single thread becomes all cores, and a number of threads that the user chose is kept."""
+"""Real launches use all cores, unless the user chose a number of threads."""
 
 import os
 import subprocess

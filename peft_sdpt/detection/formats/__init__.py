@@ -2,8 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Readers of data sets. Each format is a module with a function `find`, which returns a `Source` or None.
 
-Supervision and Datumaro read most of these formats too. Supervision brings a video library, and does not say which line
-of which file is wrong. Datumaro excludes current versions of NumPy and Pillow.
+Supervision and Datumaro read most of these formats too, but they are not used here. Supervision depends on a video
+library, and does not say which line of which file is wrong. Datumaro does not support current versions of NumPy and
+Pillow.
 """
 
 from __future__ import annotations

@@ -94,17 +94,17 @@ class SplitImages:
 
     It checks the size each time, because files may change during a run.
 
-    If the annotations of a rotated photo belong to the photo as it is stored, it is not turned. Its annotated size
-    tells this, except for square photos, and for photos that are mirrored or turned by 180 degrees. These follow the
-    other photos of the split, and are turned if no photo tells, as viewers show them.
+    A photo with an EXIF orientation is turned, unless its annotations belong to the photo as it is stored. The
+    annotated size tells this, except for square photos, and for photos that are mirrored or turned by 180 degrees. Such
+    photos are read like the other photos of the split. If no other photo tells, they are turned, as in image viewers.
 
     Attributes:
         num_images: Number of images.
         source: Maps an index to a path or a file object. It raises `InputError` if the image is missing.
         where: Maps an index to the name of the image for error messages.
         annotations: Name of the annotations for error messages.
-        sizes: The annotated (width, height) of each image in pixels. None for the size of the image as it is shown,
-            which is read from its header.
+        sizes: The annotated (width, height) of each image in pixels. If it is None, the size of the image as it is
+            shown is read from its header.
     """
 
     num_images: int
@@ -150,7 +150,7 @@ class SplitImages:
         return self.turns_undecided() if decision is None else decision
 
     def _decisions(self) -> dict[int, bool | None]:
-        """Return for each image with an EXIF orientation whether its size asks to turn it. None if it does not tell."""
+        """Return for each image with an EXIF orientation whether its size says to turn it. None if it does not tell."""
         decisions = {}
         for index, size in enumerate(self.sizes):
             try:

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""LabelMe: a JSON file per image. A box encloses each shape. The classes are the sorted labels in all splits."""
+"""LabelMe: a JSON file per image. Each shape becomes a box. The classes are the sorted labels in all splits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ...errors import InputError
 from .files import ImageFinder, split_images
 from .source import DEFAULT, Source, SplitFields, box_around, is_labelme, is_split_name, read_json
 
-# Shapes that enclose an area. The others, such as points and lines, are no objects.
+# Shapes that enclose an area. The others, such as points and lines, are ignored.
 AREAS = ("rectangle", "polygon", "circle", "mask", "rotation", "oriented rectangle")
 
 

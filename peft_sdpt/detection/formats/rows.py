@@ -26,7 +26,7 @@ OTHER_NAMES = {
     "iscrowd": ("is_crowd",),
 }
 NUMBERS = ("int16", "int32", "int64", "uint16", "uint32", "uint64", "float32", "float64")
-# What a folder has that `datasets` reads.
+# A folder with one of these files is an imagefolder of `datasets`.
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
@@ -130,7 +130,7 @@ def _read(
         boxes.append(objects["bbox"])
         labels.append([position[value] for value in objects["category"]])
         crowds.append([is_crowd(v, where) for v in objects.get("iscrowd", [0] * len(boxes[-1]))])
-    # The images are not decoded by `datasets`, which turns them whatever their annotations belong to.
+    # `datasets` does not decode the images, because it would always turn them as their EXIF orientation says.
     images = RowImages(rows.select_columns("image").cast_column("image", datasets.Image(decode=False)), source)
     opener = SplitImages(len(rows), images, images.where, source, _annotated_sizes(rows))
     return {

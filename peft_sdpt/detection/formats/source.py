@@ -20,8 +20,8 @@ VALIDATION_NAMES = ("val", "valid", "validation")
 USUAL_NAMES = ("train", *VALIDATION_NAMES, "test")
 # Names that a split usually has, also with a year or a number: train2017, val-1.
 SPLIT_NAME = re.compile(r"(train|val|valid|validation|dev|test)(ing)?(\W|_|\d|$)", re.IGNORECASE)
-# The number of bytes that tell the format of a file. A COCO file names one of its lists within them, except after a
-# long `info`. LabelMe writes its shapes before the image.
+# The number of bytes that are read to recognise the format of a file. The name of a list of COCO is among them, unless
+# the file starts with a long `info`. LabelMe writes its shapes before the image.
 START = 100_000
 # The name of the only split of a data set that does not name it, as in CVAT.
 DEFAULT = "default"

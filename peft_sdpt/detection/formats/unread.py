@@ -53,7 +53,7 @@ def advice(folder: Path) -> str:
             if format is None:
                 return f"It looks like {name}; export the data as COCO in the annotation tool."
             command = DATUMARO.format(path=folder, format=format)
-            return f"It looks like {name}, which is not read; this converts it: {command}."
+            return f"It looks like {name}, which is not read; this command converts it: {command}."
     for file in sorted(folder.glob("*.json"))[:3]:
         try:
             if text := describe_json(read_json(file)):
@@ -73,8 +73,8 @@ def _xml_of_cvat(folder: Path) -> bool:
     return False
 
 
-# A test of the folder, the name of the format in Datumaro (None if a tool can export another one), and the name of the
-# format for people.
+# A test of the folder, the name of the format in Datumaro (None if the annotation tool can export COCO), and the name
+# of the format in messages.
 UNREAD: tuple[tuple[Callable[[Path], bool], str | None, str], ...] = (
     (_xml_of_cvat, "cvat", "CVAT's XML"),
     (_has("*.tfrecord", "*/*.tfrecord"), "tf_detection_api", "TFRecord files"),

@@ -94,7 +94,7 @@ def _read(folder: Path, files: list[Path], everything: dict[Path, ElementTree.El
     names = sorted({_text(item, "name", file) for file, root in everything.items() for item in root.iter("object")})
     position = {name: index for index, name in enumerate(names)}
     corners = {file: [_corners(item, file) for item in root.iter("object")] for file, root in everything.items()}
-    # VOC counts pixels from 1. Some tools count from 0, as the least corner then shows.
+    # VOC counts pixels from 1. Some tools count from 0. A corner below 1 shows this.
     first = 0 if any(min(box) < 1 for boxes in corners.values() for box in boxes) else 1
     sizes, boxes, labels, crowds = [], [], [], []
     for file in files:
