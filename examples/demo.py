@@ -35,8 +35,10 @@ from peft_sdpt.detection import (
     read_class_names,
     read_image,
     read_threshold,
+    split_caption,
     split_classes,
 )
+from peft_sdpt.detection.prediction import DEFAULT_THRESHOLD
 from peft_sdpt.errors import hint, one_line_errors
 
 try:
@@ -102,8 +104,10 @@ def load(args: argparse.Namespace) -> tuple[Any, list[Choice]]:
     choices = []
     for adapter in adapters or [None]:
         with hint("Pass --class_names."):
-            class_names = args.class_names or (read_class_names(adapter) if adapter else [])
-        threshold = args.threshold or (adapter and read_threshold(adapter)) or 0.3
+            class_names = [name for text in args.class_names or () for name in split_caption(text)] or (
+                read_class_names(adapter) if adapter else []
+            )
+        threshold = args.threshold or (read_threshold(adapter, DEFAULT_THRESHOLD) if adapter else DEFAULT_THRESHOLD)
         shown = {" ".join(re.sub("[,.]", " ", name).split()): name for name in class_names}
         name, processor = adapter.name if adapter else BASE, load_processor(adapter, base_model)
         choices.append(Choice(name, processor, shown, max(LOWEST, threshold)))

@@ -155,11 +155,12 @@ def write_section(card: Path, name: str, body: str | None) -> None:
     card.write_text(with_section(card.read_text(encoding="utf-8"), name, body), encoding="utf-8")
 
 
-def licence_of(source: str | os.PathLike) -> dict[str, str]:
+def licence_of(source: str | os.PathLike, base_model: str | None = None) -> dict[str, str]:
     """Find the licence in the model card of a folder, or of a repository on the Hub.
 
     Args:
         source: A folder or a Hub id.
+        base_model: The base model that the card must name. None for any card.
 
     Returns:
         A dict with `license`. For a licence that the Hub does not know, it also has `license_name` and `license_link`.
@@ -169,6 +170,8 @@ def licence_of(source: str | os.PathLike) -> dict[str, str]:
         file = Path(source) / CARD if Path(source).is_dir() else hf_hub_download(str(source), CARD)
         metadata = metadata_load(file) or {}
     except Exception:  # `huggingface_hub` and its HTTP client raise many kinds of errors
+        return {}
+    if base_model is not None and (metadata.get("base_model") or None) != _hub_id(base_model):
         return {}
     return {name: metadata[name] for name in LICENCE_FIELDS if isinstance(metadata.get(name), str)}
 

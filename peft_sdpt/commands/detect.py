@@ -44,7 +44,7 @@ from ..detection import (
     read_threshold,
     split_classes,
 )
-from ..detection.grounding import split_caption
+from ..detection.grounding import names_as_words, split_caption
 from ..detection.images import (
     HEIF_SUFFIXES,
     WRITABLE_SUFFIXES,
@@ -55,6 +55,7 @@ from ..detection.images import (
     relative_name,
     watch,
 )
+from ..detection.prediction import DEFAULT_THRESHOLD
 from ..errors import InputError, hint, one_line_errors
 from ..files import check_writable, output_folder, whole_files
 from ..wording import counted, enumerated
@@ -62,8 +63,6 @@ from .train_arguments import BASE_MODEL
 
 # Arguments of the library whose flag has another name.
 RENAMED = {"adapters": "adapter", "source": "adapter"}
-# The threshold of adapters that suggest none.
-DEFAULT_THRESHOLD = 0.3
 
 
 def parse_args(description: str | None, model_name_or_path: str) -> argparse.Namespace:
@@ -194,7 +193,8 @@ class Results:
     def introduction(self) -> str:
         """Say which classes are looked for, with which threshold."""
         classes = counted(len(self.class_names), "class", "classes")
-        return self._named(f"looking for {classes}: {enumerated(self.class_names)} ({self._threshold()})")
+        lines = [f"looking for {classes}: {enumerated(self.class_names)} ({self._threshold()})"]
+        return "\n".join(map(self._named, [*lines, *names_as_words(self.class_names)]))
 
     def summary(self) -> str:
         """Say in one line what was found."""

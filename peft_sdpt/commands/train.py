@@ -66,6 +66,7 @@ from ..detection import (
     write_adapter,
 )
 from ..detection.formats import matching_split
+from ..detection.prediction import DEFAULT_THRESHOLD
 from ..detection.saved_adapter import THRESHOLD_FILE
 from ..errors import InputError, hint, one_line_errors
 from ..files import check_writable
@@ -84,7 +85,6 @@ from ..training import (
     push,
     trained_parameters,
 )
-from ..wording import counted
 from .train_arguments import (
     ADAPTER_FLAGS,
     BASE_MODEL,
@@ -96,13 +96,13 @@ from .train_arguments import (
     parse_args,
 )
 from .train_results import (
-    DEFAULT_THRESHOLD,
     NUM_SHOWN_IMAGES,
     Shown,
     describe_best,
     make_record,
     print_images,
     print_report,
+    read_division,
     report_division,
     report_shots,
     write_best_card,
@@ -193,14 +193,6 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator, tasks: Mapping[s
         accelerator.print("--cache_features: the backbones have dropout; stored features are computed without it")
     if args.image_size:
         check_image_size(detector, processor, args.image_size)
-    num_queries = detector.config.num_queries
-    for split, data in splits.items():
-        crowded = sum(len(boxes) > num_queries for boxes in data.boxes)
-        if crowded:
-            accelerator.print(
-                f"split {split}: {counted(crowded, 'image')} with more objects than the {num_queries} queries of the "
-                "detector, which cannot find all of them"
-            )
     # Called for its error: a class name that does not fit into a prompt should end the run before it starts.
     split_classes(splits[eval_split].class_names, processor.tokenizer, detector.config.max_text_len)
     return Setup(
@@ -232,9 +224,13 @@ def read_data(
     validation: str | None = "val"
     held_out = "test"
     if whole:
-        splits = divide(load_splits(dataset, [whole], accelerator, **options)[whole], args.seed)
+        if args.train_split not in ("train", whole):
+            raise InputError(f"--train_split {args.train_split}: the data set has only one split, {whole}.")
+        data = load_splits(dataset, [whole], accelerator, **options)[whole]
+        parts = read_division(args, data) or divide(data, args.seed)
+        splits = {name: data.subset(indices) for name, indices in parts.items()}
         if accelerator.is_main_process:
-            report_division(args.output_dir, args.seed, splits)
+            report_division(args, splits)
         splits[args.train_split] = splits.pop("train")
     else:
         validation = args.validation_split or ("val" if matching_split(existing, "val") else None)
@@ -550,11 +546,16 @@ def run(args: argparse.Namespace, tasks: Mapping[str, Task]) -> None:
 
     setup = prepare(args, accelerator, tasks)
     if accelerator.is_main_process:
-        print_images(setup.splits, {setup.validation_split, setup.eval_split}, args.max_detections)
+        measured = {setup.validation_split, setup.eval_split}
+        print_images(setup.splits, measured, args.max_detections, setup.detector.config.num_queries)
     if accelerator.is_main_process and not args.eval_only:
         # A licence that somebody wrote into the card of the output folder stays.
         flag = {"license": args.license} if args.license else {}
-        setup.licence = flag or licence_of(args.output_dir) or licence_of(args.model_name_or_path)
+        setup.licence = (
+            flag
+            or licence_of(args.output_dir, base_model=args.model_name_or_path)
+            or licence_of(args.model_name_or_path)
+        )
     training = None if args.eval_only else prepare_training(setup)
     rows: list[tuple] = []
     # A checkpoint already has the results of the base model.

@@ -8,6 +8,7 @@ import argparse
 import json
 import re
 import shutil
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 from ..detection import Detections, DetectionSplit, draw_report, side_by_side, write_threshold
 from ..detection.analysis import count_objects
 from ..detection.charts import describe_error, most_frequent, worst_and_best
+from ..errors import InputError
 from ..files import whole_files
 from ..model_card import CARD, write_licence, write_section
 from ..training import Progress
@@ -24,27 +26,67 @@ from ..wording import counted, shorten
 METRICS = ("AP", "AP50", "AP75")
 # Number of images of the evaluation split in `detections.png`.
 NUM_SHOWN_IMAGES = 4
-# Score threshold of `detections.png` if no other can be suggested.
-DEFAULT_THRESHOLD = 0.3
 # Number of points of the curve of the loss in `metrics.json`.
 NUM_POINTS = 500
+# How a data set without splits was divided.
+SPLITS_FILE = "splits.json"
 # Numbers of classes and of errors on the screen, and in a model card.
 ON_SCREEN, IN_CARD = 6, 20
 
 
-def report_division(output_dir: Path, seed: int, splits: dict[str, DetectionSplit]) -> None:
+def read_division(args: argparse.Namespace, data: DetectionSplit) -> dict[str, list[int]] | None:
+    """Return how an earlier run divided a data set without splits, so that no training image is measured.
+
+    Args:
+        args: The flags. The record is looked for in the output folder, and in the folder of the adapter or above it.
+        data: The whole data set.
+
+    Returns:
+        The indices of the images in each part. None if there is no record.
+
+    Raises:
+        InputError: The record is damaged, or does not list an image of the data set.
+    """
+    adapter = Path(args.adapter) if args.adapter else args.output_dir
+    places = (args.output_dir / SPLITS_FILE, adapter / SPLITS_FILE, adapter.parent / SPLITS_FILE)
+    file = next((place for place in places if place.is_file()), None)
+    if file is None:
+        return None
+    try:
+        ids = json.loads(file.read_text(encoding="utf-8"))["image_ids"]
+        parts = {name: list(ids[name]) for name in ("train", "val", "test")}
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{file}: has no `image_ids` of train, val and test ({error!r}).") from None
+    part_of = {str(image_id): name for name, part in parts.items() for image_id in part}
+    divided: dict[str, list[int]] = {name: [] for name in parts}
+    for index, image_id in enumerate(data.image_ids):
+        if str(image_id) not in part_of:
+            raise InputError(
+                f"{file}: does not list the image {image_id!r}; another --output_dir divides the data set anew."
+            )
+        divided[part_of[str(image_id)]].append(index)
+    return divided
+
+
+def report_division(args: argparse.Namespace, splits: dict[str, DetectionSplit]) -> None:
     """Print how a data set without splits was divided, and save the ids of the images in `splits.json`."""
     sizes = ", ".join(f"{len(data)} {name}" for name, data in splits.items())
-    print(f"the data set has no splits; --seed {seed} divides its images: {sizes} (see splits.json)")
-    record = {"seed": seed, "image_ids": {name: data.image_ids for name, data in splits.items()}}
-    with whole_files(output_dir) as folder:
-        (folder / "splits.json").write_text(json.dumps(record, indent=2) + "\n")
+    print(f"the data set has no splits; its images are divided: {sizes} (see {SPLITS_FILE})")
+    if not (args.output_dir / SPLITS_FILE).is_file():
+        record = {"seed": args.seed, "image_ids": {name: data.image_ids for name, data in splits.items()}}
+        with whole_files(args.output_dir) as folder:
+            (folder / SPLITS_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def report_shots(output_dir: Path, shots: int, seed: int, train: DetectionSplit, drawn: DetectionSplit) -> None:
     """Print the classes with too few images for `--shots`, and save the ids of the drawn images in `shots.json`."""
+    images_of = Counter(
+        label
+        for labels, crowds in zip(train.labels, train.crowds, strict=True)
+        for label in {label for label, crowd in zip(labels, crowds, strict=True) if not crowd}
+    )
     for label, name in enumerate(train.class_names):
-        num_images = sum(label in labels for labels in train.labels)
+        num_images = images_of[label]
         if num_images < shots:
             print(f"--shots {shots}: class {name!r} is on {counted(num_images, 'image')} only; all of them are used")
     record = {"shots": shots, "seed": seed, "image_ids": drawn.image_ids}
@@ -69,19 +111,28 @@ class Shown:
     reason: str
 
 
-def print_images(splits: dict[str, DetectionSplit], measured: Collection[str | None], max_detections: int) -> None:
-    """Print the number of images without objects, and of images with more objects than AP counts.
+def print_images(
+    splits: dict[str, DetectionSplit], measured: Collection[str | None], max_detections: int, num_queries: int
+) -> None:
+    """Print the number of images without objects, and of images with too many objects.
 
     Args:
         splits: The splits by name.
         measured: Names of the splits that are measured.
         max_detections: Value of `--max_detections`.
+        num_queries: Number of queries of the detector.
     """
     for split, data in splits.items():
         numbers = [len(crowds) - sum(crowds) for crowds in data.crowds]
         if empty := numbers.count(0):
             have = "has" if empty == 1 else "have"
             print(f"{split}: {empty:,} of {counted(len(data), 'image')} {have} no objects")
+        too_many = sum(number > num_queries for number in numbers)
+        if too_many:
+            print(
+                f"{split}: {counted(too_many, 'image')} with more objects than the {num_queries} queries of the "
+                "detector, which cannot find all of them"
+            )
         crowded = sum(number > max_detections for number in numbers)
         if crowded and split in measured:
             have = "has" if crowded == 1 else "have"

@@ -208,7 +208,7 @@ def match_classes(splits: dict[str, DetectionSplit]) -> dict[str, DetectionSplit
     return {name: data.with_classes(class_names) for name, data in splits.items()}
 
 
-def divide(data: DetectionSplit, seed: int) -> dict[str, DetectionSplit]:
+def divide(data: DetectionSplit, seed: int) -> dict[str, list[int]]:
     """Divide a data set that has no splits, at random by image.
 
     Args:
@@ -216,18 +216,25 @@ def divide(data: DetectionSplit, seed: int) -> dict[str, DetectionSplit]:
         seed: Seed of the random order.
 
     Returns:
-        "train" with 70 % of the images, and "val" and "test" with 15 % each. The division depends only on the ids of
-        the images and the seed.
+        The sorted indices of "train" with 70 % of the images, and of "val" and "test" with 15 % each. Images with and
+        without objects are divided separately. The parts depend on the ids of the images and the seed alone.
 
     Raises:
-        InputError: There are fewer than three images.
+        InputError: There are fewer than three images with objects.
     """
-    if len(data) < 3:
-        raise InputError(f"a data set without splits needs at least 3 images to be divided, got {len(data)}.")
-    order = shuffled(data, range(len(data)), seed)
-    held_out = max(1, round(0.15 * len(data)))
-    parts = {"train": order[2 * held_out :], "val": order[:held_out], "test": order[held_out : 2 * held_out]}
-    return {name: data.subset(sorted(indices)) for name, indices in parts.items()}
+    is_object = [not all(crowds) for crowds in data.crowds]
+    parts: dict[str, list[int]] = {"train": [], "val": [], "test": []}
+    for with_objects in (True, False):
+        order = shuffled(data, [index for index, has in enumerate(is_object) if has == with_objects], seed)
+        if with_objects and len(order) < 3:
+            raise InputError(
+                f"a data set without splits needs at least 3 images with objects to be divided, got {len(order)}."
+            )
+        held_out = max(int(with_objects), round(0.15 * len(order)))
+        parts["val"] += order[:held_out]
+        parts["test"] += order[held_out : 2 * held_out]
+        parts["train"] += order[2 * held_out :]
+    return {name: sorted(indices) for name, indices in parts.items()}
 
 
 def shuffled(data: DetectionSplit, indices: Iterable[int], seed: int) -> list[int]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from PIL import Image, ImageDraw, ImageFont
 
 from .data import DetectionSplit
-from .prediction import Detections
+from .prediction import DEFAULT_THRESHOLD, Detections
 
 # Width of an image, gap between images and height of the title and of the headings in `side_by_side`, in pixels.
 SIDE, GAP, HEADER = 320, 6, 26
@@ -132,7 +132,10 @@ def _background(
 
 
 def side_by_side(
-    data: DetectionSplit, columns: dict[str, list[Detections]], threshold: float = 0.3, title: str | None = None
+    data: DetectionSplit,
+    columns: dict[str, list[Detections]],
+    threshold: float = DEFAULT_THRESHOLD,
+    title: str | None = None,
 ) -> Image.Image:
     """Draw images of a split, one per row: the true boxes, and beside them the detections of several models.
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..wording import enumerated
 
 # [CLS], [SEP], ".", "?" and [PAD]: Grounding DINO in transformers hard-codes these ids as the borders of phrases.
 BORDER_TOKEN_IDS = (101, 102, 1012, 1029, 0)
@@ -66,6 +67,13 @@ def class_prompt(class_names: Sequence[str]) -> str:
     if not phrases:
         raise InputError("class_names: the list is empty; a prompt needs at least one class name.")
     return " ".join(f"{phrase}." for phrase in phrases)
+
+
+def names_as_words(class_names: Sequence[str]) -> list[str]:
+    """Return a line about the names that `class_prompt` reads as other words. The list is empty if there are none."""
+    words = {name: class_prompt([name]).rstrip(".") for name in class_names}
+    changed = [f"{name!r} as {phrase!r}" for name, phrase in words.items() if phrase != " ".join(name.lower().split())]
+    return [f"class names are read as words: {enumerated(changed)}"] if changed else []
 
 
 def split_caption(text: str) -> list[str]:

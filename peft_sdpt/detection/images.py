@@ -38,7 +38,7 @@ SUFFIXES = WRITABLE_SUFFIXES | (HEIF_SUFFIXES if READS_HEIF else set())
 SECONDS_BETWEEN_LOOKS = 0.5
 
 
-def images_in(folder: Path, without: Path | None = None) -> tuple[list[Path], list[Path]]:
+def files_in(folder: Path, without: Path | None = None) -> list[Path]:
     """Find the files in a folder and its subfolders.
 
     Hidden files and folders are skipped: files that are still being copied, or files that macOS stores beside a photo.
@@ -49,7 +49,7 @@ def images_in(folder: Path, without: Path | None = None) -> tuple[list[Path], li
         without: A subfolder that is not searched. It may not exist.
 
     Returns:
-        The files with the suffix of an image, and the other files, both sorted.
+        The files, sorted.
 
     Raises:
         InputError: A folder cannot be read.
@@ -71,8 +71,21 @@ def images_in(folder: Path, without: Path | None = None) -> tuple[list[Path], li
                 new.append(name)
         subfolders[:] = new
         files += [Path(parent, name) for name in names if not name.startswith(".")]
+    return sorted(files)
+
+
+def images_in(folder: Path, without: Path | None = None) -> tuple[list[Path], list[Path]]:
+    """Find the files in a folder and its subfolders, as `files_in` does.
+
+    Returns:
+        The files with the suffix of an image, and the other files.
+
+    Raises:
+        InputError: A folder cannot be read.
+    """
+    files = files_in(folder, without)
     images = [path for path in files if path.suffix.lower() in SUFFIXES]
-    return sorted(images), sorted(set(files) - set(images))
+    return images, sorted(set(files) - set(images))
 
 
 def absolute_folders(inputs: Iterable[Path]) -> set[Path]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from .data import Box, DetectionSplit, check_images, match_classes
 from .formats import Source, find_source, matching_split, require_split
 from .formats.files import SplitImages
 from .formats.source import is_split_name, read_json
-from .grounding import class_prompt
+from .grounding import class_prompt, names_as_words
 
 # The four numbers of a box in each format. FRACTIONS before a name says that they are fractions of the image size.
 FRACTIONS = "relative_"
@@ -128,7 +129,8 @@ def load_split(
         InputError: The split cannot be used. The message names the file and the image, annotation or category.
     """
     source = _find(dataset_name, bbox_format, class_names_file, class_names_column)
-    return _load(source, dataset_name, split, bbox_format, class_names_file, skip_bad_boxes)
+    data = _load(source, dataset_name, split, bbox_format, skip_bad_boxes)
+    return _with_names({split: data}, dataset_name, class_names_file)[split]
 
 
 def _find(
@@ -146,29 +148,45 @@ def _find(
     return source
 
 
-def _load(
-    source: Source,
-    dataset_name: str,
-    split: str,
-    bbox_format: str,
-    class_names_file: str | Path | None,
-    skip_bad_boxes: bool,
-) -> DetectionSplit:
-    """Read and check a split of a data set. The arguments are those of `load_split`."""
+def _load(source: Source, dataset_name: str, split: str, bbox_format: str, skip_bad_boxes: bool) -> DetectionSplit:
+    """Read and check a split of a data set, but not its class names. The arguments are those of `load_split`."""
     fields, annotations = source.read(require_split(source, split, dataset_name))
-    data = DetectionSplit(**fields)
+    sizes = fields["sizes"]
+    for index in [index for index, size in enumerate(sizes) if size is None]:
+        # Without a size, its boxes cannot be checked. Opening the image raises an error that says what is wrong.
+        sizes[index] = (1, 1)
+        fields["boxes"][index], fields["labels"][index], fields["crowds"][index] = [], [], []
+    data = DetectionSplit(**fields)  # type: ignore[arg-type]  # all sizes are known now
     if not len(data):
         raise InputError(f"{dataset_name}: split {split!r} has no images.")
     if not data.class_names:
         raise InputError(f"{dataset_name}: split {split!r} has no categories; a prompt needs class names.")
+    # Line breaks, for instance, cannot be drawn.
+    data.class_names = [" ".join(name.split()) for name in data.class_names]
     _read_boxes(data, bbox_format, annotations, skip_bad_boxes)
-    if class_names_file is not None:
-        data.class_names = rename_classes(data.class_names, Path(class_names_file))
-    _check_phrases(data.class_names, f"{dataset_name}: split {split!r}")
     if not data.has_objects():
         left_out = f" {len(data.left_out)} were left out; the first: {data.left_out[0]}." if data.left_out else ""
         raise InputError(f"{dataset_name}: split {split!r} has no boxes except crowds.{left_out}")
     return data
+
+
+def _with_names(
+    splits: dict[str, DetectionSplit], dataset_name: str, class_names_file: str | Path | None
+) -> dict[str, DetectionSplit]:
+    """Give splits the same classes, with the names for prompts.
+
+    Raises:
+        InputError: Two classes cannot be told apart, or the file does not suit the classes.
+    """
+    for split, data in splits.items():
+        if len(set(data.class_names)) < len(data.class_names):
+            _check_phrases(data.class_names, f"{dataset_name}: split {split!r}")
+    matched = match_classes(splits)
+    names = next(iter(matched.values())).class_names
+    if class_names_file is not None:
+        names = rename_classes(names, Path(class_names_file))
+    _check_phrases(names, dataset_name if len(splits) > 1 else f"{dataset_name}: split {next(iter(splits))!r}")
+    return {split: replace(data, class_names=names) for split, data in matched.items()}
 
 
 def load_splits(
@@ -202,11 +220,8 @@ def load_splits(
         InputError: A split cannot be read, an image does not open, or a split has no objects.
     """
     source = _find(dataset_name, bbox_format, class_names_file, class_names_column)
-    read = {
-        split: _load(source, dataset_name, split, bbox_format, class_names_file, skip_bad_boxes)
-        for split in dict.fromkeys(splits)
-    }
-    data = match_classes(read)
+    read = {split: _load(source, dataset_name, split, bbox_format, skip_bad_boxes) for split in dict.fromkeys(splits)}
+    data = _with_names(read, dataset_name, class_names_file)
     for line in _notes(read, data):
         accelerator.print(line)
     for split, images in data.items():
@@ -220,6 +235,14 @@ def load_splits(
             )
         for problem in (*images.left_out, *bad.values()):
             accelerator.print(f"left out: {problem}")
+        opener = images.open_image
+        if isinstance(opener, SplitImages) and (undecided := set(gather_object(sorted(opener.undecided)))):
+            # All processes decide now, before workers get copies of the opener.
+            how = "turned, as image viewers do" if opener.turns_undecided() else "not turned, like others of the split"
+            accelerator.print(
+                f"split {split}: {counted(len(undecided), 'photo')} with an EXIF orientation, whose size does not tell "
+                f"whether the boxes are drawn on the turned photo: {how}"
+            )
         data[split] = images.subset([image for image in range(len(images)) if image not in bad])
         if not data[split].has_objects():
             raise InputError(f"{dataset_name}: split {split!r} has no objects left.")
@@ -227,31 +250,18 @@ def load_splits(
 
 
 def _notes(read: dict[str, DetectionSplit], data: dict[str, DetectionSplit]) -> list[str]:
-    """Return lines that say how names such as "hot_dog", missing classes and rotated photos are read.
+    """Return a line for each way in which class names are read.
 
     Args:
         read: The splits as they were read.
-        data: The same splits with matched classes.
+        data: The same splits with matched classes and names for prompts.
     """
-    notes = []
-    class_names = next(iter(data.values())).class_names
-    words = {name: class_prompt([name]).rstrip(".") for name in class_names}
-    changed = [f"{name!r} as {phrase!r}" for name, phrase in words.items() if phrase != " ".join(name.lower().split())]
-    if changed:
-        notes.append(f"class names are read as words: {enumerated(changed)}")
+    notes = names_as_words(next(iter(data.values())).class_names)
+    in_all = dict.fromkeys(name for images in read.values() for name in images.class_names)
     for split, images in read.items():
-        missing = [name for name in class_names if name not in images.class_names]
+        missing = [repr(name) for name in in_all if name not in images.class_names]
         if missing:
-            notes.append(f"split {split} has no class {enumerated(map(repr, missing))}, which another split has")
-    for split, images in read.items():
-        opener = images.open_image
-        if isinstance(opener, SplitImages) and (undecided := opener.undecided()):
-            how = "turned, as in image viewers" if opener.turns_undecided() else "not turned, as others of the split"
-            photos = counted(len(undecided), "photo has", "photos have")
-            notes.append(
-                f"split {split}: {photos} an EXIF orientation, and the size does not tell whether the boxes are drawn "
-                f"on the turned photo: {how}"
-            )
+            notes.append(f"split {split} has no class {enumerated(missing)}, which another split has")
     return notes
 
 
@@ -288,7 +298,7 @@ def _check_phrases(class_names: list[str], where: str) -> None:
         try:
             names.setdefault(class_prompt([name]).rstrip("."), []).append(name)
         except InputError as error:
-            raise InputError(f"{where}: {error}") from None
+            raise InputError(f"{where}: {error} class_names_file=... renames a class.") from None
     twice = [f"{phrase} ({', '.join(map(repr, same))})" for phrase, same in sorted(names.items()) if len(same) > 1]
     if twice:
         raise InputError(f"{where} has several categories named {', '.join(twice)}; a prompt cannot tell them apart.")

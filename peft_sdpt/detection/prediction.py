@@ -25,6 +25,8 @@ from .grounding import class_prompt, class_scores, class_token_maps, split_class
 
 # COCO counts the 100 best detections per image. This is the default of all functions here.
 MAX_DETECTIONS = 100
+# Lowest score of a detection to show, if no validation suggests one.
+DEFAULT_THRESHOLD = 0.3
 # A detection: image index, x, y, width, height, score, class index.
 Row = tuple[int, float, float, float, float, float, int]
 

@@ -245,21 +245,22 @@ def read_class_names(adapter: SavedAdapter) -> list[str]:
     return class_names
 
 
-def read_threshold(adapter: SavedAdapter) -> float | None:
+def read_threshold(adapter: SavedAdapter, default: float | None = None) -> float | None:
     """Read the suggested score threshold of an adapter.
 
     Args:
         adapter: The adapter.
+        default: What to return if the adapter was saved without one.
 
     Returns:
-        The threshold, at least 0 and below 1. None if the adapter was saved without one.
+        The threshold, at least 0 and below 1, or `default`.
 
     Raises:
         InputError: The file is damaged.
     """
     file = adapter.folder / THRESHOLD_FILE
     if not file.is_file():
-        return None
+        return default
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -331,7 +332,7 @@ _EXAMPLE = """
 from peft_sdpt import detection
 
 adapter = detection.find_adapter("{source}")  # {comment}
-names, threshold = detection.read_class_names(adapter), detection.read_threshold(adapter) or 0.3
+names, threshold = detection.read_class_names(adapter), detection.read_threshold(adapter, default=0.3)
 processor = detection.load_processor(adapter, adapter.base_model)
 model = detection.load_detector(adapter.base_model, [adapter])
 chunks = detection.split_classes(names, processor.tokenizer, model.config.max_text_len)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+from accelerate import Accelerator
 from PIL import ExifTags, Image
 
 from peft_sdpt.detection import (
@@ -23,6 +24,7 @@ from peft_sdpt.detection import (
     few_shot,
     has_split,
     load_split,
+    load_splits,
     match_classes,
 )
 from peft_sdpt.detection.formats import coco as coco_format
@@ -114,10 +116,11 @@ def test_as_coco_round_trip(folder, coco):
         ("annotations/instances_train2017.json", "train2017", "train2017"),
         ("annotations/instances_train.json", "images/train", "train"),
         ("annotations/train.json", "images", "train"),
+        ("instances_train.json", "images/train", "train"),
         ("train/labels.json", "train/data", "train"),
         ("train/result.json", "train/images", "train"),
     ],
-    ids=["ours", "Roboflow", "ODinW", "COCO", "CVAT", "annotations", "FiftyOne", "Label Studio"],
+    ids=["ours", "Roboflow", "ODinW", "COCO", "CVAT", "annotations", "instances", "FiftyOne", "Label Studio"],
 )
 def test_layouts(folder, coco, annotations, images, split):
     shutil.move(folder / "images", folder / "moved")
@@ -250,7 +253,10 @@ def test_a_file_name_may_leave_the_folder(folder, coco):
 
 def test_missing_file(folder, coco):
     load(folder, coco)
-    with pytest.raises(InputError, match=r"no split 'val'; looked for val\.json, .*The data set \(COCO\) has train\."):
+    with pytest.raises(
+        InputError,
+        match=r"no split 'val'; looked for .*val\.json, .*The data set \(COCO\) has train\.",
+    ):
         load_split(str(folder), "val")
 
 
@@ -435,7 +441,7 @@ def test_bad_crowd_flag(folder, coco, flag):
 
 def test_categories_of_one_phrase_are_listed(folder, coco):
     coco["categories"][2]["name"] = "white  cell."
-    with pytest.raises(InputError, match=r"named white cell \('White Cell', 'white  cell\.'\)"):
+    with pytest.raises(InputError, match=r"named white cell \('White Cell', 'white cell\.'\)"):
         load(folder, coco)
 
 
@@ -765,22 +771,41 @@ def test_classes_are_matched_by_name(folder, coco):
 
 @pytest.mark.parametrize("size", [3, 4, 20, 101])
 def test_divide(size):
-    data = split_of([[0]] * size, num_classes=1)
+    data = split_of([[0]] * size + [[]] * 10, num_classes=1)
     parts = divide(data, seed=0)
     assert list(parts) == ["train", "val", "test"]
-    ids = [part.image_ids for part in parts.values()]
-    assert sorted(image for part in ids for image in part) == list(range(size))
-    assert len(parts["val"]) == len(parts["test"]) == max(1, round(0.15 * size))
-    # The division depends on the ids, not on the places in the file.
-    assert [part.image_ids for part in divide(data.subset(range(size - 1, -1, -1)), seed=0).values()] == [
-        [*reversed(part)] for part in ids
-    ]
-    assert size < 20 or divide(data, seed=1)["test"].image_ids != ids[2]
+    assert sorted(index for part in parts.values() for index in part) == list(range(size + 10))
+    for part in ("val", "test"):
+        # Images without objects are in each part too, and none of the parts has only those.
+        assert len([index for index in parts[part] if index < size]) == max(1, round(0.15 * size))
+        assert len([index for index in parts[part] if index >= size]) == 2
+    # By ids, not by places in the file.
+    turned = data.subset(range(size + 9, -1, -1))
+    again = {name: [turned.image_ids[index] for index in part] for name, part in divide(turned, seed=0).items()}
+    assert {name: sorted(part) for name, part in again.items()} == parts
+    assert size < 20 or divide(data, seed=1)["test"] != parts["test"]
 
 
 def test_too_few_images_to_divide():
-    with pytest.raises(InputError, match="needs at least 3 images to be divided, got 2"):
-        divide(split_of([[0], [0]], num_classes=1), seed=0)
+    with pytest.raises(InputError, match="needs at least 3 images with objects to be divided, got 2"):
+        divide(split_of([[0], [0], [], []], num_classes=1), seed=0)
+
+
+def test_names_are_given_after_the_classes_are_matched(folder, coco):
+    """A split without a class takes a file that renames it."""
+    put(folder / "train.json", coco)
+    put(folder / "val.json", {**coco, "categories": [coco["categories"][i] for i in (1, 0)]})
+    names = put(folder / "names.json", {"cat": "kitten", "dog": "hound"})
+    splits = load_splits(str(folder), ["train", "val"], Accelerator(), class_names_file=names)
+    assert splits["val"].class_names == splits["train"].class_names == ["White Cell", "hound", "kitten"]
+    with pytest.raises(InputError, match=r"several categories named dog \('dog', 'Dog'\)"):
+        put(folder / "val.json", {**coco, "categories": [{"id": 90, "name": "White Cell"}, {"id": 3, "name": "Dog"}]})
+        load_splits(str(folder), ["train", "val"], Accelerator())
+
+
+def test_line_breaks_in_names(folder, coco):
+    coco["categories"][0]["name"] = "White\n  Cell\t"
+    assert load(folder, coco).class_names[0] == "White Cell"
 
 
 def test_fingerprint(folder, coco):
@@ -997,8 +1022,9 @@ def test_no_picture_on_the_hub(monkeypatch, image):
     columns, features = hub_rows("list of dicts")
     columns["image"] = [picture(30, 20), image]
     hub(monkeypatch, columns, features)
+    data = load_split("someone/some-data", "train")
     with pytest.raises(InputError, match=r"someone/some-data \(train\): image 1"):
-        load_split("someone/some-data", "train")
+        data.open_image(1)
 
 
 def test_pictures_on_the_disk(monkeypatch, tmp_path):

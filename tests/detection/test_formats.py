@@ -22,6 +22,7 @@ from peft_sdpt.detection import (
     load_base_model,
     load_processor,
     load_split,
+    load_splits,
     match_classes,
     only_split,
     set_image_size,
@@ -358,6 +359,8 @@ def test_voc_itself(tmp_path):
     assert data.image_ids == ["Annotations/a", "Annotations/d"]
     # The classes are those of the listed images.
     assert data.class_names == ["cat", "dog"] and data.boxes[0] == [(4, 6, 20, 12), (0, 0, 64, 48)]
+    put(tmp_path / "ImageSets" / "Main" / "trainval.txt", "a\nd\n")
+    assert len(load_split(str(tmp_path), "trainval")) == 2
     put(tmp_path / "ImageSets" / "Main" / "train.txt", "a\nz\n")
     with pytest.raises(InputError, match=r"train\.txt: lists 'z', but there is no z\.xml in"):
         load_split(str(tmp_path), "train")
@@ -487,8 +490,9 @@ def test_undecided_photos_follow_the_others_of_the_split(tmp_path, orientation):
         entries[f"{index}.png"] = ((64, 48), [(0, (0, 24, 32, 24))])
     put(tmp_path / "train.json", write_coco(entries, NAMES))
     data = load_split(str(tmp_path), "train")
-    assert redness(data, 1) > 0.95
-    assert data.open_image.undecided() == [0] and not data.open_image.turns_undecided()
+    assert redness(data, 1) > 0.95 and not data.open_image.undecided
+    data.open_image(0)
+    assert data.open_image.undecided == {0} and not data.open_image.turns_undecided()
     with Image.open(tmp_path / "images" / "p.png") as stored:
         assert data.open_image(0).tobytes() == stored.convert("RGB").tobytes()
 
@@ -568,7 +572,7 @@ def test_bad_line_of_yolo(tmp_path, line, message):
     [
         ("names: [cat, dog]\nnc: 3\ntrain: images", "`nc` says 3 classes, but `names` has 2"),
         ("names: {0: cat, 2: dog}\ntrain: images", "the numbers in `names` must be 0, 1, 2 and so on"),
-        ("names: cat\ntrain: images", "`names` must be a list of class names, got 'cat'"),
+        ("names: cat\ntrain: images", "`names` must be a list of class names, got str"),
         (
             "names: [cat, dog, owl]\ntrain: nowhere",
             r"the folder of `train` does not exist; looked for .*nowhere.* has .*data.yaml",
@@ -584,6 +588,59 @@ def test_bad_data_yaml(tmp_path, yaml, message):
     put(tmp_path / "data.yaml", yaml)
     with pytest.raises(InputError, match=message):
         load_split(str(tmp_path), "train")
+
+
+def test_a_data_yaml_with_a_split_that_was_not_exported(tmp_path):
+    """Roboflow writes the line whether there is a test split or not."""
+    yolo_of_roboflow(tmp_path)
+    with (tmp_path / "data.yaml").open("a") as stream:
+        stream.write("test: ../test/images\n")
+    assert find_splits(str(tmp_path)) == ["train", "val"]
+    with pytest.raises(InputError, match=r"no split 'test'; looked for the key `test` in data\.yaml, and its"):
+        load_split(str(tmp_path), "test")
+
+
+def test_a_folder_within_a_folder_of_the_same_name(tmp_path, monkeypatch):
+    """An archive that was unpacked twice. A relative path must not be joined to the folder again."""
+    monkeypatch.chdir(tmp_path)
+    yolo_of_ultralytics(Path("d"))
+    shutil.copytree("d", "d/d")
+    for file in Path("d/d").rglob("*.png"):
+        Image.new("RGB", Image.open(file).size, "white").save(file)
+    check(load_split("d", "train"))
+
+
+def test_images_that_do_not_open_without_annotated_sizes(tmp_path):
+    """Their errors come when they are opened, so that they can be left out."""
+    yolo_of_ultralytics(tmp_path)
+    (tmp_path / "images" / "train" / "a.png").write_bytes(b"")
+    data = load_split(str(tmp_path), "train")
+    assert list(check_images(data, disable_progress=True)) == [0] and data.boxes[0] == []
+    accelerator = Accelerator()
+    with pytest.raises(InputError, match=r"a\.png: cannot be opened as an image .* skip_bad_images=True leaves"):
+        load_splits(str(tmp_path), ["train"], accelerator)
+    assert len(load_splits(str(tmp_path), ["train"], accelerator, skip_bad_images=True)["train"]) == 2
+
+
+@pytest.mark.parametrize("write", [voc_of_labelimg, labelme])
+def test_a_list_of_classes_beside_another_format(write, tmp_path):
+    write(tmp_path)
+    put(tmp_path / "classes.txt", "owl\ncat\n")
+    check(load_split(str(tmp_path), "default"))
+
+
+@pytest.mark.parametrize("write", [voc_of_labelimg, labelme, yolo_of_labelimg])
+def test_hidden_folders_are_skipped(write, tmp_path):
+    write(tmp_path)
+    shutil.copytree(tmp_path, tmp_path / ".ipynb_checkpoints")
+    check(load_split(str(tmp_path), "default"))
+
+
+def test_a_byte_order_mark(tmp_path):
+    beside_the_images(tmp_path)
+    file = tmp_path / "annotations.json"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    check(load_split(str(tmp_path), "default"))
 
 
 def test_no_label_file_at_all(tmp_path):

@@ -579,19 +579,30 @@ def test_a_data_set_without_splits_is_divided(main_job, own_task, tmp_path, caps
     for split in ("val", "test"):
         (own_task / f"{split}.json").unlink()
     ids = sorted(image["id"] for image in coco["images"])
-    assert main_job("--dataset_name", own_task, "--max_train_steps", 1) == 0
-    line = "the data set has no splits; --seed 0 divides its images: 8 train, 2 val, 2 test (see splits.json)"
+    assert main_job("--dataset_name", own_task, "--max_train_steps", 1, "--seed", 1) == 0
+    line = "the data set has no splits; its images are divided: 8 train, 2 val, 2 test (see splits.json)"
     assert line in capsys.readouterr().out
-    record = json.loads((tmp_path / "out" / "splits.json").read_text())
-    assert sorted(sum(record["image_ids"].values(), [])) == ids  # noqa: RUF017
+    written = (tmp_path / "out" / "splits.json").read_text()
+    record = json.loads(written)["image_ids"]
+    assert sorted(record["train"] + record["val"] + record["test"]) == ids
     before = json.loads((tmp_path / "out" / "metrics.json").read_text())["before"]
-    # `--eval_only` uses the same test split. Another seed gives another split.
-    flags = ("--dataset_name", own_task, "--eval_only", "--output_dir")
-    assert main_job(*flags, tmp_path / "again") == 0
-    assert json.loads((tmp_path / "again" / "eval_metrics.json").read_text())["before"] == before
-    assert main_job(*flags, tmp_path / "other", "--seed", 1) == 0
-    other = json.loads((tmp_path / "other" / "splits.json").read_text())
-    assert other["image_ids"]["test"] != record["image_ids"]["test"]
+    # An evaluation with any seed measures the same images, in the same folder and of the adapter.
+    flags = ("--dataset_name", own_task, "--eval_only")
+    for more in ((), ("--output_dir", tmp_path / "again", "--adapter", tmp_path / "out" / "best")):
+        assert main_job(*flags, *more) == 0
+    assert (tmp_path / "out" / "splits.json").read_text() == written
+    assert json.loads((tmp_path / "again" / "splits.json").read_text())["image_ids"] == record
+    for folder in ("out", "again"):
+        assert json.loads((tmp_path / folder / "eval_metrics.json").read_text())["before"] == before
+    # Another seed makes other splits in another folder.
+    assert main_job(*flags, "--output_dir", tmp_path / "other") == 0
+    assert json.loads((tmp_path / "other" / "splits.json").read_text())["image_ids"]["test"] != record["test"]
+    capsys.readouterr()
+    assert main_job(*flags, "--train_split", "val", "--output_dir", tmp_path / "other") == 2
+    assert "--train_split val: the data set has only one split, train." in capsys.readouterr().err
+    edit(own_task / "train.json", lambda coco: coco["images"].append({**coco["images"][0], "id": 999}))
+    assert main_job(*flags) == 2
+    assert "splits.json: does not list the image 999" in capsys.readouterr().err
 
 
 def test_more_objects_than_queries_are_told(main_job, own_task, capsys):
@@ -603,7 +614,7 @@ def test_more_objects_than_queries_are_told(main_job, own_task, capsys):
 
     edit(own_task / "test.json", crowd)
     assert main_job("--dataset_name", own_task, "--eval_only") == 0
-    assert "split test: 1 image with more objects than the 50 queries of the detector" in capsys.readouterr().out
+    assert "test: 1 image with more objects than the 50 queries of the detector" in capsys.readouterr().out
 
 
 def test_undecided_photos_are_told(main_job, own_task, capsys):

@@ -9,6 +9,7 @@ Pillow.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from ...errors import InputError
@@ -36,7 +37,8 @@ def find_source(dataset_name: str, class_names_column: str | None = None, number
     Raises:
         InputError: The format is not read, there is no such data set, or `class_names_column` does not suit the format.
     """
-    path = Path(dataset_name)
+    # Absolute, so that names of images cannot be joined to it twice.
+    path = Path(os.path.abspath(dataset_name))
     if not path.exists():
         # Imported here, because `datasets` is slow to import and not needed for the other formats.
         from .rows import find_on_hub
@@ -64,7 +66,9 @@ def _find_local(path: Path, class_names_column: str | None, numbers_are_names: b
         if source is None:
             from .rows import find_in_folder
 
-            source = find_in_folder(path, class_names_column, numbers_are_names) or labelme.find(path)
+            source = find_in_folder(path, class_names_column, numbers_are_names)
+        # Last, because lists of class names lie beside other formats too.
+        source = source or labelme.find(path) or yolo.find_without_yaml(path)
     if source is None or not source.splits:
         raise InputError(f"{path}: no data set in a known format. {_what_is_there(path)}")
     return source

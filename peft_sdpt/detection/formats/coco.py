@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import InputError
+from ..decoding import Size
 from .files import ImageFinder, split_images
 from .source import (
     DEFAULT,
@@ -28,6 +29,7 @@ from .unread import describe_json
 # same split, the first one is used.
 ROBOFLOW_FILE = "{split}/_annotations.coco.json"
 LAYOUTS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("instances_{split}.json", ("{split}", "images/{split}", "images", "")),
     ("{split}.json", ("images", "images/{split}", "{split}", "data", "")),
     # ODinW. It also has Roboflow's file, but this one lacks the unused root category.
     ("{split}/annotations_without_background.json", ("{split}",)),
@@ -35,7 +37,6 @@ LAYOUTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     # COCO itself has the images in the first folder, and CVAT in the second.
     ("annotations/instances_{split}.json", ("{split}", "images/{split}", "images", "")),
     ("annotations/{split}.json", ("{split}", "images/{split}", "images", "")),
-    ("instances_{split}.json", ("{split}", "images/{split}", "images", "")),
     # FiftyOne
     ("{split}/labels.json", ("{split}/data", "{split}")),
     ("{split}/annotations.json", ("{split}/images", "{split}")),
@@ -50,6 +51,8 @@ WHOLE_FILES = (
     *("annotations/annotations.json", "annotations/default.json"),
 )
 WHOLE_IMAGES = ("images", "images/default", "default", "data", "")
+# A folder with more JSON files has one per image.
+MAX_SPLITS = 50
 NUMBER = (int, float)
 ID = (int, float, str)
 # The fields that are read from each entry of a COCO file, and their types. Boxes and names are checked later.
@@ -95,7 +98,11 @@ def _split_files(folder: Path) -> dict[str, tuple[Path, list[Path], str]]:
     found: set[str] = set()
     for layout, images in LAYOUTS:
         before, after = layout.split("{split}")
-        for file in sorted(folder.glob(layout.format(split="*"))):
+        matches = sorted(folder.glob(layout.format(split="*")))
+        if len(matches) > MAX_SPLITS:  # files of single images
+            matches = [folder / layout.format(split=split) for split in USUAL_NAMES]
+            matches = [file for file in matches if file.is_file()]
+        for file in matches:
             split = file.relative_to(folder).as_posix().removeprefix(before).removesuffix(after)
             path = file.relative_to(folder).as_posix()
             # The folder may have other JSON files. A file for a split is read even if it is damaged.
@@ -143,7 +150,7 @@ def _read(
     objects: dict[Any, list[dict]] = {image["id"]: [] for image in coco["images"]}
     for annotation in coco["annotations"]:
         objects[annotation["image_id"]].append(annotation)
-    sizes = [(image["width"], image["height"]) for image in coco["images"]]
+    sizes: list[Size | None] = [(image["width"], image["height"]) for image in coco["images"]]
     field = class_names_column or "name"
     for category in categories:
         if field not in category:

@@ -5,8 +5,10 @@
 from __future__ import annotations
 
 import functools
+import threading
 import unicodedata
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -16,6 +18,12 @@ from PIL import Image
 from ...errors import InputError
 from ...wording import enumerated
 from ..decoding import Size, is_turned, opened, orientation_of, read_image, shown_size
+from ..images import SUFFIXES, files_in
+
+# Threads that read the headers of images. A network disk answers several requests at the same time.
+THREADS = 8
+# Several threads may open images of the same split.
+_LOCK = threading.Lock()
 
 
 class ImageFinder:
@@ -32,6 +40,7 @@ class ImageFinder:
     def __init__(self, folders: Iterable[Path]):
         self.folders = list(dict.fromkeys(folder for folder in folders if folder.is_dir()))
         self._stored: dict[Path, dict[str, Path]] = {}
+        self._stems: dict[str, str] | None = None
 
     def find(self, name: str) -> Path | None:
         """Return the path of an image, or None."""
@@ -72,12 +81,18 @@ class ImageFinder:
                 )
         return paths
 
+    def find_stem(self, stem: str) -> str | None:
+        """Return the name of an image with this stem and any suffix, directly in a folder. None if there is none."""
+        if self._stems is None:
+            files = [file for folder in reversed(self.folders) for file in folder.iterdir()]
+            self._stems = {file.stem: file.name for file in files if file.suffix.lower() in SUFFIXES}
+        return self._stems.get(stem)
+
     def _by_letters(self, folder: Path) -> dict[str, Path]:
         """Return all files in a folder by their relative path in composed Unicode."""
         if folder not in self._stored:
-            files = (path for path in folder.rglob("*") if path.is_file())
             self._stored[folder] = {
-                unicodedata.normalize("NFC", path.relative_to(folder).as_posix()): path for path in files
+                unicodedata.normalize("NFC", path.relative_to(folder).as_posix()): path for path in files_in(folder)
             }
         return self._stored[folder]
 
@@ -99,71 +114,76 @@ class SplitImages:
     photos are read like the other photos of the split. If no other photo tells, they are turned, as in image viewers.
 
     Attributes:
-        num_images: Number of images.
         source: Maps an index to a path or a file object. It raises `InputError` if the image is missing.
         where: Maps an index to the name of the image for error messages.
         annotations: Name of the annotations for error messages.
         sizes: The annotated (width, height) of each image in pixels. If it is None, the size of the image as it is
             shown is read from its header.
+        undecided: Images opened so far that have an EXIF orientation while their size does not tell whether to turn
+            them.
     """
 
-    num_images: int
     source: Callable[[int], str | Path | IO[bytes]]
     where: Callable[[int], str]
     annotations: str
     sizes: list[Size | None]
+    undecided: set[int] = field(default_factory=set, init=False)
     _shown: dict[int, Size] = field(default_factory=dict, init=False)
     _turn_undecided: bool | None = field(default=None, init=False)
 
     def __call__(self, index: int) -> Image.Image:
+        image = read_image(self.source(index), self.where(index), functools.partial(self._turns, index))
         size = self.sizes[index]
-        image = read_image(self.source(index), self.where(index), functools.partial(self._turns, size))
         expected, says = (self._shown.get(index), "its header") if size is None else (size, self.annotations)
         if expected is not None and image.size != expected:
             raise InputError(f"{self.where(index)}: {image.size} pixels, but {says} says {expected}.")
         return image
 
-    def known_sizes(self) -> list[Size]:
+    def known_sizes(self) -> list[Size | None]:
         """Return the size of each image. Sizes that are not annotated are read from the headers of the images.
 
-        Raises:
-            InputError: A header cannot be read.
+        Returns:
+            The sizes. None for an image that does not open. Opening it raises the error.
         """
-        for index, size in enumerate(self.sizes):
-            if size is None:
-                self._shown[index] = shown_size(*self._header(index))
-        return [self._shown[index] if size is None else size for index, size in enumerate(self.sizes)]
-
-    def undecided(self) -> list[int]:
-        """Return the images that have an EXIF orientation while their size does not tell whether to turn them."""
-        return [index for index, decision in self._decisions().items() if decision is None]
+        missing = [index for index, size in enumerate(self.sizes) if size is None]
+        for index, header in self._headers(missing).items():
+            self._shown[index] = shown_size(*header)
+        return [self._shown.get(index) if size is None else size for index, size in enumerate(self.sizes)]
 
     def turns_undecided(self) -> bool:
-        """Tell whether such images are turned. The headers of all images are read once."""
-        if self._turn_undecided is None:
-            decisions = [decision for decision in self._decisions().values() if decision is not None]
-            self._turn_undecided = 2 * sum(decisions) >= len(decisions)
-        return self._turn_undecided
+        """Tell whether photos are turned whose size does not tell it. The headers of all images are read once."""
+        with _LOCK:
+            if self._turn_undecided is None:
+                annotated = [index for index, size in enumerate(self.sizes) if size is not None]
+                decisions = [
+                    decision
+                    for index, header in self._headers(annotated).items()
+                    if (decision := is_turned(*header, self.sizes[index])) is not None  # type: ignore[arg-type]
+                ]
+                self._turn_undecided = 2 * sum(decisions) >= len(decisions)
+            return self._turn_undecided
 
-    def _turns(self, size: Size | None, stored: Size, orientation: int) -> bool:
+    def _turns(self, index: int, stored: Size, orientation: int) -> bool:
+        size = self.sizes[index]
         decision = True if size is None else is_turned(stored, orientation, size)
-        return self.turns_undecided() if decision is None else decision
+        if decision is None:
+            self.undecided.add(index)
+            return self.turns_undecided()
+        return decision
 
-    def _decisions(self) -> dict[int, bool | None]:
-        """Return for each image with an EXIF orientation whether its size says to turn it. None if it does not tell."""
-        decisions = {}
-        for index, size in enumerate(self.sizes):
+    def _headers(self, indices: list[int]) -> dict[int, tuple[Size, int]]:
+        """Return the stored size and the EXIF orientation of those images that open."""
+
+        def header(index: int) -> tuple[Size, int] | None:
             try:
-                stored, orientation = self._header(index)
-            except InputError:  # raised again when the image is opened
-                continue
-            if size is not None and orientation != 1:
-                decisions[index] = is_turned(stored, orientation, size)
-        return decisions
+                with opened(self.source(index), self.where(index)) as image:
+                    return image.size, orientation_of(image)
+            except InputError:
+                return None
 
-    def _header(self, index: int) -> tuple[Size, int]:
-        with opened(self.source(index), self.where(index)) as image:
-            return image.size, orientation_of(image)
+        with ThreadPoolExecutor(THREADS) as pool:
+            headers = pool.map(header, indices)
+        return {index: header for index, header in zip(indices, headers, strict=True) if header is not None}
 
 
 @dataclass(frozen=True)
@@ -210,4 +230,4 @@ def split_images(finder: ImageFinder, names: list[str], sizes: list[Any], annota
         InputError: Names in different folders lead to the same file.
     """
     paths = ImagePaths(finder.find_all(names, str(annotations)), names, finder.folders, annotations.name)
-    return SplitImages(len(names), paths, paths.where, annotations.name, list(sizes))
+    return SplitImages(paths, paths.where, annotations.name, list(sizes))

@@ -7,9 +7,10 @@ from __future__ import annotations
 import functools
 import math
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from ...errors import InputError
+from ..images import files_in
 from .files import ImageFinder, split_images
 from .source import DEFAULT, Source, SplitFields, box_around, is_labelme, is_split_name, read_json
 
@@ -23,68 +24,66 @@ def find(folder: Path) -> Source | None:
     Returns:
         The data set, or None if the folder has no such file.
     """
-    files = [file for file in sorted(folder.rglob("*.json")) if not file.name.startswith(".") and is_labelme(file)]
+    files = [file for file in files_in(folder) if file.suffix.lower() == ".json" and is_labelme(file)]
     if not files:
         return None
-    read_file = functools.cache(read_json)
+    parsed = functools.cache(_parse)
     splits: dict[str, list[Path]] = {}
     for file in files:
         parts = file.relative_to(folder).parts[:-1]
         splits.setdefault(next(filter(is_split_name, parts), DEFAULT), []).append(file)
 
     def read(split: str) -> tuple[SplitFields, str]:
-        shapes = {file: _shapes(file, read_file(file)) for group in splits.values() for file in group}
-        names = sorted({shape["label"] for group in shapes.values() for shape in group})
-        return _read(folder, splits[split], read_file, shapes, names), f"{folder} ({split})"
+        # All splits, for the classes.
+        everything = [parsed(file) for group in splits.values() for file in group]
+        names = sorted({name for annotation in everything for name, _ in annotation.objects})
+        return _read(folder, splits[split], [parsed(file) for file in splits[split]], names), f"{folder} ({split})"
 
     return Source("LabelMe", list(splits), read, looked_for=("{split}/*.json",))
 
 
-def _shapes(file: Path, content: Any) -> list[dict]:
-    """Return the shapes of a file.
+class Annotation(NamedTuple):
+    """The content of one file without its image: the path and size of the image, and (label, box) of each object."""
 
-    Raises:
-        InputError: The file has other content.
-    """
+    image: str
+    size: tuple[int, int] | None
+    objects: list[tuple[str, tuple[float, float, float, float]]]
+
+
+def _parse(file: Path) -> Annotation:
+    content = read_json(file)
     if not isinstance(content, dict) or not isinstance(content.get("imagePath"), str):
         raise InputError(f"{file}: not a file of LabelMe; it has no `imagePath`.")
     if not isinstance(content.get("shapes"), list):
-        raise InputError(f"{file}: `shapes` must be a list, got {content.get('shapes')!r}.")
+        raise InputError(f"{file}: `shapes` must be a list, got {type(content.get('shapes')).__name__}.")
+    objects = []
     for index, shape in enumerate(content["shapes"]):
         if not isinstance(shape, dict) or not isinstance(shape.get("label"), str):
             raise InputError(f"{file}: shapes[{index}] has no `label`.")
-    return content["shapes"]
+        if (shape.get("shape_type") or "polygon") in AREAS:
+            objects.append((shape["label"], _box(shape, f"{file}: a shape {shape['label']!r}")))
+    size = (content.get("imageWidth"), content.get("imageHeight"))
+    has_size = all(isinstance(side, int) and side > 0 for side in size)
+    return Annotation(content["imagePath"], size if has_size else None, objects)  # type: ignore[arg-type]
 
 
-def _read(folder: Path, files: list[Path], read_file: Any, shapes: dict, names: list[str]) -> SplitFields:
+def _read(folder: Path, files: list[Path], annotations: list[Annotation], names: list[str]) -> SplitFields:
+    """Read the files of a split. Only images without an annotated size are opened."""
     position = {name: index for index, name in enumerate(names)}
-    contents = [read_file(file) for file in files]
-    boxes: list[list[Any]] = []
-    labels = []
-    for file in files:
-        areas = [shape for shape in shapes[file] if shape.get("shape_type", "polygon") in AREAS]
-        boxes.append([_box(shape, f"{file}: a shape {shape['label']!r}") for shape in areas])
-        labels.append([position[shape["label"]] for shape in areas])
-    sizes = [
-        (content["imageWidth"], content["imageHeight"])
-        if content.get("imageWidth") and content.get("imageHeight")
-        else None
-        for content in contents
-    ]
     finder = ImageFinder([*dict.fromkeys(file.parent for file in files), folder / "images", folder])
     image_names = []
-    for file, content in zip(files, contents, strict=True):
+    for file, annotation in zip(files, annotations, strict=True):
         # The path is relative to the file.
-        path = file.parent / content["imagePath"].replace("\\", "/")
-        image_names.append(str(path) if path.is_file() else content["imagePath"])
-    images = split_images(finder, image_names, sizes, folder)
+        path = file.parent / annotation.image.replace("\\", "/")
+        image_names.append(str(path) if path.is_file() else annotation.image)
+    images = split_images(finder, image_names, [annotation.size for annotation in annotations], folder)
     return {
         "class_names": names,
         "image_ids": [file.relative_to(folder).with_suffix("").as_posix() for file in files],
         "sizes": images.known_sizes(),
-        "boxes": boxes,
-        "labels": labels,
-        "crowds": [[False] * len(group) for group in labels],
+        "boxes": [[box for _, box in annotation.objects] for annotation in annotations],
+        "labels": [[position[name] for name, _ in annotation.objects] for annotation in annotations],
+        "crowds": [[False] * len(annotation.objects) for annotation in annotations],
         "open_image": images,
     }
 

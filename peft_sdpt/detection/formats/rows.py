@@ -16,6 +16,7 @@ from typing import IO, Any
 import datasets
 
 from ...errors import InputError
+from ..images import files_in
 from .files import SplitImages
 from .source import Source, SplitFields, is_crowd, one_name
 
@@ -56,8 +57,9 @@ def find_in_folder(folder: Path, class_names_column: str | None, numbers_are_nam
         InputError: `datasets` cannot load the folder.
     """
     is_saved = any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
-    has_metadata = any(next(folder.rglob(name), None) is not None for name in METADATA)
-    if not is_saved and not has_metadata and next(folder.rglob("*.parquet"), None) is None:
+    files = files_in(folder)
+    has_metadata = any(file.name in METADATA for file in files)
+    if not is_saved and not has_metadata and not any(file.suffix == ".parquet" for file in files):
         return None
     try:
         if is_saved:
@@ -132,7 +134,7 @@ def _read(
         crowds.append([is_crowd(v, where) for v in objects.get("iscrowd", [0] * len(boxes[-1]))])
     # `datasets` does not decode the images, because it would always turn them as their EXIF orientation says.
     images = RowImages(rows.select_columns("image").cast_column("image", datasets.Image(decode=False)), source)
-    opener = SplitImages(len(rows), images, images.where, source, _annotated_sizes(rows))
+    opener = SplitImages(images, images.where, source, _annotated_sizes(rows))
     return {
         "class_names": list(classes.values()),
         "image_ids": list(range(len(rows))),
@@ -180,7 +182,7 @@ def _objects(rows: datasets.Dataset, source: str) -> Iterator[tuple[str, dict[st
             raise InputError(f"{where}: a value in `objects` is missing.")
         if not isinstance(objects, dict):
             objects = {field: [item[field] for item in objects] for field in fields}
-        objects = _usual_names(objects)
+        objects = {field: values for field, values in _usual_names(objects).items() if isinstance(values, list)}
         if len({len(values) for values in objects.values()}) > 1:
             raise InputError(f"{where}: the fields of `objects` have different lengths.")
         yield where, objects

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from collections.abc import Callable, Iterable
@@ -22,7 +23,7 @@ USUAL_NAMES = ("train", *VALIDATION_NAMES, "test")
 SPLIT_NAME = re.compile(r"(train|val|valid|validation|dev|test)(ing)?(\W|_|\d|$)", re.IGNORECASE)
 # The number of bytes that are read to recognise the format of a file. The name of a list of COCO is among them, unless
 # the file starts with a long `info`. LabelMe writes its shapes before the image.
-START = 100_000
+START = 20_000
 # The name of the only split of a data set that does not name it, as in CVAT.
 DEFAULT = "default"
 
@@ -32,7 +33,8 @@ class SplitFields(TypedDict):
 
     class_names: list[str]
     image_ids: list[Any]
-    sizes: list[tuple[int, int]]
+    # None for an image that does not open.
+    sizes: list[tuple[int, int] | None]
     boxes: list[list[Any]]
     labels: list[list[int]]
     crowds: list[list[bool]]
@@ -71,7 +73,7 @@ def matching_split(splits: Iterable[str], split: str) -> str | None:
     """
     others = [name for name in VALIDATION_NAMES if split in VALIDATION_NAMES and name != split]
     by_name = {name.lower(): name for name in splits} | {name: name for name in splits}
-    return next((by_name[name] for name in (split, *others) if name in by_name), None)
+    return next((by_name[name] for name in (split, split.lower(), *others) if name in by_name), None)
 
 
 def is_split_name(name: str) -> bool:
@@ -80,10 +82,10 @@ def is_split_name(name: str) -> bool:
 
 
 def start_of(file: Path) -> bytes:
-    """Return the first 100 kB of a file, to tell its format. Empty if the file cannot be read."""
+    """Return the first 20 kB of a file, to tell its format. Empty if the file cannot be read."""
     try:
         with file.open("rb") as stream:
-            return stream.read(START)
+            return stream.read(START).removeprefix(codecs.BOM_UTF8)
     except OSError:
         return b""
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 import functools
 import re
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 from xml.etree import ElementTree
 
 from ...errors import InputError
-from ..images import SUFFIXES
+from ..images import files_in
 from .files import ImageFinder, split_images
 from .source import DEFAULT, Source, SplitFields, is_split_name, read_text, start_of
 
@@ -28,15 +28,15 @@ def find(folder: Path) -> Source | None:
     Returns:
         The data set, or None if the folder has no such file.
     """
-    files = [file for file in sorted(folder.rglob("*.xml")) if not file.name.startswith(".")]
+    files = [file for file in files_in(folder) if file.suffix.lower() == ".xml"]
     if not files or not _is_voc(files[0]):
         return None
     splits = _lists(folder, files) or _by_folder(folder, files)
-    trees = functools.cache(_read_xml)
+    parsed = functools.cache(_parse)
 
     def read(split: str) -> tuple[SplitFields, str]:
         # All splits, for the classes.
-        everything = {file: trees(file) for split in splits.values() for file in split}
+        everything = {file: parsed(file) for split in splits.values() for file in split}
         return _read(folder, splits[split], everything), f"{folder} ({split})"
 
     looked_for = ("ImageSets/Main/{split}.txt", "{split}/*.xml", "Annotations/{split}/*.xml")
@@ -48,12 +48,12 @@ def _is_voc(file: Path) -> bool:
 
 
 def _lists(folder: Path, files: list[Path]) -> dict[str, list[Path]]:
-    """Return the splits that VOC lists in `ImageSets/Main`. Its other lists, one per class, have more columns."""
+    """Return the splits that VOC lists in `ImageSets/Main`. Its lists of classes have two columns."""
     by_stem = {file.stem: file for file in files}
     splits = {}
     for file in sorted(folder.glob("ImageSets/Main/*.txt")):
         lines = [line.split() for line in read_text(file).splitlines() if line.strip()]
-        if not is_split_name(file.stem) or any(len(line) > 1 for line in lines):
+        if any(len(line) > 1 for line in lines):
             continue
         missing = [line[0] for line in lines if line[0] not in by_stem]
         if missing:
@@ -71,7 +71,15 @@ def _by_folder(folder: Path, files: list[Path]) -> dict[str, list[Path]]:
     return splits
 
 
-def _read_xml(file: Path) -> ElementTree.Element:
+class Annotation(NamedTuple):
+    """The content of one file: the name and size of the image, and (name, corners, is difficult) of each object."""
+
+    image: str
+    size: tuple[int, int] | None
+    objects: list[tuple[str, tuple[float, float, float, float], bool]]
+
+
+def _parse(file: Path) -> Annotation:
     try:
         root = ElementTree.fromstring(file.read_bytes())
     except OSError as error:
@@ -80,10 +88,15 @@ def _read_xml(file: Path) -> ElementTree.Element:
         raise InputError(f"{file}: not XML ({error}).") from None
     if root.tag != "annotation":
         raise InputError(f"{file}: not a Pascal VOC file; it starts with <{root.tag}> instead of <annotation>.")
-    return root
+    objects = [
+        # The evaluation of VOC ignores difficult objects.
+        (_name(item, file), _corners(item, file), (item.findtext("difficult") or "0").strip() == "1")
+        for item in root.iter("object")
+    ]
+    return Annotation((root.findtext("filename") or "").strip(), _size(root, file), objects)
 
 
-def _read(folder: Path, files: list[Path], everything: dict[Path, ElementTree.Element]) -> SplitFields:
+def _read(folder: Path, files: list[Path], everything: dict[Path, Annotation]) -> SplitFields:
     """Read the files of a split. Only images without an annotated size are opened.
 
     Args:
@@ -91,30 +104,30 @@ def _read(folder: Path, files: list[Path], everything: dict[Path, ElementTree.El
         files: The files of the split.
         everything: The content of the files of all splits.
     """
-    names = sorted({_text(item, "name", file) for file, root in everything.items() for item in root.iter("object")})
+    names = sorted({name for annotation in everything.values() for name, *_ in annotation.objects})
     position = {name: index for index, name in enumerate(names)}
-    corners = {file: [_corners(item, file) for item in root.iter("object")] for file, root in everything.items()}
-    # VOC counts pixels from 1. Some tools count from 0. A corner below 1 shows this.
-    first = 0 if any(min(box) < 1 for boxes in corners.values() for box in boxes) else 1
-    sizes, boxes, labels, crowds = [], [], [], []
-    for file in files:
-        objects = list(everything[file].iter("object"))
-        sizes.append(_size(everything[file], file))
-        # The last pixel belongs to the box.
-        boxes.append([(x0 - first, y0 - first, x1 - x0 + first, y1 - y0 + first) for x0, y0, x1, y1 in corners[file]])
-        labels.append([position[_text(item, "name", file)] for item in objects])
-        # The evaluation of VOC ignores difficult objects.
-        crowds.append([(item.findtext("difficult") or "0").strip() == "1" for item in objects])
-    folders = [place for file in files for place in _image_folders(file.parent)]
-    finder = ImageFinder([*dict.fromkeys(folders), *(folder / name for name in IMAGES)])
-    images = split_images(finder, [_image_name(everything[file], file, finder) for file in files], sizes, folder)
+    # VOC counts pixels from 1. Some tools count from 0, as the least corner then shows.
+    all_corners = [corners for annotation in everything.values() for _, corners, _ in annotation.objects]
+    first = 0 if any(min(corners) < 1 for corners in all_corners) else 1
+    chosen = [everything[file] for file in files]
+    places = dict.fromkeys(place for file in files for place in _image_folders(file.parent))
+    finder = ImageFinder([*places, *(folder / name for name in IMAGES)])
+    image_names = [_image_name(annotation.image, file, finder) for file, annotation in zip(files, chosen, strict=True)]
+    images = split_images(finder, image_names, [annotation.size for annotation in chosen], folder)
     return {
         "class_names": names,
         "image_ids": [file.relative_to(folder).with_suffix("").as_posix() for file in files],
         "sizes": images.known_sizes(),
-        "boxes": boxes,
-        "labels": labels,
-        "crowds": crowds,
+        # The last pixel belongs to the box.
+        "boxes": [
+            [
+                (x0 - first, y0 - first, x1 - x0 + first, y1 - y0 + first)
+                for _, (x0, y0, x1, y1), _ in annotation.objects
+            ]
+            for annotation in chosen
+        ],
+        "labels": [[position[name] for name, *_ in annotation.objects] for annotation in chosen],
+        "crowds": [[is_difficult for *_, is_difficult in annotation.objects] for annotation in chosen],
         "open_image": images,
     }
 
@@ -130,13 +143,11 @@ def _image_folders(annotations: Path) -> list[Path]:
     return places
 
 
-def _image_name(root: ElementTree.Element, file: Path, finder: ImageFinder) -> str:
+def _image_name(name: str, file: Path, finder: ImageFinder) -> str:
     """Return the name of an image as its file says, or with the name of the file if that image does not exist."""
-    name = (root.findtext("filename") or "").strip()
     if name and finder.find(name):
         return name
-    beside = (file.stem + suffix for suffix in sorted(SUFFIXES | {s.upper() for s in SUFFIXES}))
-    return next((other for other in beside if finder.find(other)), name or f"{file.stem}.jpg")
+    return finder.find_stem(Path(name).stem) or finder.find_stem(file.stem) or name or f"{file.stem}.jpg"
 
 
 def _size(root: ElementTree.Element, file: Path) -> tuple[int, int] | None:
@@ -155,13 +166,13 @@ def _corners(item: ElementTree.Element, file: Path) -> tuple[float, float, float
         x0, y0, x1, y1 = (float(text) for text in texts)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         raise InputError(
-            f"{file}: object {_text(item, 'name', file)!r} needs <bndbox> with xmin, ymin, xmax and ymax, got {texts}."
+            f"{file}: object {_name(item, file)!r} needs <bndbox> with xmin, ymin, xmax and ymax, got {texts}."
         ) from None
     return x0, y0, x1, y1
 
 
-def _text(item: ElementTree.Element, name: str, file: Path) -> Any:
-    text = (item.findtext(name) or "").strip()
-    if not text:
-        raise InputError(f"{file}: an object has no <{name}>.")
-    return text
+def _name(item: ElementTree.Element, file: Path) -> str:
+    name = (item.findtext("name") or "").strip()
+    if not name:
+        raise InputError(f"{file}: an object has no <name>.")
+    return name

@@ -17,7 +17,7 @@ import yaml
 from ...errors import InputError
 from ...wording import enumerated
 from ..images import SUFFIXES, images_in
-from .files import ImageFinder, split_images
+from .files import ImageFinder, ImagePaths, SplitImages
 from .source import DEFAULT, USUAL_NAMES, Source, SplitFields, box_around, is_split_name, read_text
 
 NAME_FILES = ("classes.txt", "obj.names", "names.txt", "*.names")
@@ -28,13 +28,13 @@ IMAGE_FOLDERS = ("images/{split}", "{split}/images", "{split}", "obj_{split}_dat
 
 
 def find(path: Path) -> Source | None:
-    """Find the splits of a data set in YOLO format.
+    """Find the splits of a data set in YOLO format with a `data.yaml`.
 
     Args:
         path: A folder, or a `data.yaml`.
 
     Returns:
-        The data set, or None if the folder has no class names in one of the usual files.
+        The data set, or None if the folder has no such file.
     """
     if path.is_file():
         return _with_yaml(path, _read_yaml(path))
@@ -42,10 +42,19 @@ def find(path: Path) -> Source | None:
         content = _read_yaml(file)
         if isinstance(content, dict) and "names" in content:
             return _with_yaml(file, content)
+    return None
+
+
+def find_without_yaml(folder: Path) -> Source | None:
+    """Find the splits of a folder in YOLO format that has its class names in a text file.
+
+    Returns:
+        The data set, or None if the folder has no such file.
+    """
     for pattern in NAME_FILES:
-        for file in sorted(path.glob(pattern)):
+        for file in sorted(folder.glob(pattern)):
             names = [line.strip() for line in read_text(file).rstrip().splitlines()]
-            return _by_folder(path, names, file)
+            return _by_folder(folder, names, file)
     return None
 
 
@@ -63,12 +72,12 @@ def _with_yaml(file: Path, content: Any) -> Source:
     names = content["names"]
     if isinstance(names, dict):
         if set(names) != set(range(len(names))):
-            raise InputError(
-                f"{file}: the numbers in `names` must be 0, 1, 2 and so on, got {enumerated(sorted(map(repr, names)))}."
-            )
+            numbers = enumerated(sorted(str(number)[:20] for number in names))
+            raise InputError(f"{file}: the numbers in `names` must be 0, 1, 2 and so on, got {numbers}.")
         names = [names[index] for index in range(len(names))]
     if not isinstance(names, list) or not all(isinstance(name, (str, int, float)) for name in names):
-        raise InputError(f"{file}: `names` must be a list of class names, got {names!r}.")
+        # Not the value itself: aliases in YAML can make it endless.
+        raise InputError(f"{file}: `names` must be a list of class names, got {type(names).__name__}.")
     if content.get("nc", len(names)) != len(names):
         raise InputError(f"{file}: `nc` says {content['nc']!r} classes, but `names` has {len(names)}.")
     names = [str(name) for name in names]
@@ -81,7 +90,23 @@ def _with_yaml(file: Path, content: Any) -> Source:
         images = _images_of_yaml(file, content.get("path"), folders[split], split)
         return _read(names, images, file, split, has_keypoints), f"{file} ({split})"
 
-    return Source("YOLO", list(folders), read, looked_for=(f"the key `{{split}}` in {file.name}",))
+    # Roboflow also names splits that an export does not have.
+    existing = [split for split, value in folders.items() if _existing_place(file, content.get("path"), value)]
+    looked_for = (f"the key `{{split}}` in {file.name}, and its folder",)
+    return Source("YOLO", existing or list(folders), read, looked_for=looked_for)
+
+
+def _places(file: Path, root: Any, value: str) -> list[Path]:
+    """Return where a folder or list that `data.yaml` names may be."""
+    roots = ([file.parent / root] if isinstance(root, str) else []) + [file.parent]
+    # Roboflow writes ../train/images for a folder beside the file.
+    return [base / value for base in roots] + [base / value.removeprefix("../") for base in roots]
+
+
+def _existing_place(file: Path, root: Any, value: Any) -> bool:
+    """Tell whether a place of a split exists. True for a wrong value, which is an error later."""
+    values = value if isinstance(value, list) else [value]
+    return any(not isinstance(each, str) or any(p.exists() for p in _places(file, root, each)) for each in values)
 
 
 def _images_of_yaml(file: Path, root: Any, value: Any, split: str) -> list[Path]:
@@ -91,9 +116,7 @@ def _images_of_yaml(file: Path, root: Any, value: Any, split: str) -> list[Path]
     for each in values:
         if not isinstance(each, str):
             raise InputError(f"{file}: `{split}` must be a folder or a text file with a list of images, got {each!r}.")
-        roots = ([file.parent / root] if isinstance(root, str) else []) + [file.parent]
-        # Roboflow writes ../train/images for a folder beside the file.
-        places = [base / each for base in roots] + [base / each.removeprefix("../") for base in roots]
+        places = _places(file, root, each)
         place = next((place for place in places if place.exists()), None)
         if place is None:
             looked_for = ", ".join(dict.fromkeys(map(str, places)))
@@ -141,7 +164,8 @@ def _by_folder(folder: Path, names: list[str], names_file: Path) -> Source:
 def _read(names: list[str], images: list[Path], file: Path, split: str, has_keypoints: bool) -> SplitFields:
     """Read the label files of a split, and the sizes of its images from their headers."""
     folder = file.parent
-    opener = split_images(ImageFinder([folder]), [str(image) for image in images], [None] * len(images), file)
+    paths = ImagePaths([*images], [str(image) for image in images], [folder], file.name)
+    opener = SplitImages(paths, paths.where, file.name, [None] * len(images))
     sizes = opener.known_sizes()
     labels_of = [_label_file(image) for image in images]
     if not any(label.is_file() for label in labels_of):
@@ -150,7 +174,8 @@ def _read(names: list[str], images: list[Path], file: Path, split: str, has_keyp
         )
     boxes: list[list[Any]] = []
     labels: list[list[int]] = []
-    for label_file, (width, height) in zip(labels_of, sizes, strict=True):
+    for label_file, size in zip(labels_of, sizes, strict=True):
+        width, height = size or (0, 0)
         boxes.append([])
         labels.append([])
         # An image without objects has an empty label file, or none.
