@@ -238,10 +238,11 @@ def load_splits(
         opener = images.open_image
         if isinstance(opener, SplitImages) and (undecided := set(gather_object(sorted(opener.undecided)))):
             # All processes decide now, before workers get copies of the opener.
-            how = "turned, as image viewers do" if opener.turns_undecided() else "not turned, like others of the split"
+            photos = f"{counted(len(undecided), 'photo')} {'has' if len(undecided) == 1 else 'have'}"
+            how = "turned, as in image viewers" if opener.turns_undecided() else "not turned, like others of the split"
             accelerator.print(
-                f"split {split}: {counted(len(undecided), 'photo')} with an EXIF orientation, whose size does not tell "
-                f"whether the boxes are drawn on the turned photo: {how}"
+                f"split {split}: {photos} an EXIF orientation, and the size does not tell whether the boxes are drawn "
+                f"on the turned photo; such photos are {how}"
             )
         data[split] = images.subset([image for image in range(len(images)) if image not in bad])
         if not data[split].has_objects():

@@ -320,7 +320,7 @@ def test_an_adapter_without_gates_cannot_be_scaled(monkeypatch, picture, tmp_pat
     [
         (["--threshold", "2"], "--threshold 2.0: must be at least 0.05 and below 1."),
         (["--adapter", str(HOST)], f"--adapter {HOST}: is not a saved adapter"),
-        (["--model_name_or_path", "nowhere"], "nowhere: cannot be loaded as a detector"),
+        (["--model_name_or_path", "nowhere"], "--model_name_or_path nowhere: cannot be loaded as a detector"),
     ],
 )
 def test_wrong_flags_are_one_line(flags, message, monkeypatch, capsys, offline):

@@ -380,7 +380,7 @@ def test_the_report_has_what_happened(main_job, trained, small_task, tmp_path, c
 def test_one_of_a_kind_is_singular(capsys):
     one, two = make_split([[BOX]]), make_split([[BOX], []], classes=2)
     assert (size_of(one), size_of(two)) == ("1 image of 1 class", "2 images of 2 classes")
-    print_images({"train": two, "val": make_split([[BOX] * 2], classes=2)}, {"val"}, 1)
+    print_images({"train": two, "val": make_split([[BOX] * 2], classes=2)}, {"val"}, 1, 900)
     assert capsys.readouterr().out.splitlines() == [
         "train: 1 of 2 images has no objects",
         "val: 1 image has more than 1 object, and AP counts the 1 best detections per image; "

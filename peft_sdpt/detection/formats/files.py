@@ -206,7 +206,8 @@ class ImagePaths:
         path = self.paths[index]
         if path is None or not path.is_file():
             searched = ", ".join(map(str, self.folders)) or "no folder, because none of the usual ones exists"
-            there = sorted(file.name for folder in self.folders for file in folder.iterdir() if file.is_file())
+            existing = [folder for folder in self.folders if folder.is_dir()]
+            there = sorted(file.name for folder in existing for file in folder.iterdir() if file.is_file())
             raise InputError(
                 f"{path or self.names[index]}: no such image, but {self.annotations} lists it; looked in {searched}, "
                 f"with {enumerated(there) or 'no files'}."
