@@ -67,7 +67,9 @@ def picture(small_task):
     return sorted((small_task / "images").glob("test_*"))[0]
 
 
-@pytest.fixture(scope="session")
+# Not for the whole session: a DataLoader worker that a later test forks would hold the pipe of the driver open, and the
+# driver would never end.
+@pytest.fixture
 def browser():
     """Chromium with a camera that shows a test picture. It may only be missing on the machines of developers."""
     program = shutil.which("chromium") or shutil.which("google-chrome")
