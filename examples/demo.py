@@ -100,7 +100,7 @@ def load(args: argparse.Namespace) -> tuple[Any, list[Choice]]:
     adapters = find_adapters(args)
     with hint("Choose one by --model_name_or_path."):
         base_model = args.model_name_or_path or (common_base_model(adapters) if adapters else str(HOST))
-    read_max_text_len(args, base_model)  # rejects models of other kinds
+    max_text_len = read_max_text_len(args, base_model)
     choices = []
     for adapter in adapters or [None]:
         with hint("Pass --class_names."):
@@ -110,6 +110,8 @@ def load(args: argparse.Namespace) -> tuple[Any, list[Choice]]:
         threshold = args.threshold or (read_threshold(adapter, DEFAULT_THRESHOLD) if adapter else DEFAULT_THRESHOLD)
         shown = {" ".join(re.sub("[,.]", " ", name).split()): name for name in class_names}
         name, processor = adapter.name if adapter else BASE, load_processor(adapter, base_model)
+        if class_names:
+            split_classes(class_names, processor.tokenizer, max_text_len)  # names that a prompt cannot hold
         choices.append(Choice(name, processor, shown, max(LOWEST, threshold)))
     return load_detector(base_model, adapters).to(Accelerator().device), choices
 

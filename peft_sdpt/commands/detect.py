@@ -15,6 +15,7 @@ Photos with an EXIF orientation are turned upright first, and the boxes are in p
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -61,6 +62,7 @@ from ..files import check_writable, output_folder, whole_files
 from ..wording import counted, enumerated
 from .train_arguments import BASE_MODEL
 
+RESULTS_FILE = "detections.json"
 # Arguments of the library whose flag has another name.
 RENAMED = {"adapters": "adapter", "source": "adapter"}
 
@@ -142,6 +144,7 @@ class Results:
         images, annotations: Entries of the COCO file. All ids start at 1. The id of a category is its index in
             `class_names` plus 1.
         full: Names of the images in which all queries of the detector found an object.
+        earlier: Names of the images that an earlier run wrote into the folder, and that may be replaced.
     """
 
     name: str
@@ -154,6 +157,12 @@ class Results:
     images: list[dict] = field(default_factory=list)
     annotations: list[dict] = field(default_factory=list)
     full: list[str] = field(default_factory=list)
+    earlier: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            coco = json.loads((self.folder / RESULTS_FILE).read_text(encoding="utf-8"))
+            self.earlier = {image["file_name"] for image in coco["images"]}
 
     def add(self, source: Path, name: str, image: Image.Image, detections: Detections, num_queries: int) -> None:
         """Write an image with its boxes, and add them to the entries of the COCO file.
@@ -169,6 +178,8 @@ class Results:
         # Properties of the source file, such as a compression for black and white, may not suit the new image.
         drawn.info.clear()
         file = self.folder / name
+        if file.exists() and name not in self.earlier:
+            raise InputError(f"--output_dir: {file} exists, and this command did not write it.")
         with whole_files(file.parent) as folder:
             drawn.save(folder / file.name, quality=95)
         width, height = image.size
@@ -229,7 +240,7 @@ class Results:
             "categories": [{"id": i, "name": name} for i, name in enumerate(self.class_names, 1)],
         }
         with whole_files(self.folder) as folder:
-            (folder / "detections.json").write_text(json.dumps(coco) + "\n")
+            (folder / RESULTS_FILE).write_text(json.dumps(coco) + "\n")
 
 
 def uses_all_queries(detections: Detections, chunks: list[list[int]], num_queries: int) -> bool:
@@ -339,6 +350,9 @@ def make_folders(args: argparse.Namespace, paths: list[Path], results: list[Resu
             # With --watch, a result in a watched folder would be a new image.
             if target in sources or (args.watch and any(target in source.parents for source in sources)):
                 raise InputError(f"--output_dir: {folder} has the input images, which would be overwritten.")
+        for name in {str(relative_name(path, inputs)) for path in paths}:
+            if (result.folder / name).exists() and name not in result.earlier:
+                raise InputError(f"--output_dir: {result.folder / name} exists, and this command did not write it.")
         check_writable(result.folder, "output_dir")
 
 
@@ -356,31 +370,37 @@ def detect_all(args: argparse.Namespace, paths: list[Path], model: Any, results:
     folders = absolute_folders(args.inputs)
     looks = watch(args.inputs, args.output_dir) if args.watch else [read_images(paths, args.skip_bad_images)]
     bar = tqdm(total=None if args.watch else len(paths), desc="watching" if args.watch else "detecting", unit="image")
-    for images in looks:
-        for batch in batches(images, args.batch_size):
-            names = [free_name(relative_name(path, folders), taken) for path, _ in batch]
-            pictures = [image for _, image in batch]
-            for number, result in enumerate(results):
-                if args.adapter:
-                    model.set_adapter(f"adapter{number}")
-                found = detect(
-                    model,
-                    result.processor,
-                    pictures,
-                    result.class_names,
-                    result.chunks,
-                    threshold=result.threshold,
-                    max_detections=None,
-                )
-                for (path, image), name, detections in zip(batch, names, found, strict=True):
-                    if not detections["scores"].isfinite().all():
-                        raise InputError(f"{path}: its scores are not finite. The weights may be damaged.")
-                    result.add(path, name, image, detections, model.config.num_queries)
-            bar.update(len(batch))
-        # With --watch, results are written after the first look, so that the file always exists, and after each look
-        # with new images.
-        if len(taken) != num_written:
-            num_written = len(taken)
+    try:
+        for images in looks:
+            for batch in batches(images, args.batch_size):
+                names = [free_name(relative_name(path, folders), taken) for path, _ in batch]
+                pictures = [image for _, image in batch]
+                for number, result in enumerate(results):
+                    if args.adapter:
+                        model.set_adapter(f"adapter{number}")
+                    found = detect(
+                        model,
+                        result.processor,
+                        pictures,
+                        result.class_names,
+                        result.chunks,
+                        threshold=result.threshold,
+                        max_detections=None,
+                    )
+                    for (path, image), name, detections in zip(batch, names, found, strict=True):
+                        if not detections["scores"].isfinite().all():
+                            raise InputError(f"{path}: its scores are not finite. The weights may be damaged.")
+                        result.add(path, name, image, detections, model.config.num_queries)
+                bar.update(len(batch))
+            # With --watch, results are written after the first look, so that the file always exists, and after each
+            # look with new images.
+            if len(taken) != num_written:
+                num_written = len(taken)
+                for result in results:
+                    result.write()
+    finally:
+        # Also after an error or Ctrl-C, so that the next run knows which images it may replace.
+        if len(taken) != num_written and taken:
             for result in results:
                 result.write()
     bar.close()

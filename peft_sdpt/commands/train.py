@@ -218,6 +218,9 @@ def read_data(
         dataset = str(args.output_dir / "data" / dataset)
         with accelerator.main_process_first():
             tasks[args.dataset_name](Path(dataset), not accelerator.is_main_process)
+    elif Path(dataset).is_dir() and Path(dataset).resolve() in args.output_dir.resolve().parents:
+        # Later runs would read its pictures as images of the data set.
+        raise InputError(f"--output_dir {args.output_dir}: lies in the folder of the data set, {dataset}.")
     options = {name: getattr(args, name) for name in DATA_FLAGS}
     existing = find_splits(dataset)
     whole = None if args.validation_split or args.eval_split else only_split(existing)

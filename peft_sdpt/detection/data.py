@@ -97,13 +97,13 @@ class DetectionSplit:
         """Change the order of the classes, or add classes.
 
         Args:
-            class_names: The new classes, with all classes of the split among them.
+            class_names: The new classes, with all classes of the split among them, in any letter case.
 
         Returns:
             A split with these classes and the same images.
         """
-        position = {name: index for index, name in enumerate(class_names)}
-        new = [position[name] for name in self.class_names]
+        position = {_words(name): index for index, name in enumerate(class_names)}
+        new = [position[_words(name)] for name in self.class_names]
         labels = [[new[label] for label in group] for group in self.labels]
         return replace(self, class_names=class_names, labels=labels)
 
@@ -111,6 +111,11 @@ class DetectionSplit:
         """Return a hash of everything but the pixels, 16 hex digits. A resumed run uses it to check its data."""
         fields = [self.class_names, self.image_ids, self.sizes, self.boxes, self.labels, self.crowds]
         return hashlib.sha256(json.dumps(fields).encode()).hexdigest()[:16]
+
+
+def _words(name: str) -> str:
+    """Return a class name in lower case, with single spaces."""
+    return " ".join(name.lower().split())
 
 
 def _open_nth(open_image: Callable[[int], Image.Image], indices: list[int], index: int) -> Image.Image:
@@ -194,7 +199,7 @@ def check_images(
 
 
 def match_classes(splits: dict[str, DetectionSplit]) -> dict[str, DetectionSplit]:
-    """Give all splits of a data set the same classes in the same order, by their names.
+    """Give all splits of a data set the same classes in the same order, by their names in any letter case.
 
     Annotation tools number the classes of each split separately, and leave out classes that a split does not have.
 
@@ -204,7 +209,11 @@ def match_classes(splits: dict[str, DetectionSplit]) -> dict[str, DetectionSplit
     Returns:
         New splits. Their classes are those of the first split, followed by those that only other splits have.
     """
-    class_names = list(dict.fromkeys(name for data in splits.values() for name in data.class_names))
+    by_words: dict[str, str] = {}
+    for data in splits.values():
+        for name in data.class_names:
+            by_words.setdefault(_words(name), name)
+    class_names = list(by_words.values())
     return {name: data.with_classes(class_names) for name, data in splits.items()}
 
 

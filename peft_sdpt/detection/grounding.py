@@ -25,8 +25,10 @@ from ..wording import enumerated
 
 # [CLS], [SEP], ".", "?" and [PAD]: Grounding DINO in transformers hard-codes these ids as the borders of phrases.
 BORDER_TOKEN_IDS = (101, 102, 1012, 1029, 0)
-# Matches where a new word starts in hotDog, USBPort and traffic-light. It does not split iPhone and t-shirt.
-WORD_STARTS = re.compile(r"(?<=[a-z]{2})(?=[A-Z][a-z])|(?<=[A-Z]{2})(?=[A-Z][a-z]{2})|(?<=[^\W\d_]{2})-(?=[^\W\d_]{2})")
+# Where a name that was made for a program may start a new word: hotDog, USBPort. Hyphens are only between words of
+# at least two letters, so not in t-shirt.
+HUMPS = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
+HYPHENS = re.compile(r"(?<=[^\W\d_]{2})-(?=[^\W\d_]{2})")
 # A full stop that ends a phrase in a prompt.
 PHRASE_END = re.compile(r"\s*\.(?:\s+|$)")
 
@@ -59,7 +61,7 @@ def class_prompt(class_names: Sequence[str]) -> str:
             raise InputError(
                 f"class_names: {name!r} is a prompt of {len(classes)} classes; pass a list with one name per class."
             )
-        words = WORD_STARTS.sub(" ", name.replace("_", " "))
+        words = " ".join(map(_split_humps, HYPHENS.sub(" ", name.replace("_", " ")).split()))
         phrase = " ".join(words.lower().replace(".", " ").replace("?", " ").split())
         if not phrase:
             raise InputError(f"class_names: {name!r} has no word for a prompt; every class needs a name.")
@@ -67,6 +69,13 @@ def class_prompt(class_names: Sequence[str]) -> str:
     if not phrases:
         raise InputError("class_names: the list is empty; a prompt needs at least one class name.")
     return " ".join(f"{phrase}." for phrase in phrases)
+
+
+def _split_humps(word: str) -> str:
+    """Split a word in camel case. Names such as iPhone and McDonald, and parts of one letter, stay as they are."""
+    parts = HUMPS.split(word)
+    is_name = parts[0] == "Mc" or any(sum(map(str.isalpha, part)) < 2 for part in parts)
+    return word if is_name else " ".join(parts)
 
 
 def names_as_words(class_names: Sequence[str]) -> list[str]:
@@ -94,7 +103,10 @@ def split_caption(text: str) -> list[str]:
         >>> split_caption("St. Bernard")
         ['St. Bernard']
     """
-    names = [name.strip() for phrase in _phrases(text) for name in phrase.split(",")]
+    # cat.dog, but not U.S.A
+    dotted = re.fullmatch(r"[^\W\d_]{3,}(\.[^\W\d_]{3,})+\.?", text.strip())
+    phrases = text.split(".") if dotted else _phrases(text)
+    names = [name.strip() for phrase in phrases for name in re.split(r"[,;|\n]", phrase)]
     return [name for name in names if name] or [text]
 
 

@@ -129,7 +129,7 @@ def load_split(
         InputError: The split cannot be used. The message names the file and the image, annotation or category.
     """
     source = _find(dataset_name, bbox_format, class_names_file, class_names_column)
-    data = _load(source, dataset_name, split, bbox_format, skip_bad_boxes)
+    data, _ = _load(source, dataset_name, split, bbox_format, skip_bad_boxes)
     return _with_names({split: data}, dataset_name, class_names_file)[split]
 
 
@@ -148,8 +148,14 @@ def _find(
     return source
 
 
-def _load(source: Source, dataset_name: str, split: str, bbox_format: str, skip_bad_boxes: bool) -> DetectionSplit:
-    """Read and check a split of a data set, but not its class names. The arguments are those of `load_split`."""
+def _load(
+    source: Source, dataset_name: str, split: str, bbox_format: str, skip_bad_boxes: bool
+) -> tuple[DetectionSplit, str]:
+    """Read and check a split of a data set, but not its class names. The arguments are those of `load_split`.
+
+    Returns:
+        The split, and where its annotations are.
+    """
     fields, annotations = source.read(require_split(source, split, dataset_name))
     sizes = fields["sizes"]
     for index in [index for index, size in enumerate(sizes) if size is None]:
@@ -167,7 +173,7 @@ def _load(source: Source, dataset_name: str, split: str, bbox_format: str, skip_
     if not data.has_objects():
         left_out = f" {len(data.left_out)} were left out; the first: {data.left_out[0]}." if data.left_out else ""
         raise InputError(f"{dataset_name}: split {split!r} has no boxes except crowds.{left_out}")
-    return data
+    return data, annotations
 
 
 def _with_names(
@@ -220,7 +226,10 @@ def load_splits(
         InputError: A split cannot be read, an image does not open, or a split has no objects.
     """
     source = _find(dataset_name, bbox_format, class_names_file, class_names_column)
-    read = {split: _load(source, dataset_name, split, bbox_format, skip_bad_boxes) for split in dict.fromkeys(splits)}
+    read = {}
+    for split in dict.fromkeys(splits):
+        read[split], annotations = _load(source, dataset_name, split, bbox_format, skip_bad_boxes)
+        accelerator.print(f"{split}: {counted(len(read[split]), 'image')} in {source.format} format from {annotations}")
     data = _with_names(read, dataset_name, class_names_file)
     for line in _notes(read, data):
         accelerator.print(line)
@@ -235,19 +244,31 @@ def load_splits(
             )
         for problem in (*images.left_out, *bad.values()):
             accelerator.print(f"left out: {problem}")
-        opener = images.open_image
-        if isinstance(opener, SplitImages) and (undecided := set(gather_object(sorted(opener.undecided)))):
-            # All processes decide now, before workers get copies of the opener.
-            photos = f"{counted(len(undecided), 'photo')} {'has' if len(undecided) == 1 else 'have'}"
-            how = "turned, as in image viewers" if opener.turns_undecided() else "not turned, like others of the split"
+        data[split] = images.subset([image for image in range(len(images)) if image not in bad])
+        if not data[split].has_objects():
+            raise InputError(f"{dataset_name}: split {split!r} has no objects left.")
+    _decide_orientations(read, accelerator)
+    return data
+
+
+def _decide_orientations(splits: dict[str, DetectionSplit], accelerator: Accelerator) -> None:
+    """Decide how to read photos whose size does not tell whether their boxes belong to the turned photo, and print it.
+
+    All images have been opened. All processes decide now, before DataLoader workers get copies of the splits.
+    """
+    openers = {split: data.open_image for split, data in splits.items() if isinstance(data.open_image, SplitImages)}
+    undecided = {split: set(gather_object(sorted(opener.undecided))) for split, opener in openers.items()}
+    if not any(undecided.values()):
+        return
+    votes = [vote for opener in openers.values() for vote in opener.votes()]
+    for split, images in undecided.items():
+        if images:
+            how = "turned, as in image viewers" if openers[split].decide(votes) else "not turned, like the others"
+            photos = f"{counted(len(images), 'photo')} {'has' if len(images) == 1 else 'have'}"
             accelerator.print(
                 f"split {split}: {photos} an EXIF orientation, and the size does not tell whether the boxes are drawn "
                 f"on the turned photo; such photos are {how}"
             )
-        data[split] = images.subset([image for image in range(len(images)) if image not in bad])
-        if not data[split].has_objects():
-            raise InputError(f"{dataset_name}: split {split!r} has no objects left.")
-    return data
 
 
 def _notes(read: dict[str, DetectionSplit], data: dict[str, DetectionSplit]) -> list[str]:
@@ -258,9 +279,10 @@ def _notes(read: dict[str, DetectionSplit], data: dict[str, DetectionSplit]) -> 
         data: The same splits with matched classes and names for prompts.
     """
     notes = names_as_words(next(iter(data.values())).class_names)
-    in_all = dict.fromkeys(name for images in read.values() for name in images.class_names)
+    in_all = {name.lower(): name for images in read.values() for name in images.class_names}
     for split, images in read.items():
-        missing = [repr(name) for name in in_all if name not in images.class_names]
+        there = {name.lower() for name in images.class_names}
+        missing = [repr(name) for key, name in in_all.items() if key not in there]
         if missing:
             notes.append(f"split {split} has no class {enumerated(missing)}, which another split has")
     return notes

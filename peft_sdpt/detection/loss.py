@@ -27,7 +27,11 @@ from torch import Tensor
 from transformers.loss.loss_grounding_dino import GroundingDinoHungarianMatcher, GroundingDinoImageLoss
 
 from ..errors import InputError
+from ..wording import counted
 from .grounding import class_token_maps
+
+# How far a box may extend over the border of its image, as a fraction of the image size.
+BORDER = 0.051
 
 
 class _TokenLoss(GroundingDinoImageLoss):
@@ -99,7 +103,7 @@ class GroundedDetectionLoss:
             boxes = box_logits.gather(1, best[..., None].expand(-1, -1, 4)).sigmoid()
             stages.append((token_logits, boxes, self.encoder_coefficient))
         token_maps = class_token_maps(outputs.input_ids, outputs.logits.shape[-1])
-        _check_labels(labels, [len(token_map) for token_map in token_maps])
+        labels = _checked(labels, [len(token_map) for token_map in token_maps], outputs.logits.device)
         num_boxes = mean_boxes_per_process(labels) if num_items_in_batch is None else num_items_in_batch
         total = outputs.logits.new_zeros(())
         for token_logits, boxes, weight in stages:
@@ -117,40 +121,58 @@ class GroundedDetectionLoss:
         return total
 
 
-def _check_labels(labels: list[dict[str, Tensor]], num_phrases: list[int]) -> None:
+def _checked(labels: Any, num_phrases: list[int], device: torch.device) -> list[dict[str, Tensor]]:
     """Check the labels of a batch, whose images have this number of phrases in their prompts.
+
+    Returns:
+        The labels, with boxes in single precision.
 
     Raises:
         InputError: The labels cannot be used. The message names the image and the value.
     """
-    if len(labels) != len(num_phrases):
-        raise InputError(f"labels: must have one entry per image, got {len(labels)} for {len(num_phrases)} images.")
+    if not isinstance(labels, list | tuple) or len(labels) != len(num_phrases):
+        got = len(labels) if isinstance(labels, list | tuple) else type(labels).__name__
+        raise InputError(f"labels: must be a list with one entry per image, got {got} for {len(num_phrases)} images.")
     for image, label in enumerate(labels):
+        names = ("class_labels", "boxes")
+        if not isinstance(label, dict) or not all(isinstance(label.get(name), Tensor) for name in names):
+            raise InputError(f"labels[{image}]: must be a dict with the tensors `class_labels` and `boxes`.")
         classes, boxes = label["class_labels"], label["boxes"]
-        if classes.is_floating_point() or classes.ndim != 1 or boxes.shape != (len(classes), 4):
+        is_integer = not classes.is_floating_point() and classes.dtype != torch.bool
+        if not is_integer or classes.ndim != 1 or boxes.shape != (len(classes), 4):
             raise InputError(
                 f"labels[{image}]: `class_labels` must be n integers and `boxes` have the shape (n, 4), got the shapes "
                 f"{tuple(classes.shape)} ({classes.dtype}) and {tuple(boxes.shape)}."
             )
+        if {classes.device, boxes.device} != {device}:
+            raise InputError(
+                f"labels[{image}]: must be on the device of the outputs, {device}, got {classes.device} and "
+                f"{boxes.device}."
+            )
+    labels = [
+        {**label, "class_labels": label["class_labels"].long(), "boxes": label["boxes"].float()} for label in labels
+    ]
     # The values of all images are checked together, because each look at a value waits for the GPU.
     classes = torch.cat([label["class_labels"] for label in labels])
     boxes = torch.cat([label["boxes"] for label in labels])
     counts = torch.tensor([len(label["boxes"]) for label in labels])
-    limits = torch.tensor(num_phrases).repeat_interleave(counts).to(classes.device)
-    # A box may extend over the border a little. Boxes in pixels do not.
-    wrong_class, wrong_box = (classes < 0) | (classes >= limits), ~((boxes > -0.5) & (boxes < 1.5)).all(-1)
-    if not (wrong_class | wrong_box).any():
-        return
-    first = int((wrong_class | wrong_box).nonzero()[0])
+    limits = torch.tensor(num_phrases).repeat_interleave(counts).to(device)
+    low, high = boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2
+    # Boxes in pixels do not fit, and boxes of two corners seldom do.
+    fits = ((low > -BORDER) & (high < 1 + BORDER) & (boxes[:, 2:] > 0)).all(-1)
+    wrong_class = (classes < 0) | (classes >= limits)
+    if not (wrong_class | ~fits).any():
+        return labels
+    first = int((wrong_class | ~fits).nonzero()[0])
     image = next(i for i in range(len(labels)) if sum(len(label["boxes"]) for label in labels[: i + 1]) > first)
     if wrong_class[first]:
         raise InputError(
             f"labels[{image}]: class label {int(classes[first])} must be from 0 to {num_phrases[image] - 1}, because "
-            f"the prompt of the image has {num_phrases[image]} phrases."
+            f"the prompt of the image has {counted(num_phrases[image], 'phrase')}."
         )
     raise InputError(
         f"labels[{image}]: box {boxes[first].tolist()} must be centre x, centre y, width and height as fractions of "
-        "the image size, from 0 to 1."
+        "the image size, and lie in the image."
     )
 
 

@@ -427,6 +427,97 @@ def test_two_names_of_one_file(tmp_path):
     put(tmp_path / "train.json", write_coco({"north/1.png": entry, "south/1.png": entry}, NAMES))
     with pytest.raises(InputError, match=r"'north/1\.png' and 'south/1\.png' are both found at .*1\.png"):
         load_split(str(tmp_path), "train")
+    content = write_coco({"1.png": entry}, NAMES)
+    content["images"].append({**content["images"][0], "id": 7})
+    put(tmp_path / "train.json", content)
+    with pytest.raises(InputError, match=r"'1\.png' and '1\.png' are both found at .*; each image needs one entry"):
+        load_split(str(tmp_path), "train")
+
+
+@pytest.mark.parametrize("write", [voc_of_labelimg, labelme, yolo_of_labelimg])
+def test_the_same_names_in_several_folders(write, tmp_path):
+    """Cameras number their photos from 1 on every day."""
+    write(tmp_path / "day1")
+    write(tmp_path / "day2")
+    for file in (tmp_path / "day2").rglob("*.[pj][np]g"):
+        Image.new("RGB", IMAGES[file.name][0], "white").save(file)
+    for file in (tmp_path / "day2").glob("classes.txt"):
+        file.rename(tmp_path / "classes.txt")
+        (tmp_path / "day1" / "classes.txt").unlink()
+    data = load_split(str(tmp_path), "default")
+    assert len(data) == 6
+    for index, name in enumerate(data.image_ids):
+        is_white = min(data.open_image(index).getpixel((3, 3))) > 250
+        assert is_white == ("day2" in name)
+
+
+def test_a_usual_name_comes_before_others(tmp_path):
+    """Backups, results of detection, and the files of other tools lie in the same folder."""
+    beside_the_images(tmp_path)
+    old = {**coco(), "annotations": []}
+    for name in ("annotations_old.json", "detections.json"):
+        put(tmp_path / name, old)
+    check(load_split(str(tmp_path), "default"))
+    (tmp_path / "annotations.json").unlink()
+    put(tmp_path / "b.json", old)
+    with pytest.raises(InputError, match=r"no split 'train'.* \(COCO\) has annotations_old, b\."):
+        load_split(str(tmp_path), "train")
+
+
+@pytest.mark.parametrize("write", [yolo_of_label_studio, voc_of_labelimg, labelme])
+def test_a_coco_file_of_another_name_does_not_replace_another_format(write, tmp_path):
+    write(tmp_path)
+    put(tmp_path / "part.json", {**coco(), "annotations": []})
+    check(load_split(str(tmp_path), "default"))
+
+
+def test_what_is_not_used_is_told(tmp_path):
+    voc_of_labelimg(tmp_path / "voc")
+    Image.new("RGB", (9, 9)).save(tmp_path / "voc" / "images" / "z.png")
+    assert load_split(str(tmp_path / "voc"), "default").left_out == ["1 image without an annotation file: z.png"]
+    yolo_of_label_studio(tmp_path / "yolo")
+    put(tmp_path / "yolo" / "labels" / "Z.txt", "0 0.5 0.5 0.1 0.1\n")
+    assert load_split(str(tmp_path / "yolo"), "default").left_out == ["1 label file without an image: Z.txt"]
+
+
+def test_coco_without_sizes(tmp_path):
+    content = coco()
+    for image in content["images"]:
+        image.pop("width"), image.update(height=0)
+    picture_files(tmp_path / "images")
+    put(tmp_path / "train.json", content)
+    check(load_split(str(tmp_path), "train"))
+    content["images"][0].update(width="many", height=3)
+    put(tmp_path / "train.json", content)
+    with pytest.raises(InputError, match=r"images\[0\]: `width` and `height` must be numbers, got \('many', 3\)"):
+        load_split(str(tmp_path), "train")
+
+
+def test_a_folder_too_deep_is_named(tmp_path):
+    cvat(tmp_path / "export" / "my data")
+    with pytest.raises(InputError, match=r"my data is a data set in COCO format; pass this folder"):
+        load_split(str(tmp_path / "export"), "train")
+
+
+def test_paths_of_another_machine_in_data_yaml(tmp_path):
+    yolo_of_ultralytics(tmp_path)
+    put(
+        tmp_path / "data.yaml",
+        "path: C:\\Users\\me\\pets\ntrain: images\\train\nval: /content/pets/images/val\nnames: [cat, dog, owl]\n",
+    )
+    for split in ("train", "val"):
+        check(load_split(str(tmp_path), split))
+
+
+def test_photos_of_another_split_decide(tmp_path):
+    """The tool drew on photos as they are stored, which only the training split tells."""
+    for split, orientation in (("train", 6), ("val", 3)):
+        stored = (48, 64) if split == "train" else (64, 48)
+        photo(tmp_path / "images" / f"{split}.png", stored, orientation)
+        box = (0, 24, 32, 24) if split == "train" else (32, 24, 32, 24)
+        put(tmp_path / f"{split}.json", write_coco({f"{split}.png": ((64, 48), [(0, box)])}, NAMES))
+    splits = load_splits(str(tmp_path), ["train", "val"], Accelerator())
+    assert redness(splits["train"]) > 0.95 and redness(splits["val"]) > 0.95
 
 
 def test_a_missing_image_says_where_it_was_looked_for(tmp_path):

@@ -42,6 +42,7 @@ def tokenizer(tmp_path):
         (["hot_dog", "__red__blood_cell"], "hot dog. red blood cell."),
         (["HotDog", "redBloodCell", "USBPort"], "hot dog. red blood cell. usb port."),
         (["traffic-light", "t-shirt", "x-ray"], "traffic light. t-shirt. x-ray."),
+        (["personOnBike", "GoToGate", "FireEXTINGUISHER"], "person on bike. go to gate. fire extinguisher."),
         (["RBC", "iPhone", "ESP32", "McDonald", "3-4"], "rbc. iphone. esp32. mcdonald. 3-4."),
     ],
 )
@@ -57,6 +58,8 @@ def test_class_prompt(names, prompt):
         ("cat . dog", ["cat", "dog"]),
         (" cat.  dog.\n", ["cat", "dog"]),
         ("cat, dog , red apple,", ["cat", "dog", "red apple"]),
+        ("cat; dog|owl\nred apple", ["cat", "dog", "owl", "red apple"]),
+        ("cat.dog.person", ["cat", "dog", "person"]),
         # One name.
         ("cat", ["cat"]),
         ("cat.", ["cat"]),

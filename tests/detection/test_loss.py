@@ -319,9 +319,17 @@ def test_class_labels_out_of_range(case, label):
         GroundedDetectionLoss(config)(outputs, labels)
 
 
+def test_labels_of_other_precision(case):
+    """NumPy's numbers are in double precision."""
+    config, outputs, labels = case
+    loss = GroundedDetectionLoss(config)
+    other = [{"class_labels": each["class_labels"].int(), "boxes": each["boxes"].double()} for each in labels]
+    assert torch.equal(loss(outputs, other), loss(outputs, labels))
+
+
 def test_labels_of_too_few_images(case):
     config, outputs, labels = case
-    with pytest.raises(InputError, match="must have one entry per image, got 2 for 3 images"):
+    with pytest.raises(InputError, match="must be a list with one entry per image, got 2 for 3 images"):
         GroundedDetectionLoss(config)(outputs, labels[:-1])
 
 
@@ -336,6 +344,12 @@ def test_labels_of_too_few_images(case):
         (lambda label: label.update(boxes=label["boxes"][:, :3]), r"`boxes` have the shape \(n, 4\), got the shapes"),
         (lambda label: label.update(boxes=label["boxes"][1:]), "got the shapes"),
         (lambda label: label.update(class_labels=label["class_labels"].float()), r"n integers .*torch\.float32"),
+        (lambda label: label.update(class_labels=label["class_labels"].bool()), r"n integers .*torch\.bool"),
+        (lambda label: label.update(class_labels=label["class_labels"].tolist()), "must be a dict with the tensors"),
+        (lambda label: label.pop("boxes"), "must be a dict with the tensors `class_labels` and `boxes`"),
+        (lambda label: label.update(boxes=label["boxes"].to("meta")), "must be on the device of the outputs, cpu, got"),
+        (lambda label: label["boxes"][:, 2].zero_(), "must be centre x, centre y, width and height"),
+        (lambda label: label["boxes"].copy_(torch.tensor([0.95, 0.95, 0.4, 0.4])), "and lie in the image"),
     ],
 )
 def test_other_labels_that_cannot_be_used(case, change, message):

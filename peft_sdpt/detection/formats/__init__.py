@@ -9,6 +9,7 @@ Pillow.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -69,6 +70,7 @@ def _find_local(path: Path, class_names_column: str | None, numbers_are_names: b
             source = find_in_folder(path, class_names_column, numbers_are_names)
         # Last, because lists of class names lie beside other formats too.
         source = source or labelme.find(path) or yolo.find_without_yaml(path)
+        source = source or coco.find_with_other_name(path, class_names_column)
     if source is None or not source.splits:
         raise InputError(f"{path}: no data set in a known format. {_what_is_there(path)}")
     return source
@@ -80,7 +82,16 @@ def _what_is_there(path: Path) -> str:
         return "A file must be a COCO file (.json) or a data.yaml of YOLO."
     entries = sorted(entry.name + "/" * entry.is_dir() for entry in path.iterdir())
     found = f"The folder has {enumerated(entries)}." if entries else "The folder is empty."
-    return " ".join(filter(None, (f"Looked for {FORMATS}.", found, advice(path))))
+    return " ".join(filter(None, (f"Looked for {FORMATS}.", found, _inside(path), advice(path))))
+
+
+def _inside(path: Path) -> str:
+    """Return a sentence about a folder inside a folder that is a data set itself, as after unpacking an archive."""
+    for folder in sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")):
+        with contextlib.suppress(InputError):
+            if source := coco.find(folder, None) or yolo.find(folder) or voc.find(folder) or labelme.find(folder):
+                return f"{folder} is a data set in {source.format} format; pass this folder."
+    return ""
 
 
 def require_split(source: Source, split: str, dataset_name: str) -> str:

@@ -19,6 +19,7 @@ from .source import (
     SplitFields,
     is_crowd,
     is_labelme,
+    is_split_name,
     one_name,
     read_json,
     start_of,
@@ -51,13 +52,14 @@ WHOLE_FILES = (
     *("annotations/annotations.json", "annotations/default.json"),
 )
 WHOLE_IMAGES = ("images", "images/default", "default", "data", "")
+# Written by `sdpt-detect`. It is a COCO file, but its boxes are no annotations.
+OWN_RESULTS = "detections.json"
 # A folder with more JSON files has one per image.
 MAX_SPLITS = 50
-NUMBER = (int, float)
 ID = (int, float, str)
 # The fields that are read from each entry of a COCO file, and their types. Boxes and names are checked later.
 COCO_FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
-    "images": {"id": ID, "file_name": (str,), "width": NUMBER, "height": NUMBER},
+    "images": {"id": ID, "file_name": (str,)},
     "annotations": {"image_id": ID, "category_id": ID, "bbox": (object,)},
     "categories": {"id": ID, "name": (object,)},
 }
@@ -71,14 +73,24 @@ def find(path: Path, class_names_column: str | None) -> Source | None:
         class_names_column: Field of the categories with the class names. None for `name`.
 
     Returns:
-        The data set, or None if the folder has no COCO file.
+        The data set, or None if the folder has no COCO file with a usual name.
     """
     if path.is_file():
-        folder, files = path.parent, {DEFAULT: (path, _folders(path.parent, WHOLE_IMAGES, DEFAULT), "")}
-    else:
-        folder, files = path, _split_files(path) or _whole_file(path)
-    if not files:
-        return None
+        whole = (path, _folders(path.parent, WHOLE_IMAGES, DEFAULT), "")
+        return _source(path.parent, {DEFAULT: whole}, class_names_column)
+    files = _split_files(path)
+    if not any(map(is_split_name, files)):
+        files = _whole_file(path)
+    return _source(path, files, class_names_column) if files else None
+
+
+def find_with_other_name(folder: Path, class_names_column: str | None) -> Source | None:
+    """Find COCO files of any name. Each is a split of this name. None if there is no COCO file."""
+    files = _split_files(folder)
+    return _source(folder, files, class_names_column) if files else None
+
+
+def _source(folder: Path, files: dict[str, tuple[Path, list[Path], str]], class_names_column: str | None) -> Source:
 
     def read(split: str) -> tuple[SplitFields, str]:
         file, folders, layout = files[split]
@@ -106,7 +118,7 @@ def _split_files(folder: Path) -> dict[str, tuple[Path, list[Path], str]]:
             split = file.relative_to(folder).as_posix().removeprefix(before).removesuffix(after)
             path = file.relative_to(folder).as_posix()
             # The folder may have other JSON files. A file for a split is read even if it is damaged.
-            if path not in (*WHOLE_FILES, *found) and _may_be_coco(file, split):
+            if path not in (*WHOLE_FILES, OWN_RESULTS, *found) and _may_be_coco(file, split):
                 files.setdefault(split, (file, _folders(folder, images, split), layout))
                 found.add(path)
     return files
@@ -150,18 +162,19 @@ def _read(
     objects: dict[Any, list[dict]] = {image["id"]: [] for image in coco["images"]}
     for annotation in coco["annotations"]:
         objects[annotation["image_id"]].append(annotation)
-    sizes: list[Size | None] = [(image["width"], image["height"]) for image in coco["images"]]
+    sizes = [_size(image, f"{file}: images[{index}]") for index, image in enumerate(coco["images"])]
     field = class_names_column or "name"
     for category in categories:
         if field not in category:
             raise InputError(f"{file}: category {category['id']!r} ({category['name']!r}) has no `{field}`.")
-    images = split_images(ImageFinder(folders), [image["file_name"] for image in coco["images"]], sizes, file)
+    finder, names = ImageFinder(folders), [image["file_name"] for image in coco["images"]]
+    images = split_images([finder.find(name) for name in names], names, finder.folders, sizes, file)
     fields: SplitFields = {
         "class_names": [
             one_name(category[field], f"{file}: `{field}` of category {category['id']!r}") for category in categories
         ],
         "image_ids": list(objects),
-        "sizes": sizes,
+        "sizes": images.known_sizes(),
         "boxes": [[a["bbox"] for a in group] for group in objects.values()],
         "labels": [[position[a["category_id"]] for a in group] for group in objects.values()],
         "crowds": [
@@ -169,8 +182,19 @@ def _read(
             for group in objects.values()
         ],
         "open_image": images,
+        "left_out": [],
     }
     return fields, str(file)
+
+
+def _size(image: dict, where: str) -> Size | None:
+    """Return the annotated (width, height). None if it is missing, or is zero as some tools write."""
+    size = (image.get("width"), image.get("height"))
+    try:
+        width, height = (int(float(side or 0)) for side in size)
+    except (TypeError, ValueError, OverflowError):
+        raise InputError(f"{where}: `width` and `height` must be numbers, got {size}.") from None
+    return (width, height) if width > 0 and height > 0 else None
 
 
 def read_coco(file: Path) -> dict:

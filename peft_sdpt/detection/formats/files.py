@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO
 
 from PIL import Image
 
 from ...errors import InputError
-from ...wording import enumerated
+from ...wording import counted, enumerated
 from ..decoding import Size, is_turned, opened, orientation_of, read_image, shown_size
 from ..images import SUFFIXES, files_in
 
@@ -31,7 +31,7 @@ class ImageFinder:
 
     A name is looked for in each folder. Annotation tools also write names with backslashes, with folders that the
     export does not have, and with accents in another Unicode form than the file system. So a name that does not exist
-    is looked for without its first folders, and in any Unicode form.
+    is looked for without its first folders, and in any Unicode form and letter case.
 
     Args:
         folders: Folders to look in, in this order.
@@ -39,12 +39,12 @@ class ImageFinder:
 
     def __init__(self, folders: Iterable[Path]):
         self.folders = list(dict.fromkeys(folder for folder in folders if folder.is_dir()))
-        self._stored: dict[Path, dict[str, Path]] = {}
-        self._stems: dict[str, str] | None = None
+        self._stored: dict[Path, dict[str, Path | None]] = {}
+        self._stems: dict[str, Path] | None = None
 
     def find(self, name: str) -> Path | None:
         """Return the path of an image, or None."""
-        for candidate in (name, *_shortened(name)):
+        for candidate in (name, *shortened(name)):
             for folder in self.folders:
                 path = folder / candidate
                 try:
@@ -52,52 +52,37 @@ class ImageFinder:
                         return path
                 except (OSError, ValueError):  # a name that no file can have
                     return None
-        if name.isascii():
-            return None
-        for candidate in (name, *_shortened(name)):
+        for candidate in (name, *shortened(name)):
             for folder in self.folders:
-                stored = self._by_letters(folder).get(unicodedata.normalize("NFC", candidate))
+                stored = self._by_letters(folder).get(_letters(candidate))
                 if stored is not None:
                     return stored
         return None
 
-    def find_all(self, names: list[str], annotations: str) -> list[Path | None]:
-        """Find several images.
-
-        Args:
-            names: Their names.
-            annotations: Name of the annotation file, for the error message.
-
-        Raises:
-            InputError: Names in different folders lead to the same file.
-        """
-        paths = [self.find(name) for name in names]
-        found: dict[Path, str] = {}
-        for name, path in zip(names, paths, strict=True):
-            if path is not None and found.setdefault(path, name) != name:
-                raise InputError(
-                    f"{annotations}: the images {found[path]!r} and {name!r} are both found at {path}; a folder of the "
-                    "data set is missing."
-                )
-        return paths
-
-    def find_stem(self, stem: str) -> str | None:
-        """Return the name of an image with this stem and any suffix, directly in a folder. None if there is none."""
+    def find_stem(self, stem: str) -> Path | None:
+        """Return an image with this stem and any suffix, directly in a folder. None if there is no such image."""
         if self._stems is None:
             files = [file for folder in reversed(self.folders) for file in folder.iterdir()]
-            self._stems = {file.stem: file.name for file in files if file.suffix.lower() in SUFFIXES}
+            self._stems = {file.stem: file for file in files if file.suffix.lower() in SUFFIXES}
         return self._stems.get(stem)
 
-    def _by_letters(self, folder: Path) -> dict[str, Path]:
-        """Return all files in a folder by their relative path in composed Unicode."""
+    def _by_letters(self, folder: Path) -> dict[str, Path | None]:
+        """Return all files in a folder by the letters of their relative path, or None if two files have the same."""
         if folder not in self._stored:
-            self._stored[folder] = {
-                unicodedata.normalize("NFC", path.relative_to(folder).as_posix()): path for path in files_in(folder)
-            }
+            stored: dict[str, Path | None] = {}
+            for path in files_in(folder):
+                letters = _letters(path.relative_to(folder).as_posix())
+                stored[letters] = None if letters in stored else path
+            self._stored[folder] = stored
         return self._stored[folder]
 
 
-def _shortened(name: str) -> list[str]:
+def _letters(name: str) -> str:
+    """Return a name in composed Unicode and lower case."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def shortened(name: str) -> list[str]:
     """Return a name with forward slashes, and without its first folder, its first two folders and so on."""
     parts = PurePosixPath(name.replace("\\", "/")).parts
     return ["/".join(parts[start:]) for start in range(len(parts))]
@@ -129,6 +114,7 @@ class SplitImages:
     sizes: list[Size | None]
     undecided: set[int] = field(default_factory=set, init=False)
     _shown: dict[int, Size] = field(default_factory=dict, init=False)
+    _votes: list[bool] | None = field(default=None, init=False)
     _turn_undecided: bool | None = field(default=None, init=False)
 
     def __call__(self, index: int) -> Image.Image:
@@ -154,14 +140,27 @@ class SplitImages:
         """Tell whether photos are turned whose size does not tell it. The headers of all images are read once."""
         with _LOCK:
             if self._turn_undecided is None:
-                annotated = [index for index, size in enumerate(self.sizes) if size is not None]
-                decisions = [
-                    decision
-                    for index, header in self._headers(annotated).items()
-                    if (decision := is_turned(*header, self.sizes[index])) is not None  # type: ignore[arg-type]
-                ]
-                self._turn_undecided = 2 * sum(decisions) >= len(decisions)
+                votes = self.votes()
+                self._turn_undecided = 2 * sum(votes) >= len(votes)
             return self._turn_undecided
+
+    def decide(self, votes: list[bool]) -> bool:
+        """Decide as `turns_undecided`, but by the photos of other splits if no photo of this split tells."""
+        with _LOCK:
+            own = self.votes()
+            self._turn_undecided = 2 * sum(own or votes) >= len(own or votes)
+            return self._turn_undecided
+
+    def votes(self) -> list[bool]:
+        """Return for each photo whose size tells it whether the photo is turned."""
+        if self._votes is None:
+            annotated = [index for index, size in enumerate(self.sizes) if size is not None]
+            decisions = [
+                is_turned(*header, self.sizes[index])  # type: ignore[arg-type]  # it has a size
+                for index, header in self._headers(annotated).items()
+            ]
+            self._votes = [decision for decision in decisions if decision is not None]
+        return self._votes
 
     def _turns(self, index: int, stored: Size, orientation: int) -> bool:
         size = self.sizes[index]
@@ -218,17 +217,40 @@ class ImagePaths:
         return str(self.paths[index] or self.names[index])
 
 
-def split_images(finder: ImageFinder, names: list[str], sizes: list[Any], annotations: Path) -> SplitImages:
+def split_images(
+    paths: list[Path | None], names: list[str], folders: list[Path], sizes: list[Size | None], annotations: Path
+) -> SplitImages:
     """Make the `SplitImages` of image files.
 
     Args:
-        finder: Finds the files.
+        paths: Path of each image. None if it was not found.
         names: Name of each image in the annotations.
+        folders: Folders that were searched, for error messages.
         sizes: The annotated (width, height) of each image, or None.
         annotations: The annotation file or folder.
 
     Raises:
-        InputError: Names in different folders lead to the same file.
+        InputError: Several entries belong to the same file.
     """
-    paths = ImagePaths(finder.find_all(names, str(annotations)), names, finder.folders, annotations.name)
-    return SplitImages(paths, paths.where, annotations.name, list(sizes))
+    found: dict[Path, str] = {}
+    for name, path in zip(names, paths, strict=True):
+        if path in found:
+            raise InputError(
+                f"{annotations}: the images {found[path]!r} and {name!r} are both found at {path}; each image needs "
+                "one entry, and a file of its own."
+            )
+        if path is not None:
+            found[path] = name
+    source = ImagePaths(paths, names, folders, annotations.name)
+    return SplitImages(source, source.where, annotations.name, sizes)
+
+
+def images_alone(folders: Iterable[Path], stems: set[str]) -> list[str]:
+    """Return a line about the images in these folders that have none of these stems, so that they are not used."""
+    images = {
+        file.name: None
+        for folder in dict.fromkeys(folders)
+        for file in sorted(folder.iterdir())
+        if file.suffix.lower() in SUFFIXES and file.stem not in stems
+    }
+    return [f"{counted(len(images), 'image')} without an annotation file: {enumerated(images)}"] if images else []

@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from pathlib import Path
 from typing import NamedTuple
 
 from ...errors import InputError
 from ..images import files_in
-from .files import ImageFinder, split_images
+from .files import ImageFinder, images_alone, split_images
 from .source import DEFAULT, Source, SplitFields, box_around, is_labelme, is_split_name, read_json
 
 # Shapes that enclose an area. The others, such as points and lines, are ignored.
@@ -71,12 +72,13 @@ def _read(folder: Path, files: list[Path], annotations: list[Annotation], names:
     """Read the files of a split. Only images without an annotated size are opened."""
     position = {name: index for index, name in enumerate(names)}
     finder = ImageFinder([*dict.fromkeys(file.parent for file in files), folder / "images", folder])
-    image_names = []
+    paths = []
     for file, annotation in zip(files, annotations, strict=True):
         # The path is relative to the file.
         path = file.parent / annotation.image.replace("\\", "/")
-        image_names.append(str(path) if path.is_file() else annotation.image)
-    images = split_images(finder, image_names, [annotation.size for annotation in annotations], folder)
+        paths.append(Path(os.path.normpath(path)) if path.is_file() else finder.find(annotation.image))
+    image_names, sizes = [a.image for a in annotations], [a.size for a in annotations]
+    images = split_images(paths, image_names, finder.folders, sizes, folder)
     return {
         "class_names": names,
         "image_ids": [file.relative_to(folder).with_suffix("").as_posix() for file in files],
@@ -85,6 +87,7 @@ def _read(folder: Path, files: list[Path], annotations: list[Annotation], names:
         "labels": [[position[name] for name, _ in annotation.objects] for annotation in annotations],
         "crowds": [[False] * len(annotation.objects) for annotation in annotations],
         "open_image": images,
+        "left_out": images_alone([file.parent for file in files], {path.stem for path in paths if path}),
     }
 
 

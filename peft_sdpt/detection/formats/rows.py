@@ -143,6 +143,7 @@ def _read(
         "labels": labels,
         "crowds": crowds,
         "open_image": opener,
+        "left_out": [],
     }
 
 

@@ -39,6 +39,8 @@ class SplitFields(TypedDict):
     labels: list[list[int]]
     crowds: list[list[bool]]
     open_image: Callable[[int], Image.Image]
+    # What the data has but is not used, for a line each.
+    left_out: list[str]
 
 
 @dataclass

@@ -54,6 +54,8 @@ def advice(folder: Path) -> str:
                 return f"It looks like {name}; export the data as COCO in the annotation tool."
             command = DATUMARO.format(path=folder, format=format)
             return f"It looks like {name}, which is not read; this command converts it: {command}."
+    if any(folder.glob("labels/**/*.txt")) or any(folder.glob("*/labels/*.txt")):
+        return "It has labels as in YOLO, but no class names; add a data.yaml, or a classes.txt with one name per line."
     for file in sorted(folder.glob("*.json"))[:3]:
         try:
             if text := describe_json(read_json(file)):

@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 
 from ...errors import InputError
 from ..images import files_in
-from .files import ImageFinder, split_images
+from .files import ImageFinder, images_alone, split_images
 from .source import DEFAULT, Source, SplitFields, is_split_name, read_text, start_of
 
 ANNOTATIONS = ("Annotations", "annotations", "labels", "xmls")
@@ -110,10 +110,17 @@ def _read(folder: Path, files: list[Path], everything: dict[Path, Annotation]) -
     all_corners = [corners for annotation in everything.values() for _, corners, _ in annotation.objects]
     first = 0 if any(min(corners) < 1 for corners in all_corners) else 1
     chosen = [everything[file] for file in files]
-    places = dict.fromkeys(place for file in files for place in _image_folders(file.parent))
-    finder = ImageFinder([*places, *(folder / name for name in IMAGES)])
-    image_names = [_image_name(annotation.image, file, finder) for file, annotation in zip(files, chosen, strict=True)]
-    images = split_images(finder, image_names, [annotation.size for annotation in chosen], folder)
+    finders = {parent: ImageFinder(_image_folders(parent)) for parent in {file.parent for file in files}}
+    everywhere = ImageFinder(
+        [*(folder for f in finders.values() for folder in f.folders), *(folder / n for n in IMAGES)]
+    )
+    paths = [
+        _image_of(annotation.image, file, finders[file.parent]) or _image_of(annotation.image, file, everywhere)
+        for file, annotation in zip(files, chosen, strict=True)
+    ]
+    image_names = [annotation.image or f"{file.stem}.jpg" for file, annotation in zip(files, chosen, strict=True)]
+    sizes = [annotation.size for annotation in chosen]
+    images = split_images(paths, image_names, everywhere.folders, sizes, folder)
     return {
         "class_names": names,
         "image_ids": [file.relative_to(folder).with_suffix("").as_posix() for file in files],
@@ -129,6 +136,7 @@ def _read(folder: Path, files: list[Path], everything: dict[Path, Annotation]) -
         "labels": [[position[name] for name, *_ in annotation.objects] for annotation in chosen],
         "crowds": [[is_difficult for *_, is_difficult in annotation.objects] for annotation in chosen],
         "open_image": images,
+        "left_out": images_alone(everywhere.folders, {file.stem for file in everything}),
     }
 
 
@@ -143,11 +151,14 @@ def _image_folders(annotations: Path) -> list[Path]:
     return places
 
 
-def _image_name(name: str, file: Path, finder: ImageFinder) -> str:
-    """Return the name of an image as its file says, or with the name of the file if that image does not exist."""
-    if name and finder.find(name):
-        return name
-    return finder.find_stem(Path(name).stem) or finder.find_stem(file.stem) or name or f"{file.stem}.jpg"
+def _image_of(name: str, file: Path, finder: ImageFinder) -> Path | None:
+    """Return the image of a file: the one with the name of the file, or else the one that the file names.
+
+    The name in a file is often that of the image before it was renamed.
+    """
+    by_stem = finder.find_stem(file.stem)
+    stem = finder.find_stem(Path(name).stem) if name else None
+    return by_stem or (finder.find(name) if name else None) or stem
 
 
 def _size(root: ElementTree.Element, file: Path) -> tuple[int, int] | None:

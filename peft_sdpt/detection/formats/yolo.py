@@ -15,9 +15,9 @@ from typing import Any
 import yaml
 
 from ...errors import InputError
-from ...wording import enumerated
+from ...wording import counted, enumerated
 from ..images import SUFFIXES, images_in
-from .files import ImageFinder, ImagePaths, SplitImages
+from .files import ImageFinder, ImagePaths, SplitImages, shortened
 from .source import DEFAULT, USUAL_NAMES, Source, SplitFields, box_around, is_split_name, read_text
 
 NAME_FILES = ("classes.txt", "obj.names", "names.txt", "*.names")
@@ -54,6 +54,8 @@ def find_without_yaml(folder: Path) -> Source | None:
     for pattern in NAME_FILES:
         for file in sorted(folder.glob(pattern)):
             names = [line.strip() for line in read_text(file).rstrip().splitlines()]
+            if not all(names):
+                raise InputError(f"{file}: line {names.index('') + 1} is empty; each line must be a class name.")
             return _by_folder(folder, names, file)
     return None
 
@@ -99,8 +101,8 @@ def _with_yaml(file: Path, content: Any) -> Source:
 def _places(file: Path, root: Any, value: str) -> list[Path]:
     """Return where a folder or list that `data.yaml` names may be."""
     roots = ([file.parent / root] if isinstance(root, str) else []) + [file.parent]
-    # Roboflow writes ../train/images for a folder beside the file.
-    return [base / value for base in roots] + [base / value.removeprefix("../") for base in roots]
+    # Roboflow writes ../train/images for a folder beside the file, and a file may have paths of another machine.
+    return [base / each for each in (value, *shortened(value)) for base in roots]
 
 
 def _existing_place(file: Path, root: Any, value: Any) -> bool:
@@ -194,7 +196,23 @@ def _read(names: list[str], images: list[Path], file: Path, split: str, has_keyp
         "labels": labels,
         "crowds": [[False] * len(group) for group in labels],
         "open_image": opener,
+        "left_out": _labels_alone(labels_of, file),
     }
+
+
+def _labels_alone(labels_of: list[Path], file: Path) -> list[str]:
+    """Return a line about the label files without an image, beside those of the images."""
+    known = set(labels_of)
+    lists = {*USUAL_NAMES, file.stem, "classes", "readme"}
+    folders = sorted({label.parent for label in labels_of})
+    alone = [
+        path.name
+        for folder in folders
+        if folder.is_dir()
+        for path in sorted(folder.glob("*.txt"))
+        if path not in known and path.stem.lower() not in lists and not path.name.lower().startswith("readme")
+    ]
+    return [f"{counted(len(alone), 'label file')} without an image: {enumerated(alone)}"] if alone else []
 
 
 def _label_file(image: Path) -> Path:
