@@ -166,8 +166,8 @@ def _retention(runs: Runs) -> str:
         cells = [runs.retained(task, name) for task in runs.retention_tasks]
         if any(cells):
             label = "zero-shot" if name == "zero-shot" else METHODS[name].label
-            pairs = [("", "") if cell is None else (cell["AP"], cell["known"]) for cell in cells]
-            rows.append([label, *(value and spread([value]) for pair in pairs for value in pair)])
+            pairs = [[] if cell is None else [cell["AP"], cell["known"]] for cell in cells]
+            rows.append([label, *(text for pair in pairs for text in (map(spread, zip(pair)) if pair else ("", "")))])
     heads = [head for task in runs.retention_tasks for head in (task, f"known names after {task}")]
     return table(["method", *heads], rows)
 
