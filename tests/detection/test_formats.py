@@ -751,6 +751,13 @@ def test_voc_counts_from_one_unless_a_box_says_otherwise(tmp_path):
     assert "<xmin>1</xmin>" in (tmp_path / "one" / "annotations" / "a.xml").read_text()
 
 
+def test_other_xml_files_are_skipped(tmp_path):
+    voc_of_labelimg(tmp_path)
+    put(tmp_path / "annotations" / "a0.xml", "")
+    put(tmp_path / "pom.xml", "<project><name>x</name></project>")
+    check(load_split(str(tmp_path), "default"))
+
+
 def test_difficult_objects_are_ignored(tmp_path):
     voc_of_labelimg(tmp_path)
     file = tmp_path / "annotations" / "a.xml"

@@ -111,7 +111,10 @@ def _read(
         raise InputError(f"{dataset_name}: the column image has no images but {rows.features['image']}.")
     object_fields = _object_fields(rows)
     if not isinstance(object_fields, dict):
-        raise InputError(f"{dataset_name}: the column objects must have fields, got {object_fields}.")
+        raise InputError(
+            f"{dataset_name}: the column objects must have fields, got {object_fields}. A metadata.csv cannot hold "
+            "objects; use metadata.jsonl."
+        )
     for field in ("bbox", "category", class_names_column or "category"):
         if field not in object_fields:
             others = f" (or {', '.join(OTHER_NAMES[field])})" if field in OTHER_NAMES else ""

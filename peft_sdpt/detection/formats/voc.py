@@ -28,8 +28,9 @@ def find(folder: Path) -> Source | None:
     Returns:
         The data set, or None if the folder has no such file.
     """
-    files = [file for file in files_in(folder) if file.suffix.lower() == ".xml"]
-    if not files or not _is_voc(files[0]):
+    # Other XML files may be among them.
+    files = [file for file in files_in(folder) if file.suffix.lower() == ".xml" and _is_voc(file)]
+    if not files:
         return None
     splits = _lists(folder, files) or _by_folder(folder, files)
     parsed = functools.cache(_parse)
