@@ -31,7 +31,7 @@ from ..wording import counted
 from .grounding import class_token_maps
 
 # How far a box may extend over the border of its image, as a fraction of the image size.
-BORDER = 0.051
+BORDER = 0.1
 
 
 class _TokenLoss(GroundingDinoImageLoss):
