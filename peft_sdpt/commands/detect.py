@@ -164,6 +164,11 @@ class Results:
             coco = json.loads((self.folder / RESULTS_FILE).read_text(encoding="utf-8"))
             self.earlier = {image["file_name"] for image in coco["images"]}
 
+    def check_free(self, name: str) -> None:
+        """Raise an `InputError` if a result would replace a file that this command did not write."""
+        if (self.folder / name).exists() and name not in self.earlier:
+            raise InputError(f"--output_dir: {self.folder / name} exists, and this command did not write it.")
+
     def add(self, source: Path, name: str, image: Image.Image, detections: Detections, num_queries: int) -> None:
         """Write an image with its boxes, and add them to the entries of the COCO file.
 
@@ -177,9 +182,8 @@ class Results:
         drawn = draw_detections(image, detections, self.class_names, threshold=0.0)  # all of them score enough
         # Properties of the source file, such as a compression for black and white, may not suit the new image.
         drawn.info.clear()
+        self.check_free(name)
         file = self.folder / name
-        if file.exists() and name not in self.earlier:
-            raise InputError(f"--output_dir: {file} exists, and this command did not write it.")
         with whole_files(file.parent) as folder:
             drawn.save(folder / file.name, quality=95)
         width, height = image.size
@@ -351,8 +355,7 @@ def make_folders(args: argparse.Namespace, paths: list[Path], results: list[Resu
             if target in sources or (args.watch and any(target in source.parents for source in sources)):
                 raise InputError(f"--output_dir: {folder} has the input images, which would be overwritten.")
         for name in {str(relative_name(path, inputs)) for path in paths}:
-            if (result.folder / name).exists() and name not in result.earlier:
-                raise InputError(f"--output_dir: {result.folder / name} exists, and this command did not write it.")
+            result.check_free(name)
         check_writable(result.folder, "output_dir")
 
 

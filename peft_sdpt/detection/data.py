@@ -18,6 +18,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..errors import InputError
+from .grounding import plain_name
 
 Box = tuple[float, float, float, float]
 
@@ -102,8 +103,8 @@ class DetectionSplit:
         Returns:
             A split with these classes and the same images.
         """
-        position = {_words(name): index for index, name in enumerate(class_names)}
-        new = [position[_words(name)] for name in self.class_names]
+        position = {plain_name(name): index for index, name in enumerate(class_names)}
+        new = [position[plain_name(name)] for name in self.class_names]
         labels = [[new[label] for label in group] for group in self.labels]
         return replace(self, class_names=class_names, labels=labels)
 
@@ -111,11 +112,6 @@ class DetectionSplit:
         """Return a hash of everything but the pixels, 16 hex digits. A resumed run uses it to check its data."""
         fields = [self.class_names, self.image_ids, self.sizes, self.boxes, self.labels, self.crowds]
         return hashlib.sha256(json.dumps(fields).encode()).hexdigest()[:16]
-
-
-def _words(name: str) -> str:
-    """Return a class name in lower case, with single spaces."""
-    return " ".join(name.lower().split())
 
 
 def _open_nth(open_image: Callable[[int], Image.Image], indices: list[int], index: int) -> Image.Image:
@@ -212,7 +208,7 @@ def match_classes(splits: dict[str, DetectionSplit]) -> dict[str, DetectionSplit
     by_words: dict[str, str] = {}
     for data in splits.values():
         for name in data.class_names:
-            by_words.setdefault(_words(name), name)
+            by_words.setdefault(plain_name(name), name)
     class_names = list(by_words.values())
     return {name: data.with_classes(class_names) for name, data in splits.items()}
 

@@ -81,8 +81,13 @@ def _split_humps(word: str) -> str:
 def names_as_words(class_names: Sequence[str]) -> list[str]:
     """Return a line about the names that `class_prompt` reads as other words. The list is empty if there are none."""
     words = {name: class_prompt([name]).rstrip(".") for name in class_names}
-    changed = [f"{name!r} as {phrase!r}" for name, phrase in words.items() if phrase != " ".join(name.lower().split())]
+    changed = [f"{name!r} as {phrase!r}" for name, phrase in words.items() if phrase != plain_name(name)]
     return [f"class names are read as words: {enumerated(changed)}"] if changed else []
+
+
+def plain_name(name: str) -> str:
+    """Return a class name in lower case, with single spaces. Letter case and spaces do not matter to a detector."""
+    return " ".join(name.lower().split())
 
 
 def split_caption(text: str) -> list[str]:

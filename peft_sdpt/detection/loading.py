@@ -20,7 +20,7 @@ from .data import Box, DetectionSplit, check_images, match_classes
 from .formats import Source, find_source, matching_split, require_split
 from .formats.files import SplitImages
 from .formats.source import is_split_name, read_json
-from .grounding import class_prompt, names_as_words
+from .grounding import class_prompt, names_as_words, plain_name
 
 # The four numbers of a box in each format. FRACTIONS before a name says that they are fractions of the image size.
 FRACTIONS = "relative_"
@@ -279,9 +279,9 @@ def _notes(read: dict[str, DetectionSplit], data: dict[str, DetectionSplit]) -> 
         data: The same splits with matched classes and names for prompts.
     """
     notes = names_as_words(next(iter(data.values())).class_names)
-    in_all = {name.lower(): name for images in read.values() for name in images.class_names}
+    in_all = {plain_name(name): name for images in read.values() for name in images.class_names}
     for split, images in read.items():
-        there = {name.lower() for name in images.class_names}
+        there = {plain_name(name) for name in images.class_names}
         missing = [repr(name) for key, name in in_all.items() if key not in there]
         if missing:
             notes.append(f"split {split} has no class {enumerated(missing)}, which another split has")

@@ -17,6 +17,7 @@ from .source import (
     USUAL_NAMES,
     Source,
     SplitFields,
+    annotated_size,
     is_crowd,
     is_labelme,
     is_split_name,
@@ -91,7 +92,6 @@ def find_with_other_name(folder: Path, class_names_column: str | None) -> Source
 
 
 def _source(folder: Path, files: dict[str, tuple[Path, list[Path], str]], class_names_column: str | None) -> Source:
-
     def read(split: str) -> tuple[SplitFields, str]:
         file, folders, layout = files[split]
         return _read(file, folders, folder if layout == ROBOFLOW_FILE else None, class_names_column)
@@ -115,8 +115,8 @@ def _split_files(folder: Path) -> dict[str, tuple[Path, list[Path], str]]:
             matches = [folder / layout.format(split=split) for split in USUAL_NAMES]
             matches = [file for file in matches if file.is_file()]
         for file in matches:
-            split = file.relative_to(folder).as_posix().removeprefix(before).removesuffix(after)
             path = file.relative_to(folder).as_posix()
+            split = path.removeprefix(before).removesuffix(after)
             # The folder may have other JSON files. A file for a split is read even if it is damaged.
             if path not in (*WHOLE_FILES, OWN_RESULTS, *found) and _may_be_coco(file, split):
                 files.setdefault(split, (file, _folders(folder, images, split), layout))
@@ -188,13 +188,11 @@ def _read(
 
 
 def _size(image: dict, where: str) -> Size | None:
-    """Return the annotated (width, height). None if it is missing, or is zero as some tools write."""
     size = (image.get("width"), image.get("height"))
     try:
-        width, height = (int(float(side or 0)) for side in size)
+        return annotated_size(*size)
     except (TypeError, ValueError, OverflowError):
         raise InputError(f"{where}: `width` and `height` must be numbers, got {size}.") from None
-    return (width, height) if width > 0 and height > 0 else None
 
 
 def read_coco(file: Path) -> dict:

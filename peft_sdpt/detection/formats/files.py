@@ -44,7 +44,7 @@ class ImageFinder:
 
     def find(self, name: str) -> Path | None:
         """Return the path of an image, or None."""
-        for candidate in (name, *shortened(name)):
+        for candidate in shortened(name):
             for folder in self.folders:
                 path = folder / candidate
                 try:
@@ -52,7 +52,7 @@ class ImageFinder:
                         return path
                 except (OSError, ValueError):  # a name that no file can have
                     return None
-        for candidate in (name, *shortened(name)):
+        for candidate in shortened(name):
             for folder in self.folders:
                 stored = self._by_letters(folder).get(_letters(candidate))
                 if stored is not None:
@@ -83,9 +83,9 @@ def _letters(name: str) -> str:
 
 
 def shortened(name: str) -> list[str]:
-    """Return a name with forward slashes, and without its first folder, its first two folders and so on."""
+    """Return a name, and the same with forward slashes, without its first folder, its first two folders and so on."""
     parts = PurePosixPath(name.replace("\\", "/")).parts
-    return ["/".join(parts[start:]) for start in range(len(parts))]
+    return [name, *("/".join(parts[start:]) for start in range(len(parts)))]
 
 
 @dataclass
@@ -96,7 +96,8 @@ class SplitImages:
 
     A photo with an EXIF orientation is turned, unless its annotations belong to the photo as it is stored. The
     annotated size tells this, except for square photos, and for photos that are mirrored or turned by 180 degrees. Such
-    photos are read like the other photos of the split. If no other photo tells, they are turned, as in image viewers.
+    photos are read like the other photos of the split, or else of other splits. If no photo tells, they are turned, as
+    in image viewers.
 
     Attributes:
         source: Maps an index to a path or a file object. It raises `InputError` if the image is missing.
@@ -138,17 +139,13 @@ class SplitImages:
 
     def turns_undecided(self) -> bool:
         """Tell whether photos are turned whose size does not tell it. The headers of all images are read once."""
-        with _LOCK:
-            if self._turn_undecided is None:
-                votes = self.votes()
-                self._turn_undecided = 2 * sum(votes) >= len(votes)
-            return self._turn_undecided
+        return self.decide([]) if self._turn_undecided is None else self._turn_undecided
 
     def decide(self, votes: list[bool]) -> bool:
-        """Decide as `turns_undecided`, but by the photos of other splits if no photo of this split tells."""
+        """Decide whether such photos are turned, by the other photos of the split, or else by `votes` of other splits."""
         with _LOCK:
-            own = self.votes()
-            self._turn_undecided = 2 * sum(own or votes) >= len(own or votes)
+            votes = self.votes() or votes
+            self._turn_undecided = 2 * sum(votes) >= len(votes)
             return self._turn_undecided
 
     def votes(self) -> list[bool]:
@@ -245,7 +242,7 @@ def split_images(
     return SplitImages(source, source.where, annotations.name, sizes)
 
 
-def images_alone(folders: Iterable[Path], stems: set[str]) -> list[str]:
+def unannotated_images(folders: Iterable[Path], stems: set[str]) -> list[str]:
     """Return a line about the images in these folders that have none of these stems, so that they are not used."""
     images = {
         file.name: None

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from ...errors import InputError
 from ..images import files_in
-from .files import ImageFinder, images_alone, split_images
-from .source import DEFAULT, Source, SplitFields, box_around, is_labelme, is_split_name, read_json
+from .files import ImageFinder, split_images, unannotated_images
+from .source import Source, SplitFields, box_around, by_split_folder, is_labelme, read_json
 
 # Shapes that enclose an area. The others, such as points and lines, are ignored.
 AREAS = ("rectangle", "polygon", "circle", "mask", "rotation", "oriented rectangle")
@@ -29,10 +29,7 @@ def find(folder: Path) -> Source | None:
     if not files:
         return None
     parsed = functools.cache(_parse)
-    splits: dict[str, list[Path]] = {}
-    for file in files:
-        parts = file.relative_to(folder).parts[:-1]
-        splits.setdefault(next(filter(is_split_name, parts), DEFAULT), []).append(file)
+    splits = by_split_folder(folder, files)
 
     def read(split: str) -> tuple[SplitFields, str]:
         # All splits, for the classes.
@@ -87,7 +84,7 @@ def _read(folder: Path, files: list[Path], annotations: list[Annotation], names:
         "labels": [[position[name] for name, _ in annotation.objects] for annotation in annotations],
         "crowds": [[False] * len(annotation.objects) for annotation in annotations],
         "open_image": images,
-        "left_out": images_alone([file.parent for file in files], {path.stem for path in paths if path}),
+        "left_out": unannotated_images([file.parent for file in files], {path.stem for path in paths if path}),
     }
 
 

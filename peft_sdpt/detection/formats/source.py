@@ -83,6 +83,25 @@ def is_split_name(name: str) -> bool:
     return SPLIT_NAME.match(name) is not None
 
 
+def by_split_folder(folder: Path, files: Iterable[Path]) -> dict[str, list[Path]]:
+    """Return the files of each split, by the first folder in the path of a file that has the name of a split."""
+    splits: dict[str, list[Path]] = {}
+    for file in files:
+        parts = file.relative_to(folder).parts[:-1]
+        splits.setdefault(next(filter(is_split_name, parts), DEFAULT), []).append(file)
+    return splits
+
+
+def annotated_size(width: Any, height: Any) -> tuple[int, int] | None:
+    """Return a (width, height) that annotations give. None if it is missing, or is zero as some tools write.
+
+    Raises:
+        TypeError, ValueError, OverflowError: A value is not a number.
+    """
+    size = (int(float(width or 0)), int(float(height or 0)))
+    return size if min(size) > 0 else None
+
+
 def start_of(file: Path) -> bytes:
     """Return the first 20 kB of a file, to tell its format. Empty if the file cannot be read."""
     try:

@@ -15,8 +15,8 @@ from xml.etree import ElementTree
 
 from ...errors import InputError
 from ..images import files_in
-from .files import ImageFinder, images_alone, split_images
-from .source import DEFAULT, Source, SplitFields, is_split_name, read_text, start_of
+from .files import ImageFinder, split_images, unannotated_images
+from .source import Source, SplitFields, annotated_size, by_split_folder, read_text, start_of
 
 ANNOTATIONS = ("Annotations", "annotations", "labels", "xmls")
 IMAGES = ("JPEGImages", "images", "Images")
@@ -32,7 +32,7 @@ def find(folder: Path) -> Source | None:
     files = [file for file in files_in(folder) if file.suffix.lower() == ".xml" and _is_voc(file)]
     if not files:
         return None
-    splits = _lists(folder, files) or _by_folder(folder, files)
+    splits = _lists(folder, files) or by_split_folder(folder, files)
     parsed = functools.cache(_parse)
 
     def read(split: str) -> tuple[SplitFields, str]:
@@ -60,15 +60,6 @@ def _lists(folder: Path, files: list[Path]) -> dict[str, list[Path]]:
         if missing:
             raise InputError(f"{file}: lists {missing[0]!r}, but there is no {missing[0]}.xml in {folder}.")
         splits[file.stem] = [by_stem[line[0]] for line in lines]
-    return splits
-
-
-def _by_folder(folder: Path, files: list[Path]) -> dict[str, list[Path]]:
-    """Return the splits by the first folder in the path of each file that has the name of a split."""
-    splits: dict[str, list[Path]] = {}
-    for file in files:
-        parts = file.relative_to(folder).parts[:-1]
-        splits.setdefault(next(filter(is_split_name, parts), DEFAULT), []).append(file)
     return splits
 
 
@@ -137,7 +128,7 @@ def _read(folder: Path, files: list[Path], everything: dict[Path, Annotation]) -
         "labels": [[position[name] for name, *_ in annotation.objects] for annotation in chosen],
         "crowds": [[is_difficult for *_, is_difficult in annotation.objects] for annotation in chosen],
         "open_image": images,
-        "left_out": images_alone(everywhere.folders, {file.stem for file in everything}),
+        "left_out": unannotated_images(everywhere.folders, {file.stem for file in everything}),
     }
 
 
@@ -163,13 +154,11 @@ def _image_of(name: str, file: Path, finder: ImageFinder) -> Path | None:
 
 
 def _size(root: ElementTree.Element, file: Path) -> tuple[int, int] | None:
-    """Return the annotated (width, height). None if it is missing, or is zero as some tools write."""
     width, height = (root.findtext(f"size/{name}") for name in ("width", "height"))
     try:
-        size = (int(float(width or 0)), int(float(height or 0)))
+        return annotated_size(width, height)
     except (ValueError, OverflowError):
         raise InputError(f"{file}: the size must be two numbers, got {width!r} and {height!r}.") from None
-    return size if all(size) else None
 
 
 def _corners(item: ElementTree.Element, file: Path) -> tuple[float, float, float, float]:

@@ -102,7 +102,7 @@ def _places(file: Path, root: Any, value: str) -> list[Path]:
     """Return where a folder or list that `data.yaml` names may be."""
     roots = ([file.parent / root] if isinstance(root, str) else []) + [file.parent]
     # Roboflow writes ../train/images for a folder beside the file, and a file may have paths of another machine.
-    return [base / each for each in (value, *shortened(value)) for base in roots]
+    return [base / each for each in shortened(value) for base in roots]
 
 
 def _existing_place(file: Path, root: Any, value: Any) -> bool:
@@ -196,11 +196,11 @@ def _read(names: list[str], images: list[Path], file: Path, split: str, has_keyp
         "labels": labels,
         "crowds": [[False] * len(group) for group in labels],
         "open_image": opener,
-        "left_out": _labels_alone(labels_of, file),
+        "left_out": _unmatched_labels(labels_of, file),
     }
 
 
-def _labels_alone(labels_of: list[Path], file: Path) -> list[str]:
+def _unmatched_labels(labels_of: list[Path], file: Path) -> list[str]:
     """Return a line about the label files without an image, beside those of the images."""
     known = set(labels_of)
     lists = {*USUAL_NAMES, file.stem, "classes", "readme"}
