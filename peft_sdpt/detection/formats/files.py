@@ -142,7 +142,7 @@ class SplitImages:
         return self.decide([]) if self._turn_undecided is None else self._turn_undecided
 
     def decide(self, votes: list[bool]) -> bool:
-        """Decide whether such photos are turned, by the other photos of the split, or else by `votes` of other splits."""
+        """Decide whether such photos are turned, by the other photos of the split, or else by those of other splits."""
         with _LOCK:
             votes = self.votes() or votes
             self._turn_undecided = 2 * sum(votes) >= len(votes)
