@@ -9,6 +9,11 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 
+from .wording import printable
+
+# Letters of the one line. Messages of other libraries can quote what they refuse at any length.
+MAX_MESSAGE = 2000
+
 
 class InputError(ValueError):
     """An argument, a file or a data set cannot be used.
@@ -38,7 +43,7 @@ def one_line_errors(program: str, flags: Mapping[str, str] | None = None) -> Ite
     except (InputError, MissingExtraError) as error:
         # An error from a DataLoader worker has a traceback in front of its message.
         message = str(error).rpartition("InputError: ")[2]
-        print(f"{program}: {' '.join(with_flags(message, flags or {}).split())}", file=sys.stderr)
+        print(f"{program}: {printable(with_flags(message, flags or {}), MAX_MESSAGE)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
         print(f"{program}: {str(interrupt) or 'interrupted.'}", file=sys.stderr)

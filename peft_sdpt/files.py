@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""Writing files and folders completely or not at all.
+"""Reading JSON, and writing files and folders completely or not at all.
 
 A file or folder gets its final name only after all of it is on the disk. So a process may be killed at any time.
 """
@@ -9,22 +9,59 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
+import re
 import secrets
 import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
 from .errors import InputError
+from .wording import printable
 
 # The names of unfinished files and folders end with this.
 UNFINISHED = ".unfinished"
 # The errors of torch, safetensors and Pillow if the disk is full or a file cannot be written.
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
+# The escape of half of a surrogate pair, which is valid in JSON and in no text.
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+def read_json(file: str | os.PathLike) -> Any:
+    """Read a JSON file.
+
+    Args:
+        file: Path of the file.
+
+    Returns:
+        Its content. All strings in it can be encoded.
+
+    Raises:
+        InputError: The file cannot be read, is not JSON, is nested too deeply, or has half of a surrogate pair.
+    """
+    try:
+        content = Path(file).read_bytes()
+    except (OSError, ValueError) as error:  # the name is too long, or has a null character
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{_named(file)}: cannot be read ({reason}).") from None
+    try:
+        value = json.loads(content)
+        if _SURROGATE.search(content):
+            json.dumps(value, ensure_ascii=False).encode()
+    except (RecursionError, ValueError) as error:  # also half of a surrogate pair
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else printable(str(error), 200)
+        raise InputError(f"{_named(file)}: not JSON ({reason}).") from None
+    return value
+
+
+def _named(file: str | os.PathLike) -> str:
+    return printable(os.fspath(file), 300)
 
 
 def check_writable(folder: str | os.PathLike, argument: str = "folder") -> None:

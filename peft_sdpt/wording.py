@@ -5,9 +5,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 # LVIS has 1203 classes, and a folder can have any number of files.
 MAX_LISTED = 10
+# Letters of a value that a message quotes.
+MAX_QUOTED = 80
 
 
 def counted(number: int, singular: str, plural: str | None = None) -> str:
@@ -49,3 +52,44 @@ def shorten(text: str, length: int) -> str:
         ('a cell wi…', 'cell')
     """
     return text if len(text) <= length else text[: length - 1].rstrip() + "…"
+
+
+def printable(text: str, length: int | None = None) -> str:
+    """Write a text on one line, so that it can be printed anywhere.
+
+    Line breaks and other white space become single spaces. Control characters, and code points that are no characters,
+    such as halves of surrogate pairs, become their escapes.
+
+    Args:
+        text: Any text.
+        length: Largest number of letters. None keeps all.
+
+    Example:
+        >>> printable("a\\n b\\x1b[31m\\ud800")
+        'a b\\\\x1b[31m\\\\ud800'
+    """
+    if length is not None:
+        text = text[: 2 * length]  # whatever is cut off costs nothing
+    line = " ".join(text.split())
+    line = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in line)
+    return line if length is None else shorten(line, length)
+
+
+def quoted(value: Any, length: int = MAX_QUOTED) -> str:
+    """Write a value as Python does, on one line that is cut to a length, for a message that refuses the value.
+
+    Args:
+        value: Any value.
+        length: Largest number of letters.
+
+    Example:
+        >>> quoted("a\\n" * 1000, 12), quoted([1, 2])
+        ("'a\\\\na\\\\na\\\\n…", '[1, 2]')
+    """
+    if isinstance(value, str | bytes):
+        value = value[: length + 1]
+    try:
+        text = repr(value)
+    except Exception:  # a number of 5,000 digits, or a list in a list in a list ...
+        text = f"a value of type {type(value).__name__} that cannot be written"
+    return printable(text, length)

@@ -58,7 +58,7 @@ from ..detection.images import (
 )
 from ..detection.prediction import DEFAULT_THRESHOLD
 from ..errors import InputError, hint, one_line_errors
-from ..files import check_writable, output_folder, whole_files
+from ..files import check_writable, output_folder, read_json, whole_files
 from ..wording import counted, enumerated
 from .train_arguments import BASE_MODEL
 
@@ -161,7 +161,7 @@ class Results:
 
     def __post_init__(self) -> None:
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-            coco = json.loads((self.folder / RESULTS_FILE).read_text(encoding="utf-8"))
+            coco = read_json(self.folder / RESULTS_FILE)
             self.earlier = {image["file_name"] for image in coco["images"]}
 
     def check_free(self, name: str) -> None:

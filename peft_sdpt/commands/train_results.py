@@ -18,7 +18,7 @@ from ..detection import Detections, DetectionSplit, draw_report, side_by_side, w
 from ..detection.analysis import count_objects
 from ..detection.charts import describe_error, most_frequent, worst_and_best
 from ..errors import InputError
-from ..files import whole_files
+from ..files import read_json, whole_files
 from ..model_card import CARD, write_licence, write_section
 from ..training import Progress
 from ..wording import counted, shorten
@@ -53,7 +53,7 @@ def read_division(args: argparse.Namespace, data: DetectionSplit) -> dict[str, l
     if file is None:
         return None
     try:
-        ids = json.loads(file.read_text(encoding="utf-8"))["image_ids"]
+        ids = read_json(file)["image_ids"]
         parts = {name: list(ids[name]) for name in ("train", "val", "test")}
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"{file}: has no `image_ids` of train, val and test ({error!r}).") from None

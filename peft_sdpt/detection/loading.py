@@ -14,12 +14,13 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from ..errors import InputError
+from ..files import read_json
 from ..training.launch import cores_per_process
 from ..wording import counted, enumerated
 from .data import Box, DetectionSplit, check_images, match_classes
 from .formats import Source, find_source, matching_split, require_split
 from .formats.files import SplitImages
-from .formats.source import is_split_name, read_json
+from .formats.source import is_split_name
 from .grounding import class_prompt, names_as_words, plain_name
 
 # The four numbers of a box in each format. FRACTIONS before a name says that they are fractions of the image size.

@@ -19,7 +19,7 @@ from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 
 from ..config import SDPTConfig
 from ..errors import InputError
-from ..files import whole_files
+from ..files import read_json, whole_files
 from ..model_card import CARD, carry_card, write_licence, write_section
 from .base_models import refuse_adapter_folder
 
@@ -236,10 +236,7 @@ def read_class_names(adapter: SavedAdapter) -> list[str]:
     file = adapter.folder / CLASS_NAMES_FILE
     if not file.is_file():
         raise InputError(f"adapter={adapter.source!r}: was saved without class names ({file.name}).")
-    try:
-        class_names = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{file}: not JSON ({error}).") from None
+    class_names = read_json(file)
     if not isinstance(class_names, list) or not all(isinstance(name, str) for name in class_names):
         raise InputError(f"{file}: must be a JSON list of names.")
     return class_names
@@ -261,10 +258,7 @@ def read_threshold(adapter: SavedAdapter, default: float | None = None) -> float
     file = adapter.folder / THRESHOLD_FILE
     if not file.is_file():
         return default
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{file}: not JSON ({error}).") from None
+    content = read_json(file)
     threshold = content.get("threshold") if isinstance(content, dict) else None
     if not isinstance(threshold, int | float) or isinstance(threshold, bool) or not 0 <= threshold < 1:
         raise InputError(f"{file}: must be a JSON object with a threshold of at least 0 and below 1.")

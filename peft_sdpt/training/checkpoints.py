@@ -22,7 +22,7 @@ from accelerate.utils import gather_object
 from peft import load_peft_weights, set_peft_model_state_dict
 
 from ..errors import InputError
-from ..files import UNFINISHED, WRITE_ERRORS, check_writable, publish_folder
+from ..files import UNFINISHED, WRITE_ERRORS, check_writable, publish_folder, read_json
 
 RUN_FILE = "run.json"
 
@@ -164,8 +164,8 @@ class Checkpoints:
         """
         where = f"checkpoint={str(checkpoint)!r}"
         try:
-            run = json.loads((checkpoint / RUN_FILE).read_text())
-        except (OSError, ValueError) as error:
+            run = read_json(checkpoint / RUN_FILE)
+        except InputError as error:
             raise InputError(f"{where}: is not a complete checkpoint ({error}).") from None
         newest = latest(self.folder)
         if newest and newest.resolve() != checkpoint.resolve():

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from peft_sdpt.errors import InputError
-from peft_sdpt.files import UNFINISHED, check_writable, publish_folder, whole_file, whole_files
+from peft_sdpt.files import UNFINISHED, check_writable, publish_folder, read_json, whole_file, whole_files
 
 
 class Killed(BaseException):
@@ -155,3 +155,37 @@ def test_a_folder_that_can_be_written_is_made_and_stays_empty(tmp_path):
     for folder in (tmp_path / "file", tmp_path / "file" / "below", "/proc/nowhere"):
         with pytest.raises(InputError, match=rf"^folder='{folder}': cannot be written \(.*\)\.$"):
             check_writable(folder)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"\xff\xfe{",
+        b"[" * 100_000,
+        b"[" * 100_000 + b"]" * 100_000,
+        b"9" * 5000,
+        rb'{"name": "\ud800"}',
+        rb'{"\udfff": 1}',
+        b"\x00" * 100,
+    ],
+    ids=lambda content: repr(content[:16]),
+)
+def test_json_that_cannot_be_read_is_refused_in_one_line(tmp_path, content):
+    (tmp_path / "file.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"file\.json: not JSON") as raised:
+        read_json(tmp_path / "file.json")
+    assert len(str(raised.value)) < len(str(tmp_path)) + 300 and str(raised.value).isprintable()
+
+
+@pytest.mark.parametrize("name", ["missing.json", "", "a" * 300, "null\x00"])
+def test_a_json_file_that_is_not_there_is_refused_in_one_line(tmp_path, name):
+    with pytest.raises(InputError, match="cannot be read") as raised:
+        read_json(tmp_path / name)
+    assert str(raised.value).isprintable()
+
+
+def test_json_is_read_as_it_is(tmp_path):
+    (tmp_path / "file.json").write_bytes(b'\xef\xbb\xbf{"a": [1, "\\ud83d\\ude00"]}')
+    assert read_json(tmp_path / "file.json") == {"a": [1, "\U0001f600"]}

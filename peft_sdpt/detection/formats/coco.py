@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import InputError
+from ...files import read_json
 from ..decoding import Size
 from .files import ImageFinder, split_images
 from .source import (
@@ -22,7 +23,6 @@ from .source import (
     is_labelme,
     is_split_name,
     one_name,
-    read_json,
     start_of,
 )
 from .unread import describe_json

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ...errors import InputError
+from ...files import read_json
 from ..images import files_in
 from .files import ImageFinder, split_images, unannotated_images
-from .source import Source, SplitFields, box_around, by_split_folder, is_labelme, read_json
+from .source import Source, SplitFields, box_around, by_split_folder, is_labelme
 
 # Shapes that enclose an area. The others, such as points and lines, are ignored.
 AREAS = ("rectangle", "polygon", "circle", "mask", "rotation", "oriented rectangle")

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import codecs
-import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -128,20 +127,6 @@ def read_text(file: Path) -> str:
         raise InputError(f"{file}: cannot be read ({error.strerror}).") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{file}: is not a text file in UTF-8 ({error}).") from None
-
-
-def read_json(file: Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        InputError: The file cannot be read, or is not JSON.
-    """
-    try:
-        return json.loads(file.read_bytes())
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read ({error.strerror}).") from None
-    except ValueError as error:
-        raise InputError(f"{file}: not JSON ({error}).") from None
 
 
 def one_name(value: Any, where: str) -> str:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import InputError
-from .source import read_json, start_of
+from ...files import read_json
+from .source import start_of
 
 ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".7z", ".rar")
 # Datumaro needs older versions of NumPy and Pillow than this package allows, so it runs in an environment of its own.
