@@ -12,10 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
+from hypothesis import HealthCheck, settings
 
 from tests.helpers.hub import serve, use
 
 torch.set_num_threads(1)
+# The same few hundred examples in every run. The plugin of hypothesis loads another profile by `--hypothesis-profile`.
+settings.register_profile(
+    "few", max_examples=200, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+)
+settings.register_profile("thorough", settings.get_profile("few"), max_examples=5000, derandomize=False)
+settings.load_profile("few")
 
 
 def pytest_collection_finish() -> None:
