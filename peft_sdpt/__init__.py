@@ -5,7 +5,12 @@
 Importing the package registers the tuner type `SDPT`; nothing else is needed.
 """
 
+import functools
+import os
+from typing import Any
+
 from aenum import extend_enum
+from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType, register_peft_method
 
@@ -42,4 +47,32 @@ def _register() -> None:
         PEFT_TYPE_TO_TUNER_MAPPING[PeftType["SDPT"]] = SDPTModel
 
 
+def _check_what_transformers_loads() -> None:
+    """Let `PeftConfig.from_pretrained` check the weights beside a config, as `SDPTConfig.from_pretrained` does.
+
+    PEFT calls the method of `SDPTConfig`. `load_adapter` of a transformers model calls the one of `PeftConfig`, and
+    then loads any tensor of the adapter over the base model (transformers 5.24). The config is the only object of this
+    package that it asks before.
+    """
+    config_class: Any = PeftConfig
+    original = config_class.from_pretrained.__func__
+    if hasattr(original, "checks_sdpt"):
+        return
+
+    @functools.wraps(original)
+    def from_pretrained(
+        cls: Any, pretrained_model_name_or_path: str | os.PathLike, subfolder: str | None = None, **kwargs: Any
+    ) -> Any:
+        config = original(cls, pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        # Asked by attribute, because the package may have been imported again.
+        if hasattr(config, "check_weights_beside") and not hasattr(cls, "check_weights_beside"):
+            path, (download, _, _) = os.fspath(pretrained_model_name_or_path), PeftConfig._split_kwargs(kwargs)
+            config.check_weights_beside(path, subfolder, **download)
+        return config
+
+    config_class.from_pretrained = classmethod(from_pretrained)
+    config_class.from_pretrained.__func__.checks_sdpt = True  # do not wrap it twice
+
+
 _register()
+_check_what_transformers_loads()

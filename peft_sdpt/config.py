@@ -17,6 +17,7 @@ from peft.utils import PeftType
 
 from .saving import GATES_KEY, LORA_KEYS, PROMPTS_KEY, SavedConfig, Shapes, lora_name, plain_name
 from .version import __version__
+from .wording import printable, quoted
 
 INIT_WEIGHTS = (
     "normal",
@@ -32,6 +33,8 @@ PROMPT_MODES = ("unified", "independent")
 PROMPT_SPACES = ("reachable", "aligned")
 PROMPT_GATES = ("zero",)
 ATTN_IMPLEMENTATIONS = ("fused", "eager")
+# The longest path of a file on Linux.
+MAX_PATH = 4096
 # Fields with names of modules: a list, or a regular expression.
 _NAME_FIELDS = ("target_modules", "exclude_modules", "lora_target_modules")
 # Fields that determine which prompts an adapter has, and what their entries mean.
@@ -252,9 +255,8 @@ class SDPTConfig(SavedConfig):
         """Whether this config was saved with an adapter, and the fields that determine its prompts are unchanged."""
         return self.fusion_layers_digest is not None and self.fusion_layers_digest == self._digest()
 
-    def mark_as_saved(self) -> None:
-        """Note that the config belongs to the base model of a saved adapter, if its file does not say so."""
-        if self.fusion_layers is not None and self.fusion_layers_digest is None:
+    def mark_as_saved(self, has_weights: bool) -> None:
+        if self.fusion_layers is not None and (has_weights or self.fusion_layers_digest is None):
             self.fusion_layers_digest = self._digest()
 
     def to_dict(self) -> dict[str, Any]:
@@ -325,8 +327,8 @@ class SDPTConfig(SavedConfig):
                     self._refuse(name, "None, a list of names or a regular expression that is not empty")
                 try:
                     re.compile(value)
-                except re.error as error:
-                    self._refuse(name, f"a valid regular expression ({error})")
+                except (re.error, RecursionError, OverflowError) as error:
+                    self._refuse(name, f"a valid regular expression ({printable(str(error), 100)})")
             elif value is not None:
                 self._check_names(name)
         if self.modules_to_save is not None:
@@ -346,7 +348,8 @@ class SDPTConfig(SavedConfig):
             if not isinstance(groups, list) or not all(_is_int(size) for size in groups):
                 self._refuse("prompt_groups", "None or a list of integers", TypeError)
             if not groups or min(groups) < 1 or sum(groups) != self.num_virtual_tokens:
-                self._refuse("prompt_groups", f"positive and add up to num_virtual_tokens={self.num_virtual_tokens}")
+                number = quoted(self.num_virtual_tokens)
+                self._refuse("prompt_groups", f"positive and add up to num_virtual_tokens={number}")
             if self.prompt_gate is None:
                 self._refuse("prompt_groups", "None where prompt_gate is None, because groups differ by their gates")
 
@@ -396,6 +399,12 @@ class SDPTConfig(SavedConfig):
             self._refuse("fusion_layers_digest", "None or a string", TypeError)
         if not isinstance(self.peft_sdpt_version, str):
             self._refuse("peft_sdpt_version", "a version", TypeError)
+        for name in ("base_model_name_or_path", "revision"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, str) and value.isprintable() and len(value) <= MAX_PATH):
+                self._refuse(name, f"None or a name of at most {MAX_PATH} printable letters", TypeError)
+        if not isinstance(self.auto_mapping, (dict, type(None))):
+            self._refuse("auto_mapping", "None or a mapping", TypeError)
 
     def _check_lora(self) -> None:
         if self.lora_rank is None:
@@ -429,7 +438,7 @@ class SDPTConfig(SavedConfig):
             self._refuse(name, "a non-empty list of non-empty names")
 
     def _refuse(self, name: str, rule: str, error: type[Exception] = ValueError) -> NoReturn:
-        raise error(f"SDPTConfig.{name} must be {rule}, got {getattr(self, name)!r}")
+        raise error(f"SDPTConfig.{name} must be {rule}, got {quoted(getattr(self, name))}")
 
 
 def _is_int(value: Any) -> bool:

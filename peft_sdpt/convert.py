@@ -98,7 +98,7 @@ def convert(
         base_model_name_or_path=base_model_name_or_path,
         inference_mode=True,
     )
-    config.mark_as_saved()
+    config.mark_as_saved(has_weights=True)
     _write(output, tokens, config)
     return config
 

@@ -35,6 +35,7 @@ def inverse_projection(weight: torch.Tensor, rtol: float | None = None) -> torch
 
     Raises:
         TypeError: `weight` is not floating point, for instance a quantised weight.
+        ValueError: `weight` is not finite.
 
     Example:
         >>> weight = torch.tensor([[2.0, 0.0], [0.0, 4.0], [0.0, 0.0]])
@@ -58,7 +59,11 @@ def inverse_projection(weight: torch.Tensor, rtol: float | None = None) -> torch
 
 def _exact(weight: torch.Tensor) -> torch.Tensor:
     exact = weight.detach()
-    return (exact if exact.device.type in _FLOAT64_DEVICES else exact.cpu()).double()
+    exact = (exact if exact.device.type in _FLOAT64_DEVICES else exact.cpu()).double()
+    # For some of these weights, `pinv` raises an error, and for others it returns zeros.
+    if not exact.isfinite().all():
+        raise ValueError("cannot invert a projection weight with numbers that are not finite: the model is damaged")
+    return exact
 
 
 @torch.no_grad()
@@ -77,6 +82,9 @@ def reachable_basis(weights: Sequence[torch.Tensor]) -> torch.Tensor:
         `(out_features, sum of in_features)` on the device of the first weight, in float64 for float64 weights and in
         float32 for others. If the columns are linearly dependent, the basis spans a smaller space, and some directions
         of coordinates have no effect. It is never an inference-mode tensor.
+
+    Raises:
+        ValueError: A weight is not finite.
     """
     device = weights[0].device
     dtype = torch.promote_types(weights[0].dtype, torch.float32)

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -39,6 +40,8 @@ class InverseCache(BufferDict):
         super().__init__(persistent=False)
         self._rtols: tuple[float | None, ...] = ()
         self._states: tuple[WeightState, ...] | None = None
+        # Raised after each change, for what is computed from the inverses.
+        self.version = 0
 
     def inverse(self, side: int, rtol: float | None) -> torch.Tensor:
         """Return the inverse of the projection of a side, `(d, E)`."""
@@ -48,6 +51,7 @@ class InverseCache(BufferDict):
     def set_inverse(self, side: int, rtol: float | None, inverse: torch.Tensor) -> None:
         """Replace the inverse of a side until a weight changes."""
         self[_name(side, rtol)] = inverse
+        self.version += 1
 
     @property
     def basis(self) -> torch.Tensor | None:
@@ -66,13 +70,15 @@ class InverseCache(BufferDict):
             force: Whether to compute everything again.
 
         Raises:
-            ValueError: Another tuner's adapter acts on a projection.
+            ValueError: Another tuner's adapter acts on a projection, or a weight is not finite.
             TypeError: A weight is not floating point, and its quantisation is not supported.
         """
         for projection in projections:
             refuse_adapted(projection)
         rtols = tuple(dict.fromkeys(rtols))
         current = self.up_to_date(projections) and not force
+        # Noted before the weights are read, because another thread may change them.
+        states = tuple(WeightState.of(projection) for projection in projections)
         computed: dict[str, torch.Tensor] = {}
         for side, projection in enumerate(projections):
             for rtol in rtols:
@@ -84,7 +90,8 @@ class InverseCache(BufferDict):
         # Added before others are dropped, because another thread may be reading.
         self.update(computed)
         self.keep(rtols, needs_basis)
-        self._states = tuple(WeightState.of(projection) for projection in projections)
+        self._states = states
+        self.version += 1
 
     def keep(self, rtols: Collection[float | None], needs_basis: bool) -> None:
         """Drop the inverses of other tolerances, and the basis if it is not needed any more."""
@@ -117,8 +124,10 @@ class InverseCache(BufferDict):
             # The next forward refuses the adapter of the other tuner. Here, the rest of the model would stay behind.
             self._states = None
         else:
-            # A cast rounds the weights. It has cast the inverses too, perhaps below float32.
-            self.require(projections, self._rtols, self.basis is not None, force=True)
+            # A cast rounds the weights. It has cast the inverses too, perhaps below float32. The next forward refuses
+            # weights that are not finite any more.
+            with suppress(ValueError):
+                self.require(projections, self._rtols, self.basis is not None, force=True)
 
     def _dtypes(self, projections: Sequence[nn.Linear]) -> list[torch.dtype]:
         return [device_and_dtype(projection)[1] for projection in projections] + [each.dtype for each in self.values()]

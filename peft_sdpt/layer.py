@@ -4,7 +4,8 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from .attention import GatedPrompts, Prompts
+from .calls import activation
 from .config import SDPTConfig
 from .gates import factors_of, gate_sides_and_heads, init_gates
 from .hosts import FusionHost
@@ -32,7 +34,9 @@ def _refresh_after_load(layer: SDPTLayer, incompatible_keys: Any) -> None:
     """Refresh the inverses after `load_state_dict`, because compiled code does not compare weights."""
     if any(map(is_adapted, layer.projections)):
         return  # the next forward refuses the other tuner's adapter
-    layer.refresh_inverses(force=not all(WeightState.is_certain(projection) for projection in layer.projections))
+    certain = all(WeightState.is_certain(projection) for projection in layer.projections)
+    with suppress(ValueError):  # a weight is not finite, which the next forward refuses
+        layer.refresh_inverses(force=not certain)
 
 
 def _values_of(base: Any, outputs: Any) -> Any:
@@ -56,6 +60,15 @@ class _Fixed(NamedTuple):
     pinv_rtol: float | None
     image_attends_prompts: bool
     group_sizes: tuple[int, ...]
+
+
+class _KnownPrompts(NamedTuple):
+    """Prompts in the input spaces, with what they were computed from."""
+
+    states: list[TensorState]
+    scales: list[float]
+    version: int
+    prompts: list[Prompts]
 
 
 class SDPTLayer(nn.Module, BaseTunerLayer):
@@ -100,6 +113,8 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names: tuple[str, ...] = ("sdpt_prompts", "sdpt_gates")
     other_param_names: tuple[str, ...] = ("sdpt_config", "sdpt_fixed", "sdpt_scale")
+    # For compiled code: the names of the current call, see `peft_sdpt.calls`.
+    sdpt_call_names: Sequence[str] | None = None
     base_layer: nn.Module
 
     def __init__(
@@ -118,7 +133,7 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
         self.sdpt_config: dict[str, SDPTConfig] = {}
         self.sdpt_fixed: dict[str, _Fixed] = {}
         self.sdpt_inverses = InverseCache()
-        self._known_prompts: tuple[list[TensorState], list[Prompts]] | None = None
+        self._known_prompts: _KnownPrompts | None = None
         self._known_silent: dict[str, tuple[TensorState, bool]] = {}
         # A new module is in training mode, and prompt dropout would act in a base model in evaluation mode.
         self.training = base_layer.training
@@ -205,7 +220,6 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
         Adapters with the same tolerance share it.
         """
         before = self.inverse(side, adapter_name)
-        self._known_prompts = None
         self.sdpt_inverses.set_inverse(side, self.sdpt_fixed[adapter_name].pinv_rtol, inverse.to(before))
 
     def _has_coordinates(self, prompts: torch.Tensor) -> bool:
@@ -239,9 +253,10 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
             adapter_names: For each sample, the adapter to use, or `"__base__"` for the base model. None if all samples
                 use the active adapters. `model(..., adapter_names=[...])` passes it on.
         """
-        wanted = self.active_adapters if adapter_names is None else dict.fromkeys(adapter_names)
-        names = [name for name in wanted if name in self.sdpt_prompts and self.sdpt_scale[name] != 0]
-        if self.disable_adapters or (not names and adapter_names is None):
+        enabled, active, scales, adapter_names = activation(self, adapter_names)
+        wanted = active if adapter_names is None else dict.fromkeys(adapter_names)
+        names = [name for name in wanted if name in self.sdpt_prompts and scales[name] != 0]
+        if not enabled or (not names and adapter_names is None):
             return self.base_layer(*args, **kwargs)
         # A test of values would wait for a GPU in training, and break the graph of torch.compile.
         silent = []
@@ -256,7 +271,7 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
                     "Length of `adapter_names` should be the same as the number of inputs, but got "
                     f"{len(adapter_names)} and {num_samples} respectively."
                 )
-        prompts = self.input_prompts(names, adapter_names)
+        prompts = self.input_prompts(names, adapter_names, scales)
         if all(side.tokens is None and side.gated is None for side in prompts):
             return self.base_layer(*args, **kwargs)
         eager = any(self.sdpt_config[name].attn_implementation == "eager" for name in names)
@@ -273,8 +288,8 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
         gates = self.sdpt_gates.get(name)
         if gates is None or gates.is_meta:
             return False
-        if torch.is_grad_enabled() or not _reading_waits(gates):
-            # An optimizer may write through `.data`, which PyTorch does not count.
+        if torch.is_grad_enabled() or gates.requires_grad or not _reading_waits(gates):
+            # An optimizer may write through `.data`, or be a fused one: PyTorch does not count such changes.
             self._known_silent.pop(name, None)
             return not gates.any()
         known = self._known_silent.get(name)
@@ -289,9 +304,13 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
     def set_scale(self, adapter_name: str, scale: float) -> None:
         """Multiply the gates of an adapter by `scale`. `SDPTModel.set_scale` does so in all layers, with checks."""
         self.sdpt_scale[adapter_name] = scale
-        self._known_prompts = None
 
-    def input_prompts(self, names: Sequence[str], adapter_names: Sequence[str] | None = None) -> list[Prompts]:
+    def input_prompts(
+        self,
+        names: Sequence[str],
+        adapter_names: Sequence[str] | None = None,
+        scales: Mapping[str, float] | None = None,
+    ) -> list[Prompts]:
         """Map the prompts of some adapters into the input space of each side of the module.
 
         In evaluation without gradients they are computed once, and again when something that they depend on has
@@ -300,6 +319,7 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
         Args:
             names: Names of adapters that this layer has.
             adapter_names: For each sample, the adapter to use; None if all samples see all prompts.
+            scales: Factor of the gates of each adapter. None for those that `set_scale` has set.
 
         Returns:
             Prompts of each side, with tokens `(sum of N, d)`.
@@ -311,30 +331,42 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
         for projection in projections:
             refuse_adapted(projection)
         # Comparing versions would break the graph of torch.compile. There, the load hook refreshes the inverses.
+        scales = self.sdpt_scale if scales is None else scales
         if torch.compiler.is_compiling():
-            return self._map_prompts(names, adapter_names, projections)
+            return self._map_prompts(names, adapter_names, scales, projections)
         self._follow_weights()
         if self.training or torch.is_grad_enabled():
             # The prompts are not cached, because an optimizer may write through `.data`, which PyTorch does not count.
             self._known_prompts = None
-            return self._map_prompts(names, adapter_names, projections)
-        if adapter_names is not None:
-            return self._map_prompts(names, adapter_names, projections)
+            return self._map_prompts(names, adapter_names, scales, projections)
         biases = [bias for bias in map(bias_of, projections) if bias is not None]
         gates = [self.sdpt_gates[name] for name in names if name in self.sdpt_gates]
         sources = [*(self.sdpt_prompts[name] for name in names), *gates, *biases]
-        if self._known_prompts is not None:
-            states, prompts = self._known_prompts
-            if len(states) == len(sources) and all(
-                state.still_holds(source) for state, source in zip(states, sources, strict=True)
-            ):
-                return prompts
-        prompts = self._map_prompts(names, None, projections)
-        self._known_prompts = [TensorState.of(source) for source in sources], prompts
+        # The values of what is trained would have to be compared, and a GPU should not wait for that.
+        if adapter_names is not None or any(source.requires_grad and _reading_waits(source) for source in sources):
+            return self._map_prompts(names, adapter_names, scales, projections)
+        # Read before the prompts are mapped, because other threads may change what they depend on.
+        factors = [scales[name] for name in names]
+        version = self.sdpt_inverses.version
+        known = self._known_prompts
+        if (
+            known is not None
+            and (known.scales, known.version) == (factors, version)
+            and len(known.states) == len(sources)
+            and all(state.still_holds(source) for state, source in zip(known.states, sources, strict=True))
+        ):
+            return known.prompts
+        states = [TensorState.of(source) for source in sources]
+        prompts = self._map_prompts(names, None, scales, projections)
+        self._known_prompts = _KnownPrompts(states, factors, version, prompts)
         return prompts
 
     def _map_prompts(
-        self, names: Sequence[str], adapter_names: Sequence[str] | None, projections: Sequence[nn.Linear]
+        self,
+        names: Sequence[str],
+        adapter_names: Sequence[str] | None,
+        scales: Mapping[str, float],
+        projections: Sequence[nn.Linear],
     ) -> list[Prompts]:
         tokens = {
             name: F.dropout(
@@ -365,11 +397,16 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
             if plain and adapter_names is not None:
                 mask = self._mask(adapter_names, plain, parts[plain[0]].device)
             gated = [name for name in visible if name in self.sdpt_gates]
-            prompts.append(Prompts(together, mask, self._gated(gated, parts, side, adapter_names)))
+            prompts.append(Prompts(together, mask, self._gated(gated, parts, side, adapter_names, scales)))
         return prompts
 
     def _gated(
-        self, names: list[str], parts: dict[str, torch.Tensor], side: int, adapter_names: Sequence[str] | None
+        self,
+        names: list[str],
+        parts: dict[str, torch.Tensor],
+        side: int,
+        adapter_names: Sequence[str] | None,
+        scales: Mapping[str, float],
     ) -> GatedPrompts | None:
         """Put the gated prompts of a side together, with a group for each adapter, or several if it has them."""
         if not names:
@@ -377,7 +414,7 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
         sizes = [size for name in names for size in self.sdpt_fixed[name].group_sizes]
         gates = []
         for name in names:
-            gate = self.gate_factors(name)
+            gate = factors_of(self.sdpt_gates[name]) * scales[name]
             # Without a row for a side that is hidden. The row of the other one is then the only row.
             gate = gate[min(side, len(gate) - 1)][None]
             if adapter_names is not None:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from .calls import activation
 from .config import SDPTConfig
 from .hosts import GROUNDING_DINO, find_hosts
 from .layer import CANNOT_MERGE, SDPTLayer
@@ -53,6 +54,8 @@ class SDPTLoraLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names: tuple[str, ...] = ("sdpt_lora_A", "sdpt_lora_B")
     other_param_names: tuple[str, ...] = ("sdpt_lora_scaling", "sdpt_scale")
+    # For compiled code: the names of the current call, see `peft_sdpt.calls`.
+    sdpt_call_names: Sequence[str] | None = None
     base_layer: nn.Module
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: SDPTConfig) -> None:
@@ -102,9 +105,10 @@ class SDPTLoraLayer(nn.Module, BaseTunerLayer):
             ValueError: There is not one name for each sample.
         """
         result = self.base_layer(x, *args, **kwargs)
-        wanted = self.active_adapters if adapter_names is None else dict.fromkeys(adapter_names)
-        names = [name for name in wanted if name in self.sdpt_lora_A and self.sdpt_scale[name] != 0]
-        if self.disable_adapters or not names:
+        enabled, active, scales, adapter_names = activation(self, adapter_names)
+        wanted = active if adapter_names is None else dict.fromkeys(adapter_names)
+        names = [name for name in wanted if name in self.sdpt_lora_A and scales[name] != 0]
+        if not enabled or not names:
             return result
         if adapter_names is not None and len(x) == 1:
             # Prompts of a fusion layer, which all samples share before this layer.
@@ -119,7 +123,7 @@ class SDPTLoraLayer(nn.Module, BaseTunerLayer):
         for name in names:
             first, second = self.sdpt_lora_A[name], self.sdpt_lora_B[name]
             change = F.linear(F.linear(self._cast_input_dtype(x, first.dtype), first), second)
-            changed = result + change * (self.sdpt_lora_scaling[name] * self.sdpt_scale[name])
+            changed = result + change * (self.sdpt_lora_scaling[name] * scales[name])
             if adapter_names is not None:
                 chosen = torch.tensor([other == name for other in adapter_names], device=x.device)
                 changed = torch.where(chosen.reshape(-1, *[1] * (changed.dim() - 1)), changed, result)

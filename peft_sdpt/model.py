@@ -10,7 +10,7 @@ import functools
 import math
 import numbers
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule
 
+from .calls import BASE, SWITCHING, calling
 from .config import SDPTConfig
 from .gates import factors_of, gates_of
 from .hosts import FusionHost
@@ -30,19 +31,23 @@ from .saving import (
     PARAMETER_KEYS,
     PROMPTS_KEY,
     check_base_model,
+    check_numbers,
     check_state_dict,
     lora_name,
     parameter_of,
     parameters_in,
     plain_name,
+    refuse_strangers,
+    shapes_of_saved_modules,
     without_wrappers,
 )
 from .targeting import FusionLayer, Selection, check_fusion_layer, matches, select_fusion_layers
+from .wording import quoted
 
+# An adapter may have this many parameters (40 MB) on any base model.
+SMALL = 10_000_000
 # Containers without a forward, which PEFT refuses in `modules_to_save`.
 _CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
-# PEFT's name for the base model without an adapter, in `adapter_names`.
-BASE = "__base__"
 
 
 class SDPTModel(BaseTuner):
@@ -69,6 +74,9 @@ class SDPTModel(BaseTuner):
         # PEFT puts the new config among those of the model before it attaches the adapter.
         configs = getattr(model, "peft_config", None)
         before = dict(configs) if isinstance(configs, dict) else {}
+        # The layers of this tuner in the base model, and what they have replaced in the injection that is under way.
+        self._layers: list[SDPTLayer | SDPTLoraLayer] = []
+        self._replaced: list[tuple[nn.Module, str, nn.Module]] = []
         try:
             super().__init__(model, *args, **kwargs)
         except Exception:
@@ -77,6 +85,8 @@ class SDPTModel(BaseTuner):
                 configs.update(before)
             raise
 
+    # Parameters that are made in inference mode could not be trained later.
+    @torch.inference_mode(False)
     def inject_adapter(
         self,
         model: nn.Module,
@@ -87,7 +97,7 @@ class SDPTModel(BaseTuner):
     ) -> None:
         # Removed until nothing can be refused any more, so that a rejected base model stays unchanged.
         config: SDPTConfig = self.peft_config.pop(adapter_name)
-        _check_adapter_name(adapter_name)
+        check_adapter_name(adapter_name)
         config.check()  # a field may have been changed since the config was made
         selection = select_fusion_layers(model, config)
         layers = selection.layers
@@ -114,6 +124,9 @@ class SDPTModel(BaseTuner):
         if config.belongs_to_base_model:
             fitting = dataclasses.replace(config, **filled_in)
             check_base_model(found=config.parameter_shapes() or {}, expected=fitting.parameter_shapes() or {})
+            if config.saved_modules is not None:
+                check_base_model(config.saved_modules, shapes_of_saved_modules(model, config.modules_to_save or ()))
+        _refuse_more_than_base_model(model, dataclasses.replace(config, **filled_in))
         _refuse_modules_to_save(model, config)
         refuse_modules_to_save_with_lora(model, config)
         self._set_targets(selection)
@@ -128,7 +141,18 @@ class SDPTModel(BaseTuner):
                 setattr(config, name, value)
             config.fusion_layers_digest = None
         self.peft_config[adapter_name] = config
-        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        before = list(self._layers)
+        try:
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        except BaseException:  # for instance, the memory is full
+            for attached in self._layers:
+                attached.delete_adapter(adapter_name)
+            for parent, child_name, child in self._replaced:
+                setattr(parent, child_name, child)
+            self._layers = before
+            raise
+        finally:
+            self._replaced.clear()
         for name, layer in layers.items():
             for part in layer.parts:
                 if isinstance(module := model.get_submodule(part), SharedSDPTLayer):
@@ -167,15 +191,19 @@ class SDPTModel(BaseTuner):
     ) -> None:
         assert isinstance(peft_config, SDPTConfig)
         if isinstance(target, (SDPTLayer, SDPTLoraLayer)):
+            if target not in self._layers:  # another object of this class has put it there
+                self._layers.append(target)
             target.update_layer(adapter_name, peft_config)
             return
         if current_key in self._lora_targets:
-            self._replace_module(parent, target_name, SDPTLoraLayer(target, adapter_name, peft_config), target)
-            return
-        spec, holds_prompts = self._specs[current_key]
-        layer_class = SDPTLayer if holds_prompts else SharedSDPTLayer
-        layer = layer_class(target, spec, adapter_name, peft_config, side=spec.side_of(current_key))
+            layer: SDPTLayer | SDPTLoraLayer = SDPTLoraLayer(target, adapter_name, peft_config)
+        else:
+            spec, holds_prompts = self._specs[current_key]
+            layer_class = SDPTLayer if holds_prompts else SharedSDPTLayer
+            layer = layer_class(target, spec, adapter_name, peft_config, side=spec.side_of(current_key))
         self._replace_module(parent, target_name, layer, target)
+        self._replaced.append((parent, target_name, target))
+        self._layers.append(layer)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # The base class expects a `.weight`. The new layer already is on the device of the base model.
@@ -202,13 +230,15 @@ class SDPTModel(BaseTuner):
         """
         adapter_names = kwargs.get("adapter_names")
         if adapter_names is None:
-            yield
+            # Compiled code asks the layers.
+            with nullcontext() if torch.compiler.is_compiling() else calling(self._layers):
+                yield
             return
         # The message is PEFT's own, because callers may look for it.
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         if isinstance(adapter_names, str):
-            raise ValueError(f"adapter_names must be a list with a name for each sample, got {adapter_names!r}")
+            raise ValueError(f"adapter_names must be a list with a name for each sample, got {quoted(adapter_names)}")
         # PEFT keeps the configs of another tuner beside ours. Its adapters act on all samples.
         ours = self._sdpt_adapters()
         unknown = sorted(set(adapter_names) - {*ours, BASE})
@@ -218,34 +248,51 @@ class SDPTModel(BaseTuner):
                 f"{ours}, and {BASE!r} is the base model without one."
             )
 
-        def pass_on(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            names = adapter_names
-            if isinstance(module, AuxiliaryTrainingWrapper):  # has copies of some adapters
-                names = [name if name in module._adapters else BASE for name in names]
-            return args, {**kwargs, "adapter_names": names}
-
-        # The layers of this tuner, and the modules that our adapters have copies of (`modules_to_save`).
-        takers = [
+        # Looked for in each call, because replicas of DataParallel have other modules.
+        modules = list(self.model.modules())
+        layers = [module for module in modules if isinstance(module, (SDPTLayer, SDPTLoraLayer))]
+        copied = [
             module
-            for module in self.model.modules()
-            if isinstance(module, (SDPTLayer, SDPTLoraLayer))
-            or (isinstance(module, AuxiliaryTrainingWrapper) and not module._adapters.isdisjoint(ours))
+            for module in modules
+            if isinstance(module, AuxiliaryTrainingWrapper) and not module._adapters.isdisjoint(ours)
         ]
-        handles = [module.register_forward_pre_hook(pass_on, with_kwargs=True) for module in takers]
-        try:
+        with calling(layers, adapter_names, copied):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make adapters active. Calls that other threads have begun go on with those that were active."""
+        with SWITCHING:
+            super().set_adapter(adapter_name, inference_mode)
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        with SWITCHING:
+            super()._enable_adapter_layers(enabled)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter. If no other is active, the first of the remaining ones becomes active."""
-        was_active = self.active_adapters
-        super().delete_adapter(adapter_name)
-        # PEFT lets each layer choose among its own adapters, and not every layer has all of them.
-        remaining = [name for name in was_active if name != adapter_name] or self._sdpt_adapters()[:1]
-        if adapter_name in was_active and remaining:
-            self.set_adapter(remaining)
+        """Delete an adapter. If no other is active, the first of the remaining ones becomes active.
+
+        No other thread may be calling the model with this adapter.
+        """
+        with SWITCHING:
+            was_active = self.active_adapters
+            super().delete_adapter(adapter_name)
+            # PEFT lets each layer choose among its own adapters, and not every layer has all of them.
+            remaining = [name for name in was_active if name != adapter_name] or self._sdpt_adapters()[:1]
+            if adapter_name in was_active and remaining:
+                self.set_adapter(remaining)
+
+    def refresh_inverses(self) -> None:
+        """Compute all inverse projections again, after weights were changed in a way that PyTorch does not count.
+
+        This is necessary after a write through NumPy, in place through `.data`, by another process into shared memory,
+        or into a quantised weight. Other changes are detected; see `SDPTLayer`.
+
+        Raises:
+            ValueError: Another tuner's adapter acts on a projection, or a weight is not finite.
+        """
+        for layer in self._layers:
+            if isinstance(layer, SDPTLayer):
+                layer.refresh_inverses(force=True)
 
     def _sdpt_adapters(self) -> list[str]:
         return sorted(name for name, config in self.peft_config.items() if isinstance(config, SDPTConfig))
@@ -265,9 +312,9 @@ class SDPTModel(BaseTuner):
                 not a finite number.
         """
         if adapter_name not in self._sdpt_adapters():
-            raise ValueError(f"adapter_name must be one of {self._sdpt_adapters()}, got {adapter_name!r}")
+            raise ValueError(f"adapter_name must be one of {self._sdpt_adapters()}, got {quoted(adapter_name)}")
         if isinstance(scale, bool) or not isinstance(scale, numbers.Real) or not math.isfinite(scale):
-            raise ValueError(f"scale must be a finite number, got {scale!r}")
+            raise ValueError(f"scale must be a finite number, got {quoted(scale)}")
         config = self.peft_config[adapter_name]
         for name, layer in _layers_with_prompts(self.model, adapter_name):
             if adapter_name not in layer.sdpt_gates:
@@ -280,9 +327,10 @@ class SDPTModel(BaseTuner):
                 f"adapter_name={adapter_name!r}: an adapter with modules_to_save={config.modules_to_save} cannot be "
                 "scaled, because modules that are trained whole have no gates"
             )
-        for module in self.model.modules():
-            if isinstance(module, (SDPTLayer, SDPTLoraLayer)) and adapter_name in module.sdpt_scale:
-                module.set_scale(adapter_name, float(scale))
+        with SWITCHING:
+            for layer in self._layers:
+                if adapter_name in layer.sdpt_scale:
+                    layer.set_scale(adapter_name, float(scale))
 
     def add_weighted_adapter(
         self,
@@ -364,17 +412,17 @@ class SDPTModel(BaseTuner):
     ) -> None:
         if combination_type not in ("cat", "linear"):
             raise ValueError(f"combination_type must be 'cat' or 'linear', got {combination_type!r}")
-        _check_adapter_name(adapter_name)
+        check_adapter_name(adapter_name)
         if adapter_name in self.peft_config:
             raise ValueError(f"adapter_name {adapter_name!r} is taken; this model has {sorted(self.peft_config)}")
         for name, values in (("adapters", adapters), ("weights", weights)):
             if isinstance(values, str) or not isinstance(values, Collection):
-                raise ValueError(f"{name} must be a list, got {values!r}")
+                raise ValueError(f"{name} must be a list, got {quoted(values)}")
         if not adapters or len(adapters) != len(weights):
             raise ValueError(f"adapters and weights must be equally long, at least 1; got {adapters} and {weights}")
         for weight in weights:
             if isinstance(weight, bool) or not isinstance(weight, numbers.Real) or not math.isfinite(weight):
-                raise ValueError(f"weights must be finite numbers, got {weight!r}")
+                raise ValueError(f"weights must be finite numbers, got {quoted(weight)}")
         ours = self._sdpt_adapters()
         unknown = [name for name in adapters if name not in ours]
         if unknown:
@@ -426,10 +474,15 @@ class SDPTModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         """Map the keys of saved parameters to those of the model, whatever wrappers either of them had.
 
+        Only the parameters of the adapter are loaded, and its copies of the modules in `modules_to_save`, for which
+        PEFT has put in the keys of the model. Everything else would overwrite the base model.
+
         Raises:
-            ValueError: A parameter is missing, surplus or of another shape. In this case, nothing has been loaded.
+            ValueError: A parameter is missing, surplus, of another shape or not finite, or the state dict has a tensor
+                that is no part of the adapter. In this case, nothing has been loaded.
         """
-        own = {key: value for key, value in model.state_dict().items() if key.endswith(f".{adapter_name}")}
+        current = model.state_dict()
+        own = {key: value for key, value in current.items() if key.endswith(f".{adapter_name}")}
         keys = parameters_in({key: key for key in own}, adapter_name)
         parameters = parameters_in(state_dict, adapter_name)
         check_state_dict(
@@ -438,10 +491,19 @@ class SDPTModel(BaseTuner):
             adapter_name=adapter_name,
         )
         rest = {key: value for key, value in state_dict.items() if parameter_of(key, adapter_name) is None}
+        of_copies = f".modules_to_save.{adapter_name}."
+        copies = {without_wrappers(key) for key in current if of_copies in key}
+        # Parameters of other adapters match no key, and PEFT reports them as unexpected.
+        strangers = (key for key in rest if without_wrappers(key) not in copies and not _is_of_other_adapter(key))
+        refuse_strangers(strangers, f"adapter {adapter_name!r}")
+        check_numbers(parameters, rest, f"adapter {adapter_name!r}")
         remapped: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, rest
         )
-        return remapped | {keys[name]: value for name, value in parameters.items()}
+        remapped |= {keys[name]: value for name, value in parameters.items()}
+        with torch.inference_mode(False):
+            # With `low_cpu_mem_usage`, these tensors become the parameters, which may be trained later.
+            return {key: value.clone() if value.is_inference() else value for key, value in remapped.items()}
 
 
 def _name_in_peft(name: str) -> str:
@@ -449,10 +511,40 @@ def _name_in_peft(name: str) -> str:
     return name.removeprefix("_orig_mod.")
 
 
-def _check_adapter_name(adapter_name: str) -> None:
-    # PyTorch separates the names of modules by full stops.
-    if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name or adapter_name == BASE:
-        raise ValueError(f"adapter_name must be a name without full stops, and not {BASE!r}; got {adapter_name!r}")
+def _is_of_other_adapter(key: str) -> bool:
+    """Return whether a key of a state dict names a parameter of this tuner, with the name of any adapter."""
+    return parameter_of(key, key.rpartition(".")[2]) is not None
+
+
+def check_adapter_name(adapter_name: str) -> None:
+    """Check the name of a new adapter.
+
+    Raises:
+        ValueError: It is no name for a parameter of PyTorch, or has a meaning in PEFT.
+    """
+    # Parameters are attributes of a container, whose own attributes have names such as "keys", and PyTorch separates
+    # the names of modules by full stops.
+    taken = (BASE, "base_layer", "modules_to_save", "original_module", *dir(nn.ParameterDict()), *dir(nn.ModuleDict()))
+    if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name or adapter_name in taken:
+        raise ValueError(
+            f"adapter_name must be a name without full stops that has no meaning in PyTorch or PEFT, as {BASE!r} and "
+            f"'keys' have; got {quoted(adapter_name)}"
+        )
+
+
+def _refuse_more_than_base_model(model: nn.Module, config: SDPTConfig) -> None:
+    """Check that an adapter is smaller than its base model, before memory is allocated for it.
+
+    Raises:
+        ValueError: It has more parameters. A downloaded config could ask for any number.
+    """
+    size = sum(map(math.prod, (config.parameter_shapes() or {}).values()))
+    if size > max(sum(parameter.numel() for parameter in model.parameters()), SMALL):
+        raise ValueError(
+            f"SDPTConfig.num_virtual_tokens={quoted(config.num_virtual_tokens)} and "
+            f"lora_rank={quoted(config.lora_rank)} make an adapter of {quoted(size)} parameters, which is more than "
+            f"{type(model).__name__} itself has. Use smaller numbers."
+        )
 
 
 def _names_of_parts(layers: dict[str, FusionLayer]) -> set[str]:

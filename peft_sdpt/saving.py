@@ -3,14 +3,15 @@
 """Checks the saved weights of an adapter before a base model is changed.
 
 PEFT attaches an adapter first, and fetches and reads its weights afterwards. If that failed, the base model would be
-left with an adapter of random numbers. So the names and shapes of the weights are read when PEFT loads the config,
-which it does first.
+left with an adapter of random numbers. So the weights are read when PEFT loads the config, which it does first: their
+names and shapes, and then their values. An adapter of a stranger may hold anything; only what its config declares is
+let through.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,11 +19,15 @@ import torch
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft.config import PeftConfig
+from peft.utils import ModulesToSaveWrapper
 from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
 
 from .files import follow_umask
 from .model_card import complete_card
+from .wording import MAX_LISTED, counted, enumerated, printable, quoted
 
 # Shapes of the parameters of an adapter, by plain name.
 Shapes = dict[str, tuple[int, ...]]
@@ -31,13 +36,25 @@ Shapes = dict[str, tuple[int, ...]]
 PROMPTS_KEY, GATES_KEY = ".sdpt_prompts", ".sdpt_gates"
 LORA_KEYS = (".sdpt_lora_A", ".sdpt_lora_B")
 PARAMETER_KEYS = (PROMPTS_KEY, GATES_KEY, *LORA_KEYS)
+# No prompt that training finds is as large. Computing with much larger ones overflows.
+LARGEST = 1e9
+# Letters of a name in a message. Names of modules are rarely longer.
+MAX_NAME = 200
 # Modules that wrappers put around others: `torch.compile`, `checkpoint_wrapper` and FSDP.
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 T = TypeVar("T")
 
 
 class SavedConfig(PeftConfig):
-    """A config that checks the weights beside it when it is loaded, and completes the model card when it is saved."""
+    """A config that checks the weights beside it when it is loaded, and completes the model card when it is saved.
+
+    Attributes:
+        saved_modules: Shape of each tensor of `modules_to_save` in the weights beside the config, by its plain name.
+            None if the config was not loaded, or has no weights beside it.
+    """
+
+    modules_to_save: list[str] | None = None
+    saved_modules: Shapes | None = None
 
     @classmethod
     def from_pretrained(
@@ -55,18 +72,38 @@ class SavedConfig(PeftConfig):
 
         Raises:
             ValueError: There is no config, one of its values breaks a rule, or the weights beside it cannot be fetched
-                or read, or do not fit the config.
+                or read, do not fit the config, or have a tensor that the config does not declare.
         """
         path = os.fspath(pretrained_model_name_or_path)
         config = super().from_pretrained(path, subfolder=subfolder, **kwargs)
         if isinstance(config, SavedConfig):
             download, _, _ = cls._split_kwargs(kwargs)
-            check_weights(path, subfolder, config.parameter_shapes(), **download)
-            config.mark_as_saved()
+            config.check_weights_beside(path, subfolder, **download)
         return config
 
-    def mark_as_saved(self) -> None:
-        """Note that the config belongs to the base model of a saved adapter, if its file does not say so."""
+    def check_weights_beside(self, path: str, subfolder: str | None = None, **download: Any) -> None:
+        """Check the weights beside the config, and note that it belongs to their base model.
+
+        Args:
+            path: Folder, or repository of the Hub.
+            subfolder: Subfolder in the folder or repository.
+            download: Arguments of `huggingface_hub.hf_hub_download`.
+
+        Raises:
+            ValueError: See `check_weights`.
+        """
+        self.saved_modules = check_weights(
+            path, subfolder, self.parameter_shapes(), self.modules_to_save or (), **download
+        )
+        self.mark_as_saved(has_weights=self.saved_modules is not None)
+
+    def mark_as_saved(self, has_weights: bool) -> None:
+        """Note that the config belongs to the base model of a saved adapter.
+
+        Args:
+            has_weights: Whether the config has weights beside it. Then it belongs to their base model, whatever its
+                file says.
+        """
         raise NotImplementedError
 
     def parameter_shapes(self) -> Shapes | None:
@@ -151,47 +188,164 @@ def parameters_in(state_dict: Mapping[str, T], adapter_name: str | None = None) 
 
 def _described(parameter: str) -> str:
     """Describe a parameter, given its plain name."""
-    layer, _, kind = parameter.rpartition(".sdpt_")
+    layer, found, kind = parameter.rpartition(".sdpt_")
+    if not found:
+        return f"the tensor {quoted(parameter, MAX_NAME)} of modules_to_save"
     if parameter.endswith(LORA_KEYS):
-        return f"the LoRA matrix '{parameter}'"
-    return f"the {kind} of the fusion layer '{layer}'"
+        return f"the LoRA matrix {quoted(parameter, MAX_NAME)}"
+    return f"the {kind} of the fusion layer {quoted(layer, MAX_NAME)}"
 
 
-def check_weights(adapter: str, subfolder: str | None, expected: Shapes | None, **download: Any) -> None:
-    """Check the names and shapes of the saved weights of an adapter. Without weights, there is nothing to check.
+def check_weights(
+    adapter: str, subfolder: str | None, expected: Shapes | None, modules_to_save: Sequence[str] = (), **download: Any
+) -> Shapes | None:
+    """Check the saved weights of an adapter: their names and shapes first, then their values.
 
     Args:
         adapter: Folder, or repository of the Hub. Files from the Hub stay in the cache, where PEFT finds them.
         subfolder: Subfolder in the folder or repository.
-        expected: Shape of each parameter by its plain name. None accepts any.
+        expected: Shape of each parameter by its plain name. None if the config does not name the fusion layers.
+        modules_to_save: Names of the modules that the weights may hold beside the parameters.
         download: Arguments of `huggingface_hub.hf_hub_download`: `revision`, `token`, `cache_dir` and so on.
 
+    Returns:
+        Shape of each tensor of `modules_to_save` by its plain name. None if there are no weights to check.
+
     Raises:
-        ValueError: The weights cannot be fetched or read, prompts or LoRA matrices are missing, surplus or of another
-            shape, or other modules have names of a compiled model.
+        ValueError: The weights cannot be fetched or read, a parameter is missing, surplus, of another shape or not
+            finite, other modules have names of a compiled model, or there is a tensor that is neither a parameter nor
+            in `modules_to_save`.
     """
-    path = os.path.join(adapter, subfolder or "")
+    path = os.path.join(adapter, subfolder) if subfolder else adapter
+    named = f"SDPT adapter {quoted(path, MAX_NAME)}"
     try:
         file = _weights_file(adapter, subfolder, **download)
         shapes = {} if file is None else _shapes_in(file)
     except Exception as error:  # safetensors, pickle, the file system and HTTP raise many kinds of errors
+        raise _not_loaded(named, error) from error
+    if file is None:
+        return None
+    if expected is None:
         raise ValueError(
-            f"The weights of the SDPT adapter {path!r} cannot be loaded, and nothing was put on the base model: "
-            f"{type(error).__name__}: {error}"
-        ) from error
+            f"The config of the {named} does not name its fusion layers (fusion_layers is None), as the config of a "
+            "saved adapter does, and nothing was put on the base model."
+        )
     wrapped = [key for key in shapes if parameter_of(key) is None and without_wrappers(key) != key]
     if wrapped:
         raise ValueError(
-            f"The weights of the SDPT adapter {path!r} name a module as a compiled or wrapped model does "
-            f"({wrapped[0]!r}), and PEFT cannot load it. Rename the key to {without_wrappers(wrapped[0])!r}."
+            f"The weights of the {named} name a module as a compiled or wrapped model does "
+            f"({quoted(wrapped[0], MAX_NAME)}), and PEFT cannot load it. Rename the key to "
+            f"{quoted(without_wrappers(wrapped[0]), MAX_NAME)}."
         )
-    if file is None or expected is None:
-        return
-    found = parameters_in(shapes)
-    if differences := differing_shapes(found, expected):
+    if differences := differing_shapes(parameters_in(shapes), expected):
         raise ValueError(
-            f"The weights of the SDPT adapter {path!r} do not fit its config, and nothing was put on the base model "
+            f"The weights of the {named} do not fit its config, and nothing was put on the base model "
             f"(expected: what the config names, found: what the weights have). {differences}."
+        )
+    rest = {key: shape for key, shape in shapes.items() if parameter_of(key) is None}
+    refuse_strangers((key for key in rest if not _is_in_modules(plain_name(key), modules_to_save)), named)
+    try:
+        values = _values_in(file)
+    except Exception as error:  # as above
+        raise _not_loaded(named, error) from error
+    check_numbers(
+        {name: values[key] for name, key in parameters_in({key: key for key in shapes}).items()},
+        {key: values[key] for key in rest},
+        named,
+    )
+    return {plain_name(key): shape for key, shape in rest.items()}
+
+
+def _not_loaded(named: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"The weights of the {named} cannot be loaded, and nothing was put on the base model: "
+        f"{type(error).__name__}: {printable(str(error), 500)}"
+    )
+
+
+def _is_in_modules(parameter: str, modules: Sequence[str]) -> bool:
+    """Return whether a parameter with this plain name is in a module that PEFT finds by one of some names."""
+    parts = parameter.split(".")
+    around = [".".join(parts[:length]) for length in range(1, len(parts))]
+    return any(_is_saved_module(name, modules) for name in around)
+
+
+def _is_saved_module(name: str, modules: Sequence[str]) -> bool:
+    """Return whether PEFT trains and saves a module whole, by the rule of `peft.utils.other._set_trainable`."""
+    return any(name.endswith(module) for module in modules)
+
+
+def shapes_of_saved_modules(model: nn.Module, modules: Sequence[str]) -> Shapes:
+    """Return the shape of each tensor that an adapter with these `modules_to_save` saves, by its plain name.
+
+    Args:
+        model: The base model. It may have adapters already.
+        modules: Value of `modules_to_save`.
+    """
+    shapes: Shapes = {}
+    found: list[str] = []
+    places: set[tuple[int, str]] = set()
+    # PEFT copies a module once in each module that has it as a child.
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not _is_saved_module(name, modules) or name.startswith(tuple(f"{other}." for other in found)):
+            continue
+        found.append(name)
+        parent, _, child = name.rpartition(".")
+        place = (id(model.get_submodule(parent)), child)
+        if place not in places:
+            places.add(place)
+            whole = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
+            tensors = whole.state_dict().items()
+            shapes |= {plain_name(f"{name}.{key}"): tuple(value.shape) for key, value in tensors}
+    return shapes
+
+
+def refuse_strangers(keys: Iterable[str], named: str) -> None:
+    """Check that weights have nothing but an adapter.
+
+    Args:
+        keys: Keys of the tensors that are no part of the adapter.
+        named: The adapter, for the message.
+
+    Raises:
+        ValueError: There is such a tensor.
+    """
+    strangers = [quoted(key, MAX_NAME) for key in keys]
+    if strangers:
+        raise ValueError(
+            f"The weights of the {named} have {counted(len(strangers), 'tensor')} that its config does not declare, "
+            f"and nothing was loaded, because they would overwrite the base model: {enumerated(strangers)}. An adapter "
+            "has prompts, gates, LoRA matrices, and the modules that modules_to_save names."
+        )
+
+
+def check_numbers(parameters: Mapping[str, torch.Tensor], others: Mapping[str, torch.Tensor], named: str) -> None:
+    """Check that weights can be computed with.
+
+    Args:
+        parameters: Prompts, gates and LoRA matrices by their plain names.
+        others: Tensors of `modules_to_save`. They may be infinite, as masks are.
+        named: The adapter, for the message.
+
+    Raises:
+        ValueError: A parameter is not floating point, or has a number that is not finite or is above 1e9; or another
+            tensor has a NaN.
+    """
+    bad = [
+        _described(name)
+        for name, value in parameters.items()
+        # Not at most: a NaN is neither.
+        if not value.is_meta and not (value.is_floating_point() and bool((value.float().abs() <= LARGEST).all()))
+    ]
+    bad += [
+        _described(plain_name(key))
+        for key, value in others.items()
+        if not value.is_meta and value.is_floating_point() and bool(value.float().isnan().any())
+    ]
+    if bad:
+        raise ValueError(
+            f"The weights of the {named} are damaged, and nothing was loaded: all numbers must be finite, and those of "
+            f"prompts, gates and LoRA matrices at most {LARGEST:g} in size. This does not hold for {enumerated(bad)}."
         )
 
 
@@ -226,7 +380,18 @@ def _shapes_in(file: str) -> Shapes:
         with safe_open(file, framework="pt") as weights:
             return {key: tuple(weights.get_slice(key).get_shape()) for key in weights.keys()}  # noqa: SIM118
     weights = torch.load(file, map_location="meta", weights_only=True)
-    return {key: tuple(value.shape) for key, value in weights.items() if isinstance(value, torch.Tensor)}
+    if not isinstance(weights, dict) or not all(
+        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in weights.items()
+    ):
+        raise TypeError(f"{os.path.basename(file)} is no mapping of names to tensors")
+    return {key: tuple(value.shape) for key, value in weights.items()}
+
+
+def _values_in(file: str) -> dict[str, torch.Tensor]:
+    if file.endswith(".safetensors"):
+        return load_file(file)
+    weights: dict[str, torch.Tensor] = torch.load(file, map_location="cpu", weights_only=True)
+    return weights
 
 
 def check_base_model(found: Shapes, expected: Shapes) -> None:
@@ -266,16 +431,16 @@ def check_state_dict(found: Shapes, expected: Shapes, adapter_name: str) -> None
 
 
 def differing_shapes(found: Shapes, expected: Shapes) -> str:
-    """Describe every parameter that is not as expected, with both shapes. The text is empty if all are."""
+    """Describe the parameters that are not as expected, with both shapes. The text is empty if all are."""
     layers = {name.rpartition(".sdpt_")[0] for name in expected}
     differences = []
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) == found.get(name):
             continue
-        layer, _, kind = name.rpartition(".sdpt_")
-        absent = "no such matrix" if name.endswith(LORA_KEYS) else f"no {kind}"
-        unknown = absent if layer in layers or name.endswith(LORA_KEYS) else "no such fusion layer"
-        differences.append(
-            f"{_described(name)}: expected {expected.get(name, unknown)}, found {found.get(name, absent)}"
-        )
-    return "; ".join(differences)
+        layer, is_ours, kind = name.rpartition(".sdpt_")
+        absent = "no such matrix" if name.endswith(LORA_KEYS) else f"no {kind}" if is_ours else "no such tensor"
+        unknown = "no such fusion layer" if absent == f"no {kind}" and layer not in layers else absent
+        wanted, got = expected.get(name, unknown), found.get(name, absent)
+        differences.append(f"{_described(name)}: expected {wanted}, found {got}")
+    more = f"; and {len(differences) - MAX_LISTED} more" if len(differences) > MAX_LISTED else ""
+    return "; ".join(differences[:MAX_LISTED]) + more

@@ -17,7 +17,7 @@ from .hosts import FusionHost, find_hosts, supported_hosts
 from .initialization import prompt_dim
 from .layer import SDPTLayer
 from .saving import plain_name
-from .weights import refuse_adapted, refuse_out_of_reach
+from .weights import refuse_adapted, refuse_not_finite, refuse_out_of_reach
 
 
 @dataclass
@@ -75,6 +75,9 @@ def select_fusion_layers(model: nn.Module, config: SDPTConfig) -> Selection:
     Raises:
         ValueError: The model has no known fusion layer, or a field of the config names no layer, or a module that is
             not a fusion layer.
+
+    The config of a saved adapter lists its layers. If a regular expression has selected them, the list is used in its
+    place, because a regular expression of a stranger could run for years.
     """
     modules = open_modules(model, config, lambda module: isinstance(module, SDPTLayer))
     layers = _fusion_layers(model, modules)
@@ -87,6 +90,12 @@ def select_fusion_layers(model: nn.Module, config: SDPTConfig) -> Selection:
     for name in names:
         if outer := next((other for other in names if name.startswith(f"{other}.")), None):
             raise ValueError(f"The fusion layer '{name}' is inside the fusion layer '{outer}': SDPT cannot adapt both.")
+    if config.belongs_to_base_model and (
+        isinstance(config.target_modules, str) or isinstance(config.exclude_modules, str)
+    ):
+        saved = {name: layer for name, layer in layers.items() if plain_name(name) in (config.fusion_layers or {})}
+        others = {name: layer for name, layer in layers.items() if name not in saved}
+        return Selection(layers, saved, others if config.exclude_modules else {})
     # Only layers that are adapted by default have an index, so indices keep their meaning when other specs are added.
     indexed = [name for name, layer in layers.items() if layer.spec.adapted_by_default]
     names = list(layers) if config.target_modules is not None else indexed
@@ -205,7 +214,7 @@ def check_fusion_layer(name: str, layer: FusionLayer, config: SDPTConfig) -> Non
 
     Raises:
         ValueError: The layer does not suit the config, another tuner's adapter acts on an inverted projection, or the
-            weight of such a projection is sharded or offloaded.
+            weight of such a projection is sharded or offloaded, or not finite.
     """
     spec = layer.spec
     if config.prompt_mode == "independent" and spec.num_sides != 2:
@@ -232,3 +241,7 @@ def check_fusion_layer(name: str, layer: FusionLayer, config: SDPTConfig) -> Non
     for projection in layer.projections:
         refuse_adapted(projection)
         refuse_out_of_reach(projection)
+        try:
+            refuse_not_finite(projection)
+        except ValueError as error:
+            raise ValueError(f"The fusion layer '{name}' ({spec.name}) cannot be adapted: {error}") from None

@@ -70,20 +70,31 @@ def is_plain_linear(module: nn.Module) -> bool:
 
 
 class TensorState(NamedTuple):
-    """State of a tensor. The alias keeps its storage alive, so that no later tensor can take its address."""
+    """State of a tensor. The alias keeps its storage alive, so that no later tensor can take its address.
+
+    For a tensor that is trained, the values are part of the state: a fused optimizer of PyTorch 2.13 writes to a tensor
+    without raising its version.
+    """
 
     alias: torch.Tensor
     version: int | None
+    values: torch.Tensor | None
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> TensorState:
-        return cls(tensor.detach(), _version(tensor))
+        values = tensor.detach().clone() if tensor.requires_grad and not tensor.is_meta else None
+        return cls(tensor.detach(), _version(tensor), values)
 
     def still_holds(self, tensor: torch.Tensor) -> bool:
         if self.alias.is_meta or tensor.is_meta:
             return self.alias.is_meta and tensor.is_meta and self.alias.shape == tensor.shape
         same_memory = self.alias.device == tensor.device and self.alias.is_set_to(tensor)
-        return same_memory and self.version == _version(tensor)
+        if not same_memory or self.version != _version(tensor):
+            return False
+        if self.values is None:
+            # It may have been trained since, and frozen again: the next state is certain.
+            return not tensor.requires_grad
+        return torch.equal(self.values, tensor.detach())
 
 
 class WeightState(NamedTuple):
@@ -180,3 +191,18 @@ def refuse_out_of_reach(projection: nn.Linear) -> None:
             "SDPT cannot be attached to offloaded fusion layers: it needs their weights in every forward. Give "
             "`device_map` a device for them, and offload the backbones."
         )
+
+
+def refuse_not_finite(projection: nn.Linear) -> None:
+    """Check that all numbers of a projection are finite. Others have no inverse.
+
+    Raises:
+        ValueError: The weight or the bias has an infinite number or a NaN.
+    """
+    with dense_weight(projection) as weight:
+        for name, tensor in (("weight", weight), ("bias", bias_of(projection))):
+            if tensor is not None and not tensor.is_meta and not bool(tensor.isfinite().all()):
+                raise ValueError(
+                    f"the {name} of a projection that SDPT inverts has numbers that are not finite. The weights of the "
+                    "base model are damaged."
+                )

@@ -375,7 +375,9 @@ def test_layers_that_are_not_adapted_by_default(monkeypatch, tmp_path):
 def test_an_unfit_adapter_name_is_refused_and_leaves_no_trace(name):
     model = attach(make_host())
     before = run(model)
-    with pytest.raises(ValueError, match=r"adapter_name must be a name without full stops, and not '__base__'; got"):
+    with pytest.raises(
+        ValueError, match=r"adapter_name must be a name without full stops that has no meaning in .*; got"
+    ):
         model.add_adapter(name, SDPTConfig())
     model.add_adapter("good", SDPTConfig())
     assert torch.equal(run(model), before) and sorted(model.peft_config) == ["default", "good"]
@@ -699,7 +701,7 @@ def test_weights_that_are_not_numbers_are_refused(weight):
     ("name", "message"),
     [
         ("second", "adapter_name 'second' is taken"),
-        ("a.b", "must be a name without full stops, and not '__base__'; got 'a.b'"),
+        ("a.b", "must be a name without full stops that has no meaning .*; got 'a.b'"),
         ("__base__", "got '__base__'"),
         ("", "got ''"),
     ],

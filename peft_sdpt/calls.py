@@ -1,0 +1,123 @@
+# Copyright 2026 The peft_sdpt authors
+# SPDX-License-Identifier: Apache-2.0
+"""What the layers of a model do in one call of it, so that threads can call a model at the same time.
+
+PEFT stores the active adapters in the layers. If another thread switched adapters in the middle of a call, the first
+layers would use one adapter and the last layers another one. So a call notes at its start what each layer is to do.
+The note is in a context variable, which compiled code cannot read. It reads the attributes of the layers.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+# PEFT's name for the base model without an adapter, in `adapter_names`.
+BASE = "__base__"
+# Held while adapters are switched, and while a call notes which of them are active. One lock serves all models, because
+# it is held for microseconds.
+SWITCHING = threading.RLock()
+
+
+class Activation(NamedTuple):
+    """Which adapters a layer uses in a call.
+
+    Attributes:
+        enabled: False if the adapters of the layer are disabled.
+        active: Names of the active adapters.
+        scales: Factor of each adapter, from `set_scale`.
+        names: For each sample, the name of the adapter to use instead of the active ones, or `"__base__"`. None if all
+            samples use the active adapters.
+    """
+
+    enabled: bool
+    active: Sequence[str]
+    scales: Mapping[str, float]
+    names: Sequence[str] | None = None
+
+
+class _Call(NamedTuple):
+    """A call of a model: what each of its layers does, by the id of the layer."""
+
+    layers: dict[int, Activation]
+    # Modules that PEFT copies for adapters, and those of their copies that our adapters have.
+    copied: dict[int, Sequence[str]]
+
+
+_CALL: ContextVar[_Call | None] = ContextVar("peft_sdpt_call", default=None)
+
+
+@contextmanager
+def calling(
+    layers: Collection[Any],
+    adapter_names: Sequence[str] | None = None,
+    copied: Iterable[AuxiliaryTrainingWrapper] = (),
+) -> Iterator[None]:
+    """Note for the time of a call of a model what its layers do.
+
+    Args:
+        layers: The layers of this tuner in the model.
+        adapter_names: For each sample, the adapter to use, or `"__base__"`. None if all samples use the active
+            adapters.
+        copied: Modules that PEFT has copied for adapters of this tuner (`modules_to_save`). They get the names too.
+    """
+    with SWITCHING:
+        notes = {
+            id(layer): Activation(
+                not layer.disable_adapters, tuple(layer.active_adapters), dict(layer.sdpt_scale), adapter_names
+            )
+            for layer in layers
+        }
+    names: dict[int, Sequence[str]] = {}
+    compiled: list[tuple[Any, Sequence[str]]] = []
+    if adapter_names is not None:
+        for module in copied:
+            names[id(module)] = [name if name in module._adapters else BASE for name in adapter_names]
+            if _pass_names_on not in module._forward_pre_hooks.values():
+                module.register_forward_pre_hook(_pass_names_on, with_kwargs=True)
+            compiled.append((module, names[id(module)]))
+        compiled.extend((layer, adapter_names) for layer in layers)
+    for module, names_of_module in compiled:
+        module.sdpt_call_names = names_of_module
+    token = _CALL.set(_Call(notes, names))
+    try:
+        yield
+    finally:
+        _CALL.reset(token)
+        for module, _ in compiled:
+            module.sdpt_call_names = None
+
+
+def activation(layer: Any, adapter_names: Sequence[str] | None = None) -> Activation:
+    """Return which adapters a layer uses: what the call of its model has noted, or else its own state.
+
+    Args:
+        layer: A layer of this tuner.
+        adapter_names: Names that the layer was called with. They go before those of the call.
+    """
+    own = Activation(not layer.disable_adapters, layer.active_adapters, layer.sdpt_scale, adapter_names)
+    if torch.compiler.is_compiling():
+        return own if adapter_names is not None else own._replace(names=layer.sdpt_call_names)
+    call = _CALL.get()
+    noted = None if call is None else call.layers.get(id(layer))
+    if noted is None:
+        return own
+    return noted if adapter_names is None else noted._replace(names=adapter_names)
+
+
+def _pass_names_on(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    """Give a module that PEFT has copied the names that the call of its model has noted, as its own argument."""
+    names: Any
+    if torch.compiler.is_compiling():
+        names = module.sdpt_call_names
+    else:
+        call = _CALL.get()
+        names = None if call is None else call.copied.get(id(module))
+    return None if names is None else (args, {**kwargs, "adapter_names": names})
