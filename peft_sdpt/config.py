@@ -256,6 +256,13 @@ class SDPTConfig(SavedConfig):
         return self.fusion_layers_digest is not None and self.fusion_layers_digest == self._digest()
 
     def mark_as_saved(self, has_weights: bool) -> None:
+        if has_weights:
+            # The names that regular expressions have selected are known. An expression of a stranger could run for
+            # years, here and wherever PEFT matches names.
+            if isinstance(self.target_modules, str) or isinstance(self.exclude_modules, str):
+                self.target_modules, self.exclude_modules = list(self.fusion_layers or ()), None
+            if isinstance(self.lora_target_modules, str):
+                self.lora_target_modules = list(self.lora_layers or ())
         if self.fusion_layers is not None and (has_weights or self.fusion_layers_digest is None):
             self.fusion_layers_digest = self._digest()
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule
@@ -98,6 +98,7 @@ class SDPTModel(BaseTuner):
         # Removed until nothing can be refused any more, so that a rejected base model stays unchanged.
         config: SDPTConfig = self.peft_config.pop(adapter_name)
         check_adapter_name(adapter_name)
+        _refuse_name_of_part(model, adapter_name)
         config.check()  # a field may have been changed since the config was made
         selection = select_fusion_layers(model, config)
         layers = selection.layers
@@ -529,6 +530,26 @@ def check_adapter_name(adapter_name: str) -> None:
         raise ValueError(
             f"adapter_name must be a name without full stops that has no meaning in PyTorch or PEFT, as {BASE!r} and "
             f"'keys' have; got {quoted(adapter_name)}"
+        )
+
+
+def _refuse_name_of_part(model: nn.Module, adapter_name: str) -> None:
+    """Check that no part of a base model has the name of a new adapter.
+
+    Raises:
+        ValueError: A part has. When PEFT saves one adapter, it drops all keys with the names of the others in them.
+    """
+    adapters: set[str] = set()
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            adapters |= module._get_available_adapters()
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            adapters |= set(module._adapters)
+    parts = {part for name in model.state_dict() for part in name.split(".")} - adapters
+    if adapter_name in {*parts, *(kind.removeprefix(".") for kind in PARAMETER_KEYS)}:
+        raise ValueError(
+            f"adapter_name={adapter_name!r} is also the name of a part of the model, and PEFT could not tell them "
+            "apart in saved weights. Choose another name."
         )
 
 

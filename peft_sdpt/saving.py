@@ -102,7 +102,7 @@ class SavedConfig(PeftConfig):
 
         Args:
             has_weights: Whether the config has weights beside it. Then it belongs to their base model, whatever its
-                file says.
+                file says, and lists of names replace its regular expressions.
         """
         raise NotImplementedError
 
@@ -426,7 +426,8 @@ def check_state_dict(found: Shapes, expected: Shapes, adapter_name: str) -> None
     if differences := differing_shapes(found, expected):
         raise ValueError(
             f"The weights do not fit the SDPT adapter {adapter_name!r} of this model, and nothing was loaded "
-            f"(expected: what the model has, found: what the weights have). {differences}."
+            f"(expected: what the model has, found: what the weights have). {differences}. To load another adapter "
+            "beside it, choose another adapter_name."
         )
 
 

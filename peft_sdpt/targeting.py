@@ -75,9 +75,6 @@ def select_fusion_layers(model: nn.Module, config: SDPTConfig) -> Selection:
     Raises:
         ValueError: The model has no known fusion layer, or a field of the config names no layer, or a module that is
             not a fusion layer.
-
-    The config of a saved adapter lists its layers. If a regular expression has selected them, the list is used in its
-    place, because a regular expression of a stranger could run for years.
     """
     modules = open_modules(model, config, lambda module: isinstance(module, SDPTLayer))
     layers = _fusion_layers(model, modules)
@@ -90,12 +87,6 @@ def select_fusion_layers(model: nn.Module, config: SDPTConfig) -> Selection:
     for name in names:
         if outer := next((other for other in names if name.startswith(f"{other}.")), None):
             raise ValueError(f"The fusion layer '{name}' is inside the fusion layer '{outer}': SDPT cannot adapt both.")
-    if config.belongs_to_base_model and (
-        isinstance(config.target_modules, str) or isinstance(config.exclude_modules, str)
-    ):
-        saved = {name: layer for name, layer in layers.items() if plain_name(name) in (config.fusion_layers or {})}
-        others = {name: layer for name, layer in layers.items() if name not in saved}
-        return Selection(layers, saved, others if config.exclude_modules else {})
     # Only layers that are adapted by default have an index, so indices keep their meaning when other specs are added.
     indexed = [name for name, layer in layers.items() if layer.spec.adapted_by_default]
     names = list(layers) if config.target_modules is not None else indexed

@@ -201,7 +201,7 @@ def refuse_not_finite(projection: nn.Linear) -> None:
     """
     with dense_weight(projection) as weight:
         for name, tensor in (("weight", weight), ("bias", bias_of(projection))):
-            if tensor is not None and not tensor.is_meta and not bool(tensor.isfinite().all()):
+            if tensor is not None and not tensor.is_meta and not bool(tensor.detach().isfinite().all()):
                 raise ValueError(
                     f"the {name} of a projection that SDPT inverts has numbers that are not finite. The weights of the "
                     "base model are damaged."
