@@ -17,9 +17,9 @@ from hypothesis import HealthCheck, settings
 from tests.helpers.hub import serve, use
 
 torch.set_num_threads(1)
-# The same few hundred examples in every run. The plugin of hypothesis loads another profile by `--hypothesis-profile`.
+# The same examples in every run, a few hundred in each file. The plugin of hypothesis loads another profile by `--hypothesis-profile`.
 settings.register_profile(
-    "few", max_examples=200, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    "few", max_examples=100, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
 settings.register_profile("thorough", settings.get_profile("few"), max_examples=5000, derandomize=False)
 settings.load_profile("few")
