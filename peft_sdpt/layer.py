@@ -88,8 +88,9 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
 
     The inverse projections are computed when an adapter is attached. They are computed again before the next forward
     if the weight of a projection has changed: by `load_state_dict`, an operation in place, a new parameter or new
-    `.data`, a cast, or a merge of another tuner's adapter. PyTorch does not count other writes: in place through
-    `weight.data`, through NumPy, or into a quantised weight. Call `refresh_inverses(force=True)` after such a write. An
+    `.data`, a cast, a merge of another tuner's adapter, or a training step of any optimizer. PyTorch does not count
+    other writes to a frozen weight: in place through `weight.data`, through NumPy, by another process, or into a
+    quantised weight. Call `refresh_inverses(force=True)` after such a write, or `SDPTModel.refresh_inverses`. An
     adapter of another tuner that acts on an inverted projection without being merged into it raises an error. No
     gradient flows to the weights through their inverse.
 
