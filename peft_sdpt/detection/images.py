@@ -88,6 +88,14 @@ def images_in(folder: Path, without: Path | None = None) -> tuple[list[Path], li
     return images, sorted(set(files) - set(images))
 
 
+def as_text(path: Path) -> str:
+    """Return a path with forward slashes, as text that any file can hold.
+
+    On Linux, the name of a file is any bytes. Bytes that are not UTF-8 become the replacement character.
+    """
+    return path.as_posix().encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
 def absolute_folders(inputs: Iterable[Path]) -> set[Path]:
     """Return the absolute paths of those inputs that are folders."""
     return {Path(os.path.abspath(path)) for path in inputs if path.is_dir()}

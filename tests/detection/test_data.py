@@ -1026,7 +1026,9 @@ def test_pictures_on_the_disk(monkeypatch, tmp_path):
     columns, features = hub_rows("list of dicts")
     columns["image"] = [str(tmp_path / "a.png"), picture(8, 9)]
     hub(monkeypatch, columns, features)
-    data = load_split("someone/some-data", "train")
+    refused = check_images(load_split("someone/some-data", "train"), disable_progress=True)
+    assert list(refused) == [0] and "leads out of the folder of the data set; allow_outside_images=True" in refused[0]
+    data = load_split("someone/some-data", "train", allow_outside_images=True)
     assert data.sizes[0] == data.open_image(0).size == (30, 20)
     picture(31, 20).save(tmp_path / "a.png")
     with pytest.raises(InputError, match=r"image 0: \(31, 20\) pixels, but its header says \(30, 20\)"):
