@@ -57,6 +57,7 @@ from ..detection import (
     mean_boxes_per_process,
     measure_threshold,
     only_split,
+    pad_small_images,
     read_threshold,
     result_of,
     save_adapter,
@@ -191,8 +192,7 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator, tasks: Mapping[s
     cache = FeatureCache(args.cache_features, detector) if args.cache_features else None
     if cache and cache.leaves_out_dropout:
         accelerator.print("--cache_features: the backbones have dropout; stored features are computed without it")
-    if args.image_size:
-        check_image_size(detector, processor, args.image_size)
+    check_image_size(detector, processor, args.image_size, [size for data in splits.values() for size in data.sizes])
     # Called for its error: a class name that does not fit into a prompt should end the run before it starts.
     split_classes(splits[eval_split].class_names, processor.tokenizer, detector.config.max_text_len)
     return Setup(
@@ -400,7 +400,7 @@ def train_step(setup: Setup, training: Training, loss_function: GroundedDetectio
     for index, (inputs, labels) in enumerate(batches, 1):
         # Processes exchange gradients only once per step.
         with nullcontext() if index == len(batches) else accelerator.no_sync(setup.model):
-            outputs = setup.model(**inputs)
+            outputs = setup.model(**pad_small_images(inputs, setup.detector.config))
             if not outputs.pred_boxes.isfinite().all():
                 raise InputError(f"the boxes are not finite any more at step {number}: lower {rate_flags(training)}.")
             loss = loss_function(outputs, labels, num_boxes)

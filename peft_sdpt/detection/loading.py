@@ -169,7 +169,8 @@ def _load(
     """
     fields, annotations = source.read(require_split(source, split, dataset_name))
     sizes = fields["sizes"]
-    for index in [index for index, size in enumerate(sizes) if size is None]:
+    unopened = [index for index, size in enumerate(sizes) if size is None]
+    for index in unopened:
         # Without a size, its boxes cannot be checked. Opening the image raises an error that says what is wrong.
         sizes[index] = (1, 1)
         fields["boxes"][index], fields["labels"][index], fields["crowds"][index] = [], [], []
@@ -181,6 +182,8 @@ def _load(
     data.class_names = [clean_name(name) for name in data.class_names]
     _read_boxes(data, bbox_format, annotations, skip_bad_boxes)
     if not data.has_objects():
+        if unopened:
+            data.open_image(unopened[0])  # raises an error that says more
         left_out = f" {len(data.left_out)} were left out; the first: {data.left_out[0]}." if data.left_out else ""
         raise InputError(f"{dataset_name}: split {quoted(split)} has no boxes except crowds.{left_out}")
     return data, annotations
