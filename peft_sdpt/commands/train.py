@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
@@ -86,6 +87,7 @@ from ..training import (
     push,
     trained_parameters,
 )
+from . import print_any_name
 from .train_arguments import (
     ADAPTER_FLAGS,
     BASE_MODEL,
@@ -218,7 +220,7 @@ def read_data(
         dataset = str(args.output_dir / "data" / dataset)
         with accelerator.main_process_first():
             tasks[args.dataset_name](Path(dataset), not accelerator.is_main_process)
-    elif Path(dataset).is_dir() and Path(dataset).resolve() in args.output_dir.resolve().parents:
+    elif os.path.isdir(dataset) and Path(dataset).resolve() in args.output_dir.resolve().parents:
         # Later runs would read its pictures as images of the data set.
         raise InputError(f"--output_dir {args.output_dir}: lies in the folder of the data set, {dataset}.")
     options = {name: getattr(args, name) for name in DATA_FLAGS}
@@ -527,7 +529,7 @@ def report(setup: Setup, after: dict[str, Any] | None, rows: list[tuple], own_th
         # The best adapter may come from a part of the run that was to push nothing.
         card = setup.card(setup.progress.best["threshold"], "/best")
         write_best_card(args.output_dir / "best", setup.processor, data.class_names, card)
-    print_report(args, record, data, setup.eval_split)
+    print_report(args, record, data, setup.eval_split, names)
     return names
 
 
@@ -604,6 +606,7 @@ def main(
         tasks: Built-in data sets by name. Each is a function that writes the data set as a COCO folder.
     """
     args = parse_args(description, model_name_or_path, dataset_name, tasks or {})
+    print_any_name()
     with one_line_errors(program, flags_of(args)):
         run(args, tasks or {})
 

@@ -244,7 +244,9 @@ def test_scores_that_are_not_finite(run, photos, adapters, monkeypatch, capsys):
 
     monkeypatch.setattr(command, "load_detector", damaged)
     assert run(photos, "--adapter", adapters[0]) == 2
-    assert f"{photos / 'a.png'}: its scores are not finite" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "images[0]: the scores or boxes are not finite. The weights may be damaged" in error
+    assert error.rstrip().endswith(f"images[0] is {photos / 'a.png'}.")
 
 
 # ---- files

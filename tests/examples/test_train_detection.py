@@ -371,7 +371,7 @@ def test_the_report_has_what_happened(main_job, trained, small_task, tmp_path, c
     worst = min((entry["after"]["AP"], name) for name, entry in classes.items() if entry["after"])[1]
     assert f"  {worst} " in said and f"at a score of at least {at['threshold']:g}: F1 {at['f1']:.3f}" in said
     assert f"suggested score threshold: {at['threshold']:g}, from the split val" in said
-    assert f"| {worst} | {classes[worst]['before']['AP']:.3f} | {classes[worst]['after']['AP']:.3f} |" in card
+    assert f"| `{worst}` | {classes[worst]['before']['AP']:.3f} | {classes[worst]['after']['AP']:.3f} |" in card
     assert f"F1 {at['f1']:.3f}, precision {at['precision']:.3f}" in card and "report.png" in card
     # Lists of numbers are on one line.
     assert len((out / "metrics.json").read_text().splitlines()) < 1500
@@ -674,7 +674,7 @@ def test_images_that_do_not_open_are_left_out_only_when_asked(main_job, own_task
         ),
         (
             ("--learning_rate", 1e37, "--max_train_steps", 2),
-            "the scores are not finite. If training caused this, lower the learning rate.",
+            "for float32. If training caused this, lower the learning rate.",
         ),
         (("--max_train_steps", 0), "--max_train_steps 0"),
         (("--dataset_name", "no/such folder"), "no/such folder"),
