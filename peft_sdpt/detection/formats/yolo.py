@@ -195,7 +195,7 @@ def _read(
     opener = SplitImages(paths, paths.where, file.name, [None] * len(images))
     sizes = opener.known_sizes()
     labels_of = [_label_file(image) for image in images]
-    if not any(map(os.path.isfile, labels_of)):
+    if labels_of and not any(map(os.path.isfile, labels_of)):
         raise InputError(
             f"{file}: split {quoted(split)} has {len(images)} images, but no label file; looked for "
             f"{printable(str(labels_of[0]), 300)} and so on."
@@ -235,7 +235,7 @@ def _unmatched_labels(labels_of: list[Path], file: Path) -> list[str]:
     alone = [
         printable(path.name, 80)
         for folder in folders
-        if folder.is_dir()
+        if os.path.isdir(folder)
         for path in sorted(folder.glob("*.txt"))
         if path not in known and path.stem.lower() not in lists and not path.name.lower().startswith("readme")
     ]
