@@ -17,6 +17,8 @@ from .prediction import DEFAULT_THRESHOLD, Detections
 
 # Width of an image, gap between images and height of the title and of the headings in `side_by_side`, in pixels.
 SIDE, GAP, HEADER = 320, 6, 26
+# Height of a very tall image in it.
+TALLEST = 4 * SIDE
 TRUTH = "ground truth"
 # Letters of a text on an image.
 MAX_LETTERS = 100
@@ -156,16 +158,14 @@ def side_by_side(
         The sheet.
     """
     headings = [TRUTH, *(heading + _hidden(results, threshold) for heading, results in columns.items())]
-    rows = [
-        [
-            draw_objects(data, index, SIDE),
-            *(
-                draw_detections(data.open_image(index), results[index], data.class_names, threshold, SIDE)
-                for results in columns.values()
-            ),
-        ]
-        for index in range(len(data))
-    ]
+    rows = []
+    for index, (width, height) in enumerate(data.sizes):
+        # A very tall image is narrower than its column.
+        side = max(1, min(SIDE, round(TALLEST * width / height)))
+        rows.append([draw_objects(data, index, side)])
+        for results in columns.values():
+            image = data.open_image(index)
+            rows[-1].append(draw_detections(image, results[index], data.class_names, threshold, side))
     height = 2 * HEADER + sum(row[0].height + GAP for row in rows)
     sheet = Image.new("RGB", (len(headings) * (SIDE + GAP) - GAP, height), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(16)

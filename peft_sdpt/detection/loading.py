@@ -243,7 +243,8 @@ def load_splits(
     read = {}
     for split in dict.fromkeys(splits):
         read[split], annotations = _load(source, dataset_name, split, bbox_format, skip_bad_boxes)
-        accelerator.print(f"{split}: {counted(len(read[split]), 'image')} in {source.format} format from {annotations}")
+        number = counted(len(read[split]), "image")
+        accelerator.print(printable(f"{split}: {number} in {source.format} format from {annotations}"))
     data = _with_names(read, dataset_name, class_names_file)
     for line in _notes(read, data):
         accelerator.print(line)
@@ -257,7 +258,7 @@ def load_splits(
                 f"{first} Split {quoted(split)} has {len(bad)} such images; skip_bad_images=True leaves them out."
             )
         for problem in (*images.left_out, *bad.values()):
-            accelerator.print(f"left out: {problem}")
+            accelerator.print(printable(f"left out: {problem}"))
         data[split] = images.subset([image for image in range(len(images)) if image not in bad])
         if not data[split].has_objects():
             raise InputError(f"{dataset_name}: split {quoted(split)} has no objects left.")

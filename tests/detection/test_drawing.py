@@ -142,6 +142,13 @@ def test_small_boxes_are_not_filled():
     assert sum(pixel == WHITE for pixel in inside) > 1000
 
 
+def test_a_tall_image_does_not_make_the_sheet_huge(data):
+    data.sizes, tall = [(20, 2000), (50, 100), (2000, 20)], Image.new("RGB", (20, 2000), "red")
+    data.open_image = lambda index: tall.resize(data.sizes[index])
+    sheet = side_by_side(data, {"before": [NONE] * 3})
+    assert sheet.size == (2 * (SIDE + GAP) - GAP, 2 * HEADER + 1300 + 2 * SIDE + 3 + 3 * GAP)
+
+
 def test_any_name_is_drawn():
     """Pillow cannot measure a text of several lines, nor half of a surrogate pair."""
     image = Image.new("RGB", (160, 120), "white")

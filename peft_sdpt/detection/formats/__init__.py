@@ -114,7 +114,7 @@ def require_split(source: Source, split: str, dataset_name: str) -> str:
     """
     name = matching_split(source.splits, split)
     if name is None:
-        places = ", ".join(place.format(split=split) for place in source.looked_for)
+        places = ", ".join(place.format(split=printable(split, 80)) for place in source.looked_for)
         looked_for = f"; looked for {places}" if places else ""
         raise InputError(
             f"{dataset_name}: no split {quoted(split)}{looked_for}. The data set ({source.format}) has "

@@ -86,7 +86,7 @@ def _with_yaml(file: Path, content: Any, root: Path | None) -> Source:
     names = content["names"]
     if isinstance(names, dict):
         if set(names) != set(range(len(names))):
-            numbers = enumerated(sorted(str(number)[:20] for number in names))
+            numbers = enumerated(sorted(printable(str(number), 20) for number in names))
             raise InputError(f"{file}: the numbers in `names` must be 0, 1, 2 and so on, got {numbers}.")
         names = [names[index] for index in range(len(names))]
     if not isinstance(names, list) or not all(isinstance(name, (str, int, float)) for name in names):
