@@ -220,18 +220,16 @@ class ImagePaths:
         path = self.paths[index]
         if path is not None and os.path.isfile(path) and not leads_out(path, self.root):
             return path
-        name = self.names[index].replace("\\", "/")
-        if any(leads_out(folder / name, self.root) for folder in (self.folders or [self.root or Path()])):
-            raise InputError(
-                f"{self.where(index)}: leads out of the folder of the data set, {self.root}, and no image of this name "
-                "is in it; allow_outside_images=True follows such names."
-            )
         searched = ", ".join(map(str, self.folders)) or "no folder, because none of the usual ones exists"
         existing = [folder for folder in self.folders if folder.is_dir()]
         there = sorted(printable(file.name, 80) for each in existing for file in each.iterdir() if file.is_file())
+        name = self.names[index].replace("\\", "/")
+        is_outside = any(leads_out(folder / name, self.root) for folder in self.folders)
         raise InputError(
             f"{self.where(index)}: no such image, but {self.annotations} lists it; looked in {searched}, with "
             f"{enumerated(there) or 'no files'}."
+            + " The name leads out of the folder of the data set; allow_outside_images=True follows it."
+            * is_outside
         )
 
     def where(self, index: int) -> str:
