@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -256,7 +257,8 @@ def is_drawn(file: Path, draw: Callable[[Path], object]) -> bool:
             draw(unfinished)
     except Exception as error:  # an image may have gone, the disk may be full, and fonts may fail in any way
         print(f"{file.name} could not be drawn: {printable(str(error) or repr(error), 300)}")
-        file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            file.unlink(missing_ok=True)
         return False
     return True
 

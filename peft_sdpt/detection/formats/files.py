@@ -25,6 +25,8 @@ from ..images import SUFFIXES, files_in
 THREADS = 8
 # Letters of the path of an image in a message, and of the longest path of Linux.
 MAX_NAMED, MAX_PATH = 300, 4096
+# The end of a message about a name that is not found, if it leads out of the folder of the data set.
+OUTSIDE = " The name leads out of the folder of the data set; allow_outside_images=True follows it."
 # Several threads may open images of the same split.
 _LOCK = threading.Lock()
 
@@ -41,7 +43,7 @@ class ImageFinder:
         root: The folder of the data set. Files outside it are not found. None allows them.
     """
 
-    def __init__(self, folders: Iterable[Path], root: Path | None = None):
+    def __init__(self, folders: Iterable[Path], root: Path | None):
         self.folders = list(dict.fromkeys(folder for folder in folders if folder.is_dir()))
         self.root = root
         self._stored: dict[Path, dict[str, Path | None]] = {}
@@ -227,9 +229,7 @@ class ImagePaths:
         is_outside = any(leads_out(folder / name, self.root) for folder in self.folders)
         raise InputError(
             f"{self.where(index)}: no such image, but {self.annotations} lists it; looked in {searched}, with "
-            f"{enumerated(there) or 'no files'}."
-            + " The name leads out of the folder of the data set; allow_outside_images=True follows it."
-            * is_outside
+            f"{enumerated(there) or 'no files'}.{OUTSIDE * is_outside}"
         )
 
     def where(self, index: int) -> str:

@@ -18,7 +18,7 @@ import yaml
 from ...errors import InputError
 from ...wording import counted, enumerated, printable, quoted
 from ..images import SUFFIXES, as_text, images_in
-from .files import ImageFinder, ImagePaths, SplitImages, leads_out, shortened
+from .files import OUTSIDE, ImageFinder, ImagePaths, SplitImages, leads_out, shortened
 from .source import DEFAULT, USUAL_NAMES, Source, SplitFields, box_around, is_split_name, read_text
 
 NAME_FILES = ("classes.txt", "obj.names", "names.txt", "*.names")
@@ -135,16 +135,11 @@ def _images_of_yaml(file: Path, path: Any, value: Any, split: str, root: Path | 
         places = _places(file, path, each)
         place = next((place for place in places if os.path.exists(place) and not leads_out(place, root)), None)
         if place is None:
-            if any(leads_out(place, root) for place in places):
-                raise InputError(
-                    f"{file}: `{split}` is {quoted(each)}, which leads out of the folder of the data set, {root}, and "
-                    "no folder of this name is in it; allow_outside_images=True follows such names."
-                )
             looked_for = printable(", ".join(dict.fromkeys(map(str, places))), 500)
             there = sorted(printable(entry.name, 80) for entry in file.parent.iterdir())
             raise InputError(
                 f"{file}: the folder of `{split}` does not exist; looked for {looked_for}. {file.parent} has "
-                f"{enumerated(there)}."
+                f"{enumerated(there)}.{OUTSIDE * any(leads_out(place, root) for place in places)}"
             )
         images += images_in(place)[0] if place.is_dir() else _listed_images(place, file.parent, root)
     if not images:
