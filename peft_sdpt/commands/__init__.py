@@ -2,7 +2,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The commands `sdpt-train` and `sdpt-detect`. The scripts in `examples/` run them with a small base model."""
 
+import io
+import sys
+
 from ..errors import one_line_errors
+
+
+def print_any_name() -> None:
+    """Let `print` write characters that the encoding of stdout lacks as escapes, instead of raising an error.
+
+    On Linux, the name of a file is any bytes. With `LANG=C`, stdout has only ASCII.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def sdpt_train() -> None:

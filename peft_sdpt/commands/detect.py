@@ -45,11 +45,12 @@ from ..detection import (
     read_threshold,
     split_classes,
 )
-from ..detection.grounding import names_as_words, split_caption
+from ..detection.grounding import clean_name, names_as_words, split_caption
 from ..detection.images import (
     HEIF_SUFFIXES,
     WRITABLE_SUFFIXES,
     absolute_folders,
+    as_text,
     batches,
     find_images,
     read_images,
@@ -59,10 +60,13 @@ from ..detection.images import (
 from ..detection.prediction import DEFAULT_THRESHOLD
 from ..errors import InputError, hint, one_line_errors
 from ..files import check_writable, output_folder, read_json, whole_files
-from ..wording import counted, enumerated
+from ..wording import MAX_QUOTED, counted, enumerated, printable, quoted, shorten
+from . import print_any_name
 from .train_arguments import BASE_MODEL
 
 RESULTS_FILE = "detections.json"
+# Longest name of a file or folder, in bytes, on all common file systems.
+MAX_NAME_BYTES = 255
 # Arguments of the library whose flag has another name.
 RENAMED = {"adapters": "adapter", "source": "adapter"}
 
@@ -123,10 +127,10 @@ def check_args(args: argparse.Namespace) -> None:
     if args.batch_size < 1:
         raise InputError(f"--batch_size {args.batch_size}: must be at least 1.")
     for path in args.inputs:
-        if not path.exists():
-            raise InputError(f"{path}: no such image or folder.")
+        if not os.path.exists(path):  # `Path.exists` raises an error for a name that is too long
+            raise InputError(f"{printable(str(path), 300)}: no such image or folder.")
         if args.watch and not path.is_dir():
-            raise InputError(f"{path}: is not a folder, which --watch needs.")
+            raise InputError(f"{printable(str(path), 300)}: is not a folder, which --watch needs.")
 
 
 @dataclass
@@ -166,7 +170,7 @@ class Results:
 
     def check_free(self, name: str) -> None:
         """Raise an `InputError` if a result would replace a file that this command did not write."""
-        if (self.folder / name).exists() and name not in self.earlier:
+        if os.path.lexists(self.folder / name) and name not in self.earlier:
             raise InputError(f"--output_dir: {self.folder / name} exists, and this command did not write it.")
 
     def add(self, source: Path, name: str, image: Image.Image, detections: Detections, num_queries: int) -> None:
@@ -188,7 +192,8 @@ class Results:
             drawn.save(folder / file.name, quality=95)
         width, height = image.size
         entry = {"id": len(self.images) + 1, "file_name": name, "width": width, "height": height}
-        self.images.append({**entry, "source": os.path.abspath(source), "best_score": detections["best_score"]})
+        origin = as_text(os.path.abspath(source))
+        self.images.append({**entry, "source": origin, "best_score": detections["best_score"]})
         columns = (detections["boxes"].tolist(), detections["scores"].tolist(), detections["labels"].tolist())
         for box, score, label in zip(*columns, strict=True):
             self.annotations.append(
@@ -203,25 +208,28 @@ class Results:
                 }
             )
         if uses_all_queries(detections, self.chunks, num_queries):
-            self.full.append(name)
+            self.full.append(printable(name))
 
     def introduction(self) -> str:
         """Say which classes are looked for, with which threshold."""
         classes = counted(len(self.class_names), "class", "classes")
-        lines = [f"looking for {classes}: {enumerated(self.class_names)} ({self._threshold()})"]
+        names = enumerated(shorten(name, MAX_QUOTED) for name in self.class_names)
+        lines = [f"looking for {classes}: {names} ({self._threshold()})"]
         return "\n".join(map(self._named, [*lines, *names_as_words(self.class_names)]))
 
     def summary(self) -> str:
         """Say in one line what was found."""
         names = (self.class_names[annotation["category_id"] - 1] for annotation in self.annotations)
-        per_class = [f"{name}: {number}" for name, number in Counter(names).most_common()]
+        per_class = [f"{shorten(name, MAX_QUOTED)}: {number}" for name, number in Counter(names).most_common()]
         objects = counted(len(self.annotations), "object") + (f" ({enumerated(per_class)})" if per_class else "")
         text = f"{counted(len(self.images), 'image')}, {objects}."
         found_in = {annotation["image_id"] for annotation in self.annotations}
         empty = sorted((i for i in self.images if i["id"] not in found_in), key=lambda i: -i["best_score"])
         if empty:
             # Scores are rounded down, so that none looks like the threshold.
-            best = [f"{image['file_name']} {math.floor(image['best_score'] * 1000) / 1000}" for image in empty]
+            best = [
+                f"{printable(image['file_name'])} {math.floor(image['best_score'] * 1000) / 1000}" for image in empty
+            ]
             text += f" Nothing was found in {counted(len(empty), 'image')} ({self._threshold()}), where the best "
             text += f"{'score is' if len(empty) == 1 else 'scores are'}: {enumerated(best)}."
         return self._named(f"{text} Results: {self.folder}")
@@ -267,17 +275,24 @@ def free_name(name: Path, taken: set[str]) -> str:
 
     Returns:
         The path of the image, or `folder/photo-2.jpg` and so on. If images of this format cannot be written, another
-        suffix is added.
+        suffix is added. The path is text that any file can hold, and a name that is too long is cut.
     """
+    name = Path(as_text(name))
     stem, suffix = name.stem, name.suffix
     if suffix.lower() not in WRITABLE_SUFFIXES:
         stem, suffix = name.name, ".jpg" if suffix.lower() in HEIF_SUFFIXES else ".png"
-    free, number = name.with_name(stem + suffix).as_posix(), 1
+    folder = Path(*(_cut(part, "") for part in name.parent.parts))
+    free, number = (folder / _cut(stem, suffix)).as_posix(), 1
     while free.casefold() in taken:
         number += 1
-        free = name.with_name(f"{stem}-{number}{suffix}").as_posix()
+        free = (folder / _cut(stem, f"-{number}{suffix}")).as_posix()
     taken.add(free.casefold())
     return free
+
+
+def _cut(stem: str, end: str) -> str:
+    """Return the name of a file, with its stem cut to what a file system allows."""
+    return stem.encode()[: MAX_NAME_BYTES - len(end.encode())].decode(errors="ignore") + end
 
 
 def find_adapters(args: argparse.Namespace) -> list[SavedAdapter]:
@@ -287,13 +302,17 @@ def find_adapters(args: argparse.Namespace) -> list[SavedAdapter]:
     for text in args.adapter:
         name, equals, source = text.partition("=")
         # The path of a folder may have an equals sign.
-        adapter = find_adapter(source, name) if equals and not Path(text).is_dir() else find_adapter(text)
-        if adapter.name in ("", "..") or Path(adapter.name).name != adapter.name:
-            raise InputError(f"--adapter {text}: {adapter.name!r} cannot be the name of a folder; write NAME=ADAPTER.")
+        adapter = find_adapter(source, name) if equals and not os.path.isdir(text) else find_adapter(text)
+        is_name = Path(adapter.name).name == adapter.name and adapter.name not in ("", "..")
+        if not is_name or not adapter.name.isprintable() or len(adapter.name.encode()) > MAX_NAME_BYTES:
+            raise InputError(
+                f"--adapter {printable(text, 300)}: {quoted(adapter.name)} cannot be the name of a folder; write "
+                "NAME=ADAPTER."
+            )
         # Some file systems do not distinguish upper and lower case.
         other = named.setdefault(adapter.name.casefold(), adapter)
         if other is not adapter:
-            sources = f"{other.source} {adapter.source}"
+            sources = printable(f"{other.source} {adapter.source}", 600)
             raise InputError(f"--adapter {sources}: both are called {adapter.name}; write NAME=ADAPTER.")
         adapters.append(adapter)
     return adapters
@@ -319,12 +338,14 @@ def prepare_results(args: argparse.Namespace, base_model: str, adapters: list[Sa
                 class_names = read_class_names(adapter)
         else:
             raise InputError("--class_names: is needed without an --adapter that has class names.")
+        class_names = [clean_name(name) for name in class_names]
         processor = load_processor(adapter, base_model)
         if not class_names:
             raise InputError(f"{adapter.source if adapter else '--class_names'}: has no class name.")
         for phrase, number in Counter(class_prompt([name]) for name in class_names).items():
             if number > 1:
-                raise InputError(f"class names: {phrase.removesuffix('.')} is given {number} times.")
+                name = shorten(phrase.removesuffix("."), MAX_QUOTED)
+                raise InputError(f"class names: {name} is given {number} times.")
         chunks = split_classes(class_names, processor.tokenizer, max_text_len)
         suggested = read_threshold(adapter) if adapter else None
         threshold = next(t for t in (args.threshold, suggested, DEFAULT_THRESHOLD) if t is not None)
@@ -354,7 +375,7 @@ def make_folders(args: argparse.Namespace, paths: list[Path], results: list[Resu
             # With --watch, a result in a watched folder would be a new image.
             if target in sources or (args.watch and any(target in source.parents for source in sources)):
                 raise InputError(f"--output_dir: {folder} has the input images, which would be overwritten.")
-        for name in {str(relative_name(path, inputs)) for path in paths}:
+        for name in {as_text(relative_name(path, inputs)) for path in paths}:
             result.check_free(name)
         check_writable(result.folder, "output_dir")
 
@@ -381,18 +402,17 @@ def detect_all(args: argparse.Namespace, paths: list[Path], model: Any, results:
                 for number, result in enumerate(results):
                     if args.adapter:
                         model.set_adapter(f"adapter{number}")
-                    found = detect(
-                        model,
-                        result.processor,
-                        pictures,
-                        result.class_names,
-                        result.chunks,
-                        threshold=result.threshold,
-                        max_detections=None,
-                    )
+                    with hint(f"images[0] is {printable(str(batch[0][0]), 300)}."):
+                        found = detect(
+                            model,
+                            result.processor,
+                            pictures,
+                            result.class_names,
+                            result.chunks,
+                            threshold=result.threshold,
+                            max_detections=None,
+                        )
                     for (path, image), name, detections in zip(batch, names, found, strict=True):
-                        if not detections["scores"].isfinite().all():
-                            raise InputError(f"{path}: its scores are not finite. The weights may be damaged.")
                         result.add(path, name, image, detections, model.config.num_queries)
                 bar.update(len(batch))
             # With --watch, results are written after the first look, so that the file always exists, and after each
@@ -406,7 +426,7 @@ def detect_all(args: argparse.Namespace, paths: list[Path], model: Any, results:
         if len(taken) != num_written and taken:
             for result in results:
                 result.write()
-    bar.close()
+        bar.close()
 
 
 def run(args: argparse.Namespace, model_name_or_path: str) -> None:
@@ -442,6 +462,7 @@ def main(description: str | None = __doc__, program: str = "sdpt-detect", model_
         model_name_or_path: The base model that detects if neither `--model_name_or_path` nor `--adapter` is given.
     """
     args = parse_args(description, model_name_or_path)
+    print_any_name()
     with one_line_errors(program, {name: name for name in vars(args)} | RENAMED):
         run(args, model_name_or_path)
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
@@ -57,6 +58,7 @@ from ..detection import (
     mean_boxes_per_process,
     measure_threshold,
     only_split,
+    pad_small_images,
     read_threshold,
     result_of,
     save_adapter,
@@ -85,6 +87,7 @@ from ..training import (
     push,
     trained_parameters,
 )
+from . import print_any_name
 from .train_arguments import (
     ADAPTER_FLAGS,
     BASE_MODEL,
@@ -191,8 +194,7 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator, tasks: Mapping[s
     cache = FeatureCache(args.cache_features, detector) if args.cache_features else None
     if cache and cache.leaves_out_dropout:
         accelerator.print("--cache_features: the backbones have dropout; stored features are computed without it")
-    if args.image_size:
-        check_image_size(detector, processor, args.image_size)
+    check_image_size(detector, processor, args.image_size, [size for data in splits.values() for size in data.sizes])
     # Called for its error: a class name that does not fit into a prompt should end the run before it starts.
     split_classes(splits[eval_split].class_names, processor.tokenizer, detector.config.max_text_len)
     return Setup(
@@ -218,7 +220,7 @@ def read_data(
         dataset = str(args.output_dir / "data" / dataset)
         with accelerator.main_process_first():
             tasks[args.dataset_name](Path(dataset), not accelerator.is_main_process)
-    elif Path(dataset).is_dir() and Path(dataset).resolve() in args.output_dir.resolve().parents:
+    elif os.path.isdir(dataset) and Path(dataset).resolve() in args.output_dir.resolve().parents:
         # Later runs would read its pictures as images of the data set.
         raise InputError(f"--output_dir {args.output_dir}: lies in the folder of the data set, {dataset}.")
     options = {name: getattr(args, name) for name in DATA_FLAGS}
@@ -400,7 +402,7 @@ def train_step(setup: Setup, training: Training, loss_function: GroundedDetectio
     for index, (inputs, labels) in enumerate(batches, 1):
         # Processes exchange gradients only once per step.
         with nullcontext() if index == len(batches) else accelerator.no_sync(setup.model):
-            outputs = setup.model(**inputs)
+            outputs = setup.model(**pad_small_images(inputs, setup.detector.config))
             if not outputs.pred_boxes.isfinite().all():
                 raise InputError(f"the boxes are not finite any more at step {number}: lower {rate_flags(training)}.")
             loss = loss_function(outputs, labels, num_boxes)
@@ -527,7 +529,7 @@ def report(setup: Setup, after: dict[str, Any] | None, rows: list[tuple], own_th
         # The best adapter may come from a part of the run that was to push nothing.
         card = setup.card(setup.progress.best["threshold"], "/best")
         write_best_card(args.output_dir / "best", setup.processor, data.class_names, card)
-    print_report(args, record, data, setup.eval_split)
+    print_report(args, record, data, setup.eval_split, names)
     return names
 
 
@@ -604,6 +606,7 @@ def main(
         tasks: Built-in data sets by name. Each is a function that writes the data set as a COCO folder.
     """
     args = parse_args(description, model_name_or_path, dataset_name, tasks or {})
+    print_any_name()
     with one_line_errors(program, flags_of(args)):
         run(args, tasks or {})
 

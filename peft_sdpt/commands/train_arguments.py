@@ -22,7 +22,14 @@ BASE_MODEL = "IDEA-Research/grounding-dino-tiny"
 # Writes a built-in data set to a folder in COCO format. The second argument tells whether to hide the progress bar.
 Task = Callable[[Path, bool], object]
 # Flags for reading the data, which are arguments of `load_splits` with the same names.
-DATA_FLAGS = ("bbox_format", "class_names_file", "class_names_column", "skip_bad_boxes", "skip_bad_images")
+DATA_FLAGS = (
+    "bbox_format",
+    "class_names_file",
+    "class_names_column",
+    "skip_bad_boxes",
+    "skip_bad_images",
+    "allow_outside_images",
+)
 # Flags for a new adapter, which are fields of `SDPTConfig`. A flag that is not given keeps the default of the field.
 ADAPTER_FLAGS = ("num_virtual_tokens", "pinv_rtol", "prompt_dropout", "lora_rank")
 # Flags that a resumed run may change, because they do not change its result, or because a checkpoint holds their effect
@@ -115,6 +122,12 @@ def add_data_flags(group: argparse._ArgumentGroup, dataset_name: str | None, tas
     group.add_argument("--skip_bad_images", action="store_true", help="Leave out images that cannot be opened.")
     group.add_argument(
         "--skip_bad_boxes", action="store_true", help="Leave out boxes that are empty or outside their image."
+    )
+    group.add_argument(
+        "--allow_outside_images",
+        action="store_true",
+        help='Follow the names of images that lead out of the folder of the data set, by an absolute path or by "..". '
+        "Do not use it for data of strangers.",
     )
     group.add_argument(
         "--no_augmentation",

@@ -5,11 +5,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,12 @@ from typing import Any
 from ..detection import Detections, DetectionSplit, draw_report, side_by_side, write_threshold
 from ..detection.analysis import count_objects
 from ..detection.charts import describe_error, most_frequent, worst_and_best
+from ..detection.images import as_text
 from ..errors import InputError
-from ..files import read_json, whole_files
+from ..files import read_json, whole_file, whole_files
 from ..model_card import CARD, write_licence, write_section
 from ..training import Progress
-from ..wording import counted, shorten
+from ..wording import MAX_QUOTED, counted, printable, quoted, shorten
 
 METRICS = ("AP", "AP50", "AP75")
 # Number of images of the evaluation split in `detections.png`.
@@ -56,13 +59,13 @@ def read_division(args: argparse.Namespace, data: DetectionSplit) -> dict[str, l
         ids = read_json(file)["image_ids"]
         parts = {name: list(ids[name]) for name in ("train", "val", "test")}
     except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{file}: has no `image_ids` of train, val and test ({error!r}).") from None
+        raise InputError(f"{file}: has no `image_ids` of train, val and test ({quoted(error, 200)}).") from None
     part_of = {str(image_id): name for name, part in parts.items() for image_id in part}
     divided: dict[str, list[int]] = {name: [] for name in parts}
     for index, image_id in enumerate(data.image_ids):
         if str(image_id) not in part_of:
             raise InputError(
-                f"{file}: does not list the image {image_id!r}; another --output_dir divides the data set anew."
+                f"{file}: does not list the image {quoted(image_id)}; another --output_dir divides the data set anew."
             )
         divided[part_of[str(image_id)]].append(index)
     return divided
@@ -88,7 +91,9 @@ def report_shots(output_dir: Path, shots: int, seed: int, train: DetectionSplit,
     for label, name in enumerate(train.class_names):
         num_images = images_of[label]
         if num_images < shots:
-            print(f"--shots {shots}: class {name!r} is on {counted(num_images, 'image')} only; all of them are used")
+            print(
+                f"--shots {shots}: class {quoted(name)} is on {counted(num_images, 'image')} only; all of them are used"
+            )
     record = {"shots": shots, "seed": seed, "image_ids": drawn.image_ids}
     with whole_files(output_dir) as folder:
         (folder / "shots.json").write_text(json.dumps(record, indent=2) + "\n")
@@ -204,7 +209,9 @@ def write_report(
     processor: Any,
     card: dict[str, Any],
 ) -> list[str]:
-    """Write `metrics.json`, the pictures, the threshold and the model card. Either all of them are written, or none.
+    """Write `metrics.json`, the pictures, the threshold and the model card.
+
+    The numbers are written first. A picture that cannot be drawn is a line on the screen, and no reason to lose them.
 
     The files of an evaluation start with `eval_`, so that they do not replace those of a training run in the same
     folder. It writes no threshold and no model card.
@@ -223,16 +230,37 @@ def write_report(
     """
     prefix = "eval_" if args.eval_only else ""
     title = f"boxes with a score of at least {shown.threshold:g}, {shown.reason}"
+    pictures: dict[str, Callable[[Path], object]] = {
+        f"{prefix}report.png": lambda file: draw_report(record, file),
+        f"{prefix}detections.png": lambda file: side_by_side(shown.data, shown.columns, shown.threshold, title).save(
+            file, format="PNG"
+        ),
+    }
     with whole_files(args.output_dir) as folder:
         (folder / f"{prefix}metrics.json").write_text(to_json(record), encoding="utf-8")
-        draw_report(record, folder / f"{prefix}report.png")
-        side_by_side(shown.data, shown.columns, shown.threshold, title).save(folder / f"{prefix}detections.png")
-        if not args.eval_only:
+        names = {path.name for path in folder.iterdir()}
+    names |= {name for name, draw in pictures.items() if is_drawn(args.output_dir / name, draw)}
+    if not args.eval_only:
+        with whole_files(args.output_dir) as folder:
             shutil.copyfile(args.output_dir / CARD, folder / CARD)
             write_threshold(folder, processor, data.class_names, card["threshold"], card["source"])
-            where = f"`{public_name(args.dataset_name)}`, split `{split}`, {size_of(data)}"
-            write_section(folder / CARD, "results", describe_last(where, record))
-        return sorted(path.name for path in folder.iterdir())
+            where = f"{as_code(public_name(args.dataset_name))}, split {as_code(split)}, {size_of(data)}"
+            write_section(folder / CARD, "results", describe_last(where, record, names))
+            names |= {path.name for path in folder.iterdir()}
+    return sorted(names)
+
+
+def is_drawn(file: Path, draw: Callable[[Path], object]) -> bool:
+    """Draw a picture, or print why it cannot be drawn. An older picture of this name does not stay."""
+    try:
+        with whole_file(file) as unfinished:
+            draw(unfinished)
+    except Exception as error:  # an image may have gone, the disk may be full, and fonts may fail in any way
+        print(f"{file.name} could not be drawn: {printable(str(error) or repr(error), 300)}")
+        with contextlib.suppress(OSError):
+            file.unlink(missing_ok=True)
+        return False
+    return True
 
 
 def write_best_card(folder: Path, processor: Any, class_names: list[str], card: dict[str, Any]) -> None:
@@ -253,8 +281,10 @@ def to_json(record: dict[str, Any]) -> str:
     return re.sub(r"\[\n[^\[\]{}\"]*\]", lambda match: " ".join(match[0].split()), text) + "\n"
 
 
-def print_report(args: argparse.Namespace, record: dict[str, Any], data: DetectionSplit, split: str) -> None:
-    """Print the results. The arguments are those of `write_report`."""
+def print_report(
+    args: argparse.Namespace, record: dict[str, Any], data: DetectionSplit, split: str, written: Collection[str]
+) -> None:
+    """Print the results. The arguments are those of `write_report`, and the names of the files that it wrote."""
     print(f"\n{args.dataset_name}, {split} split of {size_of(data)}")
     whens = [when for when in ("before", "after") if record[when]]
     print(f"{'':8}" + "".join(f"{name:>8}" for name in METRICS))
@@ -273,7 +303,7 @@ def print_report(args: argparse.Namespace, record: dict[str, Any], data: Detecti
     print(f"\nat a score of at least {at['threshold']:g}: F1 {at['f1']:.3f}, ", end="")
     print(f"precision {at['precision']:.3f}, recall {at['recall']:.3f}")
     for kind, errors in most_frequent(record["errors"], ON_SCREEN // 2).items():
-        listed = ", ".join(f"{describe_error(error)} ({error['count']:,})" for error in errors)
+        listed = ", ".join(f"{shorten(describe_error(error), 60)} ({error['count']:,})" for error in errors)
         print(f"  {kind + ':':11} {listed}")
     print()
     if trained := record["trainable_parameters"]:
@@ -285,8 +315,8 @@ def print_report(args: argparse.Namespace, record: dict[str, Any], data: Detecti
         print(f"best adapter, validation AP {best['AP']:.3f} at step {best['step']}: {args.output_dir}/best")
     if suggested := record["threshold"]:
         print(f"suggested score threshold: {suggested['threshold']:g}, from the split {suggested['split']}")
-    prefix = "eval_" if args.eval_only else ""
-    print(f"wrote {args.output_dir}/{prefix}metrics.json, {prefix}report.png and {prefix}detections.png")
+    files = [name for name in written if name.endswith(("metrics.json", "report.png", "detections.png"))]
+    print(f"wrote {', '.join(files)} in {args.output_dir}")
 
 
 def size_of(data: DetectionSplit) -> str:
@@ -296,18 +326,19 @@ def size_of(data: DetectionSplit) -> str:
 def describe_best(dataset_name: str, split: str, metrics: dict[str, float]) -> str:
     """Return the results for the model card of the adapter with the highest AP on the validation split."""
     return (
-        f"## Results\n\nThis adapter has the highest AP on the split `{split}` of all adapters of a training run on "
-        f"`{public_name(dataset_name)}`. It was chosen by that AP, at step {metrics['step']}.\n\n"
+        f"## Results\n\nThis adapter has the highest AP on the split {as_code(split)} of all adapters of a training "
+        f"run on {as_code(public_name(dataset_name))}. It was chosen by that AP, at step {metrics['step']}.\n\n"
         f"{table({'validation': metrics})}"
     )
 
 
-def describe_last(data: str, record: dict[str, Any]) -> str:
+def describe_last(data: str, record: dict[str, Any], files: Collection[str]) -> str:
     """Return the results for the model card of the adapter after the last training step.
 
     Args:
         data: Description of the evaluation data in Markdown.
         record: Content of `metrics.json`.
+        files: Names of the files beside the card.
     """
     steps = record["curves"]["loss"]["step"][-1]
     shown, after_gap = worst_and_best(record["classes"], IN_CARD)
@@ -316,7 +347,7 @@ def describe_last(data: str, record: dict[str, Any]) -> str:
     for name in shown:
         entry = record["classes"][name]
         values = (f"{entry[when]['AP']:.3f}" for when in ("before", "after"))
-        classes.append([name.replace("|", "\\|"), *values, f"{entry['objects']:,}"])
+        classes.append([as_code(name), *values, f"{entry['objects']:,}"])
     paragraphs = [
         "## Results",
         f"COCO AP on {data}, after {counted(steps, 'training step')}. `metrics.json` has all numbers and the "
@@ -330,12 +361,13 @@ def describe_last(data: str, record: dict[str, Any]) -> str:
     if record["errors"]:
         paragraphs.append("Most frequent errors at this score:")
         kinds = most_frequent(record["errors"], IN_CARD // 4).values()
-        lines = [f"- {describe_error(error)}: {error['count']:,}" for errors in kinds for error in errors]
+        lines = [f"- {as_code(describe_error(error))}: {error['count']:,}" for errors in kinds for error in errors]
         paragraphs.append("\n".join(lines))
-    paragraphs += [
-        "![Curves and charts of the training](report.png)",
-        "![Objects, and detections before and after](detections.png)",
-    ]
+    pictures = {
+        "report.png": "Curves and charts of the training",
+        "detections.png": "Objects, and detections before and after",
+    }
+    paragraphs += [f"![{text}]({name})" for name, text in pictures.items() if name in files]
     if record["best"]:
         paragraphs.append(f"`best/` holds the adapter with the highest validation AP, {record['best']['AP']:.3f}.")
     return "\n\n".join(paragraphs)
@@ -351,7 +383,13 @@ def markdown(heading: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in [heading, ["---"] * len(heading), *rows])
 
 
+def as_code(name: str) -> str:
+    """Return a name as code in Markdown, where nothing in it has a meaning. A bar would end the cell of a table."""
+    return "`" + printable(name, MAX_QUOTED).replace("`", "'").replace("|", "\\|") + "`"
+
+
 def public_name(value: Any) -> Any:
     """Return only the last part of a path, so that the value can be published. Return any other value as it is."""
-    is_path = isinstance(value, Path) or (isinstance(value, str) and Path(value).exists())
-    return Path(value).resolve().name if is_path else value
+    is_path = isinstance(value, Path) or (isinstance(value, str) and os.path.exists(value))
+    shown = Path(value).resolve().name if is_path else value
+    return as_text(shown) if isinstance(shown, str) else shown

@@ -47,6 +47,7 @@ from .grounding import (
 from .loading import BOX_FORMATS, find_splits, has_split, load_split, load_splits, only_split
 from .loss import GroundedDetectionLoss, mean_boxes_per_process
 from .metrics import average_precision, evaluate
+from .pixels import pad_small_images
 from .prediction import Detections, check_image_size, detect, detect_split, result_of, rows_of
 from .samples import Sample, TrainingSamples, augment
 from .saved_adapter import (
@@ -110,6 +111,7 @@ __all__ = [
     "mean_boxes_per_process",
     "measure_threshold",
     "only_split",
+    "pad_small_images",
     "phrase_lengths",
     "read_class_names",
     "read_image",

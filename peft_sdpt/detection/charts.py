@@ -11,6 +11,7 @@ from typing import Any
 
 from ..wording import shorten
 from .analysis import DetectionError
+from .grounding import clean_name
 
 # Colours of "before" and "after", as in the plots of the benchmarks.
 COLOURS = {"before": "#888888", "after": "#d62728"}
@@ -145,7 +146,7 @@ def _classes(axes: Any, classes: dict[str, dict[str, Any]]) -> None:
         if values:
             axes.barh([place + offset * (height < 0.8) for place, _ in values], [value for _, value in values], height,
                       color=colour, label=when)  # fmt: skip
-    axes.set_yticks(places, [shorten(name, NAME_LENGTH) for name in shown], **NAMES)
+    axes.set_yticks(places, [shorten(clean_name(name), NAME_LENGTH) for name in shown], **NAMES)
     many = f" ({NUM_CLASSES // 2} best, {NUM_CLASSES // 2} worst)" if after_gap else ""
     axes.set(title=f"AP of each class{many}", xlim=(0, 1))
     axes.legend(frameon=False, fontsize=8, loc="lower right")
@@ -154,7 +155,8 @@ def _classes(axes: Any, classes: dict[str, dict[str, Any]]) -> None:
 def _errors(axes: Any, errors: list[DetectionError], threshold: float) -> None:
     shown = [error for chosen in most_frequent(errors, NUM_ERRORS).values() for error in chosen][::-1]
     axes.barh(range(len(shown)), [error["count"] for error in shown], color=[ERRORS[error["error"]] for error in shown])
-    axes.set_yticks(range(len(shown)), [shorten(describe_error(error), 2 * NAME_LENGTH) for error in shown], **NAMES)
+    labels = [shorten(clean_name(describe_error(error)), 2 * NAME_LENGTH) for error in shown]
+    axes.set_yticks(range(len(shown)), labels, **NAMES)
     axes.set(title=f"most frequent errors at a score of at least {threshold:g}", xlabel="number")
     if not shown:
         axes.text(0.5, 0.5, "no errors", ha="center", va="center", transform=axes.transAxes)

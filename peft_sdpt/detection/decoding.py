@@ -13,6 +13,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from ..errors import InputError
+from ..wording import printable
 
 # If an image were more oblong, its shorter side would have no pixels left after a processor resizes it.
 MAX_ASPECT_RATIO = 100
@@ -67,7 +68,7 @@ def opened(source: str | Path | IO[bytes], where: str) -> Iterator[Image.Image]:
                 raise ValueError(f"{image.width} x {image.height} pixels are too oblong for a detector")
             yield image
     except Exception as error:  # the readers of Pillow raise many kinds of errors
-        raise InputError(f"{where}: cannot be opened as an image ({error}).") from None
+        raise InputError(f"{where}: cannot be opened as an image ({printable(str(error), 300)}).") from None
 
 
 def orientation_of(image: Image.Image) -> int:

@@ -10,12 +10,18 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
+from ..wording import shorten
 from .data import DetectionSplit
+from .grounding import clean_name
 from .prediction import DEFAULT_THRESHOLD, Detections
 
 # Width of an image, gap between images and height of the title and of the headings in `side_by_side`, in pixels.
 SIDE, GAP, HEADER = 320, 6, 26
+# Height of a very tall image in it.
+TALLEST = 4 * SIDE
 TRUTH = "ground truth"
+# Letters of a text on an image.
+MAX_LETTERS = 100
 
 
 def draw_detections(
@@ -77,7 +83,9 @@ def _draw(image: Image.Image, drawn: Sequence[tuple[Sequence[float], str, int]],
     # enlarged.
     letters = max(10, round(0.85 * (canvas.width * canvas.height) ** 0.25))
     boxes = [[value * scale for value in box] for box, _, _ in drawn]
-    texts = [(box[0], box[1], text) for box, (_, text, _) in zip(boxes, drawn, strict=True)]
+    # A text that has a line break cannot be measured.
+    words = [shorten(clean_name(text), MAX_LETTERS) for _, text, _ in drawn]
+    texts = [(box[0], box[1], text) for box, text in zip(boxes, words, strict=True)]
     places = _place_texts(draw, texts, letters)
     if places.count(None) > len(places) / 4:
         letters = max(10, letters // 2)
@@ -86,7 +94,7 @@ def _draw(image: Image.Image, drawn: Sequence[tuple[Sequence[float], str, int]],
     for (x, y, box_width, box_height), colour in reversed([*zip(boxes, colours, strict=True)]):
         line = max(1, min(round(letters / 5), round(min(box_width, box_height) / 8)))
         draw.rectangle((x, y, x + box_width, y + box_height), outline=colour, width=line)
-    for (_, _, text), place, colour in zip(texts, places, colours, strict=True):
+    for text, place, colour in zip(words, places, colours, strict=True):
         if place:
             draw.rectangle(_background(draw, place, text, letters), fill=colour)
             draw.text(place, text, fill="black", font=_font(letters))
@@ -150,22 +158,21 @@ def side_by_side(
         The sheet.
     """
     headings = [TRUTH, *(heading + _hidden(results, threshold) for heading, results in columns.items())]
-    rows = [
-        [
-            draw_objects(data, index, SIDE),
-            *(
-                draw_detections(data.open_image(index), results[index], data.class_names, threshold, SIDE)
-                for results in columns.values()
-            ),
-        ]
-        for index in range(len(data))
-    ]
+    rows = []
+    for index, (width, height) in enumerate(data.sizes):
+        # A very tall image is narrower than its column.
+        side = max(1, min(SIDE, round(TALLEST * width / height)))
+        rows.append([draw_objects(data, index, side)])
+        for results in columns.values():
+            image = data.open_image(index)
+            rows[-1].append(draw_detections(image, results[index], data.class_names, threshold, side))
     height = 2 * HEADER + sum(row[0].height + GAP for row in rows)
     sheet = Image.new("RGB", (len(headings) * (SIDE + GAP) - GAP, height), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(16)
-    draw.text((4, 3), title or f"boxes with a score of at least {threshold:g}", fill="black", font=font)
+    title = clean_name(title or f"boxes with a score of at least {threshold:g}")
+    draw.text((4, 3), title, fill="black", font=font)
     for column, heading in enumerate(headings):
-        draw.text((column * (SIDE + GAP) + 4, HEADER + 3), heading, fill="black", font=font)
+        draw.text((column * (SIDE + GAP) + 4, HEADER + 3), clean_name(heading), fill="black", font=font)
     y = 2 * HEADER
     for row in rows:
         for column, image in enumerate(row):

@@ -14,6 +14,7 @@ score a class by its own tokens.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..wording import enumerated
+from ..wording import enumerated, quoted
 
 # [CLS], [SEP], ".", "?" and [PAD]: Grounding DINO in transformers hard-codes these ids as the borders of phrases.
 BORDER_TOKEN_IDS = (101, 102, 1012, 1029, 0)
@@ -59,12 +60,13 @@ def class_prompt(class_names: Sequence[str]) -> str:
     for name in class_names:
         if len(classes := _phrases(name)) > 1:
             raise InputError(
-                f"class_names: {name!r} is a prompt of {len(classes)} classes; pass a list with one name per class."
+                f"class_names: {quoted(name)} is a prompt of {len(classes)} classes; pass a list with one name per "
+                "class."
             )
         words = " ".join(map(_split_humps, HYPHENS.sub(" ", name.replace("_", " ")).split()))
         phrase = " ".join(words.lower().replace(".", " ").replace("?", " ").split())
         if not phrase:
-            raise InputError(f"class_names: {name!r} has no word for a prompt; every class needs a name.")
+            raise InputError(f"class_names: {quoted(name)} has no word for a prompt; every class needs a name.")
         phrases.append(phrase)
     if not phrases:
         raise InputError("class_names: the list is empty; a prompt needs at least one class name.")
@@ -81,8 +83,23 @@ def _split_humps(word: str) -> str:
 def names_as_words(class_names: Sequence[str]) -> list[str]:
     """Return a line about the names that `class_prompt` reads as other words. The list is empty if there are none."""
     words = {name: class_prompt([name]).rstrip(".") for name in class_names}
-    changed = [f"{name!r} as {phrase!r}" for name, phrase in words.items() if phrase != plain_name(name)]
+    changed = [f"{quoted(name)} as {quoted(phrase)}" for name, phrase in words.items() if phrase != plain_name(name)]
     return [f"class names are read as words: {enumerated(changed)}"] if changed else []
+
+
+def clean_name(name: str) -> str:
+    """Return a class name that can be drawn and printed: on one line, and without control characters.
+
+    Args:
+        name: Any text. A tokenizer drops the same characters.
+
+    Example:
+        >>> clean_name("red\\n cell\\x1b ")
+        'red cell'
+    """
+    # Cc are control characters, and Cs halves of surrogate pairs. Joiners (Cf) belong to Persian words and to emoji.
+    kept = (letter for letter in name if letter.isspace() or unicodedata.category(letter) not in ("Cc", "Cs"))
+    return " ".join("".join(kept).split())
 
 
 def plain_name(name: str) -> str:
@@ -143,13 +160,13 @@ def phrase_lengths(class_names: Sequence[str], tokenizer: Any) -> list[int]:
         # The last token is the full stop.
         if set(ids[:-1]) <= {tokenizer.unk_token_id}:
             raise InputError(
-                f"class_names: the tokenizer knows no word of {name!r}; every class needs a word that it knows."
+                f"class_names: the tokenizer knows no word of {quoted(name)}; every class needs a word that it knows."
             )
         if first.setdefault(tuple(ids), name) != name:
-            read = tokenizer.decode(ids[:-1])
+            read = quoted(tokenizer.decode(ids[:-1]))
             raise InputError(
-                f"class_names: {first[tuple(ids)]!r} and {name!r} are the same tokens for this tokenizer, {read!r}, so "
-                "a prompt cannot tell them apart; rename one of them."
+                f"class_names: {quoted(first[tuple(ids)])} and {quoted(name)} are the same tokens for this tokenizer, "
+                f"{read}, so a prompt cannot tell them apart; rename one of them."
             )
     return [len(ids) for ids in tokens]
 
@@ -175,7 +192,7 @@ def split_classes(class_names: Sequence[str], tokenizer: Any, max_text_len: int)
     for index, length in enumerate(phrase_lengths(class_names, tokenizer)):
         if length > max_text_len - 2:
             raise InputError(
-                f"class_names: {class_names[index]!r} has {length} tokens, but a prompt takes at most "
+                f"class_names: {quoted(class_names[index])} has {length} tokens, but a prompt takes at most "
                 f"{max_text_len - 2}."
             )
         if length > room:

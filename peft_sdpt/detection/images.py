@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..errors import InputError, hint
-from ..wording import counted, enumerated
+from ..wording import counted, enumerated, printable
 from .decoding import opened, read_image
 
 # Phones store photos as HEIC. The package that reads them is optional, because its wheels contain code under the GPL.
@@ -58,7 +58,7 @@ def files_in(folder: Path, without: Path | None = None) -> list[Path]:
     def failed(error: OSError) -> None:
         # A subfolder may be removed during the search.
         if not isinstance(error, FileNotFoundError) or error.filename == str(folder):
-            raise InputError(f"{error.filename}: cannot be read ({error}).") from None
+            raise InputError(f"{_named(Path(error.filename))}: cannot be read ({error.strerror}).") from None
 
     searched = {os.path.realpath(path) for path in (folder, without) if path}
     files = []
@@ -74,6 +74,11 @@ def files_in(folder: Path, without: Path | None = None) -> list[Path]:
     return sorted(files)
 
 
+def _named(path: Path) -> str:
+    """Return a path for a message."""
+    return printable(str(path), 300)
+
+
 def images_in(folder: Path, without: Path | None = None) -> tuple[list[Path], list[Path]]:
     """Find the files in a folder and its subfolders, as `files_in` does.
 
@@ -86,6 +91,15 @@ def images_in(folder: Path, without: Path | None = None) -> tuple[list[Path], li
     files = files_in(folder, without)
     images = [path for path in files if path.suffix.lower() in SUFFIXES]
     return images, sorted(set(files) - set(images))
+
+
+def as_text(path: str | Path) -> str:
+    """Return a path with forward slashes, as text that any file can hold.
+
+    On Linux, the name of a file is any bytes. Bytes that are not UTF-8 become the replacement character.
+    """
+    text = path.as_posix() if isinstance(path, Path) else path
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def absolute_folders(inputs: Iterable[Path]) -> set[Path]:
@@ -116,7 +130,7 @@ def passed_over(files: list[Path], folders: set[Path]) -> str:
     """
 
     def is_a(suffixes: set[str]) -> list[str]:
-        return [str(relative_name(path, folders)) for path in files if path.suffix.lower() in suffixes]
+        return [_named(relative_name(path, folders)) for path in files if path.suffix.lower() in suffixes]
 
     videos, photos = is_a(VIDEO_SUFFIXES), is_a(HEIF_SUFFIXES)
     others = is_a({path.suffix.lower() for path in files} - VIDEO_SUFFIXES - HEIF_SUFFIXES)
@@ -160,7 +174,7 @@ def find_images(inputs: list[Path], skip_bad_images: bool, without: Path | None 
         images, not_images = images_in(path, without) if path.is_dir() else ([path], [])
         if not images:
             note = f" ({passed_over(not_images, folders)})" if not_images else ""
-            raise InputError(f"{path}: no image in this folder{note}.")
+            raise InputError(f"{_named(path)}: no image in this folder{note}.")
         paths += images
         others += not_images
     if others:
@@ -168,9 +182,9 @@ def find_images(inputs: list[Path], skip_bad_images: bool, without: Path | None 
     good, animated = [], []
     for path in once(paths):
         try:
-            with needs_heif(path), opened(path, str(path)) as image:
+            with needs_heif(path), opened(path, _named(path)) as image:
                 if has_several_frames(image):
-                    animated.append(str(relative_name(path, folders)))
+                    animated.append(_named(relative_name(path, folders)))
             good.append(path)
         except InputError as error:
             skip_or_raise(error, skip_bad_images)
@@ -213,7 +227,7 @@ def read_images(paths: list[Path], skip_bad_images: bool) -> Iterator[tuple[Path
     """
     for path in paths:
         try:
-            image = read_image(path, str(path))
+            image = read_image(path, _named(path))
         except InputError as error:
             skip_or_raise(error, skip_bad_images)
         else:
@@ -262,15 +276,15 @@ def watch(folders: list[Path], without: Path | None = None) -> Iterator[Iterator
                 if path in tried and tried[path] in (None, state):
                     continue
                 tried[path] = state
-                image = read_image(path, str(path))
-                with opened(path, str(path)) as header:
+                image = read_image(path, _named(path))
+                with opened(path, _named(path)) as header:
                     animated = has_several_frames(header)
             except (OSError, InputError):  # the file was removed, or is not complete yet
                 continue
             tried[path] = None
             if animated and not animated_noted:
                 animated_noted = True
-                note_on_stderr(f"only the first frame or page of files such as {path} is read")
+                note_on_stderr(f"only the first frame or page of files such as {_named(path)} is read")
             yield path, image
 
     handler_before = signal.signal(signal.SIGINT, interrupt)
@@ -286,7 +300,7 @@ def watch(folders: list[Path], without: Path | None = None) -> Iterator[Iterator
     note_others()
     for path, state in tried.items():
         if state is not None:
-            print(f"skipped: {path} cannot be opened as an image.", file=sys.stderr)
+            print(f"skipped: {_named(path)} cannot be opened as an image.", file=sys.stderr)
 
 
 def batches(images: Iterable[tuple[Path, Image.Image]], size: int) -> Iterator[list[tuple[Path, Image.Image]]]:

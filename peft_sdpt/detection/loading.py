@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +17,12 @@ from accelerate.utils import gather_object
 from ..errors import InputError
 from ..files import read_json
 from ..training.launch import cores_per_process
-from ..wording import counted, enumerated
+from ..wording import counted, enumerated, printable, quoted
 from .data import Box, DetectionSplit, check_images, match_classes
 from .formats import Source, find_source, matching_split, require_split
 from .formats.files import SplitImages
 from .formats.source import is_split_name
-from .grounding import class_prompt, names_as_words, plain_name
+from .grounding import class_prompt, clean_name, names_as_words, plain_name
 
 # The four numbers of a box in each format. FRACTIONS before a name says that they are fractions of the image size.
 FRACTIONS = "relative_"
@@ -49,7 +50,7 @@ def find_splits(dataset_name: str) -> list[str]:
     Raises:
         InputError: The format of a folder is not known, or the Hub does not answer.
     """
-    if Path(dataset_name).exists():
+    if os.path.exists(dataset_name):  # `Path.exists` raises an error for a name that is too long
         return find_source(dataset_name).splits
     from datasets import get_dataset_split_names
     from datasets.exceptions import DatasetNotFoundError
@@ -60,7 +61,8 @@ def find_splits(dataset_name: str) -> list[str]:
         return []
     except Exception as error:  # a failing connection must not change which split is measured
         raise InputError(
-            f"dataset_name={dataset_name!r}: no such folder, and its splits on the Hub cannot be read ({error})."
+            f"dataset_name={quoted(dataset_name)}: no such folder, and its splits on the Hub cannot be read "
+            f"({printable(str(error), 500)})."
         ) from None
 
 
@@ -101,6 +103,7 @@ def load_split(
     class_names_file: str | Path | None = None,
     class_names_column: str | None = None,
     skip_bad_boxes: bool = False,
+    allow_outside_images: bool = False,
 ) -> DetectionSplit:
     """Read a split of a local folder, or of a data set on the Hub.
 
@@ -122,6 +125,8 @@ def load_split(
             `objects.category` in rows.
         skip_bad_boxes: Whether to leave out boxes that are empty, not finite or outside their image, instead of
             raising.
+        allow_outside_images: Whether annotations may name images outside the folder of the data set, by an absolute
+            path or by "..". Leave it False for data of strangers. Links in the folder are always followed.
 
     Returns:
         The split.
@@ -129,18 +134,23 @@ def load_split(
     Raises:
         InputError: The split cannot be used. The message names the file and the image, annotation or category.
     """
-    source = _find(dataset_name, bbox_format, class_names_file, class_names_column)
+    source = _find(dataset_name, bbox_format, class_names_file, class_names_column, allow_outside_images)
     data, _ = _load(source, dataset_name, split, bbox_format, skip_bad_boxes)
     return _with_names({split: data}, dataset_name, class_names_file)[split]
 
 
 def _find(
-    dataset_name: str, bbox_format: str, class_names_file: str | Path | None, class_names_column: str | None
+    dataset_name: str,
+    bbox_format: str,
+    class_names_file: str | Path | None,
+    class_names_column: str | None,
+    allow_outside_images: bool,
 ) -> Source:
     """Find a data set, and check that its format takes these arguments of `load_split`."""
     if bbox_format not in BOX_FORMATS:
-        raise InputError(f"bbox_format={bbox_format!r}: must be one of {', '.join(BOX_FORMATS)}.")
-    source = find_source(dataset_name, class_names_column, numbers_are_names=class_names_file is not None)
+        raise InputError(f"bbox_format={quoted(bbox_format)}: must be one of {', '.join(BOX_FORMATS)}.")
+    numbers_are_names = class_names_file is not None
+    source = find_source(dataset_name, class_names_column, numbers_are_names, allow_outside_images)
     if source.sets_boxes and bbox_format != "xywh":
         raise InputError(
             f"bbox_format={bbox_format!r}: {dataset_name} is in {source.format} format, which says how boxes are "
@@ -159,21 +169,23 @@ def _load(
     """
     fields, annotations = source.read(require_split(source, split, dataset_name))
     sizes = fields["sizes"]
-    for index in [index for index, size in enumerate(sizes) if size is None]:
+    unopened = [index for index, size in enumerate(sizes) if size is None]
+    for index in unopened:
         # Without a size, its boxes cannot be checked. Opening the image raises an error that says what is wrong.
         sizes[index] = (1, 1)
         fields["boxes"][index], fields["labels"][index], fields["crowds"][index] = [], [], []
     data = DetectionSplit(**fields)  # type: ignore[arg-type]  # all sizes are known now
     if not len(data):
-        raise InputError(f"{dataset_name}: split {split!r} has no images.")
+        raise InputError(f"{dataset_name}: split {quoted(split)} has no images.")
     if not data.class_names:
-        raise InputError(f"{dataset_name}: split {split!r} has no categories; a prompt needs class names.")
-    # Line breaks, for instance, cannot be drawn.
-    data.class_names = [" ".join(name.split()) for name in data.class_names]
+        raise InputError(f"{dataset_name}: split {quoted(split)} has no categories; a prompt needs class names.")
+    data.class_names = [clean_name(name) for name in data.class_names]
     _read_boxes(data, bbox_format, annotations, skip_bad_boxes)
     if not data.has_objects():
+        if unopened:
+            data.open_image(unopened[0])  # raises an error that says more
         left_out = f" {len(data.left_out)} were left out; the first: {data.left_out[0]}." if data.left_out else ""
-        raise InputError(f"{dataset_name}: split {split!r} has no boxes except crowds.{left_out}")
+        raise InputError(f"{dataset_name}: split {quoted(split)} has no boxes except crowds.{left_out}")
     return data, annotations
 
 
@@ -187,12 +199,12 @@ def _with_names(
     """
     for split, data in splits.items():
         if len(set(data.class_names)) < len(data.class_names):
-            _check_phrases(data.class_names, f"{dataset_name}: split {split!r}")
+            _check_phrases(data.class_names, f"{dataset_name}: split {quoted(split)}")
     matched = match_classes(splits)
     names = next(iter(matched.values())).class_names
     if class_names_file is not None:
         names = rename_classes(names, Path(class_names_file))
-    _check_phrases(names, dataset_name if len(splits) > 1 else f"{dataset_name}: split {next(iter(splits))!r}")
+    _check_phrases(names, dataset_name if len(splits) > 1 else f"{dataset_name}: split {quoted(next(iter(splits)))}")
     return {split: replace(data, class_names=names) for split, data in matched.items()}
 
 
@@ -206,6 +218,7 @@ def load_splits(
     class_names_column: str | None = None,
     skip_bad_boxes: bool = False,
     skip_bad_images: bool = False,
+    allow_outside_images: bool = False,
 ) -> dict[str, DetectionSplit]:
     """Read splits of one data set, and open all their images once.
 
@@ -217,7 +230,7 @@ def load_splits(
         splits: Names of the splits.
         accelerator: The accelerator of the launch. Its main process prints which boxes and images are left out, and how
             it reads names such as "hot_dog" and photos whose orientation is not certain.
-        bbox_format, class_names_file, class_names_column, skip_bad_boxes: See `load_split`.
+        bbox_format, class_names_file, class_names_column, skip_bad_boxes, allow_outside_images: See `load_split`.
         skip_bad_images: Whether to leave out images that cannot be opened, instead of raising.
 
     Returns:
@@ -226,11 +239,12 @@ def load_splits(
     Raises:
         InputError: A split cannot be read, an image does not open, or a split has no objects.
     """
-    source = _find(dataset_name, bbox_format, class_names_file, class_names_column)
+    source = _find(dataset_name, bbox_format, class_names_file, class_names_column, allow_outside_images)
     read = {}
     for split in dict.fromkeys(splits):
         read[split], annotations = _load(source, dataset_name, split, bbox_format, skip_bad_boxes)
-        accelerator.print(f"{split}: {counted(len(read[split]), 'image')} in {source.format} format from {annotations}")
+        number = counted(len(read[split]), "image")
+        accelerator.print(printable(f"{split}: {number} in {source.format} format from {annotations}"))
     data = _with_names(read, dataset_name, class_names_file)
     for line in _notes(read, data):
         accelerator.print(line)
@@ -241,13 +255,13 @@ def load_splits(
         if bad and not skip_bad_images:
             first = next(iter(bad.values()))
             raise InputError(
-                f"{first} Split {split!r} has {len(bad)} such images; skip_bad_images=True leaves them out."
+                f"{first} Split {quoted(split)} has {len(bad)} such images; skip_bad_images=True leaves them out."
             )
         for problem in (*images.left_out, *bad.values()):
-            accelerator.print(f"left out: {problem}")
+            accelerator.print(printable(f"left out: {problem}"))
         data[split] = images.subset([image for image in range(len(images)) if image not in bad])
         if not data[split].has_objects():
-            raise InputError(f"{dataset_name}: split {split!r} has no objects left.")
+            raise InputError(f"{dataset_name}: split {quoted(split)} has no objects left.")
     _decide_orientations(read, accelerator)
     return data
 
@@ -283,7 +297,7 @@ def _notes(read: dict[str, DetectionSplit], data: dict[str, DetectionSplit]) -> 
     in_all = {plain_name(name): name for images in read.values() for name in images.class_names}
     for split, images in read.items():
         there = {plain_name(name) for name in images.class_names}
-        missing = [repr(name) for key, name in in_all.items() if key not in there]
+        missing = [quoted(name) for key, name in in_all.items() if key not in there]
         if missing:
             notes.append(f"split {split} has no class {enumerated(missing)}, which another split has")
     return notes
@@ -307,12 +321,12 @@ def rename_classes(class_names: list[str], file: Path) -> list[str]:
         raise InputError(f"{file}: must be a JSON object that maps old names to new names.")
     for old, name in new.items():
         if not isinstance(name, str):
-            raise InputError(f"{file}: the new name of {old!r} must be a string, got {name!r}.")
+            raise InputError(f"{file}: the new name of {quoted(old)} must be a string, got {quoted(name)}.")
         if old not in class_names:
             raise InputError(
-                f"{file}: there is no class {old!r}; the classes are {enumerated(map(repr, class_names))}."
+                f"{file}: there is no class {quoted(old)}; the classes are {enumerated(map(quoted, class_names))}."
             )
-    return [new.get(name, name) for name in class_names]
+    return [clean_name(new.get(name, name)) for name in class_names]
 
 
 def _check_phrases(class_names: list[str], where: str) -> None:
@@ -323,9 +337,10 @@ def _check_phrases(class_names: list[str], where: str) -> None:
             names.setdefault(class_prompt([name]).rstrip("."), []).append(name)
         except InputError as error:
             raise InputError(f"{where}: {error} class_names_file=... renames a class.") from None
-    twice = [f"{phrase} ({', '.join(map(repr, same))})" for phrase, same in sorted(names.items()) if len(same) > 1]
+    same = sorted((phrase, names) for phrase, names in names.items() if len(names) > 1)
+    twice = [f"{printable(phrase, 80)} ({enumerated(map(quoted, names))})" for phrase, names in same]
     if twice:
-        raise InputError(f"{where} has several categories named {', '.join(twice)}; a prompt cannot tell them apart.")
+        raise InputError(f"{where} has several categories named {enumerated(twice)}; a prompt cannot tell them apart.")
 
 
 def _read_boxes(data: DetectionSplit, bbox_format: str, source: str, skip_bad_boxes: bool) -> None:
@@ -348,7 +363,7 @@ def _read_boxes(data: DetectionSplit, bbox_format: str, source: str, skip_bad_bo
             if problem is None:
                 good[-1].append(index)
                 continue
-            problem = f"{source}: image {image_id!r}: box {box!r} {problem}"
+            problem = f"{source}: image {quoted(image_id)}: box {quoted(box)} {problem}"
             if skip_bad_boxes:
                 data.left_out.append(problem)
                 continue
@@ -376,7 +391,7 @@ def _box_problem(box: Any, size: tuple[int, int], bbox_format: str) -> str | Non
     try:
         # Without this check, a string of four digits would count as four numbers.
         x, y, width, height = _as_xywh(None if isinstance(box, str) else box, size, bbox_format)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # also a number of 400 digits
         x = y = width = height = math.nan
     if not all(map(math.isfinite, (x, y, width, height))):
         return f"must be four finite numbers {BOX_FORMATS[bbox_format]}"
@@ -394,7 +409,11 @@ def _box_problem(box: Any, size: tuple[int, int], bbox_format: str) -> str | Non
 
 
 def _as_xywh(box: Any, size: tuple[int, int], bbox_format: str) -> Box:
-    """Return a box as (x, y, width, height) in pixels. Raises TypeError or ValueError if it is not four numbers."""
+    """Return a box as (x, y, width, height) in pixels.
+
+    Raises:
+        TypeError, ValueError, OverflowError: It is not four numbers.
+    """
     x, y, a, b = map(float, box)
     numbers = bbox_format.removeprefix(FRACTIONS)
     if numbers != bbox_format:

@@ -44,7 +44,7 @@ def evaluate(
         `AP`, `AP50` and `AP75` in each process; see `average_precision`.
 
     Raises:
-        InputError: The scores are not finite.
+        InputError: The scores or boxes are not finite.
     """
     return average_precision(data, detect_split(model, processor, data, batch_size, accelerator, label, num_workers))
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, TypedDict
 
 import torch
@@ -18,15 +18,19 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ..errors import InputError
+from ..errors import InputError, hint
 from ..training.interruption import make_worker_init_fn
+from ..wording import quoted
 from .data import DetectionSplit
 from .grounding import class_prompt, class_scores, class_token_maps, split_classes
+from .pixels import num_positions, pad_small_images, process_images
 
 # COCO counts the 100 best detections per image. This is the default of all functions here.
 MAX_DETECTIONS = 100
 # Lowest score of a detection to show, if no validation suggests one.
 DEFAULT_THRESHOLD = 0.3
+# Images with a longer side of more than this many shorter sides are checked before a run.
+OBLONG = 3
 # A detection: image index, x, y, width, height, score, class index.
 Row = tuple[int, float, float, float, float, float, int]
 
@@ -76,16 +80,24 @@ def detect(
         For each image, the best of all pairs of query and class, sorted by score, and the best score.
 
     Raises:
-        InputError: `max_detections` is below 1, or an image is not RGB.
+        InputError: `max_detections` is below 1, an image is not RGB or cannot be resized, or the scores or boxes are
+            not finite.
     """
+    _check_limit(max_detections)
     for index, image in enumerate(images):
         if image.mode != "RGB":  # a conversion by Pillow would make an image of 16 bits white
             raise InputError(
                 f"images[{index}]: must be RGB, got {image.mode}; peft_sdpt.detection.read_image reads any file as RGB."
             )
-    pixels = processor.image_processor(images, return_tensors="pt")
+    pixels = process_images(processor.image_processor, images)
     sizes = [image.size for image in images]
-    return _detect(model, processor.tokenizer, pixels, sizes, class_names, chunks, threshold, max_detections)
+    names = [f"images[{index}]" for index in range(len(images))]
+    return _detect(model, processor.tokenizer, pixels, sizes, names, class_names, chunks, threshold, max_detections)
+
+
+def _check_limit(max_detections: int | None) -> None:
+    if max_detections is not None and max_detections < 1:
+        raise InputError(f"max_detections={max_detections}: must be at least 1, or None for no limit.")
 
 
 @torch.no_grad()
@@ -94,31 +106,31 @@ def _detect(
     tokenizer: Any,
     pixels: Any,
     sizes: list[tuple[int, int]],
+    names: list[str],
     class_names: list[str],
     chunks: list[list[int]],
     threshold: float,
     max_detections: int | None,
 ) -> list[Detections]:
-    """Detect in images of these sizes, which the image processor has processed to `pixels`."""
-    if max_detections is not None and max_detections < 1:
-        raise InputError(f"max_detections={max_detections}: must be at least 1, or None for no limit.")
+    """Detect in images of these sizes and names, which the image processor has processed to `pixels`."""
     best_scores = [0.0] * len(sizes)
     # For each image, the boxes, scores and labels of each chunk.
     found: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in sizes]
     device = next(model.parameters()).device
-    pixels = pixels.to(device)
+    inputs = pad_small_images(pixels.to(device), model.config)
     for chunk in chunks:
         prompt = class_prompt([class_names[i] for i in chunk])
         text = tokenizer([prompt] * len(sizes), padding=True, return_tensors="pt").to(device)
-        outputs = model(**pixels, **text)
+        outputs = model(**inputs, **text)
+        _check_finite(outputs, names)
         all_scores = class_scores(outputs.logits.float(), class_token_maps(text["input_ids"], outputs.logits.shape[-1]))
         for image, scores in enumerate(all_scores):
             width, height = sizes[image]
             scores = scores.flatten()
             best_scores[image] = max(best_scores[image], scores.max().item())
             # Scores are selected before they are sorted and before boxes are computed, because LVIS has a million pairs
-            # of query and class. A score that is not a number is kept, so that the caller can see it.
-            pairs = (~(scores < threshold)).nonzero().squeeze(1)
+            # of query and class.
+            pairs = (scores >= threshold).nonzero().squeeze(1)
             if max_detections is not None and len(pairs) > max_detections:
                 pairs = pairs[scores[pairs].topk(max_detections).indices]
             query, label = pairs // len(chunk), pairs % len(chunk)
@@ -137,22 +149,63 @@ def _detect(
     return results
 
 
-def check_image_size(model: nn.Module, processor: Any, image_size: int) -> None:
-    """Detect in a blank square image to check that a model supports an image size.
+def _check_finite(outputs: Any, names: list[str]) -> None:
+    """Raise an `InputError` if a logit or a box is not finite. The logits of padding are -inf."""
+    # The maximum is NaN if any logit is, and infinite if any logit is. So this is a single look at the values.
+    sums = outputs.logits.flatten(1).amax(1).float() + outputs.pred_boxes.flatten(1).float().sum(1)
+    is_finite = sums.isfinite().tolist()
+    if not all(is_finite):
+        raise InputError(
+            f"{names[is_finite.index(False)]}: the scores or boxes are not finite. The weights may be damaged, or too "
+            f"large for {str(outputs.logits.dtype).removeprefix('torch.')}."
+        )
+
+
+def check_image_size(
+    model: nn.Module, processor: Any, image_size: int | None = None, sizes: Iterable[tuple[int, int]] = ()
+) -> None:
+    """Detect in blank images to check that a model supports an image size, and the sizes of the images in a data set.
 
     Args:
         model: The detector. Its mode, training or evaluation, stays as it is.
         processor: Its processor, which resizes images to this size.
-        image_size: Width and height in pixels.
+        image_size: Width and height of a square image in pixels. None to check only `sizes`.
+        sizes: (width, height) of images in pixels, before they are resized. The most oblong ones are checked.
 
     Raises:
-        InputError: The model fails, for instance because the image has fewer positions than the model has queries.
+        InputError: The model fails, a square image has fewer positions than the model has queries, or an image is so
+            oblong that no pixels are left.
     """
-    try:
-        with evaluation_mode(model):
-            detect(model, processor, [Image.new("RGB", (image_size, image_size))], ["object"], [[0]])
-    except RuntimeError as error:
-        raise InputError(f"image_size={image_size}: does not suit this base model ({error}).") from None
+    config: Any = model.config
+    if image_size is not None:
+        try:
+            pixels = _blank(model, processor, (image_size, image_size))
+        except RuntimeError as error:
+            raise InputError(f"image_size={image_size}: does not suit this base model ({error}).") from None
+        # A smaller image is padded. Most of what the model sees would then be padding in every image.
+        positions = num_positions(pixels.shape[-2], pixels.shape[-1], config)
+        if positions < config.num_queries:
+            raise InputError(
+                f"image_size={image_size}: does not suit this base model (a square image has only {positions} "
+                f"positions for {config.num_queries} queries)."
+            )
+    by_shape = sorted(set(sizes), key=lambda size: size[0] / size[1])
+    for size in {by_shape[0], by_shape[-1]} if by_shape else ():
+        if max(size) > OBLONG * min(size):
+            try:
+                _blank(model, processor, size)
+            except RuntimeError as error:
+                raise InputError(
+                    f"images of {size[0]} x {size[1]} pixels: do not suit this base model ({error})."
+                ) from None
+
+
+def _blank(model: nn.Module, processor: Any, size: tuple[int, int]) -> Tensor:
+    """Detect in a blank image of this size. Returns its pixels after resizing."""
+    image = Image.new("RGB", size)
+    with evaluation_mode(model):
+        detect(model, processor, [image], ["object"], [[0]])
+    return process_images(processor.image_processor, [image])["pixel_values"]
 
 
 @contextlib.contextmanager
@@ -196,8 +249,9 @@ def detect_split(
         The rows of all images, in each process.
 
     Raises:
-        InputError: The scores are not finite, or `max_detections` is below 1.
+        InputError: The scores or boxes are not finite, or `max_detections` is below 1.
     """
+    _check_limit(max_detections)
     detector = accelerator.unwrap_model(model)
     chunks = split_classes(data.class_names, processor.tokenizer, detector.config.max_text_len)
     mine = sorted(range(len(data)), key=data.sizes.__getitem__)[accelerator.process_index :: accelerator.num_processes]
@@ -219,22 +273,19 @@ def detect_split(
     with evaluation_mode(model):
         for images, pixels in bar:
             sizes = [data.sizes[image] for image in images]
-            with accelerator.autocast():
+            names = [f"{label}: image {quoted(data.image_ids[image])}" for image in images]
+            with accelerator.autocast(), hint("If training caused this, lower the learning rate."):
                 results = _detect(
-                    detector, processor.tokenizer, pixels, sizes, data.class_names, chunks, 0.0, max_detections
+                    detector, processor.tokenizer, pixels, sizes, names, data.class_names, chunks, 0.0, max_detections
                 )
             for image, result in zip(images, results, strict=True):
-                if not result["scores"].isfinite().all():
-                    raise InputError(
-                        f"{label}: the scores are not finite. If training caused this, lower the learning rate."
-                    )
                 rows += rows_of(image, result)
     return gather_object(rows)
 
 
 def _process(data: DetectionSplit, image_processor: Any, images: list[int]) -> tuple[list[int], Any]:
     """Return the indices of some images, and the output of the image processor for them."""
-    return images, image_processor([data.open_image(image) for image in images], return_tensors="pt")
+    return images, process_images(image_processor, [data.open_image(image) for image in images])
 
 
 def rows_of(image: int, result: Detections) -> list[Row]:

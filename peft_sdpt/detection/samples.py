@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..training.interruption import make_worker_init_fn
 from .data import DetectionSplit, centre_boxes
 from .grounding import class_prompt, phrase_lengths
+from .pixels import process_images
 
 # The "standard" scale jitter of arXiv 2012.07177. The stronger jitter there is for training from scratch.
 SCALES = (0.8, 1.25)
@@ -152,7 +153,7 @@ class TrainingSamples(Dataset[Sample]):
         Returns:
             The inputs of the detector, and the labels of each image.
         """
-        inputs = self.processor.image_processor([sample["image"] for sample in samples], return_tensors="pt")
+        inputs = process_images(self.processor.image_processor, [sample["image"] for sample in samples])
         prompts = [sample["prompt"] for sample in samples]
         inputs |= self.processor.tokenizer(prompts, padding=True, return_tensors="pt")
         return dict(inputs), [sample["labels"] for sample in samples]

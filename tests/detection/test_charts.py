@@ -31,7 +31,30 @@ def make_record(num_classes=3, trained=True, **changes):
     }
 
 
-STRANGE = {"$x": {"objects": 1, "before": {"AP": 0.5}, "after": {"AP": 0.2}}, "犬 $": {"objects": 0, "before": None}}
+# Names that fonts, Matplotlib's formulas and legends, or files could trip over.
+STRANGE_NAMES = (
+    *(
+        "$x",
+        "犬 $",
+        r"$\frac{",
+        r"C:\new",
+        "_cat",
+        "a\nb",
+        "\x00",
+        "\x1b[31m",
+        "\ud800",
+        "\u2028",
+        "😀",
+        "👩‍👩‍👧",
+        "شجرة",
+    ),
+    *("{true}", "%s", "a" * 5000, "&lt;", "<script>", "^_^", " "),
+)
+STRANGE = {name: {"objects": 1, "before": {"AP": i / 20}, "after": {"AP": 0.2}} for i, name in enumerate(STRANGE_NAMES)}
+STRANGE_ERRORS = [
+    {"error": "confused", "true": name, "predicted": other, "count": 2}
+    for name, other in zip(STRANGE_NAMES, STRANGE_NAMES[::-1], strict=True)
+]
 
 
 @pytest.mark.filterwarnings("error")
@@ -42,9 +65,11 @@ STRANGE = {"$x": {"objects": 1, "before": {"AP": 0.5}, "after": {"AP": 0.2}}, "�
         make_record(trained=False),
         make_record(200),
         make_record(1, errors=[]),
-        make_record(classes={**STRANGE, "a" * 300: STRANGE["$x"]}),
+        make_record(classes=STRANGE, errors=STRANGE_ERRORS[:4]),
+        make_record(classes=STRANGE, errors=STRANGE_ERRORS[4:8]),
+        make_record(classes=STRANGE, errors=STRANGE_ERRORS[8:]),
     ],
-    ids=["trained", "evaluated", "many classes", "no errors", "strange names"],
+    ids=["trained", "evaluated", "many classes", "no errors", "strange names", "strange names 2", "strange names 3"],
 )
 def test_a_report_is_a_picture(record, tmp_path):
     draw_report(record, tmp_path / "report.png")

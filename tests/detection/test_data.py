@@ -241,7 +241,8 @@ def test_an_empty_folder_is_no_data_set(tmp_path):
         load_split(str(tmp_path), "train")
 
 
-def test_a_file_name_may_leave_the_folder(folder, coco):
+def test_a_file_name_may_leave_the_folder_of_images(folder, coco):
+    """It may not leave that of the data set; see `test_names_that_lead_out_of_the_folder`."""
     shutil.move(folder / "images" / "a.png", folder / "a.png")
     coco["images"][1]["file_name"] = "../a.png"
     coco["images"][0]["file_name"] = str(folder / "images" / "b.png")
@@ -249,6 +250,55 @@ def test_a_file_name_may_leave_the_folder(folder, coco):
 
 
 # ---- what is refused
+
+
+@pytest.mark.parametrize(
+    "field", [("images", 0, "id"), ("annotations", 0, "category_id"), ("annotations", 0, "bbox", 2)]
+)
+def test_a_number_of_400_digits(folder, coco, field):
+    *place, last = field
+    value = coco
+    for key in place:
+        value = value[key]
+    value[last] = 10**400
+    with pytest.raises(InputError, match=r"finite numbers|has the unknown") as error:
+        load(folder, coco)
+    assert len(str(error.value)) < 500 and "bbox_format" not in str(error.value)
+
+
+@pytest.mark.parametrize("field", ["width", "height"])
+@pytest.mark.parametrize("size", [10**400, 2**40, "Infinity", "wide", [4]])
+def test_a_size_that_no_image_has(folder, coco, field, size):
+    coco["images"][1][field] = size
+    with pytest.raises(InputError, match=r"train\.json: images\[1\]: `width` and `height` must be numbers, got \("):
+        load(folder, coco)
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "1e400"])
+@pytest.mark.parametrize("part", ["images", "categories"])
+def test_an_id_that_is_not_finite(folder, coco, part, value):
+    """NaN differs from itself, so it would identify nothing."""
+    coco[part].append({**coco[part][0], "id": 12345})
+    text = json.dumps(coco).replace("12345", value)
+    with pytest.raises(InputError, match=rf"{part}\[\d\]: `id` must be finite, got (nan|inf)"):
+        load(folder, text)
+
+
+def test_what_a_message_quotes_is_one_short_line(folder, coco):
+    coco["images"][0]["file_name"] = ["x\n\x1b[31m" * 1000]
+    with pytest.raises(InputError, match="`file_name` must be str, got ") as error:
+        load(folder, coco)
+    assert str(error.value).isprintable() and len(str(error.value)) < 400
+
+
+def test_class_names_of_a_file_are_cleaned(folder, coco, tmp_path):
+    """A line break in a name cannot be drawn, and would end a report in its last step."""
+    new = put(tmp_path / "names.json", {"dog": "big\n dog\x1b[31m", "White Cell": "a\u200cnt \u2028", "cat": "\x00cat"})
+    names = load(folder, coco, class_names_file=new).class_names
+    assert sorted(names) == sorted(["big dog[31m", "a\u200cnt", "cat"])
+    twice = put(tmp_path / "names.json", {"dog": "cat\x00"})
+    with pytest.raises(InputError, match=r"several categories named cat \('cat', 'cat'\)"):
+        load(folder, coco, class_names_file=twice)
 
 
 def test_missing_file(folder, coco):
@@ -1026,7 +1076,9 @@ def test_pictures_on_the_disk(monkeypatch, tmp_path):
     columns, features = hub_rows("list of dicts")
     columns["image"] = [str(tmp_path / "a.png"), picture(8, 9)]
     hub(monkeypatch, columns, features)
-    data = load_split("someone/some-data", "train")
+    with pytest.raises(InputError, match=r"image 0: its file .* of the data set; allow_outside_images=True follows"):
+        load_split("someone/some-data", "train")
+    data = load_split("someone/some-data", "train", allow_outside_images=True)
     assert data.sizes[0] == data.open_image(0).size == (30, 20)
     picture(31, 20).save(tmp_path / "a.png")
     with pytest.raises(InputError, match=r"image 0: \(31, 20\) pixels, but its header says \(30, 20\)"):

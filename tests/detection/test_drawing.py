@@ -8,7 +8,8 @@ from PIL import Image, ImageDraw
 
 from peft_sdpt.detection import draw_objects, side_by_side
 from peft_sdpt.detection.drawing import GAP, HEADER, SIDE, draw_detections
-from tests.detection.test_metrics import make_split
+from tests.detection.test_charts import STRANGE_NAMES
+from tests.detection.test_metrics import BOX, make_split
 
 NONE = {"boxes": torch.empty(0, 4), "scores": torch.empty(0), "labels": torch.empty(0, dtype=torch.long)}
 COLOURS, SIZES = [(255, 0, 0), (0, 255, 0), (0, 0, 255)], [(160, 80), (160, 160), (320, 80)]
@@ -139,3 +140,21 @@ def test_small_boxes_are_not_filled():
         drawn.getpixel((int((x + 0.4) * 640 / 60), int((y + 0.4) * 480 / 45))) for x in range(60) for y in range(45)
     ]
     assert sum(pixel == WHITE for pixel in inside) > 1000
+
+
+def test_a_tall_image_does_not_make_the_sheet_huge(data):
+    data.sizes, tall = [(20, 2000), (50, 100), (2000, 20)], Image.new("RGB", (20, 2000), "red")
+    data.open_image = lambda index: tall.resize(data.sizes[index])
+    sheet = side_by_side(data, {"before": [NONE] * 3})
+    assert sheet.size == (2 * (SIDE + GAP) - GAP, 2 * HEADER + 1300 + 2 * SIDE + 3 + 3 * GAP)
+
+
+def test_any_name_is_drawn():
+    """Pillow cannot measure a text of several lines, nor half of a surrogate pair."""
+    image = Image.new("RGB", (160, 120), "white")
+    for name in STRANGE_NAMES:
+        assert draw_detections(image, found(0.9), ["", name], 0.5).tobytes() != image.tobytes()
+        data = make_split([[BOX]], [[0]])
+        data.class_names, data.open_image = [name], lambda _: image
+        sheet = side_by_side(data, {name: [{**found(0.9), "labels": torch.tensor([0])}]}, title=f"the split {name}")
+        assert sheet.width > SIDE

@@ -3,8 +3,10 @@
 """All formats give the same small data set, and each reader raises errors for files that it cannot read."""
 
 import json
+import os
 import random
 import shutil
+import sys
 import unicodedata
 from pathlib import Path
 
@@ -507,6 +509,97 @@ def test_paths_of_another_machine_in_data_yaml(tmp_path):
     )
     for split in ("train", "val"):
         check(load_split(str(tmp_path), split))
+
+
+def lead_out(folder: Path, name: str) -> dict[str, Path]:
+    """Write the data set of `IMAGES` in several formats. Its first image is only at `name`, outside of each folder.
+
+    `name` is relative to the folder of the data set, or absolute.
+    """
+    first, *others = IMAGES
+    (size, objects), written = IMAGES[first], {}
+    for format in ("coco", "voc", "labelme", "list", "yaml"):
+        place = written[format] = folder / format
+        picture_files(place / "images", {image: IMAGES[image] for image in others})
+    content = coco(prefix="images/")
+    content["images"][0]["file_name"] = name
+    put(written["coco"] / "train.json", content)
+    put(written["voc"] / "train" / "a.xml", write_voc(os.path.join("..", name), size, objects, NAMES))
+    put(written["labelme"] / "train" / "a.json", write_labelme(os.path.join("..", name), size, objects, NAMES))
+    for format in ("list", "yaml"):
+        put(written[format] / "classes.txt", "\n".join(NAMES))
+    put(written["list"] / "train.txt", name)
+    put(written["yaml"] / "data.yaml", f"names: {NAMES}\ntrain: {Path(name).parent}\n")
+    return written
+
+
+@pytest.mark.parametrize("is_absolute", [False, True], ids=["relative", "absolute"])
+def test_names_that_lead_out_of_the_folder(tmp_path, is_absolute):
+    """Data of strangers must not show any picture of this computer."""
+    first = next(iter(IMAGES))
+    outside = tmp_path / "elsewhere" / "secret.png"
+    picture_files(outside.parent, {first: IMAGES[first]})
+    os.rename(outside.parent / first, outside)
+    put(outside.with_suffix(".txt"), yolo_lines(first))
+    name = str(outside) if is_absolute else "../elsewhere/secret.png"
+    for format, folder in lead_out(tmp_path / "data", name if is_absolute else f"../{name}").items():
+        with pytest.raises(InputError, match=r"leads out of the folder of the data set; allow_outside_images=True"):
+            data = load_split(str(folder), "train")
+            raise InputError(*check_images(data, disable_progress=True).values())
+        data = load_split(str(folder), "train", allow_outside_images=True)
+        assert check_images(data, disable_progress=True) == {}, format
+        assert data.open_image(0).getpixel((0, 0)) == colour_of(first), format
+
+
+def test_links_in_the_folder_may_lead_anywhere(tmp_path):
+    """Whoever made them knows where to."""
+    picture_files(tmp_path / "elsewhere")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    try:
+        (folder / "images").symlink_to(tmp_path / "elsewhere")
+    except OSError:
+        pytest.skip("no links here")
+    put(folder / "train.json", coco())
+    check(load_split(str(folder), "train"))
+    (tmp_path / "link").symlink_to(folder)
+    check(load_split(str(tmp_path / "link"), "train"))
+
+
+@pytest.mark.parametrize("name", ["x" * 300 + ".png", "\x00.png", "/" * 5000, "a/" * 50_000, "~/x.png", "C:\\x.png"])
+def test_names_that_no_file_can_have(tmp_path, name):
+    for format, folder in lead_out(tmp_path, name if "\x00" not in name else "x.png").items():
+        if format == "coco":
+            content = coco(prefix="images/")
+            content["images"][0]["file_name"] = name
+            put(folder / "train.json", content)
+        with pytest.raises(InputError) as error:
+            raise InputError(*check_images(load_split(str(folder), "train"), disable_progress=True).values())
+        assert str(error.value) and str(error.value).isprintable() and len(str(error.value)) < 2000, format
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are text here")
+@pytest.mark.parametrize("write", [yolo_of_labelimg, voc_of_labelimg])
+def test_names_of_files_that_are_not_utf_8(tmp_path, write):
+    write(tmp_path)
+    for file in list(tmp_path.rglob("*")):
+        if file.stem == Path(next(iter(IMAGES))).stem:
+            os.rename(file, os.fsencode(file.parent) + b"/caf\xe9" + os.fsencode(file.suffix))
+    data = load_split(str(tmp_path), "default")
+    assert "caf�" in " ".join(data.image_ids)
+    for split in load_splits(str(tmp_path), ["default"], Accelerator(cpu=True)).values():
+        json.dumps(split.image_ids, ensure_ascii=False).encode()
+        split.fingerprint()
+
+
+def test_aliases_of_yaml_that_would_never_end(tmp_path):
+    yolo_of_label_studio(tmp_path)
+    (tmp_path / "classes.txt").unlink()
+    lists = "\n".join(f"l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 9)}]" for i in range(1, 30))
+    for last in ("nc: *l29\nnames: [cat, dog, owl]", "names: *l29", "train: *l29\nnames: [cat, dog, owl]"):
+        put(tmp_path / "data.yaml", f"l0: &l0 [x]\n{lists}\n{last}\n")
+        with pytest.raises(InputError, match=r"data\.yaml: `(nc|names|train)` .*list"):
+            load_split(str(tmp_path), "train")
 
 
 def test_photos_of_another_split_decide(tmp_path):

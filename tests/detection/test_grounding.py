@@ -21,6 +21,7 @@ from peft_sdpt.detection.grounding import (
     split_classes,
 )
 from peft_sdpt.errors import InputError
+from peft_sdpt.wording import quoted
 from tests.helpers.words import WORDS, make_tokenizer
 
 WHOLE_WORDS = [word for word in WORDS if not word.startswith("##")]
@@ -100,7 +101,7 @@ def test_class_without_a_word_is_refused(names):
     empty = next(name for name in names if name != "dog")
     with pytest.raises(ValueError, match="has no word") as error:
         class_prompt(names)
-    assert repr(empty) in str(error.value)
+    assert quoted(empty) in str(error.value)
 
 
 def test_no_class_is_refused():

@@ -479,3 +479,44 @@ def test_evaluate_a_host(processor):
 def test_images_of_another_mode_are_refused():
     with pytest.raises(InputError, match=r"images\[1\]: must be RGB, got I;16; peft_sdpt\.detection\.read_image"):
         detect(None, None, [Image.new("RGB", (9, 9)), Image.new("I;16", (9, 9))], ["dog"], [[0]])
+
+
+class Spoiled(WordDetector):
+    """Has one value in its logits or boxes that is not finite, in the last image of a batch."""
+
+    def __init__(self, output: str, value: float):
+        super().__init__(random_boxes(5))
+        self.output, self.value = output, value
+
+    def forward(self, **inputs):
+        outputs = super().forward(**inputs)
+        halves = {"logits": outputs.logits.half(), "pred_boxes": outputs.pred_boxes.half().clone()}
+        halves[self.output][-1, 2, 1] = self.value
+        return SimpleNamespace(**halves)
+
+
+BAD_OUTPUTS = [
+    ("logits", "nan"),
+    ("logits", "inf"),
+    ("pred_boxes", "nan"),
+    ("pred_boxes", "inf"),
+    ("pred_boxes", "-inf"),
+]
+
+
+@pytest.mark.parametrize(("output", "value"), BAD_OUTPUTS)
+@pytest.mark.parametrize("threshold", [0.0, 0.9])
+def test_scores_or_boxes_that_are_not_finite_are_named(processor, output, value, threshold):
+    model = Spoiled(output, float(value))
+    images = [Image.new("RGB", (100, 100))] * 3
+    with pytest.raises(InputError, match=r"images\[2\]: the scores or boxes are not finite\. .* too large for float16"):
+        detect(model, processor, images, ["dog"], [[0]], threshold)
+    data = make_split([[BOX], [BOX]], [[0], [0]], classes=1)
+    message = r"validating: image 1: the scores or boxes are not finite\. .* lower the learning rate\."
+    with pytest.raises(InputError, match=message):
+        detect_split(model, processor, data, 2, Accelerator(cpu=True), "validating")
+
+
+def test_the_logits_of_padding_may_be_infinite(processor):
+    """They are -inf, in any precision, and so may be those of a token of the prompt."""
+    detect(Spoiled("logits", float("-inf")), processor, [Image.new("RGB", (100, 100))], ["dog"], [[0]])

@@ -4,6 +4,7 @@
 
 import contextlib
 import dataclasses
+import io
 import json
 import os
 import shutil
@@ -23,6 +24,7 @@ from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 
 import detect
 from peft_sdpt.commands import detect as command
+from peft_sdpt.commands import print_any_name
 from peft_sdpt.detection import images, prediction
 from peft_sdpt.detection.grounding import split_classes
 from peft_sdpt.detection.saved_adapter import common_base_model, find_adapter, load_processor
@@ -244,7 +246,57 @@ def test_scores_that_are_not_finite(run, photos, adapters, monkeypatch, capsys):
 
     monkeypatch.setattr(command, "load_detector", damaged)
     assert run(photos, "--adapter", adapters[0]) == 2
-    assert f"{photos / 'a.png'}: its scores are not finite" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "images[0]: the scores or boxes are not finite. The weights may be damaged" in error
+    assert error.rstrip().endswith(f"images[0] is {photos / 'a.png'}.")
+
+
+# ---- names
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are text here")
+def test_names_that_are_no_text(run, photos, adapters, tmp_path, monkeypatch, capsys):
+    """On Linux, the name of a file is any bytes. Results have names that any file can hold, also in a second run."""
+    folder = os.fsencode(photos)
+    os.rename(photos / "a.png", folder + b"/caf\xe9\n.png")
+    os.mkdir(folder + b"/\xff")
+    os.rename(photos / "b.png", folder + b"/\xff/" + b"\xe9" * 251 + b".png")
+    for _ in range(2):
+        assert run(photos, "--adapter", adapters[0], "--threshold", "0.99") == 0
+        said = capsys.readouterr().out
+        assert "3 images, 0 objects" in said and "caf� .png 0." in said
+    names = [image["file_name"] for image in read(tmp_path / "out")["images"]]
+    assert "caf�\n.png" in names and "c.png" in names
+    long = next(name for name in names if name.startswith("�/"))
+    assert len(Path(long).name.encode()) <= 255 and long.endswith("�.png")
+    assert all((tmp_path / "out" / name).is_file() for name in names)
+    json.dumps(read(tmp_path / "out"), ensure_ascii=False).encode()
+
+
+def test_names_are_cut_to_what_a_file_system_allows():
+    taken: set[str] = set()
+    name = command.free_name(Path("a") / ("x" * 250 + ".heic"), taken)
+    assert name == "a/" + "x" * 250 + "." + ".jpg"
+    again = command.free_name(Path("a") / ("x" * 250 + ".heic"), taken)
+    assert again.endswith("-2.jpg") and len(Path(again).name) == 255
+    for name in ("é" * 127 + ".psd", "😀" * 62 + ".png"):
+        free = Path(command.free_name(Path(name), taken)).name
+        assert free.endswith(".png") and 250 < len(free.encode()) <= 255
+
+
+def test_class_names_with_line_breaks(run, photos, tmp_path, capsys):
+    adapter = save_adapter(tmp_path / "strange", 1, ["grinning\n face\x1b[31m", "dog"])
+    assert run(photos, "--adapter", adapter) == 0
+    assert [each["name"] for each in read(tmp_path / "out")["categories"]] == ["grinning face[31m", "dog"]
+    assert "looking for 2 classes: grinning face[31m, dog (threshold" in capsys.readouterr().out
+
+
+def test_names_that_the_terminal_lacks(monkeypatch, capsys):
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    print_any_name()
+    print("a café \udce9 😀", flush=True)
+    assert stdout.buffer.getvalue() == rb"a caf\xe9 \udce9 \U0001f600" + b"\n"
 
 
 # ---- files
@@ -635,6 +687,7 @@ def test_bad_inputs(refused, photos, adapters, tmp_path, monkeypatch, capsys, ru
     flags = ("--adapter", adapters[0])
     (tmp_path / "empty").mkdir()
     refused("nosuch.jpg: no such image or folder", photos / "nosuch.jpg", *flags)
+    refused("xxx…: no such image or folder", photos / ("x" * 290), *flags)
     refused("empty: no image in this folder", photos, tmp_path / "empty", *flags)
     refused("notes.txt: cannot be opened as an image", photos / "notes.txt", *flags)
     refused("a.png: is not a folder, which --watch needs", photos / "a.png", "--watch", *flags)
@@ -671,6 +724,8 @@ def test_bad_adapters(refused, photos, adapters, tmp_path):
     refused("both are called ONE", photos, "--adapter", adapters[0], f"ONE={adapters[1]}")
     refused("'a/b' cannot be the name of a folder", photos, "--adapter", f"a/b={adapters[0]}")
     refused("'..' cannot be the name of a folder", photos, "--adapter", f"..={adapters[0]}")
+    refused("xxx… cannot be the name of a folder", photos, "--adapter", f"{'x' * 300}={adapters[0]}")
+    refused(r"'a\nb' cannot be the name of a folder", photos, "--adapter", f"a\nb={adapters[0]}")
     refused(f"is not a saved adapter, because {photos}", photos, "--adapter", photos)
 
     def changed(name: str, **changes) -> Path:

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -29,7 +30,7 @@ from transformers import (
 
 import train_detection
 from peft_sdpt import SDPTConfig, SDPTLayer
-from peft_sdpt.commands import train
+from peft_sdpt.commands import train, train_results
 from peft_sdpt.commands.train_results import print_images, size_of
 from peft_sdpt.model_card import licence_of
 from peft_sdpt.training import checkpoints
@@ -371,10 +372,52 @@ def test_the_report_has_what_happened(main_job, trained, small_task, tmp_path, c
     worst = min((entry["after"]["AP"], name) for name, entry in classes.items() if entry["after"])[1]
     assert f"  {worst} " in said and f"at a score of at least {at['threshold']:g}: F1 {at['f1']:.3f}" in said
     assert f"suggested score threshold: {at['threshold']:g}, from the split val" in said
-    assert f"| {worst} | {classes[worst]['before']['AP']:.3f} | {classes[worst]['after']['AP']:.3f} |" in card
+    assert f"| `{worst}` | {classes[worst]['before']['AP']:.3f} | {classes[worst]['after']['AP']:.3f} |" in card
     assert f"F1 {at['f1']:.3f}, precision {at['precision']:.3f}" in card and "report.png" in card
     # Lists of numbers are on one line.
     assert len((out / "metrics.json").read_text().splitlines()) < 1500
+
+
+def test_a_chart_that_fails_loses_nothing(main_job, small_task, tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise ValueError("no such font\n\x1b[31m")
+
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "eval_report.png").write_text("of an earlier run")
+    monkeypatch.setattr(train_results, "draw_report", fail)
+    assert main_job("--dataset_name", small_task, "--eval_only") == 0
+    said = capsys.readouterr().out
+    assert "eval_report.png could not be drawn: no such font \\x1b[31m\n" in said
+    assert f"wrote eval_detections.png, eval_metrics.json in {out}\n" in said
+    assert json.loads((out / "eval_metrics.json").read_text())["before"]["AP"] > 0
+    assert sorted(path.name for path in out.iterdir()) == ["eval_detections.png", "eval_metrics.json"]
+
+
+def test_strange_names_and_oblong_photos_are_trained_measured_and_reported(main_job, own_task, tmp_path, capsys):
+    """Names have line breaks, and photos have fewer positions than the detector has queries."""
+    for split in ("train", "val", "test"):
+
+        def change(coco):
+            for number, category in enumerate(coco["categories"]):
+                category["name"] += f"\n\x00 ${number}_{{x}}$ <b>|`"
+            image = coco["images"][0]
+            Image.effect_noise((2000, 50), 90).convert("RGB").save(own_task / "images" / image["file_name"])
+            image |= {"width": 2000, "height": 50}
+            for annotation in coco["annotations"]:
+                if annotation["image_id"] == image["id"]:
+                    annotation["bbox"] = [4, 5, 30, 40]
+
+        edit(own_task / f"{split}.json", change)
+    assert main_job("--dataset_name", own_task, *ONE_STEP) == 0
+    out, said = tmp_path / "out", capsys.readouterr().out
+    name = json.loads((out / "class_names.json").read_text())[0]
+    assert name == "monkey $0_{x}$ <b>|`"
+    assert name in json.loads((out / "metrics.json").read_text())["classes"]
+    assert "could not be drawn" not in said and (out / "report.png").is_file() and (out / "detections.png").is_file()
+    # In a model card, names are code: no HTML, and no end of a table's cell.
+    results = (out / "README.md").read_text().partition("## Results")[2]
+    assert "_{x}$ <b>\\|'`" in results and results.count("<b>") == len(re.findall(r"`[^`\n]*<b>[^`\n]*`", results))
 
 
 def test_one_of_a_kind_is_singular(capsys):
@@ -674,7 +717,7 @@ def test_images_that_do_not_open_are_left_out_only_when_asked(main_job, own_task
         ),
         (
             ("--learning_rate", 1e37, "--max_train_steps", 2),
-            "the scores are not finite. If training caused this, lower the learning rate.",
+            "for float32. If training caused this, lower the learning rate.",
         ),
         (("--max_train_steps", 0), "--max_train_steps 0"),
         (("--dataset_name", "no/such folder"), "no/such folder"),

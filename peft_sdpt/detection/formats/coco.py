@@ -4,12 +4,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any
 
 from ...errors import InputError
 from ...files import read_json
+from ...wording import printable, quoted
 from ..decoding import Size
 from .files import ImageFinder, split_images
 from .source import (
@@ -66,35 +68,38 @@ COCO_FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
 }
 
 
-def find(path: Path, class_names_column: str | None) -> Source | None:
+def find(path: Path, class_names_column: str | None, root: Path | None) -> Source | None:
     """Find the splits of a data set in COCO format.
 
     Args:
         path: A folder in one of the layouts, or a COCO file.
         class_names_column: Field of the categories with the class names. None for `name`.
+        root: The folder of the data set, which images may not be outside. None allows that.
 
     Returns:
         The data set, or None if the folder has no COCO file with a usual name.
     """
     if path.is_file():
         whole = (path, _folders(path.parent, WHOLE_IMAGES, DEFAULT), "")
-        return _source(path.parent, {DEFAULT: whole}, class_names_column)
+        return _source(path.parent, {DEFAULT: whole}, class_names_column, root)
     files = _split_files(path)
     if not any(map(is_split_name, files)):
         files = _whole_file(path)
-    return _source(path, files, class_names_column) if files else None
+    return _source(path, files, class_names_column, root) if files else None
 
 
-def find_with_other_name(folder: Path, class_names_column: str | None) -> Source | None:
+def find_with_other_name(folder: Path, class_names_column: str | None, root: Path | None) -> Source | None:
     """Find COCO files of any name. Each is a split of this name. None if there is no COCO file."""
     files = _split_files(folder)
-    return _source(folder, files, class_names_column) if files else None
+    return _source(folder, files, class_names_column, root) if files else None
 
 
-def _source(folder: Path, files: dict[str, tuple[Path, list[Path], str]], class_names_column: str | None) -> Source:
+def _source(
+    folder: Path, files: dict[str, tuple[Path, list[Path], str]], class_names_column: str | None, root: Path | None
+) -> Source:
     def read(split: str) -> tuple[SplitFields, str]:
         file, folders, layout = files[split]
-        return _read(file, folders, folder if layout == ROBOFLOW_FILE else None, class_names_column)
+        return _read(file, folders, root, folder if layout == ROBOFLOW_FILE else None, class_names_column)
 
     looked_for = tuple(file for file, _ in LAYOUTS)
     return Source("COCO", list(files), read, sets_boxes=False, looked_for=looked_for)
@@ -145,13 +150,14 @@ def _looks_like_coco(file: Path) -> bool:
 
 
 def _read(
-    file: Path, folders: list[Path], roboflow: Path | None, class_names_column: str | None
+    file: Path, folders: list[Path], root: Path | None, roboflow: Path | None, class_names_column: str | None
 ) -> tuple[SplitFields, str]:
     """Read a split. No image is opened.
 
     Args:
         file: The annotation file.
         folders: Folders of the images.
+        root: The folder of the data set, or None.
         roboflow: The folder of an export of Roboflow, which may have an unused root category. None for other exports.
         class_names_column: Field of the categories with the class names, or None.
     """
@@ -166,19 +172,21 @@ def _read(
     field = class_names_column or "name"
     for category in categories:
         if field not in category:
-            raise InputError(f"{file}: category {category['id']!r} ({category['name']!r}) has no `{field}`.")
-    finder, names = ImageFinder(folders), [image["file_name"] for image in coco["images"]]
-    images = split_images([finder.find(name) for name in names], names, finder.folders, sizes, file)
+            name = quoted(category["name"])
+            raise InputError(f"{file}: category {quoted(category['id'])} ({name}) has no `{printable(field, 80)}`.")
+    finder, names = ImageFinder(folders, root), [image["file_name"] for image in coco["images"]]
+    images = split_images([finder.find(name) for name in names], names, finder.folders, sizes, file, root)
     fields: SplitFields = {
         "class_names": [
-            one_name(category[field], f"{file}: `{field}` of category {category['id']!r}") for category in categories
+            one_name(category[field], f"{file}: `{printable(field, 80)}` of category {quoted(category['id'])}")
+            for category in categories
         ],
         "image_ids": list(objects),
         "sizes": images.known_sizes(),
         "boxes": [[a["bbox"] for a in group] for group in objects.values()],
         "labels": [[position[a["category_id"]] for a in group] for group in objects.values()],
         "crowds": [
-            [is_crowd(a.get("iscrowd"), f"{file}: annotation {a.get('id')}") for a in group]
+            [is_crowd(a.get("iscrowd"), f"{file}: annotation {quoted(a.get('id'))}") for a in group]
             for group in objects.values()
         ],
         "open_image": images,
@@ -192,7 +200,7 @@ def _size(image: dict, where: str) -> Size | None:
     try:
         return annotated_size(*size)
     except (TypeError, ValueError, OverflowError):
-        raise InputError(f"{where}: `width` and `height` must be numbers, got {size}.") from None
+        raise InputError(f"{where}: `width` and `height` must be numbers, got {quoted(size)}.") from None
 
 
 def read_coco(file: Path) -> dict:
@@ -213,26 +221,28 @@ def read_coco(file: Path) -> dict:
         for index, entry in enumerate(coco[part]):
             where = f"{file}: {part}[{index}]"
             if not isinstance(entry, dict):
-                raise InputError(f"{where} must be an object, got {entry!r}.")
+                raise InputError(f"{where} must be an object, got {quoted(entry)}.")
             for field, types in fields.items():
                 if field not in entry:
                     raise InputError(f"{where} has no `{field}`.")
                 if not isinstance(entry[field], types):
                     names = " or ".join(each.__name__ for each in types)
-                    raise InputError(f"{where}: `{field}` must be {names}, got {entry[field]!r}.")
+                    raise InputError(f"{where}: `{field}` must be {names}, got {quoted(entry[field])}.")
+                if isinstance(entry[field], float) and not math.isfinite(entry[field]):
+                    raise InputError(f"{where}: `{field}` must be finite, got {entry[field]}.")
     for part, word in (("images", "image"), ("categories", "category")):
         seen = set()
         for entry in coco[part]:
             if entry["id"] in seen:
-                raise InputError(f"{file}: {word} ids are not unique; {entry['id']!r} occurs twice.")
+                raise InputError(f"{file}: {word} ids are not unique; {quoted(entry['id'])} occurs twice.")
             seen.add(entry["id"])
     images, categories = ({entry["id"] for entry in coco[part]} for part in ("images", "categories"))
     for annotation in coco["annotations"]:
-        where = f"{file}: annotation {annotation.get('id')}"
+        where = f"{file}: annotation {quoted(annotation.get('id'))}"
         if annotation["image_id"] not in images:
-            raise InputError(f"{where} has the unknown image_id {annotation['image_id']!r}.")
+            raise InputError(f"{where} has the unknown image_id {quoted(annotation['image_id'])}.")
         if annotation["category_id"] not in categories:
-            raise InputError(f"{where} has the unknown category_id {annotation['category_id']!r}.")
+            raise InputError(f"{where} has the unknown category_id {quoted(annotation['category_id'])}.")
     return coco
 
 

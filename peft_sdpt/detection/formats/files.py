@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import threading
 import unicodedata
 from collections.abc import Callable, Iterable
@@ -16,12 +17,16 @@ from typing import IO
 from PIL import Image
 
 from ...errors import InputError
-from ...wording import counted, enumerated
+from ...wording import counted, enumerated, printable, quoted
 from ..decoding import Size, is_turned, opened, orientation_of, read_image, shown_size
 from ..images import SUFFIXES, files_in
 
 # Threads that read the headers of images. A network disk answers several requests at the same time.
 THREADS = 8
+# Letters of the path of an image in a message, and of the longest path of Linux.
+MAX_NAMED, MAX_PATH = 300, 4096
+# The end of a message about a name that is not found, if it leads out of the folder of the data set.
+OUTSIDE = " The name leads out of the folder of the data set; allow_outside_images=True follows it."
 # Several threads may open images of the same split.
 _LOCK = threading.Lock()
 
@@ -35,10 +40,12 @@ class ImageFinder:
 
     Args:
         folders: Folders to look in, in this order.
+        root: The folder of the data set. Files outside it are not found. None allows them.
     """
 
-    def __init__(self, folders: Iterable[Path]):
+    def __init__(self, folders: Iterable[Path], root: Path | None):
         self.folders = list(dict.fromkeys(folder for folder in folders if folder.is_dir()))
+        self.root = root
         self._stored: dict[Path, dict[str, Path | None]] = {}
         self._stems: dict[str, Path] | None = None
 
@@ -47,11 +54,8 @@ class ImageFinder:
         for candidate in shortened(name):
             for folder in self.folders:
                 path = folder / candidate
-                try:
-                    if path.is_file():
-                        return path
-                except (OSError, ValueError):  # a name that no file can have
-                    return None
+                if os.path.isfile(path) and not leads_out(path, self.root):
+                    return path
         for candidate in shortened(name):
             for folder in self.folders:
                 stored = self._by_letters(folder).get(_letters(candidate))
@@ -82,8 +86,22 @@ def _letters(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
 
 
+def leads_out(path: Path, root: Path | None) -> bool:
+    """Tell by its name whether a path leads out of the folder of a data set.
+
+    Links are not followed. So a link in the folder may point anywhere: whoever made the link knows where to.
+
+    Args:
+        path: An absolute path.
+        root: The absolute path of the folder. None for a data set that may lead anywhere.
+    """
+    return root is not None and not Path(os.path.normpath(path)).is_relative_to(root)
+
+
 def shortened(name: str) -> list[str]:
     """Return a name, and the same with forward slashes, without its first folder, its first two folders and so on."""
+    if len(name) > MAX_PATH:
+        return []
     parts = PurePosixPath(name.replace("\\", "/")).parts
     return [name, *("/".join(parts[start:]) for start in range(len(parts)))]
 
@@ -191,31 +209,40 @@ class ImagePaths:
         names: Name of each image in the annotations.
         folders: Folders that were searched, for the error message.
         annotations: Name of the annotation file, for the error message.
+        root: The folder of the data set, which images may not be outside. None allows that.
     """
 
     paths: list[Path | None]
     names: list[str]
     folders: list[Path]
     annotations: str
+    root: Path | None
 
     def __call__(self, index: int) -> Path:
         path = self.paths[index]
-        if path is None or not path.is_file():
-            searched = ", ".join(map(str, self.folders)) or "no folder, because none of the usual ones exists"
-            existing = [folder for folder in self.folders if folder.is_dir()]
-            there = sorted(file.name for folder in existing for file in folder.iterdir() if file.is_file())
-            raise InputError(
-                f"{path or self.names[index]}: no such image, but {self.annotations} lists it; looked in {searched}, "
-                f"with {enumerated(there) or 'no files'}."
-            )
-        return path
+        if path is not None and os.path.isfile(path) and not leads_out(path, self.root):
+            return path
+        searched = ", ".join(map(str, self.folders)) or "no folder, because none of the usual ones exists"
+        existing = [folder for folder in self.folders if folder.is_dir()]
+        there = sorted(printable(file.name, 80) for each in existing for file in each.iterdir() if file.is_file())
+        name = self.names[index].replace("\\", "/")
+        is_outside = any(leads_out(folder / name, self.root) for folder in self.folders)
+        raise InputError(
+            f"{self.where(index)}: no such image, but {self.annotations} lists it; looked in {searched}, with "
+            f"{enumerated(there) or 'no files'}.{OUTSIDE * is_outside}"
+        )
 
     def where(self, index: int) -> str:
-        return str(self.paths[index] or self.names[index])
+        return printable(str(self.paths[index] or self.names[index]), MAX_NAMED)
 
 
 def split_images(
-    paths: list[Path | None], names: list[str], folders: list[Path], sizes: list[Size | None], annotations: Path
+    paths: list[Path | None],
+    names: list[str],
+    folders: list[Path],
+    sizes: list[Size | None],
+    annotations: Path,
+    root: Path | None,
 ) -> SplitImages:
     """Make the `SplitImages` of image files.
 
@@ -225,6 +252,7 @@ def split_images(
         folders: Folders that were searched, for error messages.
         sizes: The annotated (width, height) of each image, or None.
         annotations: The annotation file or folder.
+        root: The folder of the data set, which images may not be outside. None allows that.
 
     Raises:
         InputError: Several entries belong to the same file.
@@ -233,12 +261,12 @@ def split_images(
     for name, path in zip(names, paths, strict=True):
         if path in found:
             raise InputError(
-                f"{annotations}: the images {found[path]!r} and {name!r} are both found at {path}; each image needs "
-                "one entry, and a file of its own."
+                f"{annotations}: the images {quoted(found[path])} and {quoted(name)} are both found at {path}; each "
+                "image needs one entry, and a file of its own."
             )
         if path is not None:
             found[path] = name
-    source = ImagePaths(paths, names, folders, annotations.name)
+    source = ImagePaths(paths, names, folders, annotations.name, root)
     return SplitImages(source, source.where, annotations.name, sizes)
 
 
@@ -250,4 +278,5 @@ def unannotated_images(folders: Iterable[Path], stems: set[str]) -> list[str]:
         for file in sorted(folder.iterdir())
         if file.suffix.lower() in SUFFIXES and file.stem not in stems
     }
-    return [f"{counted(len(images), 'image')} without an annotation file: {enumerated(images)}"] if images else []
+    names = enumerated(printable(name, 80) for name in images)
+    return [f"{counted(len(images), 'image')} without an annotation file: {names}"] if images else []

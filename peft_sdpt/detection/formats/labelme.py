@@ -12,16 +12,21 @@ from typing import NamedTuple
 
 from ...errors import InputError
 from ...files import read_json
-from ..images import files_in
-from .files import ImageFinder, split_images, unannotated_images
-from .source import Source, SplitFields, box_around, by_split_folder, is_labelme
+from ...wording import quoted
+from ..images import as_text, files_in
+from .files import ImageFinder, leads_out, split_images, unannotated_images
+from .source import MAX_SIDE, Source, SplitFields, box_around, by_split_folder, is_labelme
 
 # Shapes that enclose an area. The others, such as points and lines, are ignored.
 AREAS = ("rectangle", "polygon", "circle", "mask", "rotation", "oriented rectangle")
 
 
-def find(folder: Path) -> Source | None:
+def find(folder: Path, root: Path | None) -> Source | None:
     """Find the splits of a folder with files of LabelMe.
+
+    Args:
+        folder: The folder.
+        root: The folder of the data set, which images may not be outside. None allows that.
 
     Returns:
         The data set, or None if the folder has no such file.
@@ -36,7 +41,8 @@ def find(folder: Path) -> Source | None:
         # All splits, for the classes.
         everything = [parsed(file) for group in splits.values() for file in group]
         names = sorted({name for annotation in everything for name, _ in annotation.objects})
-        return _read(folder, splits[split], [parsed(file) for file in splits[split]], names), f"{folder} ({split})"
+        annotations = [parsed(file) for file in splits[split]]
+        return _read(folder, root, splits[split], annotations, names), f"{folder} ({split})"
 
     return Source("LabelMe", list(splits), read, looked_for=("{split}/*.json",))
 
@@ -60,26 +66,29 @@ def _parse(file: Path) -> Annotation:
         if not isinstance(shape, dict) or not isinstance(shape.get("label"), str):
             raise InputError(f"{file}: shapes[{index}] has no `label`.")
         if (shape.get("shape_type") or "polygon") in AREAS:
-            objects.append((shape["label"], _box(shape, f"{file}: a shape {shape['label']!r}")))
+            objects.append((shape["label"], _box(shape, f"{file}: a shape {quoted(shape['label'])}")))
     size = (content.get("imageWidth"), content.get("imageHeight"))
-    has_size = all(isinstance(side, int) and side > 0 for side in size)
+    has_size = all(isinstance(side, int) and 0 < side <= MAX_SIDE for side in size)
     return Annotation(content["imagePath"], size if has_size else None, objects)  # type: ignore[arg-type]
 
 
-def _read(folder: Path, files: list[Path], annotations: list[Annotation], names: list[str]) -> SplitFields:
+def _read(
+    folder: Path, root: Path | None, files: list[Path], annotations: list[Annotation], names: list[str]
+) -> SplitFields:
     """Read the files of a split. Only images without an annotated size are opened."""
     position = {name: index for index, name in enumerate(names)}
-    finder = ImageFinder([*dict.fromkeys(file.parent for file in files), folder / "images", folder])
+    finder = ImageFinder([*dict.fromkeys(file.parent for file in files), folder / "images", folder], root)
     paths = []
     for file, annotation in zip(files, annotations, strict=True):
         # The path is relative to the file.
-        path = file.parent / annotation.image.replace("\\", "/")
-        paths.append(Path(os.path.normpath(path)) if path.is_file() else finder.find(annotation.image))
+        path = Path(os.path.normpath(file.parent / annotation.image.replace("\\", "/")))
+        is_there = os.path.isfile(path) and not leads_out(path, root)
+        paths.append(path if is_there else finder.find(annotation.image))
     image_names, sizes = [a.image for a in annotations], [a.size for a in annotations]
-    images = split_images(paths, image_names, finder.folders, sizes, folder)
+    images = split_images(paths, image_names, finder.folders, sizes, folder, root)
     return {
         "class_names": names,
-        "image_ids": [file.relative_to(folder).with_suffix("").as_posix() for file in files],
+        "image_ids": [as_text(file.relative_to(folder).with_suffix("")) for file in files],
         "sizes": images.known_sizes(),
         "boxes": [[box for _, box in annotation.objects] for annotation in annotations],
         "labels": [[position[name] for name, _ in annotation.objects] for annotation in annotations],
@@ -97,5 +106,5 @@ def _box(shape: dict, where: str) -> tuple[float, float, float, float]:
             radius = math.dist((x, y), edge)
             points = [(x - radius, y - radius), (x + radius, y + radius)]
         return box_around(points)
-    except (KeyError, TypeError, ValueError):
-        raise InputError(f"{where}: `points` must be pairs of numbers, got {shape.get('points')!r}.") from None
+    except (KeyError, TypeError, ValueError, OverflowError):
+        raise InputError(f"{where}: `points` must be pairs of numbers, got {quoted(shape.get('points'))}.") from None

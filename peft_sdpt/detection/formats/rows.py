@@ -8,17 +8,20 @@ Such folders have Parquet files, a `metadata.jsonl` beside the images (imagefold
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import datasets
+import huggingface_hub
 
 from ...errors import InputError
+from ...wording import printable, quoted
 from ..images import files_in
-from .files import SplitImages
-from .source import Source, SplitFields, is_crowd, one_name
+from .files import SplitImages, leads_out
+from .source import Source, SplitFields, annotated_size, is_crowd, one_name
 
 # Other names of the fields of an object, as data sets on the Hub and the documentation of `datasets` have them.
 OTHER_NAMES = {
@@ -31,7 +34,9 @@ NUMBERS = ("int16", "int32", "int64", "uint16", "uint32", "uint64", "float32", "
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
-def find_on_hub(dataset_name: str, class_names_column: str | None, numbers_are_names: bool) -> Source:
+def find_on_hub(
+    dataset_name: str, class_names_column: str | None, numbers_are_names: bool, allow_outside_images: bool
+) -> Source:
     """Load a data set from the Hub.
 
     Raises:
@@ -42,13 +47,23 @@ def find_on_hub(dataset_name: str, class_names_column: str | None, numbers_are_n
         all_splits = datasets.load_dataset(dataset_name)
     except Exception as error:  # `datasets` raises many kinds of errors for a data set that does not exist
         raise InputError(
-            f"dataset_name={dataset_name!r}: no such folder, and no such data set on the Hub ({error})."
+            f"dataset_name={quoted(dataset_name)}: no such folder, and no such data set on the Hub "
+            f"({printable(str(error), 500)})."
         ) from None
-    return _source("the Hub", all_splits, dataset_name, class_names_column, numbers_are_names)
+    # Rows can name any file of this computer. `datasets` keeps what it downloads in its caches.
+    places = None if allow_outside_images else _caches()
+    return _source("the Hub", all_splits, dataset_name, class_names_column, numbers_are_names, places)
 
 
-def find_in_folder(folder: Path, class_names_column: str | None, numbers_are_names: bool) -> Source | None:
+def find_in_folder(
+    folder: Path, class_names_column: str | None, numbers_are_names: bool, root: Path | None
+) -> Source | None:
     """Load a folder that `datasets` reads.
+
+    Args:
+        folder: The folder.
+        class_names_column, numbers_are_names: See `find_source`.
+        root: The folder of the data set, which images may not be outside. None allows that.
 
     Returns:
         The data set, or None if the folder has no such files.
@@ -69,10 +84,19 @@ def find_in_folder(folder: Path, class_names_column: str | None, numbers_are_nam
         else:
             format, all_splits = "Parquet", datasets.load_dataset(str(folder))
     except Exception as error:  # `datasets` raises many kinds of errors
-        raise InputError(f"{folder}: cannot be loaded by `datasets` ({error}).") from None
+        raise InputError(f"{folder}: cannot be loaded by `datasets` ({printable(str(error), 500)}).") from None
     if isinstance(all_splits, datasets.Dataset):
         all_splits = datasets.DatasetDict({str(all_splits.split or "train"): all_splits})
-    return _source(format, all_splits, str(folder), class_names_column, numbers_are_names)
+    places = None if root is None else (root, *_caches())
+    return _source(format, all_splits, str(folder), class_names_column, numbers_are_names, places)
+
+
+def _caches() -> tuple[Path, ...]:
+    """Return the folders in which `datasets` keeps files that it downloads or unpacks."""
+    config = datasets.config
+    folders = [config.HF_CACHE_HOME, config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH]
+    folders += [config.EXTRACTED_DATASETS_PATH, huggingface_hub.constants.HF_HUB_CACHE]
+    return tuple(Path(os.path.abspath(folder)) for folder in folders)
 
 
 def _source(
@@ -81,11 +105,13 @@ def _source(
     dataset_name: str,
     class_names_column: str | None,
     numbers_are_names: bool,
+    places: tuple[Path, ...] | None,
 ) -> Source:
+    """Make the source of rows whose images may only be in these places. None allows all."""
+
     def read(split: str) -> tuple[SplitFields, str]:
-        return _read(
-            all_splits, split, dataset_name, class_names_column, numbers_are_names
-        ), f"{dataset_name} ({split})"
+        fields = _read(all_splits, split, dataset_name, class_names_column, numbers_are_names, places)
+        return fields, f"{dataset_name} ({split})"
 
     return Source(format, list(all_splits), read, sets_boxes=False)
 
@@ -96,6 +122,7 @@ def _read(
     dataset_name: str,
     class_names_column: str | None,
     numbers_are_names: bool,
+    places: tuple[Path, ...] | None,
 ) -> SplitFields:
     """Read a split.
 
@@ -106,24 +133,28 @@ def _read(
     rows, source = all_splits[split], f"{dataset_name} ({split})"
     missing = {"image", "objects"} - set(rows.column_names)
     if missing:
-        raise InputError(f"{dataset_name}: no column {', '.join(sorted(missing))}; it has {rows.column_names}.")
+        raise InputError(
+            f"{dataset_name}: no column {', '.join(sorted(missing))}; it has {quoted(rows.column_names, 300)}."
+        )
     if not isinstance(rows.features["image"], datasets.Image):
-        raise InputError(f"{dataset_name}: the column image has no images but {rows.features['image']}.")
+        raise InputError(f"{dataset_name}: the column image has no images but {quoted(rows.features['image'])}.")
     object_fields = _object_fields(rows)
     if not isinstance(object_fields, dict):
         raise InputError(
-            f"{dataset_name}: the column objects must have fields, got {object_fields}. A metadata.csv cannot hold "
-            "objects; use metadata.jsonl."
+            f"{dataset_name}: the column objects must have fields, got {quoted(object_fields)}. A metadata.csv cannot "
+            "hold objects; use metadata.jsonl."
         )
     for field in ("bbox", "category", class_names_column or "category"):
         if field not in object_fields:
             others = f" (or {', '.join(OTHER_NAMES[field])})" if field in OTHER_NAMES else ""
             existing = sorted(_object_fields(rows, rename=False))
-            raise InputError(f"{dataset_name}: `objects` has no `{field}`{others}; it has {existing}.")
+            raise InputError(
+                f"{dataset_name}: `objects` has no `{printable(field, 80)}`{others}; it has {quoted(existing, 300)}."
+            )
     if not isinstance(object_fields["category"], (datasets.Value, datasets.ClassLabel)):
         raise InputError(
             f"{dataset_name}: `objects.category` must be a number, a string or a ClassLabel, got "
-            f"{object_fields['category']}."
+            f"{quoted(object_fields['category'])}."
         )
     classes = _classes(all_splits, object_fields["category"], class_names_column, dataset_name, numbers_are_names)
     position = {value: index for index, value in enumerate(classes)}
@@ -131,13 +162,13 @@ def _read(
     for where, objects in _objects(rows, source):
         for value in objects["category"]:
             if value not in position:
-                raise InputError(f"{where}: unknown category {value!r}.")
+                raise InputError(f"{where}: unknown category {quoted(value)}.")
         boxes.append(objects["bbox"])
         labels.append([position[value] for value in objects["category"]])
         crowds.append([is_crowd(v, where) for v in objects.get("iscrowd", [0] * len(boxes[-1]))])
     # `datasets` does not decode the images, because it would always turn them as their EXIF orientation says.
-    images = RowImages(rows.select_columns("image").cast_column("image", datasets.Image(decode=False)), source)
-    opener = SplitImages(images, images.where, source, _annotated_sizes(rows))
+    images = RowImages(rows.select_columns("image").cast_column("image", datasets.Image(decode=False)), source, places)
+    opener = SplitImages(images, images.where, source, _annotated_sizes(rows, source))
     return {
         "class_names": list(classes.values()),
         "image_ids": list(range(len(rows))),
@@ -223,21 +254,34 @@ def _classes(
         for where, objects in _objects(rows, f"{dataset_name} ({split})"):
             for value, name in zip(objects["category"], objects[class_names_column or "category"], strict=True):
                 if value is None:
-                    raise InputError(f"{where}: unknown category {value!r}.")
+                    raise InputError(f"{where}: unknown category {value}.")
                 if class_names_column is None and is_number:
                     name = str(value)
-                name = one_name(name, f"{where}: `{class_names_column or 'category'}`")
+                name = one_name(name, f"{where}: `{printable(class_names_column or 'category', 80)}`")
                 if names.setdefault(value, name) != name:
-                    raise InputError(f"{where}: category {value!r} is named {name!r} here and {names[value]!r} before.")
+                    here, before = quoted(name), quoted(names[value])
+                    raise InputError(f"{where}: category {quoted(value)} is named {here} here and {before} before.")
     return {value: names[value] if value in names else labels[value] for value in labels or sorted(names)}
 
 
-def _annotated_sizes(rows: datasets.Dataset) -> list[tuple[int, int] | None]:
-    """Return the columns `width` and `height`, which many data sets have. None for images without these values."""
+def _annotated_sizes(rows: datasets.Dataset, source: str) -> list[tuple[int, int] | None]:
+    """Return the columns `width` and `height`, which many data sets have. None for images without these values.
+
+    Raises:
+        InputError: A value is not a number of pixels. The message starts with `source`.
+    """
     columns = [rows[name] for name in ("width", "height") if getattr(rows.features.get(name), "dtype", "") in NUMBERS]
     if len(columns) < 2:
         return [None] * len(rows)
-    return [(int(width), int(height)) if width and height else None for width, height in zip(*columns, strict=True)]
+    sizes: list[tuple[int, int] | None] = []
+    for index, size in enumerate(zip(*columns, strict=True)):
+        try:
+            sizes.append(annotated_size(*size))
+        except (ValueError, OverflowError):  # NaN, infinity, or an absurd number
+            raise InputError(
+                f"{source}: image {index}: `width` and `height` must be numbers, got {quoted(size)}."
+            ) from None
+    return sizes
 
 
 @dataclass(frozen=True)
@@ -247,16 +291,26 @@ class RowImages:
     Attributes:
         rows: The rows, with image files that are not decoded.
         name: Name of the split for error messages.
+        places: The folders that files of images may be in. None allows all.
     """
 
     rows: datasets.Dataset
     name: str
+    places: tuple[Path, ...] | None
 
     def __call__(self, index: int) -> str | IO[bytes]:
         image = self.rows[index]["image"] or {}
         if image.get("bytes") is None and image.get("path") is None:
             raise InputError(f"{self.where(index)} is missing.")
-        return image["path"] if image.get("bytes") is None else io.BytesIO(image["bytes"])
+        if image.get("bytes") is not None:
+            return io.BytesIO(image["bytes"])
+        path = Path(os.path.abspath(image["path"]))
+        if self.places is not None and all(leads_out(path, place) for place in self.places):
+            raise InputError(
+                f"{self.where(index)}: its file {quoted(image['path'])} leads out of the folder of the data set; "
+                "allow_outside_images=True follows such names."
+            )
+        return image["path"]
 
     def where(self, index: int) -> str:
         return f"{self.name}: image {index}"

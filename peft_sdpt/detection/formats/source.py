@@ -14,6 +14,7 @@ from typing import Any, TypedDict
 from PIL import Image
 
 from ...errors import InputError
+from ...wording import printable, quoted
 
 # Different names of the same split.
 VALIDATION_NAMES = ("val", "valid", "validation")
@@ -25,6 +26,8 @@ SPLIT_NAME = re.compile(r"(train|val|valid|validation|dev|test)(ing)?(\W|_|\d|$)
 START = 20_000
 # The name of the only split of a data set that does not name it, as in CVAT.
 DEFAULT = "default"
+# Largest width and height of an image in pixels. No format of images has room for more.
+MAX_SIDE = 2**31
 
 
 class SplitFields(TypedDict):
@@ -95,9 +98,11 @@ def annotated_size(width: Any, height: Any) -> tuple[int, int] | None:
     """Return a (width, height) that annotations give. None if it is missing, or is zero as some tools write.
 
     Raises:
-        TypeError, ValueError, OverflowError: A value is not a number.
+        TypeError, ValueError, OverflowError: A value is not a number of pixels.
     """
     size = (int(float(width or 0)), int(float(height or 0)))
+    if max(size) > MAX_SIDE:
+        raise ValueError("no image is that large")
     return size if min(size) > 0 else None
 
 
@@ -124,9 +129,9 @@ def read_text(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise InputError(f"{file}: cannot be read ({error.strerror}).") from None
+        raise InputError(f"{printable(str(file))}: cannot be read ({error.strerror}).") from None
     except UnicodeDecodeError as error:
-        raise InputError(f"{file}: is not a text file in UTF-8 ({error}).") from None
+        raise InputError(f"{printable(str(file))}: is not a text file in UTF-8 ({error}).") from None
 
 
 def one_name(value: Any, where: str) -> str:
@@ -137,7 +142,7 @@ def one_name(value: Any, where: str) -> str:
     """
     name = value[0] if isinstance(value, list) and value else value
     if not isinstance(name, str):
-        raise InputError(f"{where} must be a name or a list of names, got {value!r}.")
+        raise InputError(f"{where} must be a name or a list of names, got {quoted(value)}.")
     return name
 
 
@@ -148,9 +153,9 @@ def is_crowd(value: Any, where: str) -> bool:
         InputError: The value is not a flag; the message starts with `where`.
     """
     # Annotation tools write the flag as a number, a boolean or a string, or leave it out.
-    text = str(value).lower()
+    text = str(value).lower() if isinstance(value, str | int | float | None) else ""
     if text not in ("0", "1", "0.0", "1.0", "false", "true", "none"):
-        raise InputError(f"{where}: `iscrowd` must be 0 or 1, got {value!r}.")
+        raise InputError(f"{where}: `iscrowd` must be 0 or 1, got {quoted(value)}.")
     return text in ("1", "1.0", "true")
 
 

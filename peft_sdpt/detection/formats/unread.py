@@ -10,6 +10,7 @@ from typing import Any
 
 from ...errors import InputError
 from ...files import read_json
+from ...wording import printable
 from .source import start_of
 
 ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".7z", ".rar")
@@ -42,7 +43,7 @@ def check_archive(path: Path) -> None:
     """Raise an `InputError` if a path is an archive, or a folder that has only archives in it."""
     files = [path] if path.is_file() else [file for file in path.iterdir() if not file.name.startswith(".")]
     if files and all(file.suffix.lower() in ARCHIVES for file in files):
-        names = " ".join(str(file) for file in files[:3])
+        names = " ".join(printable(str(file), 300) for file in files[:3])
         command = "unzip" if files[0].suffix.lower() == ".zip" else "tar xf"
         raise InputError(f"{path}: is an archive; unpack it first (`{command} {names}`) and pass the new folder.")
 
@@ -60,7 +61,7 @@ def advice(folder: Path) -> str:
     for file in sorted(folder.glob("*.json"))[:3]:
         try:
             if text := describe_json(read_json(file)):
-                return f"{file.name}:{text}"
+                return f"{printable(file.name, 80)}:{text}"
         except InputError:
             continue
     return ""

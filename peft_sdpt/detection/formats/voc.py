@@ -14,7 +14,8 @@ from typing import NamedTuple
 from xml.etree import ElementTree
 
 from ...errors import InputError
-from ..images import files_in
+from ...wording import printable, quoted
+from ..images import as_text, files_in
 from .files import ImageFinder, split_images, unannotated_images
 from .source import Source, SplitFields, annotated_size, by_split_folder, read_text, start_of
 
@@ -22,8 +23,12 @@ ANNOTATIONS = ("Annotations", "annotations", "labels", "xmls")
 IMAGES = ("JPEGImages", "images", "Images")
 
 
-def find(folder: Path) -> Source | None:
+def find(folder: Path, root: Path | None) -> Source | None:
     """Find the splits of a folder with Pascal VOC files.
+
+    Args:
+        folder: The folder.
+        root: The folder of the data set, which images may not be outside. None allows that.
 
     Returns:
         The data set, or None if the folder has no such file.
@@ -38,7 +43,7 @@ def find(folder: Path) -> Source | None:
     def read(split: str) -> tuple[SplitFields, str]:
         # All splits, for the classes.
         everything = {file: parsed(file) for split in splits.values() for file in split}
-        return _read(folder, splits[split], everything), f"{folder} ({split})"
+        return _read(folder, root, splits[split], everything), f"{folder} ({split})"
 
     looked_for = ("ImageSets/Main/{split}.txt", "{split}/*.xml", "Annotations/{split}/*.xml")
     return Source("Pascal VOC", list(splits), read, looked_for=looked_for)
@@ -58,7 +63,8 @@ def _lists(folder: Path, files: list[Path]) -> dict[str, list[Path]]:
             continue
         missing = [line[0] for line in lines if line[0] not in by_stem]
         if missing:
-            raise InputError(f"{file}: lists {missing[0]!r}, but there is no {missing[0]}.xml in {folder}.")
+            name = printable(missing[0], 80)
+            raise InputError(f"{file}: lists {quoted(missing[0])}, but there is no {name}.xml in {folder}.")
         splits[file.stem] = [by_stem[line[0]] for line in lines]
     return splits
 
@@ -79,7 +85,9 @@ def _parse(file: Path) -> Annotation:
     except (ElementTree.ParseError, ValueError, LookupError) as error:
         raise InputError(f"{file}: not XML ({error}).") from None
     if root.tag != "annotation":
-        raise InputError(f"{file}: not a Pascal VOC file; it starts with <{root.tag}> instead of <annotation>.")
+        raise InputError(
+            f"{file}: not a Pascal VOC file; it starts with <{printable(root.tag, 80)}> instead of <annotation>."
+        )
     objects = [
         # The evaluation of VOC ignores difficult objects.
         (_name(item, file), _corners(item, file), (item.findtext("difficult") or "0").strip() == "1")
@@ -88,11 +96,12 @@ def _parse(file: Path) -> Annotation:
     return Annotation((root.findtext("filename") or "").strip(), _size(root, file), objects)
 
 
-def _read(folder: Path, files: list[Path], everything: dict[Path, Annotation]) -> SplitFields:
+def _read(folder: Path, root: Path | None, files: list[Path], everything: dict[Path, Annotation]) -> SplitFields:
     """Read the files of a split. Only images without an annotated size are opened.
 
     Args:
         folder: The folder of the data set.
+        root: The same, or None if images may be outside it.
         files: The files of the split.
         everything: The content of the files of all splits.
     """
@@ -102,9 +111,9 @@ def _read(folder: Path, files: list[Path], everything: dict[Path, Annotation]) -
     all_corners = [corners for annotation in everything.values() for _, corners, _ in annotation.objects]
     first = 0 if any(min(corners) < 1 for corners in all_corners) else 1
     chosen = [everything[file] for file in files]
-    finders = {parent: ImageFinder(_image_folders(parent)) for parent in {file.parent for file in files}}
+    finders = {parent: ImageFinder(_image_folders(parent), root) for parent in {file.parent for file in files}}
     everywhere = ImageFinder(
-        [*(folder for f in finders.values() for folder in f.folders), *(folder / n for n in IMAGES)]
+        [*(folder for f in finders.values() for folder in f.folders), *(folder / n for n in IMAGES)], root
     )
     paths = [
         _image_of(annotation.image, file, finders[file.parent]) or _image_of(annotation.image, file, everywhere)
@@ -112,10 +121,10 @@ def _read(folder: Path, files: list[Path], everything: dict[Path, Annotation]) -
     ]
     image_names = [annotation.image or f"{file.stem}.jpg" for file, annotation in zip(files, chosen, strict=True)]
     sizes = [annotation.size for annotation in chosen]
-    images = split_images(paths, image_names, everywhere.folders, sizes, folder)
+    images = split_images(paths, image_names, everywhere.folders, sizes, folder, root)
     return {
         "class_names": names,
-        "image_ids": [file.relative_to(folder).with_suffix("").as_posix() for file in files],
+        "image_ids": [as_text(file.relative_to(folder).with_suffix("")) for file in files],
         "sizes": images.known_sizes(),
         # The last pixel belongs to the box.
         "boxes": [
@@ -158,7 +167,7 @@ def _size(root: ElementTree.Element, file: Path) -> tuple[int, int] | None:
     try:
         return annotated_size(width, height)
     except (ValueError, OverflowError):
-        raise InputError(f"{file}: the size must be two numbers, got {width!r} and {height!r}.") from None
+        raise InputError(f"{file}: the size must be two numbers, got {quoted(width)} and {quoted(height)}.") from None
 
 
 def _corners(item: ElementTree.Element, file: Path) -> tuple[float, float, float, float]:
@@ -167,7 +176,8 @@ def _corners(item: ElementTree.Element, file: Path) -> tuple[float, float, float
         x0, y0, x1, y1 = (float(text) for text in texts)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         raise InputError(
-            f"{file}: object {_name(item, file)!r} needs <bndbox> with xmin, ymin, xmax and ymax, got {texts}."
+            f"{file}: object {quoted(_name(item, file))} needs <bndbox> with xmin, ymin, xmax and ymax, got "
+            f"{quoted(texts)}."
         ) from None
     return x0, y0, x1, y1
 

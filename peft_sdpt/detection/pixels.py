@@ -1,0 +1,105 @@
+# Copyright 2026 The peft_sdpt authors
+# SPDX-License-Identifier: Apache-2.0
+"""Images as pixels for a detector: resized by its processor, and padded if it would have too few positions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ..errors import InputError
+
+# Strides of the stages of a ResNet that Grounding DINO uses. Swin and similar backbones say their own.
+STRIDES = [8, 16, 32]
+
+
+def process_images(image_processor: Any, images: Sequence[Image.Image]) -> Any:
+    """Resize images and make a batch of them.
+
+    Args:
+        image_processor: The image processor of a detector.
+        images: The images, RGB.
+
+    Returns:
+        What the processor returns: `pixel_values` (B, 3, H, W) and `pixel_mask` (B, H, W).
+
+    Raises:
+        InputError: An image is so oblong that its shorter side has no pixels left.
+    """
+    try:
+        return image_processor(images, return_tensors="pt")
+    except ValueError as error:
+        width, height = max((image.size for image in images), key=lambda size: max(size) / min(size))
+        raise InputError(
+            f"an image of {width} x {height} pixels cannot be resized by this processor ({error}); if the image is "
+            "very oblong, cut it into parts, or use a larger image size."
+        ) from None
+
+
+def num_positions(height: int, width: int, config: Any) -> int:
+    """Count the positions of an image in all feature maps of a detector.
+
+    Args:
+        height, width: Size of the resized image in pixels.
+        config: Config of a Grounding DINO or MM Grounding DINO.
+
+    Returns:
+        The number of positions. It is the length of the sequence that the encoder sees.
+    """
+    # Each feature map has half the size of the one before, rounded up.
+    return sum(-(-height // stride) * -(-width // stride) for stride in _strides(config))
+
+
+def pad_small_images(inputs: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
+    """Pad images that have fewer positions than the detector has queries.
+
+    The first stage of Grounding DINO chooses as many positions as it has queries. In transformers 5.24, this fails if
+    there are fewer: "selected index k out of range". It happens for small and for very oblong images, whose shorter
+    side has only a few pixels after resizing. They are padded on the right and below, as they would be in a batch with
+    a larger image, until there are enough positions. The mask hides the padding, and boxes stay relative to the image.
+
+    Args:
+        inputs: Inputs of the detector, with `pixel_values` (B, 3, H, W) and, if there is padding already, `pixel_mask`
+            (B, H, W).
+        config: Config of the detector.
+
+    Returns:
+        The inputs. They are unchanged if there are enough positions.
+    """
+    inputs = dict(inputs)
+    # A detector of one stage has learned queries, for any number of positions.
+    if not getattr(config, "two_stage", False):
+        return inputs
+    batch, _, old_height, old_width = inputs["pixel_values"].shape
+    height, width, step = old_height, old_width, _strides(config)[0]
+    while num_positions(height, width, config) < config.num_queries:
+        # One more row or column of the finest feature map, on the shorter side.
+        if height <= width:
+            height = (height // step + 1) * step
+        else:
+            width = (width // step + 1) * step
+    if (height, width) != (old_height, old_width):
+        margin = (0, width - old_width, 0, height - old_height)
+        mask = inputs.get("pixel_mask")
+        if mask is None:
+            shape = (batch, old_height, old_width)
+            mask = torch.ones(shape, dtype=torch.long, device=inputs["pixel_values"].device)
+        inputs |= {"pixel_values": nn.functional.pad(inputs["pixel_values"], margin)}
+        inputs |= {"pixel_mask": nn.functional.pad(mask, margin)}
+    return inputs
+
+
+def _strides(config: Any) -> list[int]:
+    """Return the stride of each feature map in pixels, the finest first."""
+    backbone = config.backbone_config
+    strides = list(STRIDES)
+    # The first stage of a hierarchical transformer has the stride of a patch, and each further stage twice as much.
+    if isinstance(patch_size := getattr(backbone, "patch_size", None), int):
+        strides = [patch_size * 2 ** (index - 1) for index in backbone.out_indices]
+    while len(strides) < config.num_feature_levels:
+        strides.append(2 * strides[-1])
+    return strides
