@@ -98,7 +98,8 @@ class SDPTModel(BaseTuner):
         # Removed until nothing can be refused any more, so that a rejected base model stays unchanged.
         config: SDPTConfig = self.peft_config.pop(adapter_name)
         check_adapter_name(adapter_name)
-        _refuse_name_of_part(model, adapter_name)
+        if self.peft_config:
+            _refuse_names_of_parts(model, {*self.peft_config, adapter_name})
         config.check()  # a field may have been changed since the config was made
         selection = select_fusion_layers(model, config)
         layers = selection.layers
@@ -533,8 +534,8 @@ def check_adapter_name(adapter_name: str) -> None:
         )
 
 
-def _refuse_name_of_part(model: nn.Module, adapter_name: str) -> None:
-    """Check that no part of a base model has the name of a new adapter.
+def _refuse_names_of_parts(model: nn.Module, names: set[str]) -> None:
+    """Check that no part of a base model has the name of one of several adapters.
 
     Raises:
         ValueError: A part has. When PEFT saves one adapter, it drops all keys with the names of the others in them.
@@ -546,10 +547,11 @@ def _refuse_name_of_part(model: nn.Module, adapter_name: str) -> None:
         elif isinstance(module, AuxiliaryTrainingWrapper):
             adapters |= set(module._adapters)
     parts = {part for name in model.state_dict() for part in name.split(".")} - adapters
-    if adapter_name in {*parts, *(kind.removeprefix(".") for kind in PARAMETER_KEYS)}:
+    parts.update(kind.removeprefix(".") for kind in PARAMETER_KEYS)
+    if taken := sorted(names & parts):
         raise ValueError(
-            f"adapter_name={adapter_name!r} is also the name of a part of the model, and PEFT could not tell them "
-            "apart in saved weights. Choose another name."
+            f"adapter_name={taken[0]!r} is also the name of a part of the model, and PEFT could not tell them apart in "
+            "the saved weights of several adapters. Choose another name."
         )
 
 

@@ -416,11 +416,21 @@ def test_a_name_with_a_meaning_is_refused_everywhere(name, folder):
 
 
 @pytest.mark.parametrize("name", ["weight", "sdpt_prompts", "attn", "0", "model", "enc_output"])
-def test_the_name_of_a_part_of_the_model_is_refused(name):
+def test_the_name_of_a_part_of_the_model_is_refused_beside_another_adapter(name):
     model = attach(make_host(), modules_to_save=["enc_output"])
     with pytest.raises(ValueError, match=rf"adapter_name='{name}' is also the name of a part of the model"):
         model.add_adapter(name, SDPTConfig())
     assert list(model.peft_config) == ["default"]
+
+
+def test_the_name_of_a_part_of_the_model_works_alone(tmp_path):
+    """As PEFT allows it. A second adapter is refused then."""
+    model = get_peft_model(make_host(), acting(), adapter_name="attn")
+    model.save_pretrained(tmp_path)
+    assert torch.equal(run(PeftModel.from_pretrained(make_host(), tmp_path / "attn")), run(model))
+    with pytest.raises(ValueError, match="adapter_name='attn' is also the name of a part of the model"):
+        model.add_adapter("second", SDPTConfig())
+    assert list(model.peft_config) == ["attn"]
 
 
 @pytest.mark.parametrize("name", ["sdpt", "default2", "ä ß", "a/b", "bird"])
