@@ -169,8 +169,8 @@ class SDPTModel(BaseTuner):
         for name, layer in selection.known.items():
             for part in layer.parts:
                 self._specs[part] = self._specs[_name_in_peft(part)] = (layer.spec, part == name)
-        self._targets = _names_of_parts(selection.layers)
-        self._excluded = _names_of_parts(selection.excluded)
+        self._targets = _part_names(selection.layers)
+        self._excluded = _part_names(selection.excluded)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         return peft_config
@@ -534,20 +534,23 @@ def check_adapter_name(adapter_name: str) -> None:
         )
 
 
+def _names_within(module: nn.Module) -> set[str]:
+    """Return the names of all modules, parameters and buffers in a module, without what tuners have put into it."""
+    if isinstance(module, BaseTunerLayer):
+        return {"base_layer", *_names_within(module.get_base_layer())}
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        return _names_within(module.original_module)
+    names = {*module._parameters, *module._buffers, *module._modules}
+    return names.union(*(_names_within(child) for child in module.children()))
+
+
 def _refuse_names_of_parts(model: nn.Module, names: set[str]) -> None:
     """Check that no part of a base model has the name of one of several adapters.
 
     Raises:
         ValueError: A part has. When PEFT saves one adapter, it drops all keys with the names of the others in them.
     """
-    adapters: set[str] = set()
-    for module in model.modules():
-        if isinstance(module, BaseTunerLayer):
-            adapters |= module._get_available_adapters()
-        elif isinstance(module, AuxiliaryTrainingWrapper):
-            adapters |= set(module._adapters)
-    parts = {part for name in model.state_dict() for part in name.split(".")} - adapters
-    parts.update(kind.removeprefix(".") for kind in PARAMETER_KEYS)
+    parts = {*_names_within(model), *(kind.removeprefix(".") for kind in PARAMETER_KEYS)}
     if taken := sorted(names & parts):
         raise ValueError(
             f"adapter_name={taken[0]!r} is also the name of a part of the model, and PEFT could not tell them apart in "
@@ -570,7 +573,7 @@ def _refuse_more_than_base_model(model: nn.Module, config: SDPTConfig) -> None:
         )
 
 
-def _names_of_parts(layers: dict[str, FusionLayer]) -> set[str]:
+def _part_names(layers: dict[str, FusionLayer]) -> set[str]:
     names = {part for layer in layers.values() for part in layer.parts}
     return names | {_name_in_peft(name) for name in names}
 
