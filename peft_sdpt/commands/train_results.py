@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shutil
 from collections import Counter
@@ -19,7 +20,7 @@ from ..detection.analysis import count_objects
 from ..detection.charts import describe_error, most_frequent, worst_and_best
 from ..errors import InputError
 from ..files import read_json, whole_files
-from ..model_card import CARD, write_licence, write_section
+from ..model_card import CARD, code, plain, write_licence, write_section
 from ..training import Progress
 from ..wording import counted, shorten
 
@@ -230,7 +231,7 @@ def write_report(
         if not args.eval_only:
             shutil.copyfile(args.output_dir / CARD, folder / CARD)
             write_threshold(folder, processor, data.class_names, card["threshold"], card["source"])
-            where = f"`{public_name(args.dataset_name)}`, split `{split}`, {size_of(data)}"
+            where = f"{code(public_name(args.dataset_name))}, split {code(split)}, {size_of(data)}"
             write_section(folder / CARD, "results", describe_last(where, record))
         return sorted(path.name for path in folder.iterdir())
 
@@ -296,8 +297,8 @@ def size_of(data: DetectionSplit) -> str:
 def describe_best(dataset_name: str, split: str, metrics: dict[str, float]) -> str:
     """Return the results for the model card of the adapter with the highest AP on the validation split."""
     return (
-        f"## Results\n\nThis adapter has the highest AP on the split `{split}` of all adapters of a training run on "
-        f"`{public_name(dataset_name)}`. It was chosen by that AP, at step {metrics['step']}.\n\n"
+        f"## Results\n\nThis adapter has the highest AP on the split {code(split)} of all adapters of a training run "
+        f"on {code(public_name(dataset_name))}. It was chosen by that AP, at step {metrics['step']}.\n\n"
         f"{table({'validation': metrics})}"
     )
 
@@ -316,7 +317,7 @@ def describe_last(data: str, record: dict[str, Any]) -> str:
     for name in shown:
         entry = record["classes"][name]
         values = (f"{entry[when]['AP']:.3f}" for when in ("before", "after"))
-        classes.append([name.replace("|", "\\|"), *values, f"{entry['objects']:,}"])
+        classes.append([plain(name), *values, f"{entry['objects']:,}"])
     paragraphs = [
         "## Results",
         f"COCO AP on {data}, after {counted(steps, 'training step')}. `metrics.json` has all numbers and the "
@@ -330,7 +331,7 @@ def describe_last(data: str, record: dict[str, Any]) -> str:
     if record["errors"]:
         paragraphs.append("Most frequent errors at this score:")
         kinds = most_frequent(record["errors"], IN_CARD // 4).values()
-        lines = [f"- {describe_error(error)}: {error['count']:,}" for errors in kinds for error in errors]
+        lines = [f"- {plain(describe_error(error))}: {error['count']:,}" for errors in kinds for error in errors]
         paragraphs.append("\n".join(lines))
     paragraphs += [
         "![Curves and charts of the training](report.png)",
@@ -353,5 +354,5 @@ def markdown(heading: list[str], rows: list[list[str]]) -> str:
 
 def public_name(value: Any) -> Any:
     """Return only the last part of a path, so that the value can be published. Return any other value as it is."""
-    is_path = isinstance(value, Path) or (isinstance(value, str) and Path(value).exists())
+    is_path = isinstance(value, Path) or (isinstance(value, str) and os.path.exists(value))
     return Path(value).resolve().name if is_path else value

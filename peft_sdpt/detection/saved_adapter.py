@@ -12,21 +12,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel
 from PIL import Image
 from torch import nn
-from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
+from transformers import AutoConfig, AutoModelForZeroShotObjectDetection, AutoProcessor
 
 from ..config import SDPTConfig
+from ..downloads import DamagedFileError, download
 from ..errors import InputError, reason
 from ..files import read_json, whole_files
-from ..model_card import CARD, carry_card, write_licence, write_section
+from ..model_card import CARD, carry_card, code, literal, write_licence, write_section
 from ..wording import printable, quoted
 from .base_models import not_a_detector, refuse_adapter_folder
 
 CLASS_NAMES_FILE = "class_names.json"
 THRESHOLD_FILE = "detection.json"
+# What is downloaded from the repository of an adapter. The first two are what makes it one.
+FILES = (
+    *("adapter_config.json", "adapter_model.safetensors", CLASS_NAMES_FILE, THRESHOLD_FILE),
+    *("processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "tokenizer.json"),
+    *("special_tokens_map.json", "added_tokens.json", "vocab.txt"),
+)
 # Number of classes that a model card lists.
 LISTED_CLASSES = 100
 # Letters of a class name. A prompt of the base models has at most 256 tokens.
@@ -69,16 +75,18 @@ def find_adapter(source: str, name: str | None = None) -> SavedAdapter:
     where = f"source={quoted(source, 300)}"
     folder = Path(source)
     if not os.path.isdir(source):
+        repository, subfolder = "/".join(source.split("/")[:2]), "/".join(source.split("/")[2:])
         try:
             # The files are downloaded here, so that the rest of the code handles only local folders.
-            repository, subfolder = "/".join(source.split("/")[:2]), "/".join(source.split("/")[2:])
-            start = f"{subfolder}/" if subfolder else ""
-            patterns = [start + name for name in ("*.json", "*.txt", "adapter_model.safetensors")]
-            snapshot = snapshot_download(repository, allow_patterns=patterns, ignore_patterns=f"{start}*/*")
-            folder = Path(snapshot, subfolder)
+            downloaded = download(repository, FILES, subfolder)
+        except DamagedFileError as error:
+            raise InputError(f"{where}: {reason(error)}.") from None
         except Exception as error:  # `huggingface_hub` raises many kinds of errors
             raise InputError(f"{where}: no such folder, and no such repository on the Hub ({reason(error)}).") from None
-    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        if downloaded is None:
+            raise InputError(f"{where}: is not a saved adapter, because the repository has no {FILES[0]}.")
+        folder = downloaded
+    for file in FILES[:2]:
         if not (folder / file).is_file():
             raise InputError(f"{where}: is not a saved adapter, because {folder} has no {file}.")
     if not isinstance(read_json(folder / "adapter_config.json"), dict):
@@ -225,30 +233,26 @@ def load_processor(adapter: SavedAdapter | None, model_name_or_path: str | os.Pa
         raise InputError(f"{where}: has no processor that can be loaded ({reason(error)}).") from None
     if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
         raise InputError(f"{where}: the processor must have both a tokenizer and an image processor.")
-    check_processor(processor, where)
+    _check_processor(processor, where)
+    if adapter:
+        _check_vocabulary(processor, model_name_or_path, where)
     return processor
 
 
-def check_processor(processor: Any, where: str) -> None:
-    """Check that a processor can process an image and a text, and does not resize images beyond all measure.
-
-    Args:
-        processor: The processor.
-        where: Where it comes from, which starts the message.
-
-    Raises:
-        InputError: It cannot, or an image would have a shorter edge of more than 4,096 pixels.
-    """
-    for name in ("size", "pad_size", "crop_size"):
-        sizes = dict(getattr(processor.image_processor, name, None) or {})
-        if sizes and not all(type(pixels) is int and pixels >= 1 for pixels in sizes.values()):
-            raise InputError(f"{where}: the {name} of its images must be whole numbers of pixels, got {quoted(sizes)}.")
-        # An image is as large as its shorter edge allows. No image is as long as the limit of the longer edge.
-        if min(sizes.values(), default=0) > MAX_IMAGE_SIZE:
-            raise InputError(
-                f"{where}: the {name} of its images must be at most {MAX_IMAGE_SIZE:,} pixels for the shorter edge, "
-                f"got {quoted(sizes)}."
-            )
+def _check_processor(processor: Any, where: str) -> None:
+    """Raise an `InputError` if a processor cannot process an image and a text, or would change images in an odd way."""
+    sizes = dict(getattr(processor.image_processor, "size", None) or {})
+    if not all(type(pixels) is int and pixels >= 1 for pixels in sizes.values()):
+        raise InputError(f"{where}: the size of its images must be whole numbers of pixels, got {quoted(sizes)}.")
+    # Both edges have to be long for an image to be large.
+    if min(sizes.values(), default=0) > MAX_IMAGE_SIZE:
+        raise InputError(
+            f"{where}: the size of its images must be at most {MAX_IMAGE_SIZE:,} pixels for the shorter edge, got "
+            f"{quoted(sizes)}."
+        )
+    for name in ("do_center_crop", "pad_size"):
+        if value := getattr(processor.image_processor, name, None):
+            raise InputError(f"{where}: its processor must not cut images or add a frame, got {name}={quoted(value)}.")
     try:
         inputs = processor(images=[Image.new("RGB", (8, 8))], text="a.", return_tensors="pt")
         finite = bool(inputs["pixel_values"].isfinite().all()) and inputs["input_ids"].numel() > 0
@@ -256,6 +260,20 @@ def check_processor(processor: Any, where: str) -> None:
         raise InputError(f"{where}: its processor cannot process an image ({reason(error)}).") from None
     if not finite:
         raise InputError(f"{where}: its processor makes pixels that are not finite.")
+
+
+def _check_vocabulary(processor: Any, model_name_or_path: str | os.PathLike, where: str) -> None:
+    """Raise an `InputError` if a tokenizer has more tokens than the base model has embeddings of."""
+    try:
+        config = AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=False)
+    except Exception:  # whatever loads the base model tells why it cannot be loaded
+        return
+    known = getattr(getattr(config, "text_config", config), "vocab_size", None)
+    last = max(processor.tokenizer.get_vocab().values(), default=0)
+    if known is not None and last >= known:
+        raise InputError(
+            f"{where}: its tokenizer has the token {last:,}, but the base model knows the tokens below {known:,}."
+        )
 
 
 def set_image_size(processor: Any, shorter_edge: int) -> None:
@@ -348,8 +366,7 @@ def write_threshold(
 
 def _describe(processor: Any, class_names: Sequence[str], threshold: Mapping[str, Any] | None, source: str) -> str:
     """Return the section of the model card that tells what an adapter detects, and how."""
-    # A bar would end the cell of the table.
-    names = ["`" + name.replace("|", "\\|") + "`" for name in class_names[:LISTED_CLASSES]]
+    names = [code(name) for name in class_names[:LISTED_CLASSES]]
     if len(class_names) > LISTED_CLASSES:
         names.append(f"and {len(class_names) - LISTED_CLASSES:,} more, which `{CLASS_NAMES_FILE}` lists")
     size = dict(processor.image_processor.size)
@@ -358,7 +375,7 @@ def _describe(processor: Any, class_names: Sequence[str], threshold: Mapping[str
     )
     rows = [("classes", f"{len(class_names):,}: {', '.join(names)}"), ("image size", f"resized to {pixels}")]
     if threshold:
-        best = f"{threshold['threshold']:g}, which has the best F1 on the split `{threshold['split']}`"
+        best = f"{threshold['threshold']:g}, which has the best F1 on the split {code(threshold['split'])}"
         gives = ", ".join(f"{name} {threshold[name.lower()]:.2f}" for name in ("F1", "precision", "recall"))
         rows.append(("score threshold", f"{best}: {gives} at IoU 0.5"))
     comment = "this repository" if source != "." else "the folder of this file, or the id of its repository on the Hub"
@@ -370,7 +387,7 @@ def _describe(processor: Any, class_names: Sequence[str], threshold: Mapping[str
         *(f"| {name} | {value} |" for name, value in rows),
         "",
         "```python",
-        *_EXAMPLE.format(source=source, comment=comment).strip().splitlines(),
+        *_EXAMPLE.format(source=literal(source), comment=comment).strip().splitlines(),
         "```",
         "",
         "The code needs `pip install peft_sdpt[detection]`, and a photo with the name `photo.jpg`. A box is x, y, "
@@ -382,7 +399,7 @@ def _describe(processor: Any, class_names: Sequence[str], threshold: Mapping[str
 _EXAMPLE = """
 from peft_sdpt import detection
 
-adapter = detection.find_adapter("{source}")  # {comment}
+adapter = detection.find_adapter({source})  # {comment}
 names, threshold = detection.read_class_names(adapter), detection.read_threshold(adapter, default=0.3)
 processor = detection.load_processor(adapter, adapter.base_model)
 model = detection.load_detector(adapter.base_model, [adapter])
