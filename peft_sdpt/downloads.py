@@ -88,6 +88,23 @@ def _commit(file: Path, path_depth: int) -> str:
     return file.parents[path_depth].name
 
 
+def check_cache(repository: str) -> None:
+    """Remove the damaged files of a repository from the cache, for a caller that could not load one of them.
+
+    Args:
+        repository: A Hub id. Nothing is done for anything else.
+
+    Raises:
+        DamagedFileError: There were some.
+    """
+    try:
+        config = try_to_load_from_cache(repository, "config.json")
+    except ValueError:  # not a Hub id
+        return
+    if isinstance(config, str):
+        remove_damaged(path for path in Path(config).parent.rglob("*") if path.is_file())
+
+
 def remove_damaged(files: Iterable[Path]) -> None:
     """Remove files from the cache of the Hub if their content is not what the Hub announced.
 

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import AutoConfig, GroundingDinoConfig, MMGroundingDinoConfig
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from ..downloads import DamagedFileError, check_cache
 from ..errors import InputError, reason
 from ..wording import quoted
 
@@ -70,7 +71,15 @@ def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int]]:
 
 
 def not_a_detector(model_name_or_path: str | os.PathLike, error: Exception) -> InputError:
-    """Return the error for a base model that cannot be loaded, because of an error of transformers."""
+    """Return the error for a base model that cannot be loaded, because of an error of transformers.
+
+    Damaged files are removed from the cache of the Hub, so that the next try downloads them again.
+    """
+    if not os.path.isdir(model_name_or_path):
+        try:
+            check_cache(os.fspath(model_name_or_path))
+        except DamagedFileError as damage:
+            error = damage
     return InputError(f"{_named(model_name_or_path)}: cannot be loaded as a detector ({reason(error)}).")
 
 

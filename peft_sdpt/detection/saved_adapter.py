@@ -27,12 +27,12 @@ from .base_models import not_a_detector, refuse_adapter_folder
 
 CLASS_NAMES_FILE = "class_names.json"
 THRESHOLD_FILE = "detection.json"
-# What is downloaded from the repository of an adapter. The first two are what makes it one.
-FILES = (
-    *("adapter_config.json", "adapter_model.safetensors", CLASS_NAMES_FILE, THRESHOLD_FILE),
+# The files of a processor, and those of an adapter, which are downloaded from the Hub. The first two make an adapter.
+PROCESSOR_FILES = (
     *("processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "tokenizer.json"),
-    *("special_tokens_map.json", "added_tokens.json", "vocab.txt"),
+    *("special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model"),
 )
+FILES = ("adapter_config.json", "adapter_model.safetensors", CLASS_NAMES_FILE, THRESHOLD_FILE, *PROCESSOR_FILES)
 # Number of classes that a model card lists.
 LISTED_CLASSES = 100
 # Letters of a class name. A prompt of the base models has at most 256 tokens.
@@ -227,6 +227,10 @@ def load_processor(adapter: SavedAdapter | None, model_name_or_path: str | os.Pa
     else:
         source, where = str(model_name_or_path), f"model_name_or_path={quoted(str(model_name_or_path), 300)}"
     try:
+        if not os.path.isdir(source):
+            # transformers takes a file that the Hub does not give out at the moment for one that does not exist, and
+            # would make a tokenizer without words.
+            source = str(download(source, ("config.json", *PROCESSOR_FILES)) or source)
         # By default, transformers would ask on the terminal whether to run code of the repository.
         processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # a damaged file can raise anything
