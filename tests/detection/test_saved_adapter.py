@@ -28,6 +28,8 @@ from peft_sdpt.detection import (
 from peft_sdpt.errors import InputError
 from peft_sdpt.model_card import licence_of
 from tests.helpers.detectors import ROOT, attach, make_host
+from tests.helpers.fuzz import time_bound
+from tests.helpers.hub import FAULTS, wait_little
 
 HOST = ROOT / "examples" / "host"
 
@@ -391,3 +393,80 @@ def test_no_code_of_a_repository_runs(stranger, tmp_path, monkeypatch):
     (stranger / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["code.Mine", None]}}))
     refused("processor", stranger)
     assert not (tmp_path / "ran").exists()
+
+
+# ---- a Hub that answers wrongly
+
+
+@pytest.mark.parametrize("fault", [*FAULTS, 401, 404, 429, 500])
+@pytest.mark.parametrize("file", ["adapter_config.json", "detection.json"])
+def test_an_adapter_is_downloaded_completely_or_not_at_all(hub, saved, monkeypatch, file, fault):
+    """Also files that an adapter need not have are not left out. The next try works."""
+    wait_little(monkeypatch, 0.1 if fault == "stalled" else 5.0)
+    hub.add("user/adapter", saved)
+    if isinstance(fault, int):
+        hub.refused = {file: fault}
+    else:
+        hub.faults = {file: fault}
+    with pytest.raises(InputError, match="source='user/adapter': ") as raised:
+        find_adapter("user/adapter")
+    assert str(raised.value).isprintable() and len(str(raised.value)) < 1000
+    hub.faults, hub.refused = {}, {}
+    adapter = find_adapter("user/adapter")
+    assert {path.name for path in adapter.folder.iterdir()} == {path.name for path in saved.iterdir()} - {"README.md"}
+    assert all(path.read_bytes() == (saved / path.name).read_bytes() for path in adapter.folder.iterdir())
+
+
+def load_base_processor(name):
+    return load_processor(None, name)
+
+
+@pytest.mark.parametrize(
+    ("load", "file", "fault"),
+    [
+        (load_base_config, "/config.json", "other bytes"),
+        (load_base_config, "/config.json", "page"),
+        (load_base_model, "model.safetensors", "other bytes"),
+        (load_base_model, "model.safetensors", "short"),
+        (load_base_processor, "tokenizer.json", "other bytes"),
+        (load_base_processor, "tokenizer.json", "no etag"),
+        (load_base_processor, "tokenizer.json", 500),
+        (load_base_processor, "tokenizer_config.json", "page"),
+        (load_base_processor, "processor_config.json", 404),
+    ],
+)
+def test_a_base_model_is_downloaded_completely_or_not_at_all(hub, monkeypatch, processor, load, file, fault):
+    """transformers would load a tokenizer without words if the Hub does not give out its file. The next try works."""
+    wait_little(monkeypatch, 5.0)
+    hub.add("user/base", HOST)
+    if isinstance(fault, int):
+        hub.refused = {file: fault}
+    else:
+        hub.faults = {file: fault}
+    with pytest.raises(InputError, match=r"model_name_or_path='user/base': (cannot be loaded as|has no processor)"):
+        load("user/base")
+    hub.faults, hub.refused = {}, {}
+    loaded = load("user/base")
+    if load is load_base_processor:
+        assert loaded.tokenizer("a red dog.")["input_ids"] == processor.tokenizer("a red dog.")["input_ids"]
+
+
+def test_a_list_of_files_that_never_comes(hub, saved, monkeypatch):
+    """The Hub does not have to say which files there are. A base model is looked for in the same way, with a limit."""
+    wait_little(monkeypatch, 0.1)
+    hub.add("user/adapter", saved)
+    hub.add("user/base", HOST)
+    hub.faults = {"/api/models/": "stalled"}
+    assert read_class_names(find_adapter("user/adapter")) == ["dog"]
+    with time_bound():
+        load_base_config("user/base")
+
+
+def test_the_cache_serves_an_adapter_that_was_downloaded_before(hub, saved, monkeypatch, request):
+    wait_little(monkeypatch, 5.0)
+    hub.add("user/adapter", saved)
+    before = find_adapter("user/adapter")
+    hub.refused = {"/": 503}
+    assert find_adapter("user/adapter") == before
+    request.getfixturevalue("offline")
+    assert find_adapter("user/adapter") == before

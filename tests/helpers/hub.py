@@ -27,6 +27,7 @@ import transformers.utils.hub
 import yaml
 from huggingface_hub import constants
 
+from peft_sdpt import downloads
 from tests.helpers.patience import PATIENCE
 
 OWNER, READER = "hf_owner", "hf_reader"
@@ -349,6 +350,16 @@ def serve() -> Iterator[Hub]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def wait_little(monkeypatch, seconds: float = 1.0) -> None:
+    """Have the client wait little for an answer, as the commands do, and not at all before another attempt."""
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", seconds)
+    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", seconds)
+    monkeypatch.setattr(downloads, "MAX_WAIT", seconds)
+    monkeypatch.setattr(huggingface_hub.get_session(), "event_hooks", huggingface_hub.get_session().event_hooks)
+    downloads.limit_waiting()
 
 
 def use(hub: Hub, monkeypatch, home: Path) -> None:
