@@ -39,20 +39,22 @@ def load_base_config(model_name_or_path: str | os.PathLike) -> GroundingDinoConf
             or there is an adapter. No code of a repository is run.
     """
     refuse_adapter_folder(model_name_or_path)
+    name = _quoted(model_name_or_path)
     try:
         config = AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=False)
+        numbers = [*_numbers(config.to_dict())]
     except Exception as error:  # a damaged file can raise anything
         raise not_a_detector(model_name_or_path, error) from None
     if not isinstance(config, TRAINED):
         raise InputError(
-            f"{_named(model_name_or_path)}: must be a Grounding DINO, MM Grounding DINO or LLMDet of transformers, but "
+            f"model_name_or_path={name}: must be a Grounding DINO, MM Grounding DINO or LLMDet of transformers, but "
             f"its type is {quoted(config.model_type)}; other base models need a training loop of your own."
         )
-    for name, number in _numbers(config.to_dict()):
-        most = MAX_LAYERS if "layers" in name or name == "depths" else MAX_NUMBER
+    for field, number in numbers:
+        most = MAX_LAYERS if "layers" in field or field == "depths" else MAX_NUMBER
         if number > most:
             raise InputError(
-                f"{_named(model_name_or_path)}: {quoted(name)} in its config must be at most {most:,}, got "
+                f"model_name_or_path={name}: {quoted(field)} in its config must be at most {most:,}, got "
                 f"{quoted(number)}."
             )
     return config
@@ -80,11 +82,12 @@ def not_a_detector(model_name_or_path: str | os.PathLike, error: Exception) -> I
             check_cache(os.fspath(model_name_or_path))
         except DamagedFileError as damage:
             error = damage
-    return InputError(f"{_named(model_name_or_path)}: cannot be loaded as a detector ({reason(error)}).")
+    name = _quoted(model_name_or_path)
+    return InputError(f"model_name_or_path={name}: cannot be loaded as a detector ({reason(error)}).")
 
 
-def _named(model_name_or_path: str | os.PathLike) -> str:
-    return f"model_name_or_path={quoted(os.fspath(model_name_or_path), 300)}"
+def _quoted(model_name_or_path: str | os.PathLike) -> str:
+    return quoted(os.fspath(model_name_or_path), 300)
 
 
 def refuse_adapter_folder(model_name_or_path: str | os.PathLike) -> None:
@@ -103,6 +106,6 @@ def refuse_adapter_folder(model_name_or_path: str | os.PathLike) -> None:
     if adapter:
         what = "folder" if os.path.isdir(model_name_or_path) else "repository"
         raise InputError(
-            f"{_named(model_name_or_path)}: is the {what} of an adapter; give its base model here, and load the "
-            "adapter onto it."
+            f"model_name_or_path={_quoted(model_name_or_path)}: is the {what} of an adapter; give its base model here, "
+            "and load the adapter onto it."
         )

@@ -52,6 +52,7 @@ def test_what_is_not_refused_trains(name):
         ({"backbone_config": {"model_type": "nosuch"}}, "cannot be loaded as a detector"),
         ({"backbone_config": 5}, "cannot be loaded as a detector"),
         ({"model_type": ["a"]}, "cannot be loaded as a detector"),
+        ({"more": json.loads("[" * 900 + "]" * 900)}, "cannot be loaded as a detector"),
         ({"model_type": "x" * 5000}, "cannot be loaded as a detector"),
         ({"encoder_layers": 10**9}, "'encoder_layers' in its config must be at most 1,000, got 1000000000"),
         ({"backbone_config__depths": [1, 1, 1, 10**9]}, "'depths' in its config must be at most 1,000"),
