@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import keyword
 import math
 import os
 import re
@@ -39,7 +40,7 @@ _PAPER = "https://arxiv.org/abs/2407.11414"
 _BASE_MODEL_TAG = "base_model:adapter:"
 _VERSIONS = "### Framework versions"
 # Bytes of a card, and letters of its metadata, above which a card is not read: YAML is parsed slowly.
-MAX_CARD, MAX_METADATA = 1_000_000, 50_000
+MAX_CARD, MAX_METADATA = 1_000_000, 20_000
 # Letters of a name in a card.
 MAX_SHOWN = 200
 # What could become markup, HTML or a link. An underscore between letters does not, and a number with a full stop does
@@ -377,8 +378,8 @@ def _describe(config: AdapterConfig, base_model: str | None) -> str:
 def _auto_class(config: AdapterConfig) -> str | None:
     """Return the class of transformers that loads the base model. None for other libraries, or if it is not known."""
     known = config.auto_mapping if isinstance(config.auto_mapping, dict) else {}
-    name = known.get("base_model_class")
-    if not str(known.get("parent_library")).startswith("transformers.") or not str(name).isidentifier():
+    library, name = str(known.get("parent_library")), str(known.get("base_model_class"))
+    if not library.startswith("transformers.") or not name.isidentifier() or keyword.iskeyword(name):
         return None
     return _DETECTOR if name in MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING_NAMES.values() else name
 

@@ -313,7 +313,7 @@ def read_class_names(adapter: SavedAdapter) -> list[str]:
     if not file.is_file():
         raise InputError(f"adapter={adapter.source!r}: was saved without class names ({file.name}).")
     class_names = read_json(file)
-    if not isinstance(class_names, list) or not class_names or not all(isinstance(name, str) for name in class_names):
+    if not isinstance(class_names, list) or not all(isinstance(name, str) for name in class_names):
         raise InputError(f"{file}: must be a JSON list of names.")
     for name in class_names:
         if not name.strip() or not name.isprintable() or len(name) > MAX_CLASS_NAME:
