@@ -60,7 +60,7 @@ from ..detection.prediction import DEFAULT_THRESHOLD
 from ..downloads import limit_waiting
 from ..errors import InputError, hint, one_line_errors
 from ..files import check_writable, output_folder, read_json, whole_files
-from ..wording import counted, enumerated
+from ..wording import counted, enumerated, printable, quoted
 from .train_arguments import BASE_MODEL
 
 RESULTS_FILE = "detections.json"
@@ -288,9 +288,17 @@ def find_adapters(args: argparse.Namespace) -> list[SavedAdapter]:
     for text in args.adapter:
         name, equals, source = text.partition("=")
         # The path of a folder may have an equals sign.
-        adapter = find_adapter(source, name) if equals and not Path(text).is_dir() else find_adapter(text)
-        if adapter.name in ("", "..") or Path(adapter.name).name != adapter.name:
-            raise InputError(f"--adapter {text}: {adapter.name!r} cannot be the name of a folder; write NAME=ADAPTER.")
+        adapter = find_adapter(source, name) if equals and not os.path.isdir(text) else find_adapter(text)
+        if (
+            adapter.name in ("", "..")
+            or Path(adapter.name).name != adapter.name
+            or len(os.fsencode(adapter.name)) > 255
+            or not adapter.name.isprintable()
+        ):
+            raise InputError(
+                f"--adapter {printable(text, 120)}: {quoted(adapter.name)} cannot be the name of a folder; write "
+                "NAME=ADAPTER."
+            )
         # Some file systems do not distinguish upper and lower case.
         other = named.setdefault(adapter.name.casefold(), adapter)
         if other is not adapter:

@@ -57,7 +57,7 @@ MARKUP = (
         "a\n---\nb: c",
         "a\r\n```\r\nb",
     ),
-    *("\u202e", "\u200b", "\x7f", "\x85"),
+    *("True", "None", "import", "\u202e", "\u200b", "\x7f", "\x85"),
 )
 names = st.one_of(
     st.sampled_from((*BAD_STRINGS, *MARKUP)),
