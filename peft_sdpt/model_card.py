@@ -133,12 +133,14 @@ def complete_card(folder: str | os.PathLike, saved_config: PeftConfig) -> None:
         return
     try:
         card = _completed(file, cast(AdapterConfig, saved_config))
-        if card is not None:
-            card.save(file)
+        content = None if card is None else str(card)
     except Exception as error:  # Any metadata is possible. Only a warning, because the adapter itself is saved.
         warnings.warn(
             f"{file}: not completed, because it cannot be read as a model card ({reason(error)}).", stacklevel=3
         )
+        return
+    if content is not None:
+        file.write_text(content, encoding="utf-8", newline="")
 
 
 def _completed(file: Path, config: AdapterConfig) -> ModelCard | None:
