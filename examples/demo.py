@@ -12,6 +12,7 @@ model detects. The script is also the app of a Space on the Hub, and docs/demo.m
 from __future__ import annotations
 
 import argparse
+import html
 import os
 import re
 from functools import partial
@@ -39,7 +40,9 @@ from peft_sdpt.detection import (
     split_classes,
 )
 from peft_sdpt.detection.prediction import DEFAULT_THRESHOLD
+from peft_sdpt.downloads import limit_waiting
 from peft_sdpt.errors import hint, one_line_errors
+from peft_sdpt.model_card import plain
 
 try:
     import gradio as gr
@@ -97,6 +100,7 @@ def load(args: argparse.Namespace) -> tuple[Any, list[Choice]]:
     """Load the base model with all adapters, and what the page needs for each one."""
     if args.threshold is not None and not LOWEST <= args.threshold < 1:
         raise InputError(f"--threshold {args.threshold}: must be at least {LOWEST} and below 1.")
+    limit_waiting()
     adapters = find_adapters(args)
     with hint("Choose one by --model_name_or_path."):
         base_model = args.model_name_or_path or (common_base_model(adapters) if adapters else str(HOST))
@@ -135,7 +139,7 @@ def detect_both(model: Any, choices: list[Choice], file: str | None, text: str, 
         chunks = split_classes(names, choice.processor.tokenizer, model.config.max_text_len)
         image = read_image(file, Path(file).name)
     except InputError as error:
-        raise gr.Error(str(error), print_exception=False) from None
+        raise page_error(str(error)) from None
 
     detect_now = partial(detect, model, choice.processor, [image], names, chunks, LOWEST, None)
     if not isinstance(model, PeftModel):
@@ -148,8 +152,13 @@ def detect_both(model: Any, choices: list[Choice], file: str | None, text: str, 
         model.base_model.set_scale(f"adapter{number}", scale)
     except ValueError as error:  # the adapter has no gates, and always has the scale 1
         if scale != 1:
-            raise gr.Error(f"{choice.name} cannot be scaled: {error}", print_exception=False) from None
+            raise page_error(f"{choice.name} cannot be scaled: {error}") from None
     return image, names, [base, (choice.name if scale == 1 else f"{choice.name} x {scale:g}", *detect_now())]
+
+
+def page_error(message: str) -> gr.Error:
+    """Return an error for the page, which would show HTML in a message. A message can have names of any kind."""
+    return gr.Error(html.escape(message, quote=False), print_exception=False)
 
 
 def draw(result: Result | None, threshold: float) -> Any:
@@ -163,7 +172,7 @@ def draw(result: Result | None, threshold: float) -> Any:
         found = f"{count} found" if count else f"nothing found; the best score is {detections['best_score']:.2f}"
         # Small images are enlarged, so that the names of the classes can be read.
         drawn = draw_detections(image, detections, class_names, threshold, max(image.width, 480))
-        shown += [f"**{heading}**: {found}", drawn]
+        shown += [f"**{plain(heading)}**: {found}", drawn]
     return shown
 
 

@@ -13,6 +13,8 @@ from .wording import printable
 
 # Letters of the one line. Messages of other libraries can quote what they refuse at any length.
 MAX_MESSAGE = 2000
+# Letters of an error of another library in a message of ours.
+MAX_REASON = 400
 
 
 class InputError(ValueError):
@@ -48,6 +50,21 @@ def one_line_errors(program: str, flags: Mapping[str, str] | None = None) -> Ite
     except KeyboardInterrupt as interrupt:
         print(f"{program}: {str(interrupt) or 'interrupted.'}", file=sys.stderr)
         sys.exit(130)
+
+
+def reason(error: BaseException) -> str:
+    """Describe an error of another library on one line, for a message of ours.
+
+    Args:
+        error: The error. Its type is named, unless its message is known to be a sentence.
+
+    Example:
+        >>> reason(KeyError("added_tokens")), reason(OSError("No space\\nleft"))
+        ("KeyError: 'added_tokens'", 'No space left')
+    """
+    text = str(error).rstrip(". \n")
+    named = text and isinstance(error, OSError | ValueError) and not isinstance(error, UnicodeError)
+    return printable(text if named else f"{type(error).__name__}: {text}", MAX_REASON)
 
 
 @contextlib.contextmanager

@@ -8,8 +8,10 @@ module adds sections between two comments. They can be rewritten while the text 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import keyword
 import math
 import os
 import re
@@ -20,13 +22,13 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, cast
 
 import peft
-import yaml
-from huggingface_hub import ModelCard, ModelCardData, hf_hub_download, metadata_load
+from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft.config import PeftConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING_NAMES
 
-from .wording import counted
+from .errors import reason
+from .wording import counted, printable
 
 CARD = "README.md"
 PIPELINE_TAG = "zero-shot-object-detection"
@@ -37,6 +39,13 @@ _DETECTOR = "AutoModelForZeroShotObjectDetection"
 _PAPER = "https://arxiv.org/abs/2407.11414"
 _BASE_MODEL_TAG = "base_model:adapter:"
 _VERSIONS = "### Framework versions"
+# Bytes of a card, and letters of its metadata, above which a card is not read: YAML is parsed slowly.
+MAX_CARD, MAX_METADATA = 1_000_000, 20_000
+# Letters of a name in a card.
+MAX_SHOWN = 200
+# What could become markup, HTML or a link. An underscore between letters does not, and a number with a full stop does
+# only at the start. GitHub makes links of addresses also without markup.
+_MARKUP = re.compile(r"""[^\w\s.,;/+=?'"-]|(?<!\w)_|_(?!\w)|(?<=_)_|^\W|^\d+\.(?=\s)|www\.""", re.IGNORECASE)
 
 
 class AdapterConfig(Protocol):
@@ -64,6 +73,50 @@ class AdapterConfig(Protocol):
     def parameter_shapes(self) -> dict[str, tuple[int, ...]] | None: ...
 
 
+def plain(text: object) -> str:
+    """Write a name or a value into the Markdown of a card, so that it is shown as it is.
+
+    It can have no markup, link or HTML, and ends no line, cell or comment of the card. Letters that could become markup
+    are written as their numbers.
+
+    Args:
+        text: Any text, or a value to convert to one. It becomes one line, and its end is cut off after 200 letters.
+
+    Example:
+        >>> plain("user/my_model"), plain("<b> | c"), plain("www.a.b"), plain("1. cat")
+        ('user/my_model', '&#60;b&#62; &#124; c', 'www&#46;a.b', '1&#46; cat')
+    """
+    return _MARKUP.sub(lambda match: f"{match[0][:-1]}&#{ord(match[0][-1])};", printable(str(text), MAX_SHOWN))
+
+
+def code(text: object) -> str:
+    """Write a name or a value as code into the Markdown of a card. See `plain`.
+
+    Example:
+        >>> code("red apple"), code("a|b")
+        ('`red apple`', '<code>a&#124;b</code>')
+    """
+    line = printable(str(text), MAX_SHOWN)
+    # There are no entities between backticks.
+    return f"`{line}`" if re.fullmatch(r"[\w.,:;/+='-][\w\s.,:;/+='-]*", line) else f"<code>{plain(line)}</code>"
+
+
+def literal(text: str) -> str:
+    """Write a text as a string of Python, for code in a card. It cannot end the string, the line or the code.
+
+    Example:
+        >>> print(literal('a"); print("b'), literal("user/adapter"))
+        "a\\u0022); print(\\u0022b" "user/adapter"
+    """
+    safe = (letter if letter.isprintable() and letter not in '"\\<>`&' else _escape(letter) for letter in text)
+    return f'"{"".join(safe)}"'
+
+
+def _escape(letter: str) -> str:
+    number = ord(letter)
+    return f"\\u{number:04x}" if number < 2**16 else f"\\U{number:08x}"
+
+
 def complete_card(folder: str | os.PathLike, saved_config: PeftConfig) -> None:
     """Complete the model card in a folder, if it is a card of PEFT or an empty form. Other files are left alone.
 
@@ -75,23 +128,31 @@ def complete_card(folder: str | os.PathLike, saved_config: PeftConfig) -> None:
         folder: Folder of the saved adapter.
         saved_config: Config of the adapter, an `SDPTConfig`.
     """
-    config = cast(AdapterConfig, saved_config)
     file = Path(folder) / CARD
     if not file.is_file():
         return
     try:
-        content = file.read_text(encoding="utf-8-sig")
-        if not re.match(r"\s*---\s*\n", content):
-            return
-        card = ModelCard(content, ignore_metadata_errors=True)
-    except (OSError, ValueError, yaml.YAMLError) as error:  # only a warning, because the adapter itself is saved
-        warnings.warn(f"{file}: not completed, because it cannot be read as a model card ({error}).", stacklevel=3)
+        card = _completed(file, cast(AdapterConfig, saved_config))
+        content = None if card is None else str(card)
+    except Exception as error:  # Any metadata is possible. Only a warning, because the adapter itself is saved.
+        warnings.warn(
+            f"{file}: not completed, because it cannot be read as a model card ({reason(error)}).", stacklevel=3
+        )
         return
+    if content is not None:
+        file.write_text(content, encoding="utf-8", newline="")
+
+
+def _completed(file: Path, config: AdapterConfig) -> ModelCard | None:
+    """Return a completed card. None if the file is no card of PEFT and no empty form."""
+    if not re.match(r"\s*---\s*\n", _read(file)):
+        return None
+    card = _load(file)
     # `ModelCard.data` is declared as the class for all kinds of cards, of which this is a subclass.
     data = cast(ModelCardData, card.data)
     unfilled = _is_unfilled(card.text)
     if not unfilled and data.library_name != "peft":
-        return
+        return None
 
     base_model = _hub_id(config.base_model_name_or_path)
     data.library_name = "peft"
@@ -105,9 +166,29 @@ def complete_card(folder: str | os.PathLike, saved_config: PeftConfig) -> None:
     elif isinstance(data.base_model, str) and not _hub_id(data.base_model):
         data.base_model = None  # the Hub rejects a path
 
-    text = f"# SDPT adapter for {_name(config)}\n" if unfilled else _without_versions_of_peft(card.text)
+    text = f"# SDPT adapter for {plain(_name(config))}\n" if unfilled else _without_versions_of_peft(card.text)
     card.text = "\n" + with_section(text, "adapter", _describe(config, base_model))
-    card.save(file)
+    return card
+
+
+def _read(file: Path) -> str:
+    """Return the text of a card. Raises a `ValueError` if it is too long."""
+    if file.stat().st_size > MAX_CARD:
+        raise ValueError(f"it has more than {MAX_CARD:,} bytes")
+    content = file.read_text(encoding="utf-8-sig")
+    start = content.find("---")
+    if start >= 0 and content.find("\n---", start) - start > MAX_METADATA:
+        raise ValueError(f"its metadata has more than {MAX_METADATA:,} letters")
+    return content
+
+
+def _load(file: Path) -> ModelCard:
+    """Return a card, whose metadata is of the types that PEFT and the Hub expect. Anything can be raised otherwise."""
+    card = ModelCard(_read(file), ignore_metadata_errors=True)
+    tags = card.data.get("tags")
+    if not (tags is None or (isinstance(tags, list) and all(isinstance(tag, str) for tag in tags))):
+        raise ValueError("its tags are not a list of texts")
+    return card
 
 
 def with_section(text: str, name: str, body: str | None) -> str:
@@ -135,19 +216,21 @@ def with_section(text: str, name: str, body: str | None) -> str:
     begin = f"<!-- {name}: begin. Written by a program; what you write above or below stays. -->"
     end = f"<!-- {name}: end -->"
     # Other versions may word the rest of the comment differently, and somebody may have edited it.
-    old = re.search(rf"<!-- {name}: begin.*?-->(?:.*?{end})?", text, re.DOTALL)
-    before, after = (text[: old.start()], text[old.end() :]) if old else (text, "")
+    start = text.find(f"<!-- {name}: begin")
+    opened = text.find("-->", start) if start >= 0 else -1
+    before, after = text, ""
+    if opened >= 0:
+        closed = text.find(end, opened)
+        before, after = text[:start], text[opened + len("-->") if closed < 0 else closed + len(end) :]
     parts = [before, *([f"{begin}\n\n{body.strip()}\n\n{end}"] if body is not None else []), after]
     return "\n\n".join(part.strip("\n") for part in parts if part.strip()) + "\n"
 
 
 def carry_card(folder: Path, other: Path) -> None:
     """Copy the model card of a folder to another folder, if it exists and can be read. PEFT then completes it there."""
-    try:
-        ModelCard.load(folder / CARD)
+    with contextlib.suppress(Exception):  # any metadata is possible
+        _load(folder / CARD)
         shutil.copyfile(folder / CARD, other / CARD)
-    except (OSError, ValueError, yaml.YAMLError):
-        pass
 
 
 def write_section(card: Path, name: str, body: str | None) -> None:
@@ -168,12 +251,18 @@ def licence_of(source: str | os.PathLike, base_model: str | None = None) -> dict
     """
     try:
         file = Path(source) / CARD if Path(source).is_dir() else hf_hub_download(str(source), CARD)
-        metadata = metadata_load(file) or {}
-    except Exception:  # `huggingface_hub` and its HTTP client raise many kinds of errors
+        metadata = _load(Path(file)).data.to_dict()
+    except Exception:  # `huggingface_hub` and its HTTP client raise many kinds of errors, and any metadata is possible
         return {}
     if base_model is not None and (metadata.get("base_model") or None) != _hub_id(base_model):
         return {}
-    return {name: metadata[name] for name in LICENCE_FIELDS if isinstance(metadata.get(name), str)}
+    licence = {name: metadata.get(name) for name in LICENCE_FIELDS}
+    return {name: value for name, value in licence.items() if isinstance(value, str) and _is_name(value)}
+
+
+def _is_name(text: str) -> bool:
+    """Return whether a text can be a name in metadata: one line that is not long."""
+    return text.isprintable() and len(text) <= MAX_SHOWN
 
 
 def write_licence(card: Path, licence: Mapping[str, str]) -> None:
@@ -185,7 +274,7 @@ def write_licence(card: Path, licence: Mapping[str, str]) -> None:
     """
     if not licence:
         return
-    content = ModelCard.load(card, ignore_metadata_errors=True)
+    content = _load(card)
     for name in LICENCE_FIELDS:
         setattr(content.data, name, licence.get(name))
     content.save(card)
@@ -203,7 +292,7 @@ def _hub_id(name: str | None) -> str | None:
         validate_repo_id(name)
     except HFValidationError:
         return None
-    return name if name and not os.path.exists(name) else None
+    return name if name and _is_name(name) and not os.path.exists(name) else None
 
 
 def _size_of(config: AdapterConfig, *endings: str) -> int:
@@ -219,7 +308,7 @@ def _describe(config: AdapterConfig, base_model: str | None) -> str:
         config: Config of the adapter.
         base_model: Hub id of the base model, or None.
     """
-    link = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else f"`{_name(config)}`"
+    link = f"[{plain(base_model)}](https://huggingface.co/{base_model})" if base_model else code(_name(config))
     what = "Tokens" if config.lora_rank is None else "Tokens and LoRA matrices"
     lines = [
         f"{what} for [SDPT, Synchronous Dual Prompt Tuning]({_PAPER}), a tuner that the package `peft_sdpt` adds to "
@@ -244,7 +333,7 @@ def _describe(config: AdapterConfig, base_model: str | None) -> str:
     defaults["prompt_space"] = config.default_prompt_space
     for name in ("prompt_gate", "prompt_groups", "prompt_mode", "prompt_space", "image_attends_prompts", "pinv_rtol"):
         if (value := getattr(config, name)) != defaults[name]:
-            lines.append(f"| `{name}` | {value} |")
+            lines.append(f"| `{name}` | {plain(value)} |")
     if config.lora_rank is not None:
         size = counted(_size_of(config, ".sdpt_lora_A", ".sdpt_lora_B"), "parameter")
         layers = counted(len(config.lora_layers or {}), "linear layer")
@@ -253,8 +342,8 @@ def _describe(config: AdapterConfig, base_model: str | None) -> str:
             "`lora_layers` in `adapter_config.json` lists them |"
         )
     if config.modules_to_save:
-        lines.append(f"| fully trained modules | {', '.join(f'`{name}`' for name in config.modules_to_save)} |")
-    revision = f', revision="{config.revision}"' if config.revision else ""
+        lines.append(f"| fully trained modules | {', '.join(map(code, config.modules_to_save))} |")
+    revision = f", revision={literal(str(config.revision))}" if config.revision else ""
     auto_class = _auto_class(config)
     lines += [
         "",
@@ -265,7 +354,7 @@ def _describe(config: AdapterConfig, base_model: str | None) -> str:
         "from peft import PeftModel",
         *([f"from transformers import {auto_class}"] if auto_class else []),
         "",
-        f'base_model = {auto_class}.from_pretrained("{base_model or f"path/to/{_name(config)}"}"{revision})'
+        f"base_model = {auto_class}.from_pretrained({literal(base_model or f'path/to/{_name(config)}')}{revision})"
         if auto_class
         else "base_model = ...  # the model that these tokens belong to, built by its own code",
         'model = PeftModel.from_pretrained(base_model, "user/repository")  # this repository, or a folder',
@@ -283,17 +372,17 @@ def _describe(config: AdapterConfig, base_model: str | None) -> str:
         _VERSIONS,
         "",
         f"- PEFT {peft.__version__}",
-        f"- peft_sdpt {config.peft_sdpt_version}",
+        f"- peft_sdpt {plain(config.peft_sdpt_version)}",
     ]
     return "\n".join(lines)
 
 
 def _auto_class(config: AdapterConfig) -> str | None:
     """Return the class of transformers that loads the base model. None for other libraries, or if it is not known."""
-    known = config.auto_mapping or {}
-    if not str(known.get("parent_library", "")).startswith("transformers."):
+    known = config.auto_mapping if isinstance(config.auto_mapping, dict) else {}
+    library, name = str(known.get("parent_library")), str(known.get("base_model_class"))
+    if not library.startswith("transformers.") or not name.isidentifier() or keyword.iskeyword(name):
         return None
-    name = known["base_model_class"]
     return _DETECTOR if name in MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING_NAMES.values() else name
 
 
@@ -315,4 +404,7 @@ def _form() -> frozenset[str]:
 
 def _without_versions_of_peft(text: str) -> str:
     """Remove the version that PEFT adds at the end of the text. Our section has it."""
-    return re.sub(rf"\n*{_VERSIONS}\n+(- PEFT \S+\n*)+\Z", "\n", text.rstrip("\n") + "\n")
+    before, heading, after = text.rpartition(_VERSIONS)
+    if heading and after.strip() and all(re.fullmatch(r"(- PEFT \S+)?", line) for line in after.splitlines()):
+        text = before
+    return text.rstrip("\n") + "\n"

@@ -58,6 +58,7 @@ from ..detection.images import (
     watch,
 )
 from ..detection.prediction import DEFAULT_THRESHOLD
+from ..downloads import limit_waiting
 from ..errors import InputError, hint, one_line_errors
 from ..files import check_writable, output_folder, read_json, whole_files
 from ..wording import MAX_QUOTED, counted, enumerated, printable, quoted, shorten
@@ -430,6 +431,7 @@ def detect_all(args: argparse.Namespace, paths: list[Path], model: Any, results:
 
 
 def run(args: argparse.Namespace, model_name_or_path: str) -> None:
+    limit_waiting()
     # All input is checked before the weights are loaded.
     check_args(args)
     paths = [] if args.watch else find_images(args.inputs, args.skip_bad_images, args.output_dir)

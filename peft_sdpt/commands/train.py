@@ -70,6 +70,7 @@ from ..detection import (
 from ..detection.formats import matching_split
 from ..detection.prediction import DEFAULT_THRESHOLD
 from ..detection.saved_adapter import THRESHOLD_FILE
+from ..downloads import limit_waiting
 from ..errors import InputError, hint, one_line_errors
 from ..files import check_writable
 from ..layer import SDPTLayer
@@ -534,6 +535,7 @@ def report(setup: Setup, after: dict[str, Any] | None, rows: list[tuple], own_th
 
 
 def run(args: argparse.Namespace, tasks: Mapping[str, Task]) -> None:
+    limit_waiting()
     check_args(args)
     # Called for its error, before anything is prepared.
     load_base_config(args.model_name_or_path)

@@ -19,12 +19,11 @@ from typing import Any
 from ..detection import Detections, DetectionSplit, draw_report, side_by_side, write_threshold
 from ..detection.analysis import count_objects
 from ..detection.charts import describe_error, most_frequent, worst_and_best
-from ..detection.images import as_text
 from ..errors import InputError
 from ..files import read_json, whole_file, whole_files
-from ..model_card import CARD, write_licence, write_section
+from ..model_card import CARD, code, plain, write_licence, write_section
 from ..training import Progress
-from ..wording import MAX_QUOTED, counted, printable, quoted, shorten
+from ..wording import counted, printable, quoted, shorten
 
 METRICS = ("AP", "AP50", "AP75")
 # Number of images of the evaluation split in `detections.png`.
@@ -244,7 +243,7 @@ def write_report(
         with whole_files(args.output_dir) as folder:
             shutil.copyfile(args.output_dir / CARD, folder / CARD)
             write_threshold(folder, processor, data.class_names, card["threshold"], card["source"])
-            where = f"{as_code(public_name(args.dataset_name))}, split {as_code(split)}, {size_of(data)}"
+            where = f"{code(public_name(args.dataset_name))}, split {code(split)}, {size_of(data)}"
             write_section(folder / CARD, "results", describe_last(where, record, names))
             names |= {path.name for path in folder.iterdir()}
     return sorted(names)
@@ -326,8 +325,8 @@ def size_of(data: DetectionSplit) -> str:
 def describe_best(dataset_name: str, split: str, metrics: dict[str, float]) -> str:
     """Return the results for the model card of the adapter with the highest AP on the validation split."""
     return (
-        f"## Results\n\nThis adapter has the highest AP on the split {as_code(split)} of all adapters of a training "
-        f"run on {as_code(public_name(dataset_name))}. It was chosen by that AP, at step {metrics['step']}.\n\n"
+        f"## Results\n\nThis adapter has the highest AP on the split {code(split)} of all adapters of a training run "
+        f"on {code(public_name(dataset_name))}. It was chosen by that AP, at step {metrics['step']}.\n\n"
         f"{table({'validation': metrics})}"
     )
 
@@ -347,7 +346,7 @@ def describe_last(data: str, record: dict[str, Any], files: Collection[str]) -> 
     for name in shown:
         entry = record["classes"][name]
         values = (f"{entry[when]['AP']:.3f}" for when in ("before", "after"))
-        classes.append([as_code(name), *values, f"{entry['objects']:,}"])
+        classes.append([plain(name), *values, f"{entry['objects']:,}"])
     paragraphs = [
         "## Results",
         f"COCO AP on {data}, after {counted(steps, 'training step')}. `metrics.json` has all numbers and the "
@@ -361,7 +360,7 @@ def describe_last(data: str, record: dict[str, Any], files: Collection[str]) -> 
     if record["errors"]:
         paragraphs.append("Most frequent errors at this score:")
         kinds = most_frequent(record["errors"], IN_CARD // 4).values()
-        lines = [f"- {as_code(describe_error(error))}: {error['count']:,}" for errors in kinds for error in errors]
+        lines = [f"- {plain(describe_error(error))}: {error['count']:,}" for errors in kinds for error in errors]
         paragraphs.append("\n".join(lines))
     pictures = {
         "report.png": "Curves and charts of the training",
@@ -383,13 +382,7 @@ def markdown(heading: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in [heading, ["---"] * len(heading), *rows])
 
 
-def as_code(name: str) -> str:
-    """Return a name as code in Markdown, where nothing in it has a meaning. A bar would end the cell of a table."""
-    return "`" + printable(name, MAX_QUOTED).replace("`", "'").replace("|", "\\|") + "`"
-
-
 def public_name(value: Any) -> Any:
     """Return only the last part of a path, so that the value can be published. Return any other value as it is."""
     is_path = isinstance(value, Path) or (isinstance(value, str) and os.path.exists(value))
-    shown = Path(value).resolve().name if is_path else value
-    return as_text(shown) if isinstance(shown, str) else shown
+    return Path(value).resolve().name if is_path else value

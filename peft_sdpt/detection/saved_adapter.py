@@ -12,21 +12,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel
+from PIL import Image
 from torch import nn
-from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
+from transformers import AutoConfig, AutoModelForZeroShotObjectDetection, AutoProcessor
 
 from ..config import SDPTConfig
-from ..errors import InputError
+from ..downloads import DamagedFileError, download
+from ..errors import InputError, reason
 from ..files import read_json, whole_files
-from ..model_card import CARD, carry_card, write_licence, write_section
-from .base_models import refuse_adapter_folder
+from ..model_card import CARD, carry_card, code, literal, write_licence, write_section
+from ..wording import printable, quoted
+from .base_models import not_a_detector, refuse_adapter_folder
 
 CLASS_NAMES_FILE = "class_names.json"
 THRESHOLD_FILE = "detection.json"
+# The files of a processor, and those of an adapter, which are downloaded from the Hub. The first two make an adapter.
+PROCESSOR_FILES = (
+    *("processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "tokenizer.json"),
+    *("special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model"),
+)
+FILES = ("adapter_config.json", "adapter_model.safetensors", CLASS_NAMES_FILE, THRESHOLD_FILE, *PROCESSOR_FILES)
 # Number of classes that a model card lists.
 LISTED_CLASSES = 100
+# Letters of a class name. A prompt of the base models has at most 256 tokens.
+MAX_CLASS_NAME = 1000
+# Pixels of the shorter edge of an image after resizing. Detectors are trained with 800, and the size in the file of a
+# stranger must not use up the memory.
+MAX_IMAGE_SIZE = 4096
 
 
 @dataclass(frozen=True)
@@ -59,28 +72,38 @@ def find_adapter(source: str, name: str | None = None) -> SavedAdapter:
     Raises:
         InputError: There is no such adapter, or it is not an SDPT adapter.
     """
-    where = f"source={source!r}"
+    where = f"source={quoted(source, 300)}"
     folder = Path(source)
-    if not folder.is_dir():
+    if not os.path.isdir(source):
+        repository, subfolder = "/".join(source.split("/")[:2]), "/".join(source.split("/")[2:])
         try:
             # The files are downloaded here, so that the rest of the code handles only local folders.
-            repository, subfolder = "/".join(source.split("/")[:2]), "/".join(source.split("/")[2:])
-            start = f"{subfolder}/" if subfolder else ""
-            patterns = [start + name for name in ("*.json", "*.txt", "adapter_model.safetensors")]
-            snapshot = snapshot_download(repository, allow_patterns=patterns, ignore_patterns=f"{start}*/*")
-            folder = Path(snapshot, subfolder)
+            downloaded = download(repository, FILES, subfolder)
+        except DamagedFileError as error:
+            raise InputError(f"{where}: {reason(error)}.") from None
         except Exception as error:  # `huggingface_hub` raises many kinds of errors
-            raise InputError(f"{where}: no such folder, and no such repository on the Hub ({error}).") from None
-    for file in ("adapter_config.json", "adapter_model.safetensors"):
+            raise InputError(f"{where}: no such folder, and no such repository on the Hub ({reason(error)}).") from None
+        if downloaded is None:
+            raise InputError(f"{where}: is not a saved adapter, because the repository has no {FILES[0]}.")
+        folder = downloaded
+    for file in FILES[:2]:
         if not (folder / file).is_file():
             raise InputError(f"{where}: is not a saved adapter, because {folder} has no {file}.")
+    if not isinstance(read_json(folder / "adapter_config.json"), dict):
+        raise InputError(f"{where}: adapter_config.json cannot be read (it is not a JSON object).")
     try:
         config = PeftConfig.from_pretrained(str(folder))
     except Exception as error:  # a damaged file can raise anything
-        raise InputError(f"{where}: adapter_config.json cannot be read ({error!r}).") from None
+        raise InputError(f"{where}: adapter_config.json cannot be read ({reason(error)}).") from None
     if not isinstance(config, SDPTConfig):
         raise InputError(f"{where}: is not an SDPT adapter, because its config is a {type(config).__name__}.")
-    return SavedAdapter(source, name or Path(source).resolve().name, folder, config.base_model_name_or_path)
+    base_model = config.base_model_name_or_path
+    if not (base_model is None or (isinstance(base_model, str) and base_model.isprintable())):
+        raise InputError(
+            f"{where}: adapter_config.json must name the base model in one line of text, but "
+            f"base_model_name_or_path is {quoted(base_model)}."
+        )
+    return SavedAdapter(source, name or Path(source).resolve().name, folder, base_model)
 
 
 def common_base_model(adapters: Sequence[SavedAdapter]) -> str:
@@ -100,9 +123,9 @@ def common_base_model(adapters: Sequence[SavedAdapter]) -> str:
         base_model = adapter.base_model
         if not base_model:
             raise InputError(f"adapters={adapter.source!r}: does not name its base model.")
-        base_models[str(Path(base_model).resolve()) if Path(base_model).is_dir() else base_model] = adapter
+        base_models[str(Path(base_model).resolve()) if os.path.isdir(base_model) else base_model] = adapter
     if len(base_models) > 1:
-        named = "; ".join(f"{adapter.name}: {base_model}" for base_model, adapter in base_models.items())
+        named = "; ".join(f"{adapter.name}: {printable(name, 300)}" for name, adapter in base_models.items())
         raise InputError(f"adapters=...: the adapters were trained on different base models ({named}).")
     return next(iter(base_models))
 
@@ -157,8 +180,10 @@ def load_trainable(model_name_or_path: str | os.PathLike, adapter: SavedAdapter)
 def _does_not_load(
     argument: str, adapter: SavedAdapter, model_name_or_path: str | os.PathLike, error: Exception
 ) -> InputError:
+    # The message lists each layer that does not fit.
+    because = printable(str(error) or type(error).__name__, 1200)
     return InputError(
-        f"{argument}={adapter.source!r}: cannot be loaded on the base model {model_name_or_path} ({error})."
+        f"{argument}={adapter.source!r}: cannot be loaded on the base model {model_name_or_path} ({because})."
     )
 
 
@@ -176,11 +201,11 @@ def load_base_model(model_name_or_path: str | os.PathLike) -> nn.Module:
     """
     refuse_adapter_folder(model_name_or_path)
     try:
-        return AutoModelForZeroShotObjectDetection.from_pretrained(model_name_or_path, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"model_name_or_path={str(model_name_or_path)!r}: cannot be loaded as a detector ({error})."
-        ) from None
+        return AutoModelForZeroShotObjectDetection.from_pretrained(
+            model_name_or_path, dtype=torch.float32, trust_remote_code=False
+        )
+    except Exception as error:  # a damaged file can raise anything
+        raise not_a_detector(model_name_or_path, error) from None
 
 
 def load_processor(adapter: SavedAdapter | None, model_name_or_path: str | os.PathLike) -> Any:
@@ -194,19 +219,65 @@ def load_processor(adapter: SavedAdapter | None, model_name_or_path: str | os.Pa
         The processor.
 
     Raises:
-        InputError: No processor can be loaded, or it lacks a tokenizer or an image processor.
+        InputError: No processor can be loaded, it lacks a tokenizer or an image processor, or it cannot process an
+            image of 8 by 8 pixels. No code of a repository is run.
     """
     if adapter and any((adapter.folder / f"{name}_config.json").is_file() for name in ("preprocessor", "processor")):
         source, where = str(adapter.folder), f"adapter={adapter.source!r}"
     else:
-        source, where = str(model_name_or_path), f"model_name_or_path={str(model_name_or_path)!r}"
+        source, where = str(model_name_or_path), f"model_name_or_path={quoted(str(model_name_or_path), 300)}"
     try:
-        processor = AutoProcessor.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{where}: has no processor that can be loaded ({error}).") from None
+        if not os.path.isdir(source):
+            # transformers takes a file that the Hub does not give out at the moment for one that does not exist, and
+            # would make a tokenizer without words.
+            source = str(download(source, ("config.json", *PROCESSOR_FILES)) or source)
+        # By default, transformers would ask on the terminal whether to run code of the repository.
+        processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # a damaged file can raise anything
+        raise InputError(f"{where}: has no processor that can be loaded ({reason(error)}).") from None
     if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
         raise InputError(f"{where}: the processor must have both a tokenizer and an image processor.")
+    _check_processor(processor, where)
+    if adapter:
+        _check_vocabulary(processor, model_name_or_path, where)
     return processor
+
+
+def _check_processor(processor: Any, where: str) -> None:
+    """Raise an `InputError` if a processor cannot process an image and a text, or would change images in an odd way."""
+    sizes = dict(getattr(processor.image_processor, "size", None) or {})
+    if not all(type(pixels) is int and pixels >= 1 for pixels in sizes.values()):
+        raise InputError(f"{where}: the size of its images must be whole numbers of pixels, got {quoted(sizes)}.")
+    # Both edges have to be long for an image to be large.
+    if min(sizes.values(), default=0) > MAX_IMAGE_SIZE:
+        raise InputError(
+            f"{where}: the size of its images must be at most {MAX_IMAGE_SIZE:,} pixels for the shorter edge, got "
+            f"{quoted(sizes)}."
+        )
+    for name in ("do_center_crop", "pad_size"):
+        if value := getattr(processor.image_processor, name, None):
+            raise InputError(f"{where}: its processor must not cut images or add a frame, got {name}={quoted(value)}.")
+    try:
+        inputs = processor(images=[Image.new("RGB", (8, 8))], text="a.", return_tensors="pt")
+        finite = bool(inputs["pixel_values"].isfinite().all()) and inputs["input_ids"].numel() > 0
+    except Exception as error:  # any value of the files may not suit
+        raise InputError(f"{where}: its processor cannot process an image ({reason(error)}).") from None
+    if not finite:
+        raise InputError(f"{where}: its processor makes pixels that are not finite.")
+
+
+def _check_vocabulary(processor: Any, model_name_or_path: str | os.PathLike, where: str) -> None:
+    """Raise an `InputError` if a tokenizer has more tokens than the base model has embeddings of."""
+    try:
+        config = AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=False)
+    except Exception:  # whatever loads the base model tells why it cannot be loaded
+        return
+    known = getattr(getattr(config, "text_config", config), "vocab_size", None)
+    last = max(processor.tokenizer.get_vocab().values(), default=0)
+    if known is not None and last >= known:
+        raise InputError(
+            f"{where}: its tokenizer has the token {last:,}, but the base model knows the tokens below {known:,}."
+        )
 
 
 def set_image_size(processor: Any, shorter_edge: int) -> None:
@@ -215,7 +286,12 @@ def set_image_size(processor: Any, shorter_edge: int) -> None:
     Args:
         processor: The processor, which is changed.
         shorter_edge: Shorter edge of an image in pixels. The longer edge is limited in proportion.
+
+    Raises:
+        InputError: The shorter edge has more than 4,096 pixels.
     """
+    if not 1 <= shorter_edge <= MAX_IMAGE_SIZE:
+        raise InputError(f"image_size={shorter_edge}: must be from 1 to {MAX_IMAGE_SIZE:,} pixels.")
     # Detectors are trained with images of at most 800 by 1333 pixels.
     longest_edge = round(shorter_edge * 1333 / 800)
     processor.image_processor.size = {"shortest_edge": shorter_edge, "longest_edge": longest_edge}
@@ -231,7 +307,7 @@ def read_class_names(adapter: SavedAdapter) -> list[str]:
         The names, in the order of training.
 
     Raises:
-        InputError: The file is missing, or is not a list of names in JSON.
+        InputError: The file is missing, or is not a list of names in JSON, each of them one line of text.
     """
     file = adapter.folder / CLASS_NAMES_FILE
     if not file.is_file():
@@ -239,6 +315,9 @@ def read_class_names(adapter: SavedAdapter) -> list[str]:
     class_names = read_json(file)
     if not isinstance(class_names, list) or not all(isinstance(name, str) for name in class_names):
         raise InputError(f"{file}: must be a JSON list of names.")
+    for name in class_names:
+        if not name.strip() or not name.isprintable() or len(name) > MAX_CLASS_NAME:
+            raise InputError(f"{file}: a name must be one line of text with at most 1,000 letters, got {quoted(name)}.")
     return class_names
 
 
@@ -291,8 +370,7 @@ def write_threshold(
 
 def _describe(processor: Any, class_names: Sequence[str], threshold: Mapping[str, Any] | None, source: str) -> str:
     """Return the section of the model card that tells what an adapter detects, and how."""
-    # A bar would end the cell of the table.
-    names = ["`" + name.replace("|", "\\|") + "`" for name in class_names[:LISTED_CLASSES]]
+    names = [code(name) for name in class_names[:LISTED_CLASSES]]
     if len(class_names) > LISTED_CLASSES:
         names.append(f"and {len(class_names) - LISTED_CLASSES:,} more, which `{CLASS_NAMES_FILE}` lists")
     size = dict(processor.image_processor.size)
@@ -301,7 +379,7 @@ def _describe(processor: Any, class_names: Sequence[str], threshold: Mapping[str
     )
     rows = [("classes", f"{len(class_names):,}: {', '.join(names)}"), ("image size", f"resized to {pixels}")]
     if threshold:
-        best = f"{threshold['threshold']:g}, which has the best F1 on the split `{threshold['split']}`"
+        best = f"{threshold['threshold']:g}, which has the best F1 on the split {code(threshold['split'])}"
         gives = ", ".join(f"{name} {threshold[name.lower()]:.2f}" for name in ("F1", "precision", "recall"))
         rows.append(("score threshold", f"{best}: {gives} at IoU 0.5"))
     comment = "this repository" if source != "." else "the folder of this file, or the id of its repository on the Hub"
@@ -313,7 +391,7 @@ def _describe(processor: Any, class_names: Sequence[str], threshold: Mapping[str
         *(f"| {name} | {value} |" for name, value in rows),
         "",
         "```python",
-        *_EXAMPLE.format(source=source, comment=comment).strip().splitlines(),
+        *_EXAMPLE.format(source=literal(source), comment=comment).strip().splitlines(),
         "```",
         "",
         "The code needs `pip install peft_sdpt[detection]`, and a photo with the name `photo.jpg`. A box is x, y, "
@@ -325,7 +403,7 @@ def _describe(processor: Any, class_names: Sequence[str], threshold: Mapping[str
 _EXAMPLE = """
 from peft_sdpt import detection
 
-adapter = detection.find_adapter("{source}")  # {comment}
+adapter = detection.find_adapter({source})  # {comment}
 names, threshold = detection.read_class_names(adapter), detection.read_threshold(adapter, default=0.3)
 processor = detection.load_processor(adapter, adapter.base_model)
 model = detection.load_detector(adapter.base_model, [adapter])

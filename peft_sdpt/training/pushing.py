@@ -10,7 +10,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import HfApi, get_token
 
-from ..errors import InputError
+from ..errors import InputError, reason
+from ..wording import quoted
 
 
 def prepare_push(repo_id: str, token: str | None, accelerator: Accelerator) -> HfApi | None:
@@ -41,7 +42,7 @@ def prepare_push(repo_id: str, token: str | None, accelerator: Accelerator) -> H
                 # An existing repository may belong to somebody else, and the token may allow reading only.
                 api.auth_check(repo_id, write=True)
             except Exception as error:  # `huggingface_hub` and its HTTP client raise many kinds of errors
-                problem = f"repo_id={repo_id!r}: cannot be pushed to ({error})."
+                problem = f"repo_id={quoted(repo_id, 120)}: cannot be pushed to ({reason(error)})."
     if problem := broadcast_object_list([problem])[0]:
         raise InputError(problem)
     return api
@@ -68,6 +69,6 @@ def push(api: HfApi, repo_id: str, folder: Path, names: list[str]) -> str:
         )
     except Exception as error:  # as in `prepare_push`
         raise InputError(
-            f"repo_id={repo_id!r}: the upload failed ({error}). All files are still in {folder}."
+            f"repo_id={quoted(repo_id, 120)}: the upload failed ({reason(error)}). All files are still in {folder}."
         ) from None
     return f"{api.endpoint}/{repo_id}"

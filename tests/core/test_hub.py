@@ -17,7 +17,7 @@ from peft_sdpt import SDPTConfig, __version__
 from peft_sdpt.model_card import with_section
 from tests.helpers.bi_multi_head import FusionTower
 from tests.helpers.detectors import ROOT, adapted_layers, attach, make_host, run, snapshot
-from tests.helpers.hub import OWNER, READER
+from tests.helpers.hub import FAULTS, OWNER, READER, wait_little
 from tests.helpers.patience import PATIENCE
 from tests.helpers.tiny import cases
 
@@ -251,6 +251,25 @@ def test_a_download_that_breaks_off_for_good(hub, impatient):
     refused("cannot be loaded, and nothing was put on the base model: RemoteProtocolError")
     hub.dropped = {}
     assert torch.equal(run(PeftModel.from_pretrained(make_host(), REPO)), run(model))
+
+
+@pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault != "other bytes"])
+def test_an_answer_that_is_not_the_file(hub, monkeypatch, fault):
+    """The base model stays as it was, and the next try works."""
+    wait_little(monkeypatch, 0.1 if fault == "stalled" else 5.0)
+    model = attach(make_host())
+    model.push_to_hub(REPO, token=OWNER)
+    host = make_host()
+    before = snapshot(host)
+    for file in ("adapter_config.json", WEIGHTS):
+        hub.faults = {file: fault}
+        with pytest.raises(
+            ValueError, match=r"cannot be loaded, and nothing was put|Can't find 'adapter_config\.json'"
+        ):
+            PeftModel.from_pretrained(host, REPO)
+    assert snapshot(host) == before
+    hub.faults = {}
+    assert torch.equal(run(PeftModel.from_pretrained(host, REPO)), run(model))
 
 
 def test_weights_that_the_hub_does_not_give_out(hub):

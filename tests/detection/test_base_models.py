@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-from peft_sdpt.detection import GroundedDetectionLoss, load_base_config
+from peft_sdpt.detection import GroundedDetectionLoss, load_base_config, load_base_model
 from peft_sdpt.errors import InputError
 from tests.helpers.detectors import ROOT, attach, make_host, model_inputs
 from tests.helpers.tiny import cases
@@ -50,13 +50,47 @@ def test_what_is_not_refused_trains(name):
         ({"num_queries": "many"}, "cannot be loaded as a detector"),
         ({"focal_alpha": None}, "cannot be loaded as a detector"),
         ({"backbone_config": {"model_type": "nosuch"}}, "cannot be loaded as a detector"),
+        ({"backbone_config": 5}, "cannot be loaded as a detector"),
+        ({"model_type": ["a"]}, "cannot be loaded as a detector"),
+        ({"more": json.loads("[" * 900 + "]" * 900)}, "cannot be loaded as a detector"),
+        ({"model_type": "x" * 5000}, "cannot be loaded as a detector"),
+        ({"encoder_layers": 10**9}, "'encoder_layers' in its config must be at most 1,000, got 1000000000"),
+        ({"backbone_config__depths": [1, 1, 1, 10**9]}, "'depths' in its config must be at most 1,000"),
+        ({"text_config__num_hidden_layers": 10**9}, "'num_hidden_layers' in its config must be at most 1,000"),
+        ({"num_queries": 10**9}, "'num_queries' in its config must be at most 10,000,000"),
+        ({"text_config__max_position_embeddings": 10**400}, "max_position_embeddings' in its config must be at most"),
     ],
 )
 def test_a_config_of_another_kind_or_a_damaged_one_is_refused(tmp_path, change, message):
     config = json.loads((HOST / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | change))
-    with pytest.raises(InputError, match=message):
+    for name, value in change.items():
+        outer, _, inner = name.rpartition("__")
+        (config[outer] if outer else config)[inner] = value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=message) as raised:
         load_base_config(tmp_path)
+    assert str(raised.value).isprintable() and len(str(raised.value)) < 1000
+
+
+@pytest.mark.parametrize("change", [{"d_model": -1}, {"activation_function": "nosuch"}, {"decoder_ffn_dim": 10**6}])
+def test_a_model_that_cannot_be_built_is_refused(tmp_path, change):
+    for file in HOST.iterdir():
+        shutil.copy(file, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(json.loads((HOST / "config.json").read_text()) | change))
+    with pytest.raises(InputError, match="cannot be loaded as a detector") as raised:
+        load_base_model(tmp_path)
+    assert str(raised.value).isprintable()
+
+
+def test_an_adapter_on_the_hub_is_not_a_base_model(hub, tmp_path):
+    """transformers would load the adapter with its base model, or with the model in its repository."""
+    for file in HOST.iterdir():
+        shutil.copy(file, tmp_path)
+    attach(load_base_model(HOST)).save_pretrained(tmp_path)
+    hub.add("user/adapter", tmp_path)
+    for load in (load_base_config, load_base_model):
+        with pytest.raises(InputError, match="model_name_or_path='user/adapter': is the repository of an adapter"):
+            load("user/adapter")
 
 
 def test_folders_that_are_no_base_model_are_refused(tmp_path):

@@ -317,6 +317,23 @@ def test_an_adapter_without_gates_cannot_be_scaled(monkeypatch, picture, tmp_pat
         demo.detect_both(model, choices, str(picture), "star", 0, 0.5)
 
 
+def test_names_on_the_page_cannot_be_html_or_markdown(picture):
+    result = (Image.open(picture).convert("RGB"), ["a"], [("<b>*x*</b>", demo.Detections(**nothing_found()))])
+    heading, _ = demo.draw(result, 0.4)
+    assert heading == "**&#60;b&#62;&#42;x&#42;&#60;/b&#62;**: nothing found; the best score is 0.10"
+    error = demo.page_error("class_names: the tokenizer knows no word of '<img src=x onerror=alert(1)>'")
+    assert error.message == "class_names: the tokenizer knows no word of '&lt;img src=x onerror=alert(1)&gt;'"
+
+
+def nothing_found():
+    return {
+        "boxes": torch.zeros(0, 4),
+        "scores": torch.zeros(0),
+        "labels": torch.zeros(0, dtype=torch.long),
+        "best_score": 0.1,
+    }
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [

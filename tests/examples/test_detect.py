@@ -724,8 +724,8 @@ def test_bad_adapters(refused, photos, adapters, tmp_path):
     refused("both are called ONE", photos, "--adapter", adapters[0], f"ONE={adapters[1]}")
     refused("'a/b' cannot be the name of a folder", photos, "--adapter", f"a/b={adapters[0]}")
     refused("'..' cannot be the name of a folder", photos, "--adapter", f"..={adapters[0]}")
-    refused("xxx… cannot be the name of a folder", photos, "--adapter", f"{'x' * 300}={adapters[0]}")
-    refused(r"'a\nb' cannot be the name of a folder", photos, "--adapter", f"a\nb={adapters[0]}")
+    for name in ("n" * 300, "é" * 200, "a\nb"):
+        refused("cannot be the name of a folder; write NAME=ADAPTER.", photos, "--adapter", f"{name}={adapters[0]}")
     refused(f"is not a saved adapter, because {photos}", photos, "--adapter", photos)
 
     def changed(name: str, **changes) -> Path:

@@ -8,10 +8,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+from accelerate import Accelerator
 from PIL import Image
 
 from peft_sdpt.commands import train as command
-from tests.helpers.hub import OWNER, READER
+from peft_sdpt.errors import InputError
+from peft_sdpt.training import prepare_push, push
+from tests.helpers.hub import OWNER, READER, wait_little
 from tests.helpers.main_job import HOST, TWO_STEPS
 
 REPO = "user/adapter"
@@ -131,6 +134,34 @@ def test_a_push_that_fails_at_the_end_loses_nothing(train, hub, impatient, tmp_p
     assert f"All files are still in {tmp_path / 'out'}" in error[0] and "hf upload user/adapter" in error[0]
     assert (tmp_path / "out" / WEIGHTS).is_file() and (tmp_path / "out" / "metrics.json").is_file()
     assert not hub.repositories[REPO].commits
+
+
+@pytest.mark.parametrize("fault", ["stalled", "page", "reset", "loop", 500])
+@pytest.mark.parametrize("step", ["/api/repos/create", "/auth-check", "/commit/"])
+def test_a_hub_that_answers_wrongly_is_one_line(hub, monkeypatch, tmp_path, step, fault):
+    """Before the run, or after it, when all files stay. The next try works."""
+    wait_little(monkeypatch, 0.2 if fault == "stalled" else 5.0)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / WEIGHTS).write_bytes(b"weights")
+    accelerator = Accelerator(cpu=True)
+
+    def push_all():
+        return push(prepare_push(REPO, OWNER, accelerator), REPO, tmp_path / "out", [WEIGHTS])
+
+    if isinstance(fault, int):
+        hub.refused = {step: fault}
+    else:
+        hub.faults = {step: fault}
+    at_start = step in ("/api/repos/create", "/auth-check")
+    # An answer of the check of rights is not read.
+    if (step, fault) != ("/auth-check", "page"):
+        with pytest.raises(InputError, match="cannot be pushed to" if at_start else "the upload failed") as raised:
+            push_all()
+        assert str(raised.value).isprintable() and str(raised.value).startswith(f"repo_id='{REPO}': ")
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == b"weights"
+    hub.faults, hub.refused = {}, {}
+    assert push_all() == f"{hub.endpoint}/{REPO}"
+    assert hub.repositories[REPO].files()[WEIGHTS] == b"weights"
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,24 @@ import transformers.utils.hub
 import yaml
 from huggingface_hub import constants
 
+from peft_sdpt import downloads
+from tests.helpers.patience import PATIENCE
+
 OWNER, READER = "hf_owner", "hf_reader"
+HTML = b"<!doctype html><title>Sign in to the network</title>"
+# What can go wrong with an answer, apart from its status:
+FAULTS = (
+    "stalled",  # half of the body, and then nothing
+    "short",  # a body that is shorter than that of the file, with its own right length
+    "long",
+    "other bytes",  # of the right length
+    "html",  # a page, as of a network that one has to sign in to, with the headers of the file
+    "page",  # the same, with headers of its own
+    "reset",  # no answer at all
+    "loop",  # a redirection to itself
+    "elsewhere",  # a redirection to another address, where nobody answers
+    "no etag",
+)
 
 
 @dataclass
@@ -57,6 +74,7 @@ class Hub:
             with any token.
         dropped: file name to how many downloads of it end in the middle.
         refused: part of a path to the status that requests for it get.
+        faults: part of a path to what else goes wrong with it. The names of faults are those of `FAULTS`.
         lfs: ends of names of files that are not committed themselves, but by git LFS.
         requests: method and path of all that was asked.
     """
@@ -65,9 +83,11 @@ class Hub:
     repositories: dict[str, Repository] = field(default_factory=dict)
     dropped: dict[str, int] = field(default_factory=dict)
     refused: dict[str, int] = field(default_factory=dict)
+    faults: dict[str, str] = field(default_factory=dict)
     lfs: tuple[str, ...] = ()
     stored: dict[str, bytes] = field(default_factory=dict)
     requests: list[tuple[str, str]] = field(default_factory=list)
+    going_on: threading.Event = field(default_factory=threading.Event)
 
     def add(self, name: str, folder: Path, private: bool = False) -> Repository:
         """A repository with the files of a folder."""
@@ -88,6 +108,13 @@ class Refusal(Exception):
         self.status, self.headers = status, {"X-Error-Code": code, "X-Error-Message": message}
 
 
+def etag(path: str, content: bytes, lfs: tuple[str, ...] = (".safetensors",)) -> str:
+    """The digest of a file: of an object of git, or of git LFS."""
+    if path.endswith(lfs):
+        return hashlib.sha256(content).hexdigest()
+    return hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
+
+
 def make_handler(hub: Hub) -> type[http.server.BaseHTTPRequestHandler]:
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -95,6 +122,7 @@ def make_handler(hub: Hub) -> type[http.server.BaseHTTPRequestHandler]:
         def do_GET(self) -> None:
             path = unquote(self.path.partition("?")[0])
             hub.requests.append((self.command, path))
+            self.fault = next((fault for part, fault in hub.faults.items() if part in path), None)
             self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             try:
                 for part, status in hub.refused.items():
@@ -113,13 +141,32 @@ def make_handler(hub: Hub) -> type[http.server.BaseHTTPRequestHandler]:
             pass
 
         def send(self, body: bytes, status: int = 200, headers: dict | None = None, sent: int | None = None) -> None:
+            headers = headers or {}
+            if self.fault == "reset":
+                self.close_connection = True
+                return
+            if self.fault in ("loop", "elsewhere"):
+                # Nothing listens on the port 9.
+                location = hub.endpoint + self.path if self.fault == "loop" else "http://127.0.0.1:9/file"
+                body, status, headers = b"", 302, {**headers, "Location": location}
+            if self.fault == "no etag":
+                headers = {name: value for name, value in headers.items() if name != "ETag"}
+            if self.fault == "page":
+                body, headers = HTML, {"Content-Type": "text/html"}
+            if self.command != "HEAD":  # the client asks for the headers first
+                changes = {"short": body[:-1], "long": body + b"x", "html": HTML, "other bytes": bytes(len(body))}
+                body = changes.get(self.fault, body)
             self.send_response(status)
-            for name, value in {"Content-Length": len(body), **(headers or {})}.items():
+            for name, value in {"Content-Length": len(body), **headers}.items():
                 self.send_header(name, str(value))
             self.end_headers()
             if self.command != "HEAD":
-                self.wfile.write(body[:sent])
-            if sent is not None:
+                stalled = self.fault == "stalled"
+                self.wfile.write(body[: len(body) // 2 if stalled else sent])
+                if stalled:
+                    self.wfile.flush()
+                    hub.going_on.wait(PATIENCE)
+            if sent is not None or self.fault == "stalled":
                 self.close_connection = True
 
         def send_json(self, value: object) -> None:
@@ -257,7 +304,7 @@ def make_handler(hub: Hub) -> type[http.server.BaseHTTPRequestHandler]:
             if path not in files:
                 return self.send(b"", 404, {**headers, "X-Error-Code": "EntryNotFound"})
             content, status = files[path], 200
-            headers |= {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "Accept-Ranges": "bytes"}
+            headers |= {"ETag": f'"{etag(path, content)}"', "Accept-Ranges": "bytes"}
             if start := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or ""):
                 first = int(start[1])
                 headers["Content-Range"] = f"bytes {first}-{len(content) - 1}/{len(content)}"
@@ -299,9 +346,20 @@ def serve() -> Iterator[Hub]:
     try:
         yield hub
     finally:
+        hub.going_on.set()
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def wait_little(monkeypatch, seconds: float = 1.0) -> None:
+    """Have the client wait little for an answer, as the commands do, and not at all before another attempt."""
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", seconds)
+    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", seconds)
+    monkeypatch.setattr(downloads, "MAX_WAIT", seconds)
+    monkeypatch.setattr(huggingface_hub.get_session(), "event_hooks", huggingface_hub.get_session().event_hooks)
+    downloads.limit_waiting()
 
 
 def use(hub: Hub, monkeypatch, home: Path) -> None:
