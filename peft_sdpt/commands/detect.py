@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import math
 import os
@@ -58,7 +59,7 @@ from ..detection.images import (
 )
 from ..detection.prediction import DEFAULT_THRESHOLD
 from ..errors import InputError, hint, one_line_errors
-from ..files import check_writable, output_folder, read_json, whole_files
+from ..files import check_writable, only_writer, output_folder, read_json, whole_files
 from ..wording import counted, enumerated
 from .train_arguments import BASE_MODEL
 
@@ -184,8 +185,11 @@ class Results:
         drawn.info.clear()
         self.check_free(name)
         file = self.folder / name
+        # Encoded in memory, because Pillow 12 does not notice that only a part of a JPEG was written.
+        encoded = io.BytesIO()
+        drawn.save(encoded, Image.registered_extensions()[file.suffix.lower()], quality=95)
         with whole_files(file.parent) as folder:
-            drawn.save(folder / file.name, quality=95)
+            (folder / file.name).write_bytes(encoded.getvalue())
         width, height = image.size
         entry = {"id": len(self.images) + 1, "file_name": name, "width": width, "height": height}
         self.images.append({**entry, "source": os.path.abspath(source), "best_score": detections["best_score"]})
@@ -418,6 +422,14 @@ def run(args: argparse.Namespace, model_name_or_path: str) -> None:
         base_model = args.model_name_or_path or (common_base_model(adapters) if adapters else model_name_or_path)
     results = prepare_results(args, base_model, adapters)
     make_folders(args, paths, results)
+    with only_writer(args.output_dir, "output_dir"):
+        run_alone(args, paths, base_model, adapters, results)
+
+
+def run_alone(
+    args: argparse.Namespace, paths: list[Path], base_model: str, adapters: list[SavedAdapter], results: list[Results]
+) -> None:
+    """Detect, while no other command writes to the output folder."""
     for result in results:
         print(result.introduction())
 

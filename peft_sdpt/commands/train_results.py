@@ -204,7 +204,9 @@ def write_report(
     processor: Any,
     card: dict[str, Any],
 ) -> list[str]:
-    """Write `metrics.json`, the pictures, the threshold and the model card. Either all of them are written, or none.
+    """Write `metrics.json`, and then the pictures, the threshold and the model card.
+
+    Either all files of the second part are written, or none. The numbers are already safe if one of them fails.
 
     The files of an evaluation start with `eval_`, so that they do not replace those of a training run in the same
     folder. It writes no threshold and no model card.
@@ -223,8 +225,10 @@ def write_report(
     """
     prefix = "eval_" if args.eval_only else ""
     title = f"boxes with a score of at least {shown.threshold:g}, {shown.reason}"
+    metrics = f"{prefix}metrics.json"
     with whole_files(args.output_dir) as folder:
-        (folder / f"{prefix}metrics.json").write_text(to_json(record), encoding="utf-8")
+        (folder / metrics).write_text(to_json(record), encoding="utf-8")
+    with whole_files(args.output_dir) as folder:
         draw_report(record, folder / f"{prefix}report.png")
         side_by_side(shown.data, shown.columns, shown.threshold, title).save(folder / f"{prefix}detections.png")
         if not args.eval_only:
@@ -232,7 +236,7 @@ def write_report(
             write_threshold(folder, processor, data.class_names, card["threshold"], card["source"])
             where = f"`{public_name(args.dataset_name)}`, split `{split}`, {size_of(data)}"
             write_section(folder / CARD, "results", describe_last(where, record))
-        return sorted(path.name for path in folder.iterdir())
+        return sorted([metrics, *(path.name for path in folder.iterdir())])
 
 
 def write_best_card(folder: Path, processor: Any, class_names: list[str], card: dict[str, Any]) -> None:
