@@ -105,16 +105,24 @@ def output_folder(value: str) -> Path:
     return Path(value)
 
 
-def is_write_error(error: Exception) -> bool:
-    """Return whether an exception means that a file cannot be written, if it was raised while files were written.
+def write_problem(error: Exception) -> str | None:
+    """Tell why a file cannot be written, from an exception that was raised while files were written.
 
     Args:
         error: An exception of any class. Python and Pillow raise `OSError`, torch `RuntimeError`, safetensors its own
             class, and tokenizers a plain `Exception`.
+
+    Returns:
+        The reason. None if the exception is not about writing, or is an `InputError`, which has named the file.
     """
     if isinstance(error, InputError):
-        return False
-    return isinstance(error, OSError | RuntimeError | SafetensorError) or is_full_disk(error)
+        return None
+    if isinstance(error, RuntimeError) and "inline_container" in str(error):
+        # torch (2.13) says only how many bytes it wanted to have written.
+        return "torch could not write all bytes; the disk is full or out of order"
+    if isinstance(error, OSError | RuntimeError | SafetensorError) or is_full_disk(error):
+        return str(error)
+    return None
 
 
 @contextlib.contextmanager
@@ -123,9 +131,9 @@ def _writing(path: str | os.PathLike) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not is_write_error(error):
+        if (problem := write_problem(error)) is None:
             raise
-        raise InputError(f"{path}: cannot be written ({error}).") from error
+        raise InputError(f"{path}: cannot be written ({problem}).") from error
 
 
 @contextlib.contextmanager

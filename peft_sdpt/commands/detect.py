@@ -187,7 +187,8 @@ class Results:
         file = self.folder / name
         # Encoded in memory, because Pillow 12 does not notice that only a part of a JPEG was written.
         encoded = io.BytesIO()
-        drawn.save(encoded, Image.registered_extensions()[file.suffix.lower()], quality=95)
+        encoded.name = file.name  # tells the format
+        drawn.save(encoded, quality=95)
         with whole_files(file.parent) as folder:
             (folder / file.name).write_bytes(encoded.getvalue())
         width, height = image.size
@@ -406,11 +407,11 @@ def detect_all(args: argparse.Namespace, paths: list[Path], model: Any, results:
                 for result in results:
                     result.write()
     finally:
+        bar.close()
         # Also after an error or Ctrl-C, so that the next run knows which images it may replace.
         if len(taken) != num_written and taken:
             for result in results:
                 result.write()
-    bar.close()
 
 
 def run(args: argparse.Namespace, model_name_or_path: str) -> None:

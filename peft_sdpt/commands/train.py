@@ -570,11 +570,13 @@ def run_alone(args: argparse.Namespace, accelerator: Accelerator, tasks: Mapping
     if training:
         names = train(setup, training)
         after, rows = evaluate(setup, "after", training.average)
-        metrics = {f"after/{name}": value for name, value in after["metrics"].items()}
-        accelerator.log(metrics, step=setup.progress.step)
     elif args.adapter:
         after, rows = evaluate(setup, "after")
     written = report(setup, after, rows, own_threshold) if accelerator.is_main_process else []
+    if training and after:
+        # After the results are saved, because a tracker may fail.
+        metrics = {f"after/{name}": value for name, value in after["metrics"].items()}
+        accelerator.log(metrics, step=setup.progress.step)
 
     # Frees the DDP wrapper before the process group ends. If the wrapper is the last to hold the group, torch 2.13
     # keeps Python's lock while it waits for a thread of gloo that may need the lock, and the process hangs.

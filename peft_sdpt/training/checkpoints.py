@@ -29,11 +29,11 @@ from ..files import (
     UNFINISHED,
     check_digests,
     check_writable,
-    is_write_error,
     only_writer,
     publish_folder,
     read_json,
     write_digests,
+    write_problem,
 )
 from ..wording import quoted
 
@@ -237,13 +237,15 @@ def _complete(folder: Path) -> list[tuple[int, Path]]:
 
 @contextlib.contextmanager
 def _noted(problem: list[str]) -> Iterator[None]:
-    """Add an error of writing to a list instead of raising it, so that all processes can be told."""
+    """Add an error to a list instead of raising it, so that all processes can be told. Bugs are raised."""
     try:
         yield
-    except Exception as error:
-        if not isinstance(error, InputError) and not is_write_error(error):
-            raise
+    except InputError as error:
         problem.append(str(error))
+    except Exception as error:
+        if (reason := write_problem(error)) is None:
+            raise
+        problem.append(reason)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import os
 import signal
 
 import pytest
+import torch
 
 from peft_sdpt.errors import InputError
 from peft_sdpt.files import (
@@ -105,6 +106,16 @@ def test_a_disk_that_is_really_full(tmp_path, size):
             file = unfinished / "file.txt" if unfinished.is_dir() else unfinished
             file.write_bytes(b"x" * 100)
         assert names(tmp_path) == ["file.txt"] and (tmp_path / "file.txt").read_text() == "earlier"
+
+
+def test_what_torch_says_of_a_full_disk_is_put_in_words(tmp_path):
+    with (
+        file_size_limit(1000),
+        pytest.raises(InputError, match=r"cannot be written \(torch could not write all bytes; the disk is full or"),
+        whole_file(tmp_path / "file.pt") as unfinished,
+    ):
+        torch.save({"a": torch.zeros(1000)}, unfinished)
+    assert names(tmp_path) == []
 
 
 def test_two_writers_of_a_file_do_not_meet(tmp_path):
