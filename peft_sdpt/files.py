@@ -32,7 +32,7 @@ from .wording import printable
 UNFINISHED = ".unfinished"
 # The file that the only writer of a folder holds a lock on.
 LOCK = ".sdpt.lock"
-# The file with the SHA-256 of all other files of a folder. `sha256sum --check SHA256SUMS` reads it too.
+# The file with the SHA-256 of all other files of a folder. `sha256sum -c SHA256SUMS` reads it too.
 DIGESTS = "SHA256SUMS"
 # The escape of half of a surrogate pair, which is valid in JSON and in no text.
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
