@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -15,6 +17,12 @@ from .wording import printable
 MAX_MESSAGE = 2000
 # Letters of an error of another library in a message of ours.
 MAX_REASON = 400
+# A full disk, a limit on the size of files, and a quota, which Windows does not have.
+_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
+# How libraries in Python and Arrow, in Rust, and in C++ write them.
+_SAYS_FULL = re.compile(
+    rf"\b(?:errno|os error) (?:{'|'.join(map(str, _FULL))})\b|{re.escape(os.strerror(errno.ENOSPC))}", re.IGNORECASE
+)
 
 
 class InputError(ValueError):
@@ -33,8 +41,8 @@ class MissingExtraError(ImportError):
 def one_line_errors(program: str, flags: Mapping[str, str] | None = None) -> Iterator[None]:
     """End a program with one line on stderr instead of a traceback.
 
-    The exit code is 2 for an `InputError` or a `MissingExtraError`, and 130 for Ctrl-C. Any other exception passes
-    through.
+    The exit code is 2 for an `InputError`, a `MissingExtraError` and a full disk, and 130 for Ctrl-C. Any other
+    exception passes through.
 
     Args:
         program: Name of the program, which starts the line.
@@ -50,6 +58,28 @@ def one_line_errors(program: str, flags: Mapping[str, str] | None = None) -> Ite
     except KeyboardInterrupt as interrupt:
         print(f"{program}: {str(interrupt) or 'interrupted.'}", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        # Trackers, data sets and other libraries write files of their own.
+        if not is_full_disk(error):
+            raise
+        print(f"{program}: a file cannot be written ({printable(str(error), MAX_MESSAGE)}).", file=sys.stderr)
+        sys.exit(2)
+
+
+def is_full_disk(error: BaseException | None) -> bool:
+    """Return whether an exception, or one that caused it, comes from a full disk, a quota or a limit on file sizes.
+
+    Args:
+        error: An exception of any class. Libraries in other languages raise classes of their own, and only the message
+            tells.
+    """
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if getattr(error, "errno", None) in _FULL or _SAYS_FULL.search(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def reason(error: BaseException) -> str:

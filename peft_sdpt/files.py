@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""Reading JSON, and writing files and folders completely or not at all.
+"""Reading JSON, writing files and folders completely or not at all, and checking that nobody else changed them.
 
 A file or folder gets its final name only after all of it is on the disk. So a process may be killed at any time.
 """
@@ -9,26 +9,31 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import re
 import secrets
 import shutil
 import stat
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from .errors import InputError
+from .errors import InputError, is_full_disk
 from .wording import printable
 
 # The names of unfinished files and folders end with this.
 UNFINISHED = ".unfinished"
-# The errors of torch, safetensors and Pillow if the disk is full or a file cannot be written.
-WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
+# The file that the only writer of a folder holds a lock on.
+LOCK = ".sdpt.lock"
+# The file with the SHA-256 of all other files of a folder. `sha256sum -c SHA256SUMS` reads it too.
+DIGESTS = "SHA256SUMS"
 # The escape of half of a surrogate pair, which is valid in JSON and in no text.
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
@@ -100,8 +105,71 @@ def output_folder(value: str) -> Path:
     return Path(value)
 
 
-def _cannot_be_written(path: str | os.PathLike, error: Exception) -> InputError:
-    return InputError(f"{path}: cannot be written ({error}).")
+def write_problem(error: Exception) -> str | None:
+    """Tell why a file cannot be written, from an exception that was raised while files were written.
+
+    Args:
+        error: An exception of any class. Python and Pillow raise `OSError`, torch `RuntimeError`, safetensors its own
+            class, and tokenizers a plain `Exception`.
+
+    Returns:
+        The reason. None if the exception is not about writing, or is an `InputError`, which has named the file.
+    """
+    if isinstance(error, InputError):
+        return None
+    if isinstance(error, RuntimeError) and "inline_container" in str(error):
+        # torch (2.13) says only how many bytes it wanted to have written.
+        return "torch could not write all bytes; the disk is full or out of order"
+    if isinstance(error, OSError | RuntimeError | SafetensorError) or is_full_disk(error):
+        return str(error)
+    return None
+
+
+@contextlib.contextmanager
+def _writing(path: str | os.PathLike) -> Iterator[None]:
+    """Raise an `InputError` that names the path if it cannot be written in this context."""
+    try:
+        yield
+    except Exception as error:
+        if (problem := write_problem(error)) is None:
+            raise
+        raise InputError(f"{path}: cannot be written ({problem}).") from error
+
+
+@contextlib.contextmanager
+def only_writer(folder: str | os.PathLike, argument: str = "folder") -> Iterator[None]:
+    """Keep other commands from writing to a folder in this context.
+
+    The operating system removes the lock when the process ends, also if it is killed. On a file system without locks,
+    the function prints that it cannot lock the folder.
+
+    Args:
+        folder: The folder, which exists.
+        argument: Name of the argument that the message names.
+
+    Raises:
+        InputError: Another process, or another part of this process, is in this context with the same folder.
+    """
+    file = Path(folder) / LOCK
+    # Not a soft lock in place of a real one, because a killed process would leave it.
+    lock = FileLock(file, timeout=0, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise InputError(
+            f"{argument}={str(folder)!r}: another command is writing to this folder; wait until it ends, or choose "
+            "another folder."
+        ) from None
+    except OSError as error:
+        print(f"{folder}: cannot be locked ({error}). Let no other command write to it.", file=sys.stderr)
+    try:
+        yield
+    finally:
+        if lock.is_locked:
+            # Removed first, so that it is not the new file of another process.
+            with contextlib.suppress(OSError):
+                file.unlink()
+            lock.release()
 
 
 @contextlib.contextmanager
@@ -121,14 +189,13 @@ def whole_file(file: str | os.PathLike, *, durable: bool = True) -> Iterator[Pat
     file = Path(file)
     unfinished = file.with_name(f"{file.name}.{secrets.token_hex(8)}{UNFINISHED}")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        yield unfinished
-        follow_umask(unfinished)
-        if durable:
-            flush(unfinished)
-        os.replace(unfinished, file)
-    except WRITE_ERRORS as error:
-        raise _cannot_be_written(file, error) from error
+        with _writing(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            yield unfinished
+            follow_umask(unfinished)
+            if durable:
+                flush(unfinished)
+            os.replace(unfinished, file)
     finally:
         # Remove the file that an error or Ctrl-C left.
         with contextlib.suppress(OSError):
@@ -150,17 +217,16 @@ def whole_files(folder: str | os.PathLike) -> Iterator[Path]:
     folder = Path(folder)
     unfinished = folder / f"files{UNFINISHED}"
     try:
+        with _writing(folder):
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+            yield unfinished
+            follow_umask(*unfinished.iterdir())
+            flush(unfinished)
+            for file in sorted(unfinished.iterdir()):
+                os.replace(file, folder / file.name)
+    finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        yield unfinished
-        follow_umask(*unfinished.iterdir())
-        flush(unfinished)
-        for file in sorted(unfinished.iterdir()):
-            os.replace(file, folder / file.name)
-        unfinished.rmdir()
-    except WRITE_ERRORS as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise _cannot_be_written(folder, error) from error
 
 
 def publish_folder(unfinished: Path, folder: Path) -> None:
@@ -173,7 +239,7 @@ def publish_folder(unfinished: Path, folder: Path) -> None:
     Raises:
         OSError: The folder cannot be flushed or renamed.
     """
-    follow_umask(*unfinished.iterdir())
+    follow_umask(*unfinished.rglob("*"))
     flush(unfinished)
     if folder.is_dir():
         folder.rmdir()  # on Windows, renaming does not replace an empty folder
@@ -204,10 +270,68 @@ def follow_umask(*files: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Wait until a file, or a folder with the files in it, is on the disk."""
-    for each in (*path.iterdir(), path) if path.is_dir() else (path,):
+    """Wait until a file, or a folder with everything in it, is on the disk."""
+    for each in (*path.rglob("*"), path):
         descriptor = os.open(each, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def write_digests(folder: Path) -> None:
+    """Write the SHA-256 of each file of a folder into a file of this folder, `SHA256SUMS`.
+
+    Args:
+        folder: The folder. Files in its subfolders count.
+
+    Raises:
+        OSError: A file cannot be read or written.
+    """
+    lines = [f"{_digest(file)}  {name}\n" for name, file in sorted(_files(folder).items())]
+    # The number shows whether the end of the file is missing.
+    (folder / DIGESTS).write_text(f"# {len(lines)} files\n{''.join(lines)}", encoding="utf-8")
+
+
+def check_digests(folder: Path) -> bool:
+    """Check the files of a folder against those that `write_digests` found.
+
+    Args:
+        folder: The folder. Files that came later are not checked.
+
+    Returns:
+        False if the folder has no digests, True if all files have theirs.
+
+    Raises:
+        InputError: A file is missing or has changed. The message names it.
+    """
+    digests = folder / DIGESTS
+    if not digests.is_file():
+        return False
+    files = _files(folder)
+    first, *lines = digests.read_bytes().decode(errors="replace").split("\n")
+    found = [re.fullmatch(r"(?P<digest>[0-9a-f]{64})  (?P<name>.+)", line) for line in lines[:-1]]
+    if first != f"# {len(found)} files" or lines[-1:] != [""] or None in found:
+        raise InputError(f"{_named(digests)}: is damaged.")
+    for match in filter(None, found):
+        # Only names of files in the folder are opened.
+        file = files.get(match["name"])
+        if file is None:
+            raise InputError(f"{_named(folder / match['name'])}: is missing.")
+        if _digest(file) != match["digest"]:
+            raise InputError(f"{_named(file)}: is damaged, because its SHA-256 is not the one in {DIGESTS}.")
+    return True
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Return the files of a folder, without its digests, by their path relative to it."""
+    files = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
+    return {name: file for name, file in files.items() if name != DIGESTS}
+
+
+def _digest(file: Path) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as opened:
+        while block := opened.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()

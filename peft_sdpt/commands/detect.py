@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import math
 import os
@@ -60,7 +61,7 @@ from ..detection.images import (
 from ..detection.prediction import DEFAULT_THRESHOLD
 from ..downloads import limit_waiting
 from ..errors import InputError, hint, one_line_errors
-from ..files import check_writable, output_folder, read_json, whole_files
+from ..files import check_writable, only_writer, output_folder, read_json, whole_files
 from ..wording import MAX_QUOTED, counted, enumerated, printable, quoted, shorten
 from . import print_any_name
 from .train_arguments import BASE_MODEL
@@ -189,8 +190,12 @@ class Results:
         drawn.info.clear()
         self.check_free(name)
         file = self.folder / name
+        # Encoded in memory, because Pillow 12 does not notice that only a part of a JPEG was written.
+        encoded = io.BytesIO()
+        encoded.name = file.name  # tells the format
+        drawn.save(encoded, quality=95)
         with whole_files(file.parent) as folder:
-            drawn.save(folder / file.name, quality=95)
+            (folder / file.name).write_bytes(encoded.getvalue())
         width, height = image.size
         entry = {"id": len(self.images) + 1, "file_name": name, "width": width, "height": height}
         origin = as_text(os.path.abspath(source))
@@ -423,11 +428,11 @@ def detect_all(args: argparse.Namespace, paths: list[Path], model: Any, results:
                 for result in results:
                     result.write()
     finally:
+        bar.close()
         # Also after an error or Ctrl-C, so that the next run knows which images it may replace.
         if len(taken) != num_written and taken:
             for result in results:
                 result.write()
-        bar.close()
 
 
 def run(args: argparse.Namespace, model_name_or_path: str) -> None:
@@ -440,6 +445,14 @@ def run(args: argparse.Namespace, model_name_or_path: str) -> None:
         base_model = args.model_name_or_path or (common_base_model(adapters) if adapters else model_name_or_path)
     results = prepare_results(args, base_model, adapters)
     make_folders(args, paths, results)
+    with only_writer(args.output_dir, "output_dir"):
+        run_alone(args, paths, base_model, adapters, results)
+
+
+def run_alone(
+    args: argparse.Namespace, paths: list[Path], base_model: str, adapters: list[SavedAdapter], results: list[Results]
+) -> None:
+    """Detect, while no other command writes to the output folder."""
     for result in results:
         print(result.introduction())
 

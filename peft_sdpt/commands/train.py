@@ -72,7 +72,6 @@ from ..detection.prediction import DEFAULT_THRESHOLD
 from ..detection.saved_adapter import THRESHOLD_FILE
 from ..downloads import limit_waiting
 from ..errors import InputError, hint, one_line_errors
-from ..files import check_writable
 from ..layer import SDPTLayer
 from ..model_card import licence_of
 from ..training import (
@@ -542,10 +541,13 @@ def run(args: argparse.Namespace, tasks: Mapping[str, Task]) -> None:
     tracker = args.report_to if args.with_tracking else None
     accelerator = make_accelerator(args.mixed_precision, log_with=tracker, project_dir=args.output_dir)
     set_seed(args.seed)
-    if not args.eval_only:
-        claim_output_dir(args.output_dir, accelerator, resuming=bool(args.resume_from_checkpoint))
-    elif accelerator.is_main_process:
-        check_writable(args.output_dir, "output_dir")
+    resuming = None if args.eval_only else bool(args.resume_from_checkpoint)
+    with claim_output_dir(args.output_dir, accelerator, resuming):
+        run_alone(args, accelerator, tasks)
+
+
+def run_alone(args: argparse.Namespace, accelerator: Accelerator, tasks: Mapping[str, Task]) -> None:
+    """Do all work of a run, while no other command writes to its output folder."""
     # The token is removed from the arguments, because they are saved in `metrics.json`.
     token = vars(args).pop("hub_token")
     hub = prepare_push(args.hub_model_id, token, accelerator) if args.push_to_hub else None
@@ -572,11 +574,13 @@ def run(args: argparse.Namespace, tasks: Mapping[str, Task]) -> None:
     if training:
         names = train(setup, training)
         after, rows = evaluate(setup, "after", training.average)
-        metrics = {f"after/{name}": value for name, value in after["metrics"].items()}
-        accelerator.log(metrics, step=setup.progress.step)
     elif args.adapter:
         after, rows = evaluate(setup, "after")
     written = report(setup, after, rows, own_threshold) if accelerator.is_main_process else []
+    if training and after:
+        # After the results are saved, because a tracker may fail.
+        metrics = {f"after/{name}": value for name, value in after["metrics"].items()}
+        accelerator.log(metrics, step=setup.progress.step)
 
     # Frees the DDP wrapper before the process group ends. If the wrapper is the last to hold the group, torch 2.13
     # keeps Python's lock while it waits for a thread of gloo that may need the lock, and the process hangs.

@@ -15,10 +15,13 @@ batch. Its last bits depend on the kind of CPU.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import itertools
 import json
 import os
+import shutil
+import sys
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -31,20 +34,25 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers.modeling_outputs import BackboneOutput, BaseModelOutput
 
 from ..errors import InputError
 from ..files import UNFINISHED, check_writable, whole_file
 from .prediction import evaluation_mode
 
-# Unfinished entries older than this many seconds come from killed processes. Writing takes far less than a second.
+# Unfinished entries older than this many seconds come from killed processes. Writing takes far less than a second. If
+# the clock jumps in that time, one entry is not stored.
 ABANDONED = 3600
+# Bytes that entries leave free on the disk. Without them, a full cache would leave no room for the adapter.
+RESERVE = 2**28
 
 
 class FeatureCache:
     """Stored features of the frozen backbones of a Grounding DINO or MM Grounding DINO.
 
-    Several processes may share a folder, and the folder may be removed at any time.
+    Several processes may share a folder, and the folder may be removed at any time. Features that cannot be stored are
+    computed each time. The first time, this is printed.
 
     Args:
         cache_folder: Folder for the features. It is made if it does not exist.
@@ -78,17 +86,16 @@ class FeatureCache:
                     )
         folder = Path(cache_folder)
         _make(folder)
+        entries = _Entries()
         self._stored = {
-            "pictures": _Stored(image_backbone, folder, "pictures", _backbone_output),
-            "prompts": _Stored(text, folder, "prompts", _text_output),
+            "pictures": _Stored(image_backbone, folder, "pictures", _backbone_output, entries),
+            "prompts": _Stored(text, folder, "prompts", _text_output, entries),
         }
         self.leaves_out_dropout = any(_drops(stored.module) for stored in self._stored.values())
 
     @contextlib.contextmanager
     def used(self, prompts: bool = True) -> Iterator[None]:
         """Read features from the folder in this context, and store features that are missing.
-
-        A forward raises `InputError` if it cannot store a feature.
 
         Args:
             prompts: Whether to use stored features of prompts. Use False for random prompts, which do not occur again.
@@ -106,10 +113,18 @@ class _Stored:
         folder: Folder of all entries.
         name: Name for the entries of this module.
         as_output: Makes the output of the module from batches of its features.
+        entries: Reads and writes the entries.
     """
 
-    def __init__(self, module: nn.Module, folder: Path, name: str, as_output: Callable[[list[Tensor]], Any]):
-        self.module, self.as_output = module, as_output
+    def __init__(
+        self,
+        module: nn.Module,
+        folder: Path,
+        name: str,
+        as_output: Callable[[list[Tensor]], Any],
+        entries: _Entries,
+    ):
+        self.module, self.as_output, self.entries = module, as_output, entries
         # The part of the keys that all calls share.
         self.module_key = _digest(itertools.chain(_configuration(module), _weights(module)))
         self.folder = folder / f"{name}-{self.module_key[:16]}"
@@ -137,10 +152,10 @@ class _Stored:
         for row, key in enumerate(keys):
             if key not in features_of:
                 file = self.folder / f"{key}.safetensors"
-                features = _read(file, key)
+                features = self.entries.read(file, key)
                 if features is None:
                     features = self._compute_row(row, args, kwargs)
-                    _write(file, key, features)
+                    self.entries.write(file, key, features)
                 features_of[key] = features
         levels = zip(*(features_of[key] for key in keys), strict=True)
         return self.as_output([torch.stack(features).to(device) for features in levels])
@@ -219,23 +234,37 @@ def _about(key: str, features: list[Tensor]) -> dict[str, str]:
     return {"entry": f"{key} {checksum}"}
 
 
-def _read(file: Path, key: str) -> list[Tensor] | None:
-    """Return the features of an entry, mapped into memory. None if it does not exist or is damaged."""
-    try:
-        with safe_open(file, framework="pt") as entry:
-            about = entry.metadata()
-            features = [entry.get_tensor(str(level)) for level in range(len(entry.keys()))]
-    except (OSError, ValueError, RuntimeError, SafetensorError):
-        return None
-    # The checksum also detects a file of the right length whose blocks never reached the disk.
-    return features if about == _about(key, features) else None
+class _Entries:
+    """Reads and writes entries. The first entry that cannot be written is told, and none ends the run."""
 
+    def __init__(self) -> None:
+        self.told = False
 
-def _write(file: Path, key: str, features: list[Tensor]) -> None:
-    data = save({str(level): feature for level, feature in enumerate(features)}, metadata=_about(key, features))
-    # Need not be durable, because the checksum detects an entry that a power cut damaged.
-    with whole_file(file, durable=False) as unfinished:
-        unfinished.write_bytes(data)
+    def read(self, file: Path, key: str) -> list[Tensor] | None:
+        """Return the features of an entry, mapped into memory. None if it does not exist or is damaged."""
+        try:
+            with safe_open(file, framework="pt") as entry:
+                about = entry.metadata()
+                features = [entry.get_tensor(str(level)) for level in range(len(entry.keys()))]
+        except (OSError, ValueError, RuntimeError, SafetensorError):
+            return None
+        # The checksum also detects a file of the right length whose blocks never reached the disk.
+        return features if features and about == _about(key, features) else None
+
+    def write(self, file: Path, key: str, features: list[Tensor]) -> None:
+        data = save({str(level): feature for level, feature in enumerate(features)}, metadata=_about(key, features))
+        try:
+            # Need not be durable, because the checksum detects an entry that a power cut damaged.
+            with whole_file(file, durable=False) as unfinished:
+                disk = shutil.disk_usage(unfinished.parent)
+                # Some network drives do not tell their size.
+                if disk.total and disk.free < RESERVE + len(data):
+                    raise OSError(errno.ENOSPC, f"less than {RESERVE // 2**20} MB would be left on the disk")
+                unfinished.write_bytes(data)
+        except InputError as error:
+            if not self.told:
+                self.told = True
+                tqdm.write(f"{error} Features that are not stored are computed in each epoch.", file=sys.stderr)
 
 
 def _make(folder: Path) -> None:

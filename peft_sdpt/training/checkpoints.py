@@ -2,27 +2,40 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints of a training run, and the progress of the run, which is stored in them.
 
-A checkpoint gets its name only after all of it is on the disk. So a run may be killed at any time.
+A checkpoint gets its name only after all of it is on the disk. So a run may be killed at any time. A checkpoint has a
+digest of each of its files, and no file of a checkpoint is read as code.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import load as load_torch
 from peft import load_peft_weights, set_peft_model_state_dict
 
 from ..errors import InputError
-from ..files import UNFINISHED, WRITE_ERRORS, check_writable, publish_folder, read_json
+from ..files import (
+    DIGESTS,
+    UNFINISHED,
+    check_digests,
+    check_writable,
+    only_writer,
+    publish_folder,
+    read_json,
+    write_digests,
+    write_problem,
+)
+from ..wording import quoted
 
 RUN_FILE = "run.json"
 
@@ -55,6 +68,9 @@ class Progress:
         return dict(vars(self))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            if type(value) is not type(vars(self).get(name)):
+                raise ValueError(f"the progress has {name} = {quoted(value)}")
         vars(self).update(state)
 
 
@@ -107,19 +123,16 @@ class Checkpoints:
         if final.is_dir():
             return
         unfinished = final.with_name(final.name + UNFINISHED)
-        problem = []
-        try:
+        problem: list[str] = []
+        with _noted(problem):
             self.accelerator.save_state(str(unfinished))
-        except WRITE_ERRORS as error:
-            problem = [str(error)]
         problem = gather_object(problem)
         if not problem and self.accelerator.is_main_process:
-            try:
+            with _noted(problem):
                 (unfinished / RUN_FILE).write_text(json.dumps(self.run, indent=2) + "\n")
+                write_digests(unfinished)
                 publish_folder(unfinished, final)
                 self._remove_old()
-            except OSError as error:
-                problem = [str(error)]
         problem = gather_object(problem)
         if problem:
             if self.accelerator.is_main_process:
@@ -164,6 +177,10 @@ class Checkpoints:
         """
         where = f"checkpoint={str(checkpoint)!r}"
         try:
+            has_digests = check_digests(checkpoint)
+        except (InputError, OSError) as error:
+            raise InputError(f"{where}: cannot be read ({error}).") from None
+        try:
             run = read_json(checkpoint / RUN_FILE)
         except InputError as error:
             raise InputError(f"{where}: is not a complete checkpoint ({error}).") from None
@@ -174,15 +191,23 @@ class Checkpoints:
                 "remove the newer checkpoints or choose another output folder."
             )
         for name, value in self.run.items():
+            then = run.get(name) if isinstance(run, dict) else None
             # Compared as JSON, which turns a tuple into a list.
-            if (then := run.get(name)) != json.loads(json.dumps(value)):
-                raise InputError(f"{where}: belongs to another run, with {name} {then!r} instead of {value!r}.")
+            if then != json.loads(json.dumps(value)):
+                raise InputError(
+                    f"{where}: belongs to another run, with {name} {quoted(then)} instead of {quoted(value)}."
+                )
+        if not has_digests:
+            self.accelerator.print(f"{checkpoint} has no {DIGESTS}, so damage to its files may go unnoticed")
         try:
-            # The random states are read here first, because Accelerate ignores those that it cannot read.
-            torch.load(checkpoint / f"random_states_{self.accelerator.process_index}.pkl", weights_only=False)
-            self.accelerator.load_state(str(checkpoint))
+            with _only_data():
+                # The random states are read here first, because Accelerate ignores those that it cannot read.
+                load_torch(checkpoint / f"random_states_{self.accelerator.process_index}.pkl", map_location="cpu")
+                self.accelerator.load_state(str(checkpoint))
         except Exception as error:  # a damaged file can raise anything
-            raise InputError(f"{where}: cannot be read ({error}).") from None
+            code = re.search(r"GLOBAL (\S+)", str(error))
+            reason = f"it has an object of {code[1]}, and only tensors and plain values are read" if code else error
+            raise InputError(f"{where}: cannot be read ({reason}).") from None
 
     def _remove_old(self) -> None:
         for _, folder in _complete(self.folder)[: -self.total_limit] if self.total_limit else []:
@@ -210,8 +235,41 @@ def _complete(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(m[1]), path) for path in folder.glob("step_*") if (m := re.fullmatch(r"step_(\d+)", path.name)))
 
 
-def claim_output_dir(output_dir: Path, accelerator: Accelerator, resuming: bool) -> None:
-    """Check that a run can write its results, and that they would not mix with those of another run.
+@contextlib.contextmanager
+def _noted(problem: list[str]) -> Iterator[None]:
+    """Add an error to a list instead of raising it, so that all processes can be told. Bugs are raised."""
+    try:
+        yield
+    except InputError as error:
+        problem.append(str(error))
+    except Exception as error:
+        if (reason := write_problem(error)) is None:
+            raise
+        problem.append(reason)
+
+
+@contextlib.contextmanager
+def _only_data() -> Iterator[None]:
+    """Let `torch.load` read only tensors and plain values in this context, so that no code in a file runs.
+
+    Accelerate reads the states of registered objects with `weights_only=False` (accelerate 1.15). The variable of torch
+    comes before the argument.
+    """
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+@contextlib.contextmanager
+def claim_output_dir(output_dir: Path, accelerator: Accelerator, resuming: bool | None) -> Iterator[None]:
+    """Check that a run can write its results, and keep other runs from mixing theirs with them in this context.
 
     The function also removes the unfinished files of a killed run. All processes of a launch call it together, before
     the run does any work.
@@ -219,21 +277,29 @@ def claim_output_dir(output_dir: Path, accelerator: Accelerator, resuming: bool)
     Args:
         output_dir: Folder for the results. It is made if it does not exist.
         accelerator: The accelerator of the launch.
-        resuming: Whether the run resumes from a checkpoint.
+        resuming: Whether the run resumes from a checkpoint. None if it does not train, and leaves checkpoints alone.
 
     Raises:
-        InputError: The folder cannot be written, or it has checkpoints and the run does not resume.
+        InputError: The folder cannot be written, another command is writing to it, or it has checkpoints and the run
+            trains without resuming. All processes raise it.
     """
-    if accelerator.is_main_process:
-        check_writable(output_dir, "output_dir")
-        remove_unfinished(output_dir)
-    accelerator.wait_for_everyone()
-    earlier = latest(output_dir)
-    if earlier and not resuming:
-        raise InputError(
-            f"output_dir={str(output_dir)!r}: has {earlier.name} of an earlier run; resume it by resuming=True, "
-            "or choose another folder."
-        )
+    with contextlib.ExitStack() as claim:
+        problem: list[str] = []
+        if accelerator.is_main_process:
+            with _noted(problem):
+                check_writable(output_dir, "output_dir")
+                claim.enter_context(only_writer(output_dir, "output_dir"))
+                if resuming is not None:
+                    remove_unfinished(output_dir)
+                if resuming is False and (earlier := latest(output_dir)):
+                    raise InputError(
+                        f"output_dir={str(output_dir)!r}: has {earlier.name} of an earlier run; resume it by "
+                        "resuming=True, or choose another folder."
+                    )
+        (problem,) = broadcast_object_list([problem])
+        if problem:
+            raise InputError(problem[0])
+        yield
 
 
 def remove_unfinished(folder: Path) -> None:

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Errors of the library as one line of a command, with flags in place of arguments."""
 
+import errno
 import re
 
 import pytest
@@ -78,6 +79,38 @@ def test_a_hint_follows_the_message_of_an_input_error_only():
 def test_other_errors_pass_through():
     with pytest.raises(KeyError), one_line_errors("command.py"):
         raise KeyError("a bug")
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device", "events.out")
+
+
+def caused(error, cause):
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (FULL, "[Errno 28] No space left on device: 'events.out'"),
+        (OSError(errno.EFBIG, "too large"), "[Errno 27] too large"),
+        (Exception("No space left on device (os error 28)"), "No space left on device (os error 28)"),
+        (RuntimeError("a\nb [errno 28] full"), "a b [errno 28] full"),
+        (caused(TypeError("cannot log"), FULL), "cannot log"),
+        (caused(KeyError(1), caused(TypeError(), FULL)), "1"),
+    ],
+)
+def test_a_full_disk_is_one_line_and_exit_code_2_in_any_words(error, said, capsys):
+    assert failing(error) == 2
+    assert capsys.readouterr().err == f"command.py: a file cannot be written ({said}).\n"
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOENT, "gone"), Exception("(os error 2)"), Exception("os error 280")])
+def test_other_errors_of_files_are_no_full_disk(error):
+    loop = caused(ValueError(), error)
+    error.__cause__ = loop
+    with pytest.raises(type(error)), one_line_errors("command.py"):
+        raise error
 
 
 def test_an_error_of_the_library_is_a_value_error_with_its_argument():

@@ -2,12 +2,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files and folders are written completely or not at all."""
 
+import errno
+import multiprocessing
 import os
+import signal
 
 import pytest
+import torch
 
 from peft_sdpt.errors import InputError
-from peft_sdpt.files import UNFINISHED, check_writable, publish_folder, read_json, whole_file, whole_files
+from peft_sdpt.files import (
+    DIGESTS,
+    LOCK,
+    UNFINISHED,
+    check_digests,
+    check_writable,
+    only_writer,
+    publish_folder,
+    read_json,
+    whole_file,
+    whole_files,
+    write_digests,
+)
+from tests.helpers.disk import file_size_limit
+from tests.helpers.patience import PATIENCE
 
 
 class Killed(BaseException):
@@ -28,7 +46,15 @@ def test_a_file_replaces_the_old_one(tmp_path, durable):
     assert names(tmp_path / "new") == ["file.txt"]
 
 
-@pytest.mark.parametrize("error", [OSError("No space left on device"), RuntimeError("from torch"), Killed()])
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError("No space left on device"),
+        RuntimeError("from torch"),
+        Exception("No space left on device (os error 28)"),  # as tokenizers
+        Killed(),
+    ],
+)
 def test_a_file_that_fails_leaves_the_old_one(tmp_path, error):
     file = tmp_path / "file.txt"
     file.write_text("old")
@@ -51,6 +77,44 @@ def test_an_error_that_is_not_about_writing_stays(tmp_path):
     with pytest.raises(KeyError), whole_file(tmp_path / "file.txt") as unfinished:
         unfinished.write_text("half")
         raise KeyError("a bug")
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("error", [KeyError("a bug"), Exception("a bug"), Killed()])
+def test_files_that_fail_leave_nothing(tmp_path, error):
+    with pytest.raises(type(error)), whole_files(tmp_path) as unfinished:
+        (unfinished / "half.txt").write_text("half")
+        raise error
+    assert names(tmp_path) == []
+
+
+def test_a_file_that_cannot_be_written_is_named_once(tmp_path):
+    with (
+        pytest.raises(InputError, match=r"inner: cannot be written \([^()]*full[^()]*\)\.$"),
+        whole_files(tmp_path),
+        whole_file(tmp_path / "inner"),
+    ):
+        raise OSError(errno.ENOSPC, "full")
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("size", [0, 10])
+def test_a_disk_that_is_really_full(tmp_path, size):
+    (tmp_path / "file.txt").write_text("earlier")
+    for write in (whole_file(tmp_path / "file.txt"), whole_files(tmp_path)):
+        with pytest.raises(InputError, match="cannot be written"), file_size_limit(size), write as unfinished:
+            file = unfinished / "file.txt" if unfinished.is_dir() else unfinished
+            file.write_bytes(b"x" * 100)
+        assert names(tmp_path) == ["file.txt"] and (tmp_path / "file.txt").read_text() == "earlier"
+
+
+def test_what_torch_says_of_a_full_disk_is_put_in_words(tmp_path):
+    with (
+        file_size_limit(1000),
+        pytest.raises(InputError, match=r"cannot be written \(torch could not write all bytes; the disk is full or"),
+        whole_file(tmp_path / "file.pt") as unfinished,
+    ):
+        torch.save({"a": torch.zeros(1000)}, unfinished)
     assert names(tmp_path) == []
 
 
@@ -189,3 +253,128 @@ def test_a_json_file_that_is_not_there_is_refused_in_one_line(tmp_path, name):
 def test_json_is_read_as_it_is(tmp_path):
     (tmp_path / "file.json").write_bytes(b'\xef\xbb\xbf{"a": [1, "\\ud83d\\ude00"]}')
     assert read_json(tmp_path / "file.json") == {"a": [1, "\U0001f600"]}
+
+
+def with_digests(folder):
+    for name in ("a.bin", "b/c.txt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(name.encode() * 3)
+    write_digests(folder)
+    return [folder / name for name in ("a.bin", "b/c.txt", DIGESTS)]
+
+
+def test_digests_are_those_of_sha256sum(tmp_path):
+    with_digests(tmp_path)
+    assert (tmp_path / DIGESTS).read_text() == (
+        "# 2 files\n"
+        "bbbfe120b21682bd87639a5c9b66438bdd7bcf62599b0815b4dc82ab6c2de5a1  a.bin\n"
+        "c94a35615ef9149f5f0f5b0d6ab29f241b26697b606e6e191dc9512ea8707290  b/c.txt\n"
+    )
+    assert check_digests(tmp_path)
+    # What somebody puts beside the files is no damage. A folder without digests has none to check.
+    (tmp_path / "later.txt").write_text("later")
+    assert check_digests(tmp_path)
+    (tmp_path / DIGESTS).unlink()
+    assert not check_digests(tmp_path) and not check_digests(tmp_path / "missing")
+
+
+def test_a_flipped_bit_is_seen_and_its_file_is_named(tmp_path):
+    for file in with_digests(tmp_path):
+        whole = file.read_bytes()
+        for place in range(len(whole)):
+            file.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+            with pytest.raises(InputError, match=r"is damaged|is missing") as raised:
+                check_digests(tmp_path)
+            assert file.name in str(raised.value) or file.name == DIGESTS
+        for end in range(len(whole)):
+            file.write_bytes(whole[:end])
+            with pytest.raises(InputError, match="is damaged"):
+                check_digests(tmp_path)
+        file.unlink()
+        if file.name != DIGESTS:
+            with pytest.raises(InputError, match=f"{file.name}: is missing"):
+                check_digests(tmp_path)
+        file.write_bytes(whole)
+    assert check_digests(tmp_path)
+
+
+def test_digests_open_no_other_files(tmp_path):
+    (tmp_path / "secret").write_text("secret")
+    folder = tmp_path / "folder"
+    with_digests(folder)
+    for name in ("../secret", str(tmp_path / "secret"), "b/../a.bin", "/dev/zero"):
+        (folder / DIGESTS).write_text(f"# 1 files\n{'0' * 64}  {name}\n")
+        with pytest.raises(InputError, match="is missing"):
+            check_digests(folder)
+
+
+def process(work, *args):
+    """Start `work(connection, *args)` in a fork. Returns the process and the other end of the connection."""
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe()
+    started = context.Process(target=work, args=(there, *args))
+    started.start()
+    return started, here
+
+
+def hold(connection, folder):
+    with only_writer(folder):
+        connection.send("held")
+        connection.recv()
+    connection.send("left")
+
+
+def test_a_folder_has_one_writer_at_a_time(tmp_path):
+    other, connection = process(hold, tmp_path)
+    assert connection.poll(PATIENCE) and connection.recv() == "held"
+    with (
+        pytest.raises(InputError, match=rf"^output_dir='{tmp_path}': another command is writing to this folder; wait"),
+        only_writer(tmp_path, "output_dir"),
+    ):
+        pytest.fail("must not be entered")
+    connection.send("leave")
+    assert connection.poll(PATIENCE) and connection.recv() == "left"
+    other.join(PATIENCE)
+    assert names(tmp_path) == []
+    with only_writer(tmp_path):
+        with pytest.raises(InputError, match="another command"), only_writer(tmp_path):
+            pytest.fail("must not be entered")
+        assert names(tmp_path) == [LOCK]
+    assert names(tmp_path) == []
+
+
+def outlive(connection, folder):
+    with only_writer(folder):
+        worker, _ = process(lambda _: signal.pause())
+        connection.send(worker.pid)
+        connection.recv()
+
+
+def test_a_killed_writer_leaves_no_lock(tmp_path):
+    """Its DataLoader workers may live a little longer."""
+    other, connection = process(outlive, tmp_path)
+    assert connection.poll(PATIENCE)
+    worker = connection.recv()
+    try:
+        other.kill()
+        os.waitpid(other.pid, 0)  # `join` would wait for the worker too
+        assert names(tmp_path) == [LOCK]
+        with only_writer(tmp_path):
+            os.kill(worker, 0)  # it lives
+    finally:
+        os.kill(worker, signal.SIGKILL)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, capsys, number):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    fcntl = pytest.importorskip("fcntl")
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with only_writer(tmp_path):
+        (tmp_path / "file.txt").write_text("written")
+    said = capsys.readouterr().err
+    reason = f"[Errno {number}] {os.strerror(number)}"
+    assert said == f"{tmp_path}: cannot be locked ({reason}). Let no other command write to it.\n"

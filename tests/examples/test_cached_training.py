@@ -208,20 +208,23 @@ def test_bad_input_is_one_line_and_nothing_is_measured(
     assert "before" not in error and not (tmp_path / "here").exists()
 
 
-def test_a_disk_that_fills_up_ends_the_main_job_with_one_line(
-    main_job,
-    at_step,
-    small_task,
-    tmp_path,
-    capsys,
-    monkeypatch,
+def test_a_disk_that_fills_up_does_not_end_the_main_job(
+    main_job, runs, at_step, small_task, tmp_path, capsys, monkeypatch
 ):
-    at_step(1, lambda: monkeypatch.setattr(feature_cache.os, "replace", full))
+    def fill():
+        monkeypatch.setattr(feature_cache.shutil, "disk_usage", full)
+
+    at_step(2, fill)
     flags = (*RUN, "--cache_features", tmp_path / "cache", "--output_dir", tmp_path / "out")
-    assert main_job("--dataset_name", small_task, *flags) == 2
-    error = capsys.readouterr().err
-    assert error.strip().splitlines()[-1].startswith(f"train_detection.py: {tmp_path / 'cache'}/")
-    assert "Traceback" not in error and not list((tmp_path / "cache").rglob("*.unfinished"))
+    assert main_job("--dataset_name", small_task, *flags) == 0
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "No space left" in line)
+    assert f"{tmp_path / 'cache'}/" in line and line.endswith(
+        "Features that are not stored are computed in each epoch."
+    )
+    assert not list((tmp_path / "cache").rglob("*.unfinished"))
+    # Eight of the twelve images to train on, and none to validate on.
+    assert len(list((tmp_path / "cache").glob("pictures-*/*"))) == 8
+    assert same_but_for_rounding(runs / "plain", tmp_path / "out")
 
 
 def test_a_trained_backbone_of_an_adapter_is_refused_before_anything_is_measured(

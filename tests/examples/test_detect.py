@@ -28,7 +28,9 @@ from peft_sdpt.commands import print_any_name
 from peft_sdpt.detection import images, prediction
 from peft_sdpt.detection.grounding import split_classes
 from peft_sdpt.detection.saved_adapter import common_base_model, find_adapter, load_processor
+from peft_sdpt.files import only_writer
 from tests.helpers.detectors import ROOT, acting
+from tests.helpers.disk import file_size_limit
 from tests.helpers.main_job import HOST
 from tests.helpers.patience import wait_until
 
@@ -779,3 +781,49 @@ def test_a_host_of_another_kind(refused, photos, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "owlvit"}')
     message = f"--model_name_or_path {tmp_path}: must be a Grounding DINO, MM Grounding DINO or LLMDet"
     refused(message, photos, "--model_name_or_path", tmp_path, "--class_names", "dog")
+
+
+# ---- trust
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".tif"])
+def test_a_really_full_disk_leaves_no_part_of_a_picture(run, tmp_path, adapters, capsys, suffix):
+    """Pillow 12 writes a part of a JPEG and calls it a success."""
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    photos.mkdir()
+    Image.new("RGB", (16, 16)).save(photos / "a.png")
+    noise(0, 200, 200).save(photos / f"b{suffix}")
+    with file_size_limit(9000):
+        assert run(photos, "--adapter", adapters[0], "--batch_size", 1, threshold=0.99) == 2
+    error = capsys.readouterr().err
+    assert error.strip().splitlines()[-1] == f"detect.py: {out}: cannot be written ([Errno 27] File too large)."
+    assert "Traceback" not in error
+    assert names_of(out) == ["a.png", "detections.json"]
+    assert [image["file_name"] for image in read(out)["images"]] == ["a.png"]
+    # There is room again.
+    assert run(photos, "--adapter", adapters[0]) == 0
+    assert names_of(out) == ["a.png", f"b{suffix}", "detections.json"]
+
+
+def test_a_folder_that_another_command_writes_to_is_refused(run, photos, adapters, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    with only_writer(out):
+        assert run(photos, "--adapter", adapters[0]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"detect.py: --output_dir {out}: another command is writing to this folder; wait until")
+    assert list(out.iterdir()) == []
+
+
+def test_a_picture_is_written_in_the_format_of_its_name(run, tmp_path, adapters):
+    names = [f"photo{suffix}" for suffix in (".apng", ".gif", ".j2k", ".jp2", ".jpeg", ".ppm", ".webp")]
+    (tmp_path / "photos").mkdir()
+    for name in names:
+        noise(0).save(tmp_path / "photos" / name)
+    assert run(tmp_path / "photos", "--adapter", adapters[0]) == 0
+    assert names_of(tmp_path / "out") == ["detections.json", *names]
+    for name in names:
+        with Image.open(tmp_path / "out" / name) as image, Image.open(tmp_path / "photos" / name) as source:
+            assert image.format == source.format and image.size == source.size
+        start = [(folder / name).read_bytes()[:4] for folder in (tmp_path / "photos", tmp_path / "out")]
+        assert start[0] == start[1]

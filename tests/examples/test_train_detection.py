@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The main job, run as a user runs it: trained, measured, killed, resumed, and given bad input."""
 
+import contextlib
 import gc
 import itertools
 import json
@@ -32,10 +33,12 @@ import train_detection
 from peft_sdpt import SDPTConfig, SDPTLayer
 from peft_sdpt.commands import train, train_results
 from peft_sdpt.commands.train_results import print_images, size_of
+from peft_sdpt.files import LOCK, only_writer, write_digests
 from peft_sdpt.model_card import licence_of
 from peft_sdpt.training import checkpoints
 from tests.detection.test_metrics import BOX, make_split
 from tests.helpers.detectors import ROOT, attach, make_host, run_python
+from tests.helpers.disk import file_size_limit
 from tests.helpers.main_job import (
     EVERYTHING,
     HOST,
@@ -155,6 +158,7 @@ def test_a_resumed_run_needs_its_random_numbers(main_job, trained, at_step, smal
     assert "step_2: cannot be read" in capsys.readouterr().err
     state["torch_manual_seed"] = torch.Generator().manual_seed(99).get_state()
     torch.save(state, numbers)
+    write_digests(numbers.parent)
     assert main_job(*run, tmp_path / "killed") == 0
     assert not same_run(whole, tmp_path / "killed")
 
@@ -295,6 +299,62 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(main_job, at_ste
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "the checkpoint of step 4 cannot be written" in error and "No space left" in error
     assert error.endswith("step_2.") and [path.name for path in (tmp_path / "out").glob("step_*")] == ["step_2"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--checkpointing_steps", 1), "the checkpoint of step 1 cannot be written ("),
+        (("--validation_steps", 1), "out/best: cannot be written ("),
+        ((), "out: cannot be written ("),
+    ],
+)
+def test_a_really_full_disk_is_one_line_and_leaves_earlier_results(
+    main_job, trained, at_step, small_task, tmp_path, capsys, flags, said
+):
+    out = Path(shutil.copytree(trained(*ONE_STEP), tmp_path / "out", ignore=shutil.ignore_patterns("step_*")))
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    with contextlib.ExitStack() as stack:
+        at_step(1, lambda: stack.enter_context(file_size_limit(4000)))
+        steps = ("--max_train_steps", 2 if flags else 1, "--validation_steps", 9)
+        assert main_job("--dataset_name", small_task, *steps, *flags) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    line = error.strip().splitlines()[-1]
+    assert said in line and "File too large" in line
+    assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
+    assert not [path for path in out.rglob("*") if path.suffix == ".unfinished" or path.name.startswith("step_")]
+
+
+def test_numbers_are_saved_before_pictures_are_drawn(main_job, small_task, tmp_path, monkeypatch):
+    def broken(*_):
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(train_results, "draw_report", broken)
+    with pytest.raises(KeyError, match="a bug"):
+        main_job("--dataset_name", small_task, "--max_train_steps", 1)
+    out = tmp_path / "out"
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["after"] and prompts(out) and prompts(out / "best")
+    # Nothing half-written is left, and the folder is free.
+    assert {path.name for path in out.iterdir()} == {
+        *(path.name for path in (out / "best").iterdir() if path.name != "detection.json"),
+        *("best", "metrics.json"),
+    }
+
+
+def test_a_folder_that_another_command_writes_to_is_refused(main_job, small_task, tmp_path, capsys):
+    out = tmp_path / "out"
+    (out / "step_3.unfinished").mkdir(parents=True)
+    with only_writer(out):
+        for flags in ((), ("--eval_only",), ("--resume_from_checkpoint", "latest")):
+            assert main_job("--dataset_name", small_task, *flags) == 2
+            error = capsys.readouterr().err
+            assert error.splitlines() == [
+                f"train_detection.py: --output_dir {out}: another command is writing to this folder; wait until it "
+                "ends, or choose another folder."
+            ]
+        assert {path.name for path in out.iterdir()} == {LOCK, "step_3.unfinished"}
 
 
 def test_workers_change_nothing(main_job, trained, small_task, tmp_path):
