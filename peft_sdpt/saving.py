@@ -11,7 +11,8 @@ let through.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,9 +26,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+from .downloads import remove_damaged
+from .errors import reason
 from .files import follow_umask
 from .model_card import complete_card
-from .wording import MAX_LISTED, counted, enumerated, printable, quoted
+from .wording import MAX_LISTED, counted, enumerated, quoted
 
 # Shapes of the parameters of an adapter, by plain name.
 Shapes = dict[str, tuple[int, ...]]
@@ -218,13 +221,12 @@ def check_weights(
     """
     path = os.path.join(adapter, subfolder) if subfolder else adapter
     named = f"SDPT adapter {quoted(path, MAX_NAME)}"
-    try:
+    with _loading(named):
         file = _weights_file(adapter, subfolder, **download)
-        shapes = {} if file is None else _shapes_in(file)
-    except Exception as error:  # safetensors, pickle, the file system and HTTP raise many kinds of errors
-        raise _not_loaded(named, error) from error
     if file is None:
         return None
+    with _loading(named, file):
+        shapes = _shapes_in(file)
     if expected is None:
         raise ValueError(
             f"The config of the {named} does not name its fusion layers (fusion_layers is None), as the config of a "
@@ -244,10 +246,8 @@ def check_weights(
         )
     rest = {key: shape for key, shape in shapes.items() if parameter_of(key) is None}
     refuse_strangers((key for key in rest if not _is_in_modules(plain_name(key), modules_to_save)), named)
-    try:
+    with _loading(named, file):
         values = _values_in(file)
-    except Exception as error:  # as above
-        raise _not_loaded(named, error) from error
     check_numbers(
         {name: values[key] for name, key in parameters_in({key: key for key in shapes}).items()},
         {key: values[key] for key in rest},
@@ -256,11 +256,27 @@ def check_weights(
     return {plain_name(key): shape for key, shape in rest.items()}
 
 
-def _not_loaded(named: str, error: Exception) -> ValueError:
-    return ValueError(
-        f"The weights of the {named} cannot be loaded, and nothing was put on the base model: "
-        f"{type(error).__name__}: {printable(str(error), 500)}"
-    )
+@contextmanager
+def _loading(named: str, file: str | None = None) -> Iterator[None]:
+    """Name the adapter in any error that is raised in this context.
+
+    Args:
+        named: The adapter.
+        file: A file that is read. If it is in the cache of the Hub and damaged, it is removed from there.
+
+    Raises:
+        ValueError: There was an error.
+    """
+    try:
+        try:
+            yield
+        except Exception:
+            remove_damaged([] if file is None else [Path(file)])
+            raise
+    except Exception as error:  # safetensors, pickle, the file system and HTTP raise many kinds of errors
+        raise ValueError(
+            f"The weights of the {named} cannot be loaded, and nothing was put on the base model: {reason(error)}"
+        ) from error
 
 
 def _is_in_modules(parameter: str, modules: Sequence[str]) -> bool:

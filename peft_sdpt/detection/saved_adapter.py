@@ -94,16 +94,10 @@ def find_adapter(source: str, name: str | None = None) -> SavedAdapter:
     try:
         config = PeftConfig.from_pretrained(str(folder))
     except Exception as error:  # a damaged file can raise anything
-        raise InputError(f"{where}: adapter_config.json cannot be read ({reason(error)}).") from None
+        raise InputError(f"{where}: is not an adapter that can be loaded ({reason(error)}).") from None
     if not isinstance(config, SDPTConfig):
         raise InputError(f"{where}: is not an SDPT adapter, because its config is a {type(config).__name__}.")
-    base_model = config.base_model_name_or_path
-    if not (base_model is None or (isinstance(base_model, str) and base_model.isprintable())):
-        raise InputError(
-            f"{where}: adapter_config.json must name the base model in one line of text, but "
-            f"base_model_name_or_path is {quoted(base_model)}."
-        )
-    return SavedAdapter(source, name or Path(source).resolve().name, folder, base_model)
+    return SavedAdapter(source, name or Path(source).resolve().name, folder, config.base_model_name_or_path)
 
 
 def common_base_model(adapters: Sequence[SavedAdapter]) -> str:

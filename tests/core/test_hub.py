@@ -272,6 +272,16 @@ def test_an_answer_that_is_not_the_file(hub, monkeypatch, fault):
     assert torch.equal(run(PeftModel.from_pretrained(host, REPO)), run(model))
 
 
+def test_damaged_weights_leave_the_cache(hub):
+    """huggingface_hub compares the length alone, and would give out the damaged file again."""
+    model = attach(make_host())
+    model.push_to_hub(REPO, token=OWNER)
+    hub.faults = {WEIGHTS: "other bytes"}
+    refused("cannot be loaded, and .*: the downloaded adapter_model.safetensors had another content than on the Hub")
+    hub.faults = {}
+    assert torch.equal(run(PeftModel.from_pretrained(make_host(), REPO)), run(model))
+
+
 def test_weights_that_the_hub_does_not_give_out(hub):
     attach(make_host()).push_to_hub(REPO, token=OWNER)
     for status in (401, 403):

@@ -233,10 +233,10 @@ def refused(message: str, folder: Path, read=read_all) -> None:
 @pytest.mark.parametrize("value", [5, True, ["a"], {"a": 1}, 1e400, 10**400, "a\0b", "a\nb", "\x1b[31m"])
 def test_a_base_model_is_named_in_a_line_of_text(stranger, value):
     change(stranger / "adapter_config.json", base_model_name_or_path=value)
-    refused("must name the base model in one line of text, but base_model_name_or_path is ", stranger)
+    refused("base_model_name_or_path must be None or a name of at most 4096 printable letters, got ", stranger)
 
 
-@pytest.mark.parametrize("value", ["x" * 5000, "x/" * 3000, "/etc/passwd", "../..", "a b", "C:\\x"])
+@pytest.mark.parametrize("value", ["x" * 4000, "x/" * 2000, "/etc/passwd", "../..", "a b", "C:\\x"])
 def test_a_base_model_that_is_anything_is_refused_when_it_is_loaded(stranger, offline, value):
     change(stranger / "adapter_config.json", base_model_name_or_path=value)
     adapter = find_adapter(str(stranger))
@@ -248,7 +248,7 @@ def test_a_base_model_that_is_anything_is_refused_when_it_is_loaded(stranger, of
 @pytest.mark.parametrize("value", [["a"], "x" * 5000, "a\nb", {"a": {}}])
 def test_a_config_of_odd_types_is_refused(stranger, field, value):
     change(stranger / "adapter_config.json", **{field: value})
-    refused("source=.*: (adapter_config.json cannot be read|is not an SDPT adapter)", stranger)
+    refused("source=.*: (is not an adapter that can be loaded|is not an SDPT adapter)", stranger)
 
 
 DEEP = "[" * 100_000

@@ -744,7 +744,7 @@ def test_bad_adapters(refused, photos, adapters, tmp_path):
     refused("--adapter: the adapters were trained on different base models (one:", photos, *different)
     refused("no/such host). Choose one by --model_name_or_path.", photos, *different)
     refused("does not name its base model", photos, "--adapter", changed("hostless", base_model_name_or_path=None))
-    refused("adapter_config.json cannot be read", photos, "--adapter", changed("strange", peft_type="NOSUCH"))
+    refused("is not an adapter that can be loaded", photos, "--adapter", changed("strange", peft_type="NOSUCH"))
     get_peft_model(load_host().model.text_backbone, LoraConfig(target_modules=["query"])).save_pretrained(
         tmp_path / "lora"
     )
