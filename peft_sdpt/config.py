@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import numbers
 import operator
 import re
@@ -15,7 +14,7 @@ from typing import Any, NoReturn
 
 from peft.utils import PeftType
 
-from .saving import GATES_KEY, LORA_KEYS, PROMPTS_KEY, SavedConfig, Shapes, lora_name, plain_name
+from .saving import GATES_KEY, LARGEST, LORA_KEYS, PROMPTS_KEY, SavedConfig, Shapes, lora_name, plain_name
 from .version import __version__
 from .wording import printable, quoted
 
@@ -425,8 +424,8 @@ class SDPTConfig(SavedConfig):
         if self.lora_alpha is not None:
             if not _is_number(self.lora_alpha):
                 self._refuse("lora_alpha", "None or a number", TypeError)
-            if not 0 < self.lora_alpha < math.inf:
-                self._refuse("lora_alpha", "None or positive and finite")
+            if not 0 < self.lora_alpha <= LARGEST:
+                self._refuse("lora_alpha", f"None or positive and at most {LARGEST:g}")
         if self.lora_layers is not None and not (
             isinstance(self.lora_layers, dict)
             and all(isinstance(name, str) for name in self.lora_layers)

@@ -142,7 +142,8 @@ def test_headers_that_are_changed(subject, data):
             entry["dtype"] = data.draw(st.sampled_from(DTYPES))
         elif action == "shape":
             shape = st.lists(st.integers(-1, 2**63), max_size=3)
-            entry["shape"] = data.draw(shape | st.permutations(entry["shape"]) | json_values)
+            sizes = entry["shape"] if isinstance(entry["shape"], list) else [1]
+            entry["shape"] = data.draw(shape | st.permutations(sizes) | json_values)
         elif action == "offsets":
             entry["data_offsets"] = data.draw(st.lists(st.integers(-1, 2**63), min_size=2, max_size=2) | json_values)
         else:
