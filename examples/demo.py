@@ -157,7 +157,7 @@ def detect_both(model: Any, choices: list[Choice], file: str | None, text: str, 
 
 
 def page_error(message: str) -> gr.Error:
-    """Return an error for the page, which would show HTML in a message. A message can have names of any kind."""
+    """Return an error for the page. Its message is escaped, because the page would show HTML in names as HTML."""
     return gr.Error(html.escape(message, quote=False), print_exception=False)
 
 

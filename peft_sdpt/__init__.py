@@ -50,9 +50,9 @@ def _register() -> None:
 def _check_what_transformers_loads() -> None:
     """Let `PeftConfig.from_pretrained` check the weights beside a config, as `SDPTConfig.from_pretrained` does.
 
-    PEFT calls the method of `SDPTConfig`. `load_adapter` of a transformers model calls the one of `PeftConfig`, and
-    then loads any tensor of the adapter over the base model (transformers 5.24). The config is the only object of this
-    package that it asks before.
+    PEFT calls the method of `SDPTConfig`. `load_adapter` of a transformers model calls the method of `PeftConfig`, and
+    then writes any tensor of the adapter into the base model (transformers 5.24). Loading the config is the last step
+    before this in which code of this package can run.
     """
     config_class: Any = PeftConfig
     original = config_class.from_pretrained.__func__
@@ -64,7 +64,7 @@ def _check_what_transformers_loads() -> None:
         cls: Any, pretrained_model_name_or_path: str | os.PathLike, subfolder: str | None = None, **kwargs: Any
     ) -> Any:
         config = original(cls, pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        # Asked by attribute, because the package may have been imported again.
+        # Not `isinstance`, because the package may have been imported again, with another class of this name.
         if hasattr(config, "check_weights_beside") and not hasattr(cls, "check_weights_beside"):
             path, (download, _, _) = os.fspath(pretrained_model_name_or_path), PeftConfig._split_kwargs(kwargs)
             config.check_weights_beside(path, subfolder, **download)

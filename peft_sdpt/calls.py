@@ -1,10 +1,11 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""What the layers of a model do in one call of it, so that threads can call a model at the same time.
+"""Stores for each call of a model which adapters its layers use, so that several threads can call one model.
 
 PEFT stores the active adapters in the layers. If another thread switched adapters in the middle of a call, the first
-layers would use one adapter and the last layers another one. So a call notes at its start what each layer is to do.
-The note is in a context variable, which compiled code cannot read. It reads the attributes of the layers.
+layers would use one adapter and the last layers another one. So each call copies the state of all layers when it
+begins. The copy is in a context variable. Compiled code cannot read this variable, and reads the attributes of the
+layers instead.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from torch import nn
 
 # PEFT's name for the base model without an adapter, in `adapter_names`.
 BASE = "__base__"
-# Held while adapters are switched, and while a call notes which of them are active. One lock serves all models, because
-# it is held for microseconds.
+# Held while adapters are switched, and while a call copies the state of the layers. One lock is enough for all models,
+# because it is held for microseconds.
 SWITCHING = threading.RLock()
 
 
@@ -44,10 +45,11 @@ class Activation(NamedTuple):
 
 
 class _Call(NamedTuple):
-    """A call of a model: what each of its layers does, by the id of the layer."""
+    """The state of a call of a model."""
 
+    # By the id of the layer.
     layers: dict[int, Activation]
-    # Modules that PEFT copies for adapters, and those of their copies that our adapters have.
+    # By the id of a module that PEFT has copied for adapters: for each sample, the adapter whose copy it uses.
     copied: dict[int, Sequence[str]]
 
 
@@ -60,13 +62,13 @@ def calling(
     adapter_names: Sequence[str] | None = None,
     copied: Iterable[AuxiliaryTrainingWrapper] = (),
 ) -> Iterator[None]:
-    """Note for the time of a call of a model what its layers do.
+    """Fix the adapters that the layers of a model use for the time of a call.
 
     Args:
         layers: The layers of this tuner in the model.
         adapter_names: For each sample, the adapter to use, or `"__base__"`. None if all samples use the active
             adapters.
-        copied: Modules that PEFT has copied for adapters of this tuner (`modules_to_save`). They get the names too.
+        copied: Modules that PEFT has copied for adapters of this tuner (`modules_to_save`). They receive the names too.
     """
     with SWITCHING:
         notes = {
@@ -96,11 +98,11 @@ def calling(
 
 
 def activation(layer: Any, adapter_names: Sequence[str] | None = None) -> Activation:
-    """Return which adapters a layer uses: what the call of its model has noted, or else its own state.
+    """Return which adapters a layer uses: those of the current call of its model, or else those of its own state.
 
     Args:
         layer: A layer of this tuner.
-        adapter_names: Names that the layer was called with. They go before those of the call.
+        adapter_names: Names that the layer was called with. They override those of the call.
     """
     own = Activation(not layer.disable_adapters, layer.active_adapters, layer.sdpt_scale, adapter_names)
     if torch.compiler.is_compiling():
@@ -113,7 +115,7 @@ def activation(layer: Any, adapter_names: Sequence[str] | None = None) -> Activa
 
 
 def _pass_names_on(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-    """Give a module that PEFT has copied the names that the call of its model has noted, as its own argument."""
+    """Pass the names of the current call as an argument to a module that PEFT has copied (a forward pre-hook)."""
     names: Any
     if torch.compiler.is_compiling():
         names = module.sdpt_call_names

@@ -32,7 +32,7 @@ PROMPT_MODES = ("unified", "independent")
 PROMPT_SPACES = ("reachable", "aligned")
 PROMPT_GATES = ("zero",)
 ATTN_IMPLEMENTATIONS = ("fused", "eager")
-# The longest path of a file on Linux.
+# Largest number of letters of a path on Linux.
 MAX_PATH = 4096
 # Fields with names of modules: a list, or a regular expression.
 _NAME_FIELDS = ("target_modules", "exclude_modules", "lora_target_modules")
@@ -256,8 +256,8 @@ class SDPTConfig(SavedConfig):
 
     def mark_as_saved(self, has_weights: bool) -> None:
         if has_weights:
-            # The names that regular expressions have selected are known. An expression of a stranger could run for
-            # years, here and wherever PEFT matches names.
+            # A regular expression of somebody else could run for years, here or where PEFT matches names. The names
+            # that it selected are known, and replace it.
             if isinstance(self.target_modules, str) or isinstance(self.exclude_modules, str):
                 self.target_modules, self.exclude_modules = list(self.fusion_layers or ()), None
             if isinstance(self.lora_target_modules, str):

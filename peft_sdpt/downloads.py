@@ -1,9 +1,9 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""Downloads from the Hub, and the check of what is in its cache.
+"""Downloads files from the Hub, and removes damaged files from its cache.
 
-`huggingface_hub` compares the length of a file with the length that the Hub announces, but not its content. A file that
-was damaged on the way would stay in the cache.
+`huggingface_hub` compares only the length of a file with the length that the Hub announces. A file whose content was
+damaged during the download would stay in the cache.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from .wording import enumerated
 
-# Seconds without an answer of the Hub after which a command stops waiting. Downloads of files have a shorter limit.
+# Seconds that a command waits for an answer of the Hub. Downloads of files have a shorter limit.
 MAX_WAIT = 60.0
 
 
@@ -28,10 +28,10 @@ class DamagedFileError(OSError):
 
 
 def limit_waiting() -> None:
-    """Let all requests to the Hub fail that get no answer for a minute, in this process.
+    """Set a time limit of a minute for each request to the Hub in this process.
 
-    huggingface_hub 2.4 has a limit for downloads of files, and waits forever for other answers. Commands call this. The
-    library does not, because the client belongs to the program that uses it.
+    huggingface_hub 2.4 has a time limit for downloads of files, but waits forever for other answers. The commands call
+    this function. The library does not, because the HTTP client belongs to the program that uses it.
     """
     hooks = get_session().event_hooks
     if _limit_waiting not in hooks["request"]:
@@ -39,7 +39,7 @@ def limit_waiting() -> None:
 
 
 def _limit_waiting(request: Any) -> None:
-    # Most functions of huggingface_hub ask for no limit explicitly, so that a limit of the client would not count.
+    # A limit of the client would have no effect, because most functions of huggingface_hub pass `timeout=None`.
     limits = request.extensions.get("timeout") or {}
     for name in ("connect", "read", "write", "pool"):
         if limits.get(name) is None:
@@ -50,20 +50,20 @@ def _limit_waiting(request: Any) -> None:
 def download(repository: str, names: Sequence[str], subfolder: str | None = None) -> Path | None:
     """Download files of a repository, all of the same commit, and check their content.
 
-    `snapshot_download` of huggingface_hub 2.4 waits without limit if the Hub does not answer when it is asked for the
-    list of the files. The download of a single file has a time limit.
+    `snapshot_download` of huggingface_hub 2.4 first asks for the list of files, and waits forever for the answer. The
+    download of a single file has a time limit.
 
     Args:
         repository: Id of the repository.
-        names: Names of the files. The first one must exist. Others that the repository does not have are left out.
+        names: Names of the files. Files that the repository does not have are left out, except the first one.
         subfolder: Folder in the repository.
 
     Returns:
-        The folder with the files, in the cache. None if the repository does not have the first file.
+        The folder of the files in the cache. None if the repository does not have the first file.
 
     Raises:
-        OSError: The Hub cannot be reached or does not give out a file, and the cache does not have it either.
-        DamagedFileError: A file is damaged.
+        OSError: A file cannot be downloaded, and the cache does not have it either.
+        DamagedFileError: A file is damaged. It was removed from the cache.
     """
     files: list[Path] = []
     for name in names:
@@ -72,7 +72,7 @@ def download(repository: str, names: Sequence[str], subfolder: str | None = None
         try:
             files.append(Path(hf_hub_download(repository, path, revision=commit)))
         except LocalEntryNotFoundError:  # the Hub cannot be reached
-            # It may have said earlier that there is no such file. Without the Hub, the cache is all there is.
+            # The file can be left out if the cache knows that it does not exist, or if the user works offline.
             known = try_to_load_from_cache(repository, path, revision=commit)
             if not files or not (constants.HF_HUB_OFFLINE or (known is not None and not isinstance(known, str))):
                 raise
@@ -84,18 +84,18 @@ def download(repository: str, names: Sequence[str], subfolder: str | None = None
 
 
 def _commit(file: Path, path_depth: int) -> str:
-    """Return the commit of a file in the cache: `snapshots/<commit>/<path in the repository>`."""
+    """Return the commit of a file in the cache, whose path is `snapshots/<commit>/<path in the repository>`."""
     return file.parents[path_depth].name
 
 
 def check_cache(repository: str) -> None:
-    """Remove the damaged files of a repository from the cache, for a caller that could not load one of them.
+    """Remove the damaged files of a repository from the cache. Call this if one of its files could not be loaded.
 
     Args:
-        repository: A Hub id. Nothing is done for anything else.
+        repository: A Hub id. For any other text, the function does nothing.
 
     Raises:
-        DamagedFileError: There were some.
+        DamagedFileError: A file was damaged.
     """
     try:
         config = try_to_load_from_cache(repository, "config.json")
@@ -108,15 +108,15 @@ def check_cache(repository: str) -> None:
 def remove_damaged(files: Iterable[Path]) -> None:
     """Remove files from the cache of the Hub if their content is not what the Hub announced.
 
-    The cache names the content of a file after its ETag. That is its SHA-256 for files of git LFS, and its SHA-1 as an
-    object of git for others. Where a mirror of the Hub has ETags of another kind, or the cache has no links, nothing is
-    checked.
+    In the cache, each path is a link to a file whose name is the ETag. It is the SHA-256 for files of git LFS, and
+    the SHA-1 of the git object for other files. If a mirror of the Hub uses other ETags, or the cache has no links, the
+    file is not checked.
 
     Args:
         files: Paths in the cache.
 
     Raises:
-        DamagedFileError: Some are damaged. All of these are removed.
+        DamagedFileError: At least one file is damaged. All damaged files have been removed.
     """
     damaged = [file for file in files if not _is_intact(file.resolve())]
     for file in damaged:
@@ -132,7 +132,7 @@ def _is_intact(content: Path) -> bool:
     match = re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", content.name)
     if match is None or not content.is_file():
         return True
-    # A mirror may use the SHA-1 of the content alone.
+    # The second SHA-1 is that of the content alone, which a mirror may use.
     digests = [hashlib.sha256()] if len(match[0]) == 64 else [hashlib.sha1(), hashlib.sha1()]
     if len(digests) == 2:
         digests[0].update(f"blob {content.stat().st_size}\0".encode())

@@ -13,13 +13,13 @@ from collections.abc import Iterator, Mapping
 
 from .wording import printable
 
-# Letters of the one line. Messages of other libraries can quote what they refuse at any length.
+# Largest number of letters of the one line. Messages of other libraries can quote values of any length.
 MAX_MESSAGE = 2000
-# Letters of an error of another library in a message of ours.
+# Largest number of letters of an error of another library in a message of this package.
 MAX_REASON = 400
-# A full disk, a limit on the size of files, and a quota, which Windows does not have.
+# A full disk, a limit on the size of files, and a quota. Windows has no quota.
 _FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
-# How libraries in Python and Arrow, in Rust, and in C++ write them.
+# The wording of these errors in Python and Arrow ("errno"), Rust ("os error") and C++ (the text).
 _SAYS_FULL = re.compile(
     rf"\b(?:errno|os error) (?:{'|'.join(map(str, _FULL))})\b|{re.escape(os.strerror(errno.ENOSPC))}", re.IGNORECASE
 )
@@ -59,7 +59,7 @@ def one_line_errors(program: str, flags: Mapping[str, str] | None = None) -> Ite
         print(f"{program}: {str(interrupt) or 'interrupted.'}", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        # Trackers, data sets and other libraries write files of their own.
+        # Trackers, `datasets` and other libraries also write files.
         if not is_full_disk(error):
             raise
         print(f"{program}: a file cannot be written ({printable(str(error), MAX_MESSAGE)}).", file=sys.stderr)
@@ -70,8 +70,8 @@ def is_full_disk(error: BaseException | None) -> bool:
     """Return whether an exception, or one that caused it, comes from a full disk, a quota or a limit on file sizes.
 
     Args:
-        error: An exception of any class. Libraries in other languages raise classes of their own, and only the message
-            tells.
+        error: An exception of any class. Libraries in other languages raise their own classes, so the message is
+            searched too.
     """
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
@@ -83,10 +83,10 @@ def is_full_disk(error: BaseException | None) -> bool:
 
 
 def reason(error: BaseException) -> str:
-    """Describe an error of another library on one line, for a message of ours.
+    """Describe an error of another library on one line, for a message of this package.
 
     Args:
-        error: The error. Its type is named, unless its message is known to be a sentence.
+        error: The error. The type is added, unless the message is a sentence, as those of `OSError` and `ValueError`.
 
     Example:
         >>> reason(KeyError("added_tokens")), reason(OSError("No space\\nleft"))

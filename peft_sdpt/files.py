@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""Reading JSON, writing files and folders completely or not at all, and checking that nobody else changed them.
+"""Reads JSON, writes files and folders completely or not at all, checks their digests, and locks folders.
 
 A file or folder gets its final name only after all of it is on the disk. So a process may be killed at any time.
 """
@@ -30,11 +30,11 @@ from .wording import printable
 
 # The names of unfinished files and folders end with this.
 UNFINISHED = ".unfinished"
-# The file that the only writer of a folder holds a lock on.
+# The command that writes to a folder holds a lock on this file.
 LOCK = ".sdpt.lock"
 # The file with the SHA-256 of all other files of a folder. `sha256sum -c SHA256SUMS` reads it too.
 DIGESTS = "SHA256SUMS"
-# The escape of half of a surrogate pair, which is valid in JSON and in no text.
+# The escape of half of a surrogate pair. JSON allows it, but the text cannot be encoded.
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -52,14 +52,14 @@ def read_json(file: str | os.PathLike) -> Any:
     """
     try:
         content = Path(file).read_bytes()
-    except (OSError, ValueError) as error:  # the name is too long, or has a null character
+    except (OSError, ValueError) as error:  # a name with a null character raises a ValueError
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{_named(file)}: cannot be read ({reason}).") from None
     try:
         value = json.loads(content)
         if _SURROGATE.search(content):
             json.dumps(value, ensure_ascii=False).encode()
-    except (RecursionError, ValueError) as error:  # also half of a surrogate pair
+    except (RecursionError, ValueError) as error:  # half of a surrogate pair raises a UnicodeEncodeError
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else printable(str(error), 200)
         raise InputError(f"{_named(file)}: not JSON ({reason}).") from None
     return value
@@ -106,19 +106,19 @@ def output_folder(value: str) -> Path:
 
 
 def write_problem(error: Exception) -> str | None:
-    """Tell why a file cannot be written, from an exception that was raised while files were written.
+    """Return the reason why a file cannot be written, from an exception that was raised during writing.
 
     Args:
         error: An exception of any class. Python and Pillow raise `OSError`, torch `RuntimeError`, safetensors its own
             class, and tokenizers a plain `Exception`.
 
     Returns:
-        The reason. None if the exception is not about writing, or is an `InputError`, which has named the file.
+        The reason. None if the exception has another cause, or is an `InputError`, which already names the file.
     """
     if isinstance(error, InputError):
         return None
     if isinstance(error, RuntimeError) and "inline_container" in str(error):
-        # torch (2.13) says only how many bytes it wanted to have written.
+        # The message of torch 2.13 has only the expected number of bytes.
         return "torch could not write all bytes; the disk is full or out of order"
     if isinstance(error, OSError | RuntimeError | SafetensorError) or is_full_disk(error):
         return str(error)
@@ -138,20 +138,20 @@ def _writing(path: str | os.PathLike) -> Iterator[None]:
 
 @contextlib.contextmanager
 def only_writer(folder: str | os.PathLike, argument: str = "folder") -> Iterator[None]:
-    """Keep other commands from writing to a folder in this context.
+    """Prevent other commands from writing to a folder in this context.
 
-    The operating system removes the lock when the process ends, also if it is killed. On a file system without locks,
-    the function prints that it cannot lock the folder.
+    The operating system removes the lock when the process ends or is killed. On a file system without locks, the
+    function prints on stderr that it cannot lock the folder, and goes on.
 
     Args:
-        folder: The folder, which exists.
-        argument: Name of the argument that the message names.
+        folder: An existing folder.
+        argument: Name of the argument for the message.
 
     Raises:
         InputError: Another process, or another part of this process, is in this context with the same folder.
     """
     file = Path(folder) / LOCK
-    # Not a soft lock in place of a real one, because a killed process would leave it.
+    # A soft lock is only a file, which a killed process would leave.
     lock = FileLock(file, timeout=0, fallback_to_soft=False)
     try:
         lock.acquire()
@@ -166,7 +166,7 @@ def only_writer(folder: str | os.PathLike, argument: str = "folder") -> Iterator
         yield
     finally:
         if lock.is_locked:
-            # Removed first, so that it is not the new file of another process.
+            # Removed before the lock is released. After that, it could be the file of another process.
             with contextlib.suppress(OSError):
                 file.unlink()
             lock.release()
@@ -280,30 +280,31 @@ def flush(path: Path) -> None:
 
 
 def write_digests(folder: Path) -> None:
-    """Write the SHA-256 of each file of a folder into a file of this folder, `SHA256SUMS`.
+    """Write the SHA-256 of each file of a folder into the file `SHA256SUMS` of this folder.
 
     Args:
-        folder: The folder. Files in its subfolders count.
+        folder: The folder. Files in subfolders are included.
 
     Raises:
         OSError: A file cannot be read or written.
     """
     lines = [f"{_digest(file)}  {name}\n" for name, file in sorted(_files(folder).items())]
-    # The number shows whether the end of the file is missing.
+    # With the number of files, `check_digests` notices if the end of `SHA256SUMS` is missing.
     (folder / DIGESTS).write_text(f"# {len(lines)} files\n{''.join(lines)}", encoding="utf-8")
 
 
 def check_digests(folder: Path) -> bool:
-    """Check the files of a folder against those that `write_digests` found.
+    """Compare the files of a folder with the digests that `write_digests` has written.
 
     Args:
-        folder: The folder. Files that came later are not checked.
+        folder: The folder. Files that were added later are not checked.
 
     Returns:
-        False if the folder has no digests, True if all files have theirs.
+        True if all digests match, False if the folder has no digests.
 
     Raises:
-        InputError: A file is missing or has changed. The message names it.
+        InputError: A file is missing or has changed, or `SHA256SUMS` is damaged. The message names the file.
+        OSError: A file cannot be read.
     """
     digests = folder / DIGESTS
     if not digests.is_file():
@@ -314,7 +315,7 @@ def check_digests(folder: Path) -> bool:
     if first != f"# {len(found)} files" or lines[-1:] != [""] or None in found:
         raise InputError(f"{_named(digests)}: is damaged.")
     for match in filter(None, found):
-        # Only names of files in the folder are opened.
+        # A name that leads out of the folder is not opened.
         file = files.get(match["name"])
         if file is None:
             raise InputError(f"{_named(folder / match['name'])}: is missing.")
@@ -324,7 +325,7 @@ def check_digests(folder: Path) -> bool:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """Return the files of a folder, without its digests, by their path relative to it."""
+    """Return the files of a folder except `SHA256SUMS`, by their path relative to the folder."""
     files = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
     return {name: file for name, file in files.items() if name != DIGESTS}
 

@@ -60,7 +60,7 @@ def inverse_projection(weight: torch.Tensor, rtol: float | None = None) -> torch
 def _exact(weight: torch.Tensor) -> torch.Tensor:
     exact = weight.detach()
     exact = (exact if exact.device.type in _FLOAT64_DEVICES else exact.cpu()).double()
-    # For some of these weights, `pinv` raises an error, and for others it returns zeros.
+    # For weights that are not finite, `pinv` sometimes raises an error and sometimes returns zeros.
     if not exact.isfinite().all():
         raise ValueError("cannot invert a projection weight with numbers that are not finite: the model is damaged")
     return exact

@@ -40,7 +40,7 @@ class InverseCache(BufferDict):
         super().__init__(persistent=False)
         self._rtols: tuple[float | None, ...] = ()
         self._states: tuple[WeightState, ...] | None = None
-        # Raised after each change, for what is computed from the inverses.
+        # Raised after each change, so that whatever is computed from the inverses is computed again.
         self.version = 0
 
     def inverse(self, side: int, rtol: float | None) -> torch.Tensor:
@@ -77,7 +77,7 @@ class InverseCache(BufferDict):
             refuse_adapted(projection)
         rtols = tuple(dict.fromkeys(rtols))
         current = self.up_to_date(projections) and not force
-        # Noted before the weights are read, because another thread may change them.
+        # Stored before the weights are read, because another thread may change them in between.
         states = tuple(WeightState.of(projection) for projection in projections)
         computed: dict[str, torch.Tensor] = {}
         for side, projection in enumerate(projections):
@@ -124,8 +124,8 @@ class InverseCache(BufferDict):
             # The next forward refuses the adapter of the other tuner. Here, the rest of the model would stay behind.
             self._states = None
         else:
-            # A cast rounds the weights. It has cast the inverses too, perhaps below float32. The next forward refuses
-            # weights that are not finite any more.
+            # A cast rounds the weights. It has cast the inverses too, perhaps below float32. If the cast made a weight
+            # infinite, the next forward raises an error.
             with suppress(ValueError):
                 self.require(projections, self._rtols, self.basis is not None, force=True)
 

@@ -35,7 +35,7 @@ def _refresh_after_load(layer: SDPTLayer, incompatible_keys: Any) -> None:
     if any(map(is_adapted, layer.projections)):
         return  # the next forward refuses the other tuner's adapter
     certain = all(WeightState.is_certain(projection) for projection in layer.projections)
-    with suppress(ValueError):  # a weight is not finite, which the next forward refuses
+    with suppress(ValueError):  # if a weight is not finite, the next forward raises the error
         layer.refresh_inverses(force=not certain)
 
 
@@ -63,7 +63,7 @@ class _Fixed(NamedTuple):
 
 
 class _KnownPrompts(NamedTuple):
-    """Prompts in the input spaces, with what they were computed from."""
+    """Prompts in the input spaces, and the state from which they were computed."""
 
     states: list[TensorState]
     scales: list[float]
@@ -114,7 +114,7 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names: tuple[str, ...] = ("sdpt_prompts", "sdpt_gates")
     other_param_names: tuple[str, ...] = ("sdpt_config", "sdpt_fixed", "sdpt_scale")
-    # For compiled code: the names of the current call, see `peft_sdpt.calls`.
+    # The `adapter_names` of the current call, for compiled code. See `peft_sdpt.calls`.
     sdpt_call_names: Sequence[str] | None = None
     base_layer: nn.Module
 
@@ -236,7 +236,7 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
         """Compute the inverse projections again if a weight has changed, or in any case with `force`.
 
         Raises:
-            ValueError: Another tuner's adapter acts on a projection.
+            ValueError: Another tuner's adapter acts on a projection, or a weight is not finite.
         """
         self._known_prompts = None
         self._known_silent.clear()
@@ -290,7 +290,7 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
         if gates is None or gates.is_meta:
             return False
         if torch.is_grad_enabled() or gates.requires_grad or not _reading_waits(gates):
-            # An optimizer may write through `.data`, or be a fused one: PyTorch does not count such changes.
+            # PyTorch does not count the changes of optimizers that are fused, or write through `.data`.
             self._known_silent.pop(name, None)
             return not gates.any()
         known = self._known_silent.get(name)
@@ -343,7 +343,7 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
         biases = [bias for bias in map(bias_of, projections) if bias is not None]
         gates = [self.sdpt_gates[name] for name in names if name in self.sdpt_gates]
         sources = [*(self.sdpt_prompts[name] for name in names), *gates, *biases]
-        # The values of what is trained would have to be compared, and a GPU should not wait for that.
+        # Trained parameters are compared by their values. A GPU would wait for that, so nothing is cached there.
         if adapter_names is not None or any(source.requires_grad and _reading_waits(source) for source in sources):
             return self._map_prompts(names, adapter_names, scales, projections)
         # Read before the prompts are mapped, because other threads may change what they depend on.

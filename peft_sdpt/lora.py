@@ -54,7 +54,7 @@ class SDPTLoraLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names: tuple[str, ...] = ("sdpt_lora_A", "sdpt_lora_B")
     other_param_names: tuple[str, ...] = ("sdpt_lora_scaling", "sdpt_scale")
-    # For compiled code: the names of the current call, see `peft_sdpt.calls`.
+    # The `adapter_names` of the current call, for compiled code. See `peft_sdpt.calls`.
     sdpt_call_names: Sequence[str] | None = None
     base_layer: nn.Module
 

@@ -44,7 +44,7 @@ from .saving import (
 from .targeting import FusionLayer, Selection, check_fusion_layer, matches, select_fusion_layers
 from .wording import quoted
 
-# An adapter may have this many parameters (40 MB) on any base model.
+# An adapter may have this many parameters (40 MB in float32), even if the base model has fewer.
 SMALL = 10_000_000
 # Containers without a forward, which PEFT refuses in `modules_to_save`.
 _CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
@@ -74,7 +74,8 @@ class SDPTModel(BaseTuner):
         # PEFT puts the new config among those of the model before it attaches the adapter.
         configs = getattr(model, "peft_config", None)
         before = dict(configs) if isinstance(configs, dict) else {}
-        # The layers of this tuner in the base model, and what they have replaced in the injection that is under way.
+        # The layers of this tuner in the base model, and the modules that the current injection has replaced: parent,
+        # name and module.
         self._layers: list[SDPTLayer | SDPTLoraLayer] = []
         self._replaced: list[tuple[nn.Module, str, nn.Module]] = []
         try:
@@ -85,7 +86,7 @@ class SDPTModel(BaseTuner):
                 configs.update(before)
             raise
 
-    # Parameters that are made in inference mode could not be trained later.
+    # Parameters that were created in inference mode could not be trained later.
     @torch.inference_mode(False)
     def inject_adapter(
         self,
@@ -146,7 +147,7 @@ class SDPTModel(BaseTuner):
         before = list(self._layers)
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-        except BaseException:  # for instance, the memory is full
+        except BaseException:  # for instance if the memory is full; the base model must stay unchanged
             for attached in self._layers:
                 attached.delete_adapter(adapter_name)
             for parent, child_name, child in self._replaced:
@@ -193,7 +194,7 @@ class SDPTModel(BaseTuner):
     ) -> None:
         assert isinstance(peft_config, SDPTConfig)
         if isinstance(target, (SDPTLayer, SDPTLoraLayer)):
-            if target not in self._layers:  # another object of this class has put it there
+            if target not in self._layers:  # another `SDPTModel` of the same base model has attached it
                 self._layers.append(target)
             target.update_layer(adapter_name, peft_config)
             return
@@ -232,7 +233,7 @@ class SDPTModel(BaseTuner):
         """
         adapter_names = kwargs.get("adapter_names")
         if adapter_names is None:
-            # Compiled code asks the layers.
+            # Compiled code reads the attributes of the layers; see `calls.py`.
             with nullcontext() if torch.compiler.is_compiling() else calling(self._layers):
                 yield
             return
@@ -250,7 +251,7 @@ class SDPTModel(BaseTuner):
                 f"{ours}, and {BASE!r} is the base model without one."
             )
 
-        # Looked for in each call, because replicas of DataParallel have other modules.
+        # Collected in each call, because the replicas of DataParallel have other modules.
         modules = list(self.model.modules())
         layers = [module for module in modules if isinstance(module, (SDPTLayer, SDPTLoraLayer))]
         copied = [
@@ -262,7 +263,7 @@ class SDPTModel(BaseTuner):
             yield
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Make adapters active. Calls that other threads have begun go on with those that were active."""
+        """Make adapters active. Calls of other threads that have begun keep the adapters that they began with."""
         with SWITCHING:
             super().set_adapter(adapter_name, inference_mode)
 
@@ -284,10 +285,10 @@ class SDPTModel(BaseTuner):
                 self.set_adapter(remaining)
 
     def refresh_inverses(self) -> None:
-        """Compute all inverse projections again, after weights were changed in a way that PyTorch does not count.
+        """Compute the inverse projections of all layers again.
 
-        This is necessary after a write through NumPy, in place through `.data`, by another process into shared memory,
-        or into a quantised weight. Other changes are detected; see `SDPTLayer`.
+        Call this method after a write through NumPy, in place through `.data`, by another process into shared memory,
+        or into a quantised weight. PyTorch does not count such writes. Other changes are detected; see `SDPTLayer`.
 
         Raises:
             ValueError: Another tuner's adapter acts on a projection, or a weight is not finite.
@@ -476,12 +477,12 @@ class SDPTModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         """Map the keys of saved parameters to those of the model, whatever wrappers either of them had.
 
-        Only the parameters of the adapter are loaded, and its copies of the modules in `modules_to_save`, for which
-        PEFT has put in the keys of the model. Everything else would overwrite the base model.
+        Only the parameters of the adapter and its copies of the modules in `modules_to_save` are loaded. PEFT has
+        already given the copies the keys of the model. Any other tensor would overwrite the base model.
 
         Raises:
             ValueError: A parameter is missing, surplus, of another shape or not finite, or the state dict has a tensor
-                that is no part of the adapter. In this case, nothing has been loaded.
+                that does not belong to the adapter. In this case, nothing has been loaded.
         """
         current = model.state_dict()
         own = {key: value for key, value in current.items() if key.endswith(f".{adapter_name}")}
@@ -522,10 +523,10 @@ def check_adapter_name(adapter_name: str) -> None:
     """Check the name of a new adapter.
 
     Raises:
-        ValueError: It is no name for a parameter of PyTorch, or has a meaning in PEFT.
+        ValueError: PyTorch cannot use the name for a parameter, or the name has a meaning in PEFT.
     """
-    # Parameters are attributes of a container, whose own attributes have names such as "keys", and PyTorch separates
-    # the names of modules by full stops.
+    # PyTorch stores parameters as attributes of a container, which has methods such as "keys". It separates the names
+    # of modules by full stops.
     taken = (BASE, "base_layer", "modules_to_save", "original_module", *dir(nn.ParameterDict()), *dir(nn.ModuleDict()))
     if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name or adapter_name in taken:
         raise ValueError(
@@ -535,7 +536,7 @@ def check_adapter_name(adapter_name: str) -> None:
 
 
 def _names_within(module: nn.Module) -> set[str]:
-    """Return the names of all modules, parameters and buffers in a module, without what tuners have put into it."""
+    """Return the names of all modules, parameters and buffers in a module, without those that tuners have added."""
     if isinstance(module, BaseTunerLayer):
         return {"base_layer", *_names_within(module.get_base_layer())}
     if isinstance(module, AuxiliaryTrainingWrapper):
@@ -545,10 +546,12 @@ def _names_within(module: nn.Module) -> set[str]:
 
 
 def _refuse_names_of_parts(model: nn.Module, names: set[str]) -> None:
-    """Check that no part of a base model has the name of one of several adapters.
+    """Check that the names of several adapters differ from the names of all parts of the base model.
+
+    When PEFT saves one of several adapters, it drops each key that has the name of another adapter in it.
 
     Raises:
-        ValueError: A part has. When PEFT saves one adapter, it drops all keys with the names of the others in them.
+        ValueError: A part of the model has the name of an adapter.
     """
     parts = {*_names_within(model), *(kind.removeprefix(".") for kind in PARAMETER_KEYS)}
     if taken := sorted(names & parts):
@@ -561,8 +564,10 @@ def _refuse_names_of_parts(model: nn.Module, names: set[str]) -> None:
 def _refuse_more_than_base_model(model: nn.Module, config: SDPTConfig) -> None:
     """Check that an adapter is smaller than its base model, before memory is allocated for it.
 
+    A downloaded config could ask for any number of parameters.
+
     Raises:
-        ValueError: It has more parameters. A downloaded config could ask for any number.
+        ValueError: The adapter has more parameters than the base model, and more than 10 million.
     """
     size = sum(map(math.prod, (config.parameter_shapes() or {}).values()))
     if size > max(sum(parameter.numel() for parameter in model.parameters()), SMALL):

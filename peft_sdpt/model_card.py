@@ -39,12 +39,12 @@ _DETECTOR = "AutoModelForZeroShotObjectDetection"
 _PAPER = "https://arxiv.org/abs/2407.11414"
 _BASE_MODEL_TAG = "base_model:adapter:"
 _VERSIONS = "### Framework versions"
-# Bytes of a card, and letters of its metadata, above which a card is not read: YAML is parsed slowly.
+# Largest size of a card in bytes, and of its metadata in letters. Longer YAML would take too long to parse.
 MAX_CARD, MAX_METADATA = 1_000_000, 20_000
-# Letters of a name in a card.
+# Largest number of letters of a name in a card.
 MAX_SHOWN = 200
-# What could become markup, HTML or a link. An underscore between letters does not, and a number with a full stop does
-# only at the start. GitHub makes links of addresses also without markup.
+# Text that could become markup, HTML or a link. An underscore between letters is no markup. A number with a full stop
+# is markup only at the start. GitHub makes links of addresses even without markup.
 _MARKUP = re.compile(r"""[^\w\s.,;/+=?'"-]|(?<!\w)_|_(?!\w)|(?<=_)_|^\W|^\d+\.(?=\s)|www\.""", re.IGNORECASE)
 
 
@@ -74,13 +74,13 @@ class AdapterConfig(Protocol):
 
 
 def plain(text: object) -> str:
-    """Write a name or a value into the Markdown of a card, so that it is shown as it is.
+    """Return a name or a value as Markdown for a card, which shows it as it is.
 
-    It can have no markup, link or HTML, and ends no line, cell or comment of the card. Letters that could become markup
-    are written as their numbers.
+    Letters that could become markup, HTML or a link, or end a line, a cell or a comment, are written as numeric
+    entities.
 
     Args:
-        text: Any text, or a value to convert to one. It becomes one line, and its end is cut off after 200 letters.
+        text: Any text, or a value to convert to text. It becomes one line of at most 200 letters.
 
     Example:
         >>> plain("user/my_model"), plain("<b> | c"), plain("www.a.b"), plain("1. cat")
@@ -90,19 +90,19 @@ def plain(text: object) -> str:
 
 
 def code(text: object) -> str:
-    """Write a name or a value as code into the Markdown of a card. See `plain`.
+    """Return a name or a value as Markdown for a card, which shows it as code. See `plain`.
 
     Example:
         >>> code("red apple"), code("a|b")
         ('`red apple`', '<code>a&#124;b</code>')
     """
     line = printable(str(text), MAX_SHOWN)
-    # There are no entities between backticks.
+    # Entities do not work between backticks.
     return f"`{line}`" if re.fullmatch(r"[\w.,:;/+='-][\w\s.,:;/+='-]*", line) else f"<code>{plain(line)}</code>"
 
 
 def literal(text: str) -> str:
-    """Write a text as a string of Python, for code in a card. It cannot end the string, the line or the code.
+    """Return a text as a Python string for code in a card. The text cannot end the string, the line or the code.
 
     Example:
         >>> print(literal('a"); print("b'), literal("user/adapter"))
@@ -134,7 +134,7 @@ def complete_card(folder: str | os.PathLike, saved_config: PeftConfig) -> None:
     try:
         card = _completed(file, cast(AdapterConfig, saved_config))
         content = None if card is None else str(card)
-    except Exception as error:  # Any metadata is possible. Only a warning, because the adapter itself is saved.
+    except Exception as error:  # any metadata is possible; this is only a warning, because the adapter itself is saved
         warnings.warn(
             f"{file}: not completed, because it cannot be read as a model card ({reason(error)}).", stacklevel=3
         )
@@ -144,7 +144,7 @@ def complete_card(folder: str | os.PathLike, saved_config: PeftConfig) -> None:
 
 
 def _completed(file: Path, config: AdapterConfig) -> ModelCard | None:
-    """Return a completed card. None if the file is no card of PEFT and no empty form."""
+    """Return a completed card. None if the file is neither a card of PEFT nor an empty form."""
     if not re.match(r"\s*---\s*\n", _read(file)):
         return None
     card = _load(file)
@@ -172,7 +172,7 @@ def _completed(file: Path, config: AdapterConfig) -> ModelCard | None:
 
 
 def _read(file: Path) -> str:
-    """Return the text of a card. Raises a `ValueError` if it is too long."""
+    """Return the text of a card. Raise a `ValueError` if the card or its metadata is too long."""
     if file.stat().st_size > MAX_CARD:
         raise ValueError(f"it has more than {MAX_CARD:,} bytes")
     content = file.read_text(encoding="utf-8-sig")
@@ -183,7 +183,7 @@ def _read(file: Path) -> str:
 
 
 def _load(file: Path) -> ModelCard:
-    """Return a card, whose metadata is of the types that PEFT and the Hub expect. Anything can be raised otherwise."""
+    """Return a card. Raise an error of any class if its metadata has other types than PEFT and the Hub expect."""
     card = ModelCard(_read(file), ignore_metadata_errors=True)
     tags = card.data.get("tags")
     if not (tags is None or (isinstance(tags, list) and all(isinstance(tag, str) for tag in tags))):
@@ -261,7 +261,7 @@ def licence_of(source: str | os.PathLike, base_model: str | None = None) -> dict
 
 
 def _is_name(text: str) -> bool:
-    """Return whether a text can be a name in metadata: one line that is not long."""
+    """Return whether a text can be a name in metadata: one line of at most 200 letters."""
     return text.isprintable() and len(text) <= MAX_SHOWN
 
 

@@ -3,9 +3,9 @@
 """Checks the saved weights of an adapter before a base model is changed.
 
 PEFT attaches an adapter first, and fetches and reads its weights afterwards. If that failed, the base model would be
-left with an adapter of random numbers. So the weights are read when PEFT loads the config, which it does first: their
-names and shapes, and then their values. An adapter of a stranger may hold anything; only what its config declares is
-let through.
+left with an adapter of random numbers. So the weights are checked when PEFT loads the config, which it does first.
+Their names and shapes are checked before their values are read. A downloaded file may have any tensor, and only those
+that the config declares are loaded.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ Shapes = dict[str, tuple[int, ...]]
 PROMPTS_KEY, GATES_KEY = ".sdpt_prompts", ".sdpt_gates"
 LORA_KEYS = (".sdpt_lora_A", ".sdpt_lora_B")
 PARAMETER_KEYS = (PROMPTS_KEY, GATES_KEY, *LORA_KEYS)
-# No prompt that training finds is as large. Computing with much larger ones overflows.
+# Largest absolute value of a parameter. Training gives far smaller ones, and much larger ones overflow.
 LARGEST = 1e9
-# Letters of a name in a message. Names of modules are rarely longer.
+# Largest number of letters of a name in a message. Names of modules are rarely longer.
 MAX_NAME = 200
 # Modules that wrappers put around others: `torch.compile`, `checkpoint_wrapper` and FSDP.
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
@@ -75,7 +75,7 @@ class SavedConfig(PeftConfig):
 
         Raises:
             ValueError: There is no config, one of its values breaks a rule, or the weights beside it cannot be fetched
-                or read, do not fit the config, or have a tensor that the config does not declare.
+                or read, are not finite, do not fit the config, or have a tensor that the config does not declare.
         """
         path = os.fspath(pretrained_model_name_or_path)
         config = super().from_pretrained(path, subfolder=subfolder, **kwargs)
@@ -85,7 +85,7 @@ class SavedConfig(PeftConfig):
         return config
 
     def check_weights_beside(self, path: str, subfolder: str | None = None, **download: Any) -> None:
-        """Check the weights beside the config, and note that it belongs to their base model.
+        """Check the weights beside the config, and mark it as one that belongs to their base model.
 
         Args:
             path: Folder, or repository of the Hub.
@@ -101,11 +101,12 @@ class SavedConfig(PeftConfig):
         self.mark_as_saved(has_weights=self.saved_modules is not None)
 
     def mark_as_saved(self, has_weights: bool) -> None:
-        """Note that the config belongs to the base model of a saved adapter.
+        """Mark the config as one that belongs to the base model of a saved adapter.
 
         Args:
-            has_weights: Whether the config has weights beside it. Then it belongs to their base model, whatever its
-                file says, and lists of names replace its regular expressions.
+            has_weights: Whether the config has weights beside it. If True, the config is always marked, and its regular
+                expressions are replaced by the names that they selected. If False, only a config without a digest is
+                marked.
         """
         raise NotImplementedError
 
@@ -215,9 +216,9 @@ def check_weights(
         Shape of each tensor of `modules_to_save` by its plain name. None if there are no weights to check.
 
     Raises:
-        ValueError: The weights cannot be fetched or read, a parameter is missing, surplus, of another shape or not
-            finite, other modules have names of a compiled model, or there is a tensor that is neither a parameter nor
-            in `modules_to_save`.
+        ValueError: The weights cannot be fetched or read, the config does not name the fusion layers, a parameter is
+            missing, surplus, of another shape or not finite, other modules have names of a compiled model, or there is
+            a tensor that is neither a parameter nor in `modules_to_save`.
     """
     path = os.path.join(adapter, subfolder) if subfolder else adapter
     named = f"SDPT adapter {quoted(path, MAX_NAME)}"
@@ -280,7 +281,7 @@ def _loading(named: str, file: str | None = None) -> Iterator[None]:
 
 
 def _is_in_modules(parameter: str, modules: Sequence[str]) -> bool:
-    """Return whether a parameter with this plain name is in a module that PEFT finds by one of some names."""
+    """Return whether a parameter with this plain name is in a module that PEFT saves for these `modules_to_save`."""
     parts = parameter.split(".")
     around = [".".join(parts[:length]) for length in range(1, len(parts))]
     return any(_is_saved_module(name, modules) for name in around)
@@ -301,7 +302,7 @@ def shapes_of_saved_modules(model: nn.Module, modules: Sequence[str]) -> Shapes:
     shapes: Shapes = {}
     found: list[str] = []
     places: set[tuple[int, str]] = set()
-    # PEFT copies a module once in each module that has it as a child.
+    # A module can have several parents. PEFT copies it once for each.
     for name, module in model.named_modules(remove_duplicate=False):
         if not _is_saved_module(name, modules) or name.startswith(tuple(f"{other}." for other in found)):
             continue
@@ -317,14 +318,14 @@ def shapes_of_saved_modules(model: nn.Module, modules: Sequence[str]) -> Shapes:
 
 
 def refuse_strangers(keys: Iterable[str], named: str) -> None:
-    """Check that weights have nothing but an adapter.
+    """Raise an error if weights have tensors that do not belong to the adapter.
 
     Args:
-        keys: Keys of the tensors that are no part of the adapter.
-        named: The adapter, for the message.
+        keys: Keys of these tensors.
+        named: Description of the adapter for the message.
 
     Raises:
-        ValueError: There is such a tensor.
+        ValueError: There is at least one key.
     """
     strangers = [quoted(key, MAX_NAME) for key in keys]
     if strangers:
@@ -336,21 +337,21 @@ def refuse_strangers(keys: Iterable[str], named: str) -> None:
 
 
 def check_numbers(parameters: Mapping[str, torch.Tensor], others: Mapping[str, torch.Tensor], named: str) -> None:
-    """Check that weights can be computed with.
+    """Check the values of weights. Tensors without values, on the meta device, are not checked.
 
     Args:
         parameters: Prompts, gates and LoRA matrices by their plain names.
-        others: Tensors of `modules_to_save`. They may be infinite, as masks are.
-        named: The adapter, for the message.
+        others: Tensors of `modules_to_save` by their keys. They may be infinite, as masks are.
+        named: Description of the adapter for the message.
 
     Raises:
-        ValueError: A parameter is not floating point, or has a number that is not finite or is above 1e9; or another
-            tensor has a NaN.
+        ValueError: A parameter is not floating point, has a number that is not finite, or has an absolute value above
+            1e9; or another tensor has a NaN.
     """
     bad = [
         _described(name)
         for name, value in parameters.items()
-        # Not at most: a NaN is neither.
+        # "not <=" instead of ">", because a comparison with a NaN is always False.
         if not value.is_meta and not (value.is_floating_point() and bool((value.float().abs() <= LARGEST).all()))
     ]
     bad += [
@@ -448,7 +449,7 @@ def check_state_dict(found: Shapes, expected: Shapes, adapter_name: str) -> None
 
 
 def differing_shapes(found: Shapes, expected: Shapes) -> str:
-    """Describe the parameters that are not as expected, with both shapes. The text is empty if all are."""
+    """Describe parameters that are not as expected, at most ten, with both shapes. The text is empty if all are."""
     layers = {name.rpartition(".sdpt_")[0] for name in expected}
     differences = []
     for name in sorted(expected.keys() | found.keys()):

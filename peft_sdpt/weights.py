@@ -72,8 +72,8 @@ def is_plain_linear(module: nn.Module) -> bool:
 class TensorState(NamedTuple):
     """State of a tensor. The alias keeps its storage alive, so that no later tensor can take its address.
 
-    For a tensor that is trained, the values are part of the state: a fused optimizer of PyTorch 2.13 writes to a tensor
-    without raising its version.
+    The state of a tensor that requires gradients includes its values, because the fused optimizers of PyTorch 2.13
+    write to a tensor without raising its version.
     """
 
     alias: torch.Tensor
@@ -92,7 +92,8 @@ class TensorState(NamedTuple):
         if not same_memory or self.version != _version(tensor):
             return False
         if self.values is None:
-            # It may have been trained since, and frozen again: the next state is certain.
+            # A tensor that requires gradients now may have been changed without a new version. The next state has its
+            # values.
             return not tensor.requires_grad
         return torch.equal(self.values, tensor.detach())
 
@@ -194,7 +195,7 @@ def refuse_out_of_reach(projection: nn.Linear) -> None:
 
 
 def refuse_not_finite(projection: nn.Linear) -> None:
-    """Check that all numbers of a projection are finite. Others have no inverse.
+    """Check that all numbers of a projection are finite. A matrix with other numbers has no inverse.
 
     Raises:
         ValueError: The weight or the bias has an infinite number or a NaN.

@@ -9,7 +9,7 @@ from typing import Any
 
 # LVIS has 1203 classes, and a folder can have any number of files.
 MAX_LISTED = 10
-# Letters of a value that a message quotes.
+# Largest number of letters of a value that a message quotes.
 MAX_QUOTED = 80
 
 
@@ -55,10 +55,10 @@ def shorten(text: str, length: int) -> str:
 
 
 def printable(text: str, length: int | None = None) -> str:
-    """Write a text on one line, so that it can be printed anywhere.
+    """Return a text as one line that can be printed anywhere.
 
-    Line breaks and other white space become single spaces. Control characters, and code points that are no characters,
-    such as halves of surrogate pairs, become their escapes.
+    Line breaks and other white space become single spaces. Control characters, and code points that are not characters,
+    such as halves of surrogate pairs, are replaced by their escapes.
 
     Args:
         text: Any text.
@@ -69,14 +69,14 @@ def printable(text: str, length: int | None = None) -> str:
         'a b\\\\x1b[31m\\\\ud800'
     """
     if length is not None:
-        text = text[: 2 * length]  # whatever is cut off costs nothing
+        text = text[: 2 * length]  # so that a very long text takes no time
     line = " ".join(text.split())
     line = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in line)
     return line if length is None else shorten(line, length)
 
 
 def quoted(value: Any, length: int = MAX_QUOTED) -> str:
-    """Write a value as Python does, on one line that is cut to a length, for a message that refuses the value.
+    """Return the `repr` of a value on one line of limited length, for a message that quotes the value.
 
     Args:
         value: Any value.
@@ -90,6 +90,6 @@ def quoted(value: Any, length: int = MAX_QUOTED) -> str:
         value = value[: length + 1]
     try:
         text = repr(value)
-    except Exception:  # a number of 5,000 digits, or a list in a list in a list ...
+    except Exception:  # for instance a number of 5,000 digits, or deeply nested lists
         text = f"a value of type {type(value).__name__} that cannot be written"
     return printable(text, length)

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, settings
 from tests.helpers.hub import serve, use
 
 torch.set_num_threads(1)
-# The same examples in every run, a few hundred in each file. `--hypothesis-profile` chooses another profile.
+# Every run tries the same examples, a few hundred in each file. `--hypothesis-profile` chooses another profile.
 settings.register_profile(
     "few", max_examples=100, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )

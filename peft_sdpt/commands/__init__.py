@@ -9,9 +9,9 @@ from ..errors import one_line_errors
 
 
 def print_any_name() -> None:
-    """Let `print` write characters that the encoding of stdout lacks as escapes, instead of raising an error.
+    """Let `print` write escapes instead of raising an error, for characters that the encoding of stdout does not have.
 
-    On Linux, the name of a file is any bytes. With `LANG=C`, stdout has only ASCII.
+    On Linux, the name of a file can have any bytes. With `LANG=C`, stdout can only show ASCII.
     """
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -67,7 +67,7 @@ from . import print_any_name
 from .train_arguments import BASE_MODEL
 
 RESULTS_FILE = "detections.json"
-# Longest name of a file or folder, in bytes, on all common file systems.
+# Largest number of bytes of the name of a file or folder, on all common file systems.
 MAX_NAME_BYTES = 255
 # Arguments of the library whose flag has another name.
 RENAMED = {"adapters": "adapter", "source": "adapter"}
@@ -190,9 +190,9 @@ class Results:
         drawn.info.clear()
         self.check_free(name)
         file = self.folder / name
-        # Encoded in memory, because Pillow 12 does not notice that only a part of a JPEG was written.
+        # Encoded in memory, because Pillow 12 raises no error if the disk is full and only a part of a JPEG is written.
         encoded = io.BytesIO()
-        encoded.name = file.name  # tells the format
+        encoded.name = file.name  # Pillow takes the format from the suffix
         drawn.save(encoded, quality=95)
         with whole_files(file.parent) as folder:
             (folder / file.name).write_bytes(encoded.getvalue())
@@ -281,7 +281,7 @@ def free_name(name: Path, taken: set[str]) -> str:
 
     Returns:
         The path of the image, or `folder/photo-2.jpg` and so on. If images of this format cannot be written, another
-        suffix is added. The path is text that any file can hold, and a name that is too long is cut.
+        suffix is added. The path is text that can be encoded as UTF-8, and names that are too long are cut.
     """
     name = Path(as_text(name))
     stem, suffix = name.stem, name.suffix
@@ -297,7 +297,7 @@ def free_name(name: Path, taken: set[str]) -> str:
 
 
 def _cut(stem: str, end: str) -> str:
-    """Return the name of a file, with its stem cut to what a file system allows."""
+    """Return the name of a file, with its stem cut to the length that file systems allow."""
     return stem.encode()[: MAX_NAME_BYTES - len(end.encode())].decode(errors="ignore") + end
 
 

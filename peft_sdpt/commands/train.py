@@ -578,7 +578,7 @@ def run_alone(args: argparse.Namespace, accelerator: Accelerator, tasks: Mapping
         after, rows = evaluate(setup, "after")
     written = report(setup, after, rows, own_threshold) if accelerator.is_main_process else []
     if training and after:
-        # After the results are saved, because a tracker may fail.
+        # Only after the results are saved, because a tracker may fail.
         metrics = {f"after/{name}": value for name, value in after["metrics"].items()}
         accelerator.log(metrics, step=setup.progress.step)
 

@@ -126,8 +126,8 @@ def add_data_flags(group: argparse._ArgumentGroup, dataset_name: str | None, tas
     group.add_argument(
         "--allow_outside_images",
         action="store_true",
-        help='Follow the names of images that lead out of the folder of the data set, by an absolute path or by "..". '
-        "Do not use it for data of strangers.",
+        help='Read images outside the folder of the data set, which are named by an absolute path or with "..". '
+        "Use it only for data that you trust.",
     )
     group.add_argument(
         "--no_augmentation",

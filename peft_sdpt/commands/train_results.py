@@ -210,7 +210,7 @@ def write_report(
 ) -> list[str]:
     """Write `metrics.json`, the pictures, the threshold and the model card.
 
-    The numbers are written first. A picture that cannot be drawn is a line on the screen, and no reason to lose them.
+    The numbers are written first. If a picture cannot be drawn, the function prints this and goes on.
 
     The files of an evaluation start with `eval_`, so that they do not replace those of a training run in the same
     folder. It writes no threshold and no model card.
@@ -250,11 +250,11 @@ def write_report(
 
 
 def is_drawn(file: Path, draw: Callable[[Path], object]) -> bool:
-    """Draw a picture, or print why it cannot be drawn. An older picture of this name does not stay."""
+    """Draw a picture. If this fails, print the reason and remove an older picture of this name. Return the success."""
     try:
         with whole_file(file) as unfinished:
             draw(unfinished)
-    except Exception as error:  # an image may have gone, the disk may be full, and fonts may fail in any way
+    except Exception as error:  # an image may have been removed, the disk may be full, and fonts can fail in any way
         print(f"{file.name} could not be drawn: {printable(str(error) or repr(error), 300)}")
         with contextlib.suppress(OSError):
             file.unlink(missing_ok=True)

@@ -17,8 +17,8 @@ from ..wording import quoted
 
 # LLMDet has the config of MM Grounding DINO.
 TRAINED = (GroundingDinoConfig, MMGroundingDinoConfig)
-# Far above the numbers in any config. transformers builds all layers that a config asks for, before it looks at the
-# weights.
+# Largest number of layers, and largest other number in a config. Both are far above those of any detector. transformers
+# builds all layers of a config before it reads the weights.
 MAX_LAYERS, MAX_NUMBER = 1000, 10**7
 
 
@@ -36,7 +36,7 @@ def load_base_config(model_name_or_path: str | os.PathLike) -> GroundingDinoConf
 
     Raises:
         InputError: The config cannot be loaded, the model is of another kind, a number in the config is out of range,
-            or there is an adapter. No code of a repository is run.
+            or it is an adapter. Code of a repository is never run.
     """
     refuse_adapter_folder(model_name_or_path)
     name = _quoted(model_name_or_path)
@@ -73,7 +73,7 @@ def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int]]:
 
 
 def not_a_detector(model_name_or_path: str | os.PathLike, error: Exception) -> InputError:
-    """Return the error for a base model that cannot be loaded, because of an error of transformers.
+    """Return the error for a base model that transformers cannot load, with the reason.
 
     Damaged files are removed from the cache of the Hub, so that the next try downloads them again.
     """
@@ -97,11 +97,11 @@ def refuse_adapter_folder(model_name_or_path: str | os.PathLike) -> None:
         model_name_or_path: A folder or a Hub id.
 
     Raises:
-        InputError: There is an adapter. A folder or repository that cannot be read raises nothing here.
+        InputError: It is an adapter. A folder or repository that cannot be read raises no error here.
     """
     try:
         adapter = find_adapter_config_file(os.fspath(model_name_or_path))
-    except Exception:  # transformers meets the same error when it loads the config
+    except Exception:  # transformers raises the same error when it loads the config
         return
     if adapter:
         what = "folder" if os.path.isdir(model_name_or_path) else "repository"

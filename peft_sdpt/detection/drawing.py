@@ -17,10 +17,10 @@ from .prediction import DEFAULT_THRESHOLD, Detections
 
 # Width of an image, gap between images and height of the title and of the headings in `side_by_side`, in pixels.
 SIDE, GAP, HEADER = 320, 6, 26
-# Height of a very tall image in it.
+# Largest height of an image in `side_by_side`, in pixels.
 TALLEST = 4 * SIDE
 TRUTH = "ground truth"
-# Letters of a text on an image.
+# Largest number of letters of a text on an image.
 MAX_LETTERS = 100
 
 
@@ -83,7 +83,7 @@ def _draw(image: Image.Image, drawn: Sequence[tuple[Sequence[float], str, int]],
     # enlarged.
     letters = max(10, round(0.85 * (canvas.width * canvas.height) ** 0.25))
     boxes = [[value * scale for value in box] for box, _, _ in drawn]
-    # A text that has a line break cannot be measured.
+    # Pillow cannot measure a text with a line break.
     words = [shorten(clean_name(text), MAX_LETTERS) for _, text, _ in drawn]
     texts = [(box[0], box[1], text) for box, text in zip(boxes, words, strict=True)]
     places = _place_texts(draw, texts, letters)

@@ -44,7 +44,7 @@ from .prediction import evaluation_mode
 # Unfinished entries older than this many seconds come from killed processes. Writing takes far less than a second. If
 # the clock jumps in that time, one entry is not stored.
 ABANDONED = 3600
-# Bytes that entries leave free on the disk. Without them, a full cache would leave no room for the adapter.
+# Bytes that the cache leaves free on the disk for the adapter and the results.
 RESERVE = 2**28
 
 
@@ -52,7 +52,7 @@ class FeatureCache:
     """Stored features of the frozen backbones of a Grounding DINO or MM Grounding DINO.
 
     Several processes may share a folder, and the folder may be removed at any time. Features that cannot be stored are
-    computed each time. The first time, this is printed.
+    computed each time. The first time that this happens, a line on stderr says so.
 
     Args:
         cache_folder: Folder for the features. It is made if it does not exist.
@@ -235,7 +235,7 @@ def _about(key: str, features: list[Tensor]) -> dict[str, str]:
 
 
 class _Entries:
-    """Reads and writes entries. The first entry that cannot be written is told, and none ends the run."""
+    """Reads and writes entries. If entries cannot be written, it prints this once and raises no error."""
 
     def __init__(self) -> None:
         self.told = False
@@ -254,10 +254,10 @@ class _Entries:
     def write(self, file: Path, key: str, features: list[Tensor]) -> None:
         data = save({str(level): feature for level, feature in enumerate(features)}, metadata=_about(key, features))
         try:
-            # Need not be durable, because the checksum detects an entry that a power cut damaged.
+            # `durable` is not needed, because the checksum detects an entry that a power cut has damaged.
             with whole_file(file, durable=False) as unfinished:
                 disk = shutil.disk_usage(unfinished.parent)
-                # Some network drives do not tell their size.
+                # Some network drives report a size of 0.
                 if disk.total and disk.free < RESERVE + len(data):
                     raise OSError(errno.ENOSPC, f"less than {RESERVE // 2**20} MB would be left on the disk")
                 unfinished.write_bytes(data)

@@ -90,14 +90,17 @@ def names_as_words(class_names: Sequence[str]) -> list[str]:
 def clean_name(name: str) -> str:
     """Return a class name that can be drawn and printed: on one line, and without control characters.
 
+    The tokenizer drops the same characters, so the prompt does not change.
+
     Args:
-        name: Any text. A tokenizer drops the same characters.
+        name: Any text.
 
     Example:
         >>> clean_name("red\\n cell\\x1b ")
         'red cell'
     """
-    # Cc are control characters, and Cs halves of surrogate pairs. Joiners (Cf) belong to Persian words and to emoji.
+    # Cc are control characters, and Cs are halves of surrogate pairs. Joiners (Cf) are kept, because Persian words and
+    # emoji need them.
     kept = (letter for letter in name if letter.isspace() or unicodedata.category(letter) not in ("Cc", "Cs"))
     return " ".join("".join(kept).split())
 

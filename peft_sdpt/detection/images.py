@@ -94,9 +94,9 @@ def images_in(folder: Path, without: Path | None = None) -> tuple[list[Path], li
 
 
 def as_text(path: str | Path) -> str:
-    """Return a path with forward slashes, as text that any file can hold.
+    """Return a path with forward slashes, as text that can be encoded as UTF-8.
 
-    On Linux, the name of a file is any bytes. Bytes that are not UTF-8 become the replacement character.
+    On Linux, the name of a file can have any bytes. Bytes that are not UTF-8 become the replacement character.
     """
     text = path.as_posix() if isinstance(path, Path) else path
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

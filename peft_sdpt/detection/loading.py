@@ -126,7 +126,7 @@ def load_split(
         skip_bad_boxes: Whether to leave out boxes that are empty, not finite or outside their image, instead of
             raising.
         allow_outside_images: Whether annotations may name images outside the folder of the data set, by an absolute
-            path or by "..". Leave it False for data of strangers. Links in the folder are always followed.
+            path or by "..". Set it only for data that you trust. Links in the folder are always followed.
 
     Returns:
         The split.

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""Images as pixels for a detector: resized by its processor, and padded if it would have too few positions."""
+"""Makes pixels for a detector from images: resizes the images, and pads those with too few positions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 
-# Strides of the stages of a ResNet that Grounding DINO uses. Swin and similar backbones say their own.
+# Strides of the stages of a ResNet that Grounding DINO uses. The configs of Swin and similar backbones give theirs.
 STRIDES = [8, 16, 32]
 
 
@@ -57,21 +57,22 @@ def num_positions(height: int, width: int, config: Any) -> int:
 def pad_small_images(inputs: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
     """Pad images that have fewer positions than the detector has queries.
 
-    The first stage of Grounding DINO chooses as many positions as it has queries. In transformers 5.24, this fails if
-    there are fewer: "selected index k out of range". It happens for small and for very oblong images, whose shorter
-    side has only a few pixels after resizing. They are padded on the right and below, as they would be in a batch with
-    a larger image, until there are enough positions. The mask hides the padding, and boxes stay relative to the image.
+    The first stage of Grounding DINO selects as many positions as it has queries. If an image has fewer positions,
+    transformers 5.24 raises "selected index k out of range". This happens for small and for very oblong images, whose
+    shorter side has only a few pixels after resizing. Such images are padded on the right and at the bottom, as in a
+    batch with a larger image, until there are enough positions. The mask hides the padding, and boxes stay relative to
+    the image.
 
     Args:
-        inputs: Inputs of the detector, with `pixel_values` (B, 3, H, W) and, if there is padding already, `pixel_mask`
-            (B, H, W).
+        inputs: Inputs of the detector, with `pixel_values` (B, 3, H, W) and optionally `pixel_mask` (B, H, W), which is
+            0 on padding.
         config: Config of the detector.
 
     Returns:
-        The inputs. They are unchanged if there are enough positions.
+        A new dict with the inputs. The tensors are unchanged if there are enough positions.
     """
     inputs = dict(inputs)
-    # A detector of one stage has learned queries, for any number of positions.
+    # A detector of one stage has learned queries, which work with any number of positions.
     if not getattr(config, "two_stage", False):
         return inputs
     batch, _, old_height, old_width = inputs["pixel_values"].shape
@@ -97,7 +98,7 @@ def _strides(config: Any) -> list[int]:
     """Return the stride of each feature map in pixels, the finest first."""
     backbone = config.backbone_config
     strides = list(STRIDES)
-    # The first stage of a hierarchical transformer has the stride of a patch, and each further stage twice as much.
+    # In a hierarchical transformer, the first stage has the stride of a patch. Each further stage doubles it.
     if isinstance(patch_size := getattr(backbone, "patch_size", None), int):
         strides = [patch_size * 2 ** (index - 1) for index in backbone.out_indices]
     while len(strides) < config.num_feature_levels:

@@ -29,7 +29,7 @@ from .pixels import num_positions, pad_small_images, process_images
 MAX_DETECTIONS = 100
 # Lowest score of a detection to show, if no validation suggests one.
 DEFAULT_THRESHOLD = 0.3
-# Images with a longer side of more than this many shorter sides are checked before a run.
+# Before a run, images are checked whose longer side is more than this many times the shorter one.
 OBLONG = 3
 # A detection: image index, x, y, width, height, score, class index.
 Row = tuple[int, float, float, float, float, float, int]
@@ -112,7 +112,7 @@ def _detect(
     threshold: float,
     max_detections: int | None,
 ) -> list[Detections]:
-    """Detect in images of these sizes and names, which the image processor has processed to `pixels`."""
+    """Detect in `pixels`, the output of the image processor for images of these sizes and names."""
     best_scores = [0.0] * len(sizes)
     # For each image, the boxes, scores and labels of each chunk.
     found: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in sizes]
@@ -151,7 +151,7 @@ def _detect(
 
 def _check_finite(outputs: Any, names: list[str]) -> None:
     """Raise an `InputError` if a logit or a box is not finite. The logits of padding are -inf."""
-    # The maximum is NaN if any logit is, and infinite if any logit is. So this is a single look at the values.
+    # The maximum is NaN if a logit is NaN, and infinite if a logit is infinite. With the sum, the device is read once.
     sums = outputs.logits.flatten(1).amax(1).float() + outputs.pred_boxes.flatten(1).float().sum(1)
     is_finite = sums.isfinite().tolist()
     if not all(is_finite):
@@ -174,7 +174,7 @@ def check_image_size(
 
     Raises:
         InputError: The model fails, a square image has fewer positions than the model has queries, or an image is so
-            oblong that no pixels are left.
+            oblong that its shorter side has no pixels left.
     """
     config: Any = model.config
     if image_size is not None:
@@ -182,7 +182,7 @@ def check_image_size(
             pixels = _blank(model, processor, (image_size, image_size))
         except RuntimeError as error:
             raise InputError(f"image_size={image_size}: does not suit this base model ({error}).") from None
-        # A smaller image is padded. Most of what the model sees would then be padding in every image.
+        # Smaller images would be padded, and most of each image would be padding.
         positions = num_positions(pixels.shape[-2], pixels.shape[-1], config)
         if positions < config.num_queries:
             raise InputError(

@@ -27,7 +27,7 @@ from .base_models import not_a_detector, refuse_adapter_folder
 
 CLASS_NAMES_FILE = "class_names.json"
 THRESHOLD_FILE = "detection.json"
-# The files of a processor, and those of an adapter, which are downloaded from the Hub. The first two make an adapter.
+# The files of a processor and of an adapter that are downloaded from the Hub. An adapter needs the first two `FILES`.
 PROCESSOR_FILES = (
     *("processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "tokenizer.json"),
     *("special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model"),
@@ -35,10 +35,10 @@ PROCESSOR_FILES = (
 FILES = ("adapter_config.json", "adapter_model.safetensors", CLASS_NAMES_FILE, THRESHOLD_FILE, *PROCESSOR_FILES)
 # Number of classes that a model card lists.
 LISTED_CLASSES = 100
-# Letters of a class name. A prompt of the base models has at most 256 tokens.
+# Largest number of letters of a class name. A prompt of the base models has at most 256 tokens.
 MAX_CLASS_NAME = 1000
-# Pixels of the shorter edge of an image after resizing. Detectors are trained with 800, and the size in the file of a
-# stranger must not use up the memory.
+# Largest shorter edge of an image after resizing, in pixels. Detectors are trained with 800. A size in a downloaded
+# file must not use up the memory.
 MAX_IMAGE_SIZE = 4096
 
 
@@ -214,7 +214,7 @@ def load_processor(adapter: SavedAdapter | None, model_name_or_path: str | os.Pa
 
     Raises:
         InputError: No processor can be loaded, it lacks a tokenizer or an image processor, or it cannot process an
-            image of 8 by 8 pixels. No code of a repository is run.
+            image of 8 by 8 pixels. Code of a repository is never run.
     """
     if adapter and any((adapter.folder / f"{name}_config.json").is_file() for name in ("preprocessor", "processor")):
         source, where = str(adapter.folder), f"adapter={adapter.source!r}"
@@ -222,8 +222,8 @@ def load_processor(adapter: SavedAdapter | None, model_name_or_path: str | os.Pa
         source, where = str(model_name_or_path), f"model_name_or_path={quoted(str(model_name_or_path), 300)}"
     try:
         if not os.path.isdir(source):
-            # transformers takes a file that the Hub does not give out at the moment for one that does not exist, and
-            # would make a tokenizer without words.
+            # If the Hub does not give out a file at the moment, transformers assumes that the file does not exist, and
+            # makes a tokenizer without words.
             source = str(download(source, ("config.json", *PROCESSOR_FILES)) or source)
         # By default, transformers would ask on the terminal whether to run code of the repository.
         processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
@@ -238,11 +238,11 @@ def load_processor(adapter: SavedAdapter | None, model_name_or_path: str | os.Pa
 
 
 def _check_processor(processor: Any, where: str) -> None:
-    """Raise an `InputError` if a processor cannot process an image and a text, or would change images in an odd way."""
+    """Raise an `InputError` if a processor cannot process an image and a text, or cuts, frames or enlarges images."""
     sizes = dict(getattr(processor.image_processor, "size", None) or {})
     if not all(type(pixels) is int and pixels >= 1 for pixels in sizes.values()):
         raise InputError(f"{where}: the size of its images must be whole numbers of pixels, got {quoted(sizes)}.")
-    # Both edges have to be long for an image to be large.
+    # An image is large only if both edges are long.
     if min(sizes.values(), default=0) > MAX_IMAGE_SIZE:
         raise InputError(
             f"{where}: the size of its images must be at most {MAX_IMAGE_SIZE:,} pixels for the shorter edge, got "
@@ -254,17 +254,17 @@ def _check_processor(processor: Any, where: str) -> None:
     try:
         inputs = processor(images=[Image.new("RGB", (8, 8))], text="a.", return_tensors="pt")
         finite = bool(inputs["pixel_values"].isfinite().all()) and inputs["input_ids"].numel() > 0
-    except Exception as error:  # any value of the files may not suit
+    except Exception as error:  # values of the files that do not fit together can raise anything
         raise InputError(f"{where}: its processor cannot process an image ({reason(error)}).") from None
     if not finite:
         raise InputError(f"{where}: its processor makes pixels that are not finite.")
 
 
 def _check_vocabulary(processor: Any, model_name_or_path: str | os.PathLike, where: str) -> None:
-    """Raise an `InputError` if a tokenizer has more tokens than the base model has embeddings of."""
+    """Raise an `InputError` if a tokenizer has tokens for which the base model has no embedding."""
     try:
         config = AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=False)
-    except Exception:  # whatever loads the base model tells why it cannot be loaded
+    except Exception:  # the error is raised when the base model is loaded
         return
     known = getattr(getattr(config, "text_config", config), "vocab_size", None)
     last = max(processor.tokenizer.get_vocab().values(), default=0)
@@ -282,7 +282,7 @@ def set_image_size(processor: Any, shorter_edge: int) -> None:
         shorter_edge: Shorter edge of an image in pixels. The longer edge is limited in proportion.
 
     Raises:
-        InputError: The shorter edge has more than 4,096 pixels.
+        InputError: The shorter edge is below 1 or above 4,096 pixels.
     """
     if not 1 <= shorter_edge <= MAX_IMAGE_SIZE:
         raise InputError(f"image_size={shorter_edge}: must be from 1 to {MAX_IMAGE_SIZE:,} pixels.")

@@ -3,7 +3,7 @@
 """Checkpoints of a training run, and the progress of the run, which is stored in them.
 
 A checkpoint gets its name only after all of it is on the disk. So a run may be killed at any time. A checkpoint has a
-digest of each of its files, and no file of a checkpoint is read as code.
+digest of each of its files. Its files are read as tensors and plain values, so no code in them runs.
 """
 
 from __future__ import annotations
@@ -237,7 +237,10 @@ def _complete(folder: Path) -> list[tuple[int, Path]]:
 
 @contextlib.contextmanager
 def _noted(problem: list[str]) -> Iterator[None]:
-    """Add an error to a list instead of raising it, so that all processes can be told. Bugs are raised."""
+    """Add an error to a list instead of raising it, so that all processes can raise it together.
+
+    Only an `InputError` and errors of writing are added. Other exceptions pass through.
+    """
     try:
         yield
     except InputError as error:
@@ -252,8 +255,8 @@ def _noted(problem: list[str]) -> Iterator[None]:
 def _only_data() -> Iterator[None]:
     """Let `torch.load` read only tensors and plain values in this context, so that no code in a file runs.
 
-    Accelerate reads the states of registered objects with `weights_only=False` (accelerate 1.15). The variable of torch
-    comes before the argument.
+    accelerate 1.15 reads the states of registered objects with `weights_only=False`. The environment variable of torch
+    overrides this argument.
     """
     name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(name)
@@ -269,7 +272,7 @@ def _only_data() -> Iterator[None]:
 
 @contextlib.contextmanager
 def claim_output_dir(output_dir: Path, accelerator: Accelerator, resuming: bool | None) -> Iterator[None]:
-    """Check that a run can write its results, and keep other runs from mixing theirs with them in this context.
+    """Check that a run can write its results, and prevent other commands from writing to the folder in this context.
 
     The function also removes the unfinished files of a killed run. All processes of a launch call it together, before
     the run does any work.
@@ -277,7 +280,8 @@ def claim_output_dir(output_dir: Path, accelerator: Accelerator, resuming: bool 
     Args:
         output_dir: Folder for the results. It is made if it does not exist.
         accelerator: The accelerator of the launch.
-        resuming: Whether the run resumes from a checkpoint. None if it does not train, and leaves checkpoints alone.
+        resuming: Whether the run resumes from a checkpoint. None if it does not train. Checkpoints and unfinished files
+            in the folder are then left as they are.
 
     Raises:
         InputError: The folder cannot be written, another command is writing to it, or it has checkpoints and the run

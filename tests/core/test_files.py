@@ -51,7 +51,7 @@ def test_a_file_replaces_the_old_one(tmp_path, durable):
     [
         OSError("No space left on device"),
         RuntimeError("from torch"),
-        Exception("No space left on device (os error 28)"),  # as tokenizers
+        Exception("No space left on device (os error 28)"),  # raised by tokenizers
         Killed(),
     ],
 )
@@ -271,7 +271,7 @@ def test_digests_are_those_of_sha256sum(tmp_path):
         "c94a35615ef9149f5f0f5b0d6ab29f241b26697b606e6e191dc9512ea8707290  b/c.txt\n"
     )
     assert check_digests(tmp_path)
-    # What somebody puts beside the files is no damage. A folder without digests has none to check.
+    # Files that are added later are not damage. A folder without digests cannot be checked.
     (tmp_path / "later.txt").write_text("later")
     assert check_digests(tmp_path)
     (tmp_path / DIGESTS).unlink()
@@ -351,7 +351,7 @@ def outlive(connection, folder):
 
 
 def test_a_killed_writer_leaves_no_lock(tmp_path):
-    """Its DataLoader workers may live a little longer."""
+    """The lock is free even if DataLoader workers of the killed process still run."""
     other, connection = process(outlive, tmp_path)
     assert connection.poll(PATIENCE)
     worker = connection.recv()
@@ -360,7 +360,7 @@ def test_a_killed_writer_leaves_no_lock(tmp_path):
         os.waitpid(other.pid, 0)  # `join` would wait for the worker too
         assert names(tmp_path) == [LOCK]
         with only_writer(tmp_path):
-            os.kill(worker, 0)  # it lives
+            os.kill(worker, 0)  # raises an error if the worker does not run
     finally:
         os.kill(worker, signal.SIGKILL)
     assert names(tmp_path) == []

@@ -504,7 +504,7 @@ def test_a_step_in_a_loop_that_never_calls_train_takes_effect_at_once(monkeypatc
 
 def test_gates_are_tested_once_where_the_test_would_wait(monkeypatch):
     model = get_peft_model(make_host(), SDPTConfig())
-    # Gates that are trained may be written by a fused optimizer, which does not raise their version.
+    # A fused optimizer changes trained gates without raising their version.
     for waits, trained, count in ((False, False, 3), (True, True, 3), (True, False, 1)):
         count *= len(LAYERS)
         monkeypatch.setattr(peft_sdpt.layer, "_reading_waits", lambda _: waits)  # noqa: B023 - called in this turn

@@ -255,7 +255,7 @@ def test_a_download_that_breaks_off_for_good(hub, impatient):
 
 @pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault != "other bytes"])
 def test_an_answer_that_is_not_the_file(hub, monkeypatch, fault):
-    """The base model stays as it was, and the next try works."""
+    """The base model stays unchanged, and the next try works."""
     wait_little(monkeypatch, 0.1 if fault == "stalled" else 5.0)
     model = attach(make_host())
     model.push_to_hub(REPO, token=OWNER)

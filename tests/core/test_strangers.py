@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""What an adapter of a stranger, or a damaged one, cannot do: touch the base model, hang, or fill the memory."""
+"""A damaged adapter, or one of somebody else, cannot change the base model, hang, or fill the memory."""
 
 import io
 import json
@@ -44,7 +44,7 @@ PROMPTS = f"{PREFIX}{LAYERS[0]}.sdpt_prompts"
 
 @pytest.fixture
 def folder(tmp_path):
-    """A saved adapter, with a head that is trained whole."""
+    """A saved adapter with a head in `modules_to_save`."""
     attach(make_host(), modules_to_save=["enc_output"]).save_pretrained(tmp_path)
     return tmp_path
 
@@ -62,7 +62,7 @@ def change_config(folder, **values):
 
 
 def loads(folder):
-    """All ways to load an adapter: each takes a bare base model."""
+    """All ways to load an adapter, as functions of a base model."""
 
     def beside_another(host):
         get_peft_model(host, SDPTConfig()).load_adapter(folder, adapter_name="other")
@@ -85,7 +85,7 @@ WAYS = list(loads(None))
 
 
 def base_weights(host):
-    """The weights of the base model, whatever has been put around its modules."""
+    """The weights of the base model under their plain names."""
     return {
         key.replace("base_layer.", "").replace("original_module.", ""): value.clone()
         for key, value in host.state_dict().items()
@@ -94,7 +94,7 @@ def base_weights(host):
 
 
 def check_refused(folder, way, match):
-    """Check that a way to load an adapter refuses it, and that the base model keeps its weights."""
+    """Check that loading an adapter in this way raises an error, and that the base model keeps its weights."""
     host = make_host()
     before, weights = snapshot(host), base_weights(host)
     with pytest.raises(ValueError, match=match) as raised:
@@ -102,7 +102,7 @@ def check_refused(folder, way, match):
     assert len(str(raised.value)) < 3000 and str(raised.value).isprintable()
     assert base_weights(host).keys() == weights.keys()
     assert all(torch.equal(value, weights[key]) for key, value in base_weights(host).items())
-    if way not in ("load_adapter", "set_peft_model_state_dict"):  # these had attached an adapter before
+    if way not in ("load_adapter", "set_peft_model_state_dict"):  # these two have attached an adapter before
         assert snapshot(host) == before
 
 
@@ -142,7 +142,7 @@ def test_a_tensor_that_the_config_does_not_declare_is_refused_by_name(stranger, 
 
 @pytest.mark.parametrize("name", ["bbox_embed", "vision_proj", "d", "model"])
 def test_a_config_that_declares_more_is_refused_unless_all_of_it_is_there(name, folder):
-    """So a stranger can replace only whole modules that the config names, as any adapter can that trains a head."""
+    """So an adapter can replace only complete modules, which its config names."""
     change_config(folder, modules_to_save=["enc_output", name])
     change_weights(folder, **{f"{PREFIX}bbox_embed.0.layers.2.bias": torch.full((4,), 9.0)})
     host = make_host()
@@ -164,7 +164,7 @@ def test_modules_to_save_without_their_weights_are_refused_before_the_base_model
 
 
 def test_without_the_adapter_the_base_model_is_as_before(folder):
-    """Also if the adapter has a head of its own."""
+    """This also holds if the adapter has a head in `modules_to_save`."""
     change_weights(
         folder, **{key: lambda value: value + 1 for key in load_file(folder / WEIGHTS) if "enc_output" in key}
     )
@@ -186,7 +186,7 @@ def test_a_state_dict_of_the_whole_model_is_no_adapter():
 
 
 def test_the_check_of_transformers_own_way_is_installed_once():
-    """As for a package that is imported again."""
+    """The package may be imported again."""
     before = PeftConfig.from_pretrained.__func__
     peft_sdpt._check_what_transformers_loads()
     assert PeftConfig.from_pretrained.__func__ is before and before.checks_sdpt
@@ -235,7 +235,7 @@ def test_numbers_of_lora_and_of_saved_modules_are_checked(tmp_path):
         key = next(key for key in weights if part in key)
         save_file(weights | {key: torch.full_like(weights[key], math.nan)}, tmp_path / WEIGHTS)
         check_refused(tmp_path, "from_pretrained", "damaged")
-    # A buffer may hold a mask.
+    # A buffer may be a mask with infinite numbers.
     save_file(weights | {key: torch.full_like(weights[key], -math.inf)}, tmp_path / WEIGHTS)
     PeftModel.from_pretrained(make_host(), tmp_path)
 
@@ -262,7 +262,7 @@ def test_sizes_are_compared_with_the_header_of_the_file_first(layers, tokens, fo
     "values", [{"num_virtual_tokens": 10**8}, {"num_virtual_tokens": 10**400}, {"lora_rank": 10**7}], ids=str
 )
 def test_an_adapter_is_smaller_than_its_base_model(values, monkeypatch):
-    """For a config without weights, which nothing can be compared with."""
+    """A config without weights cannot be compared with the sizes in a file."""
     monkeypatch.setattr("peft_sdpt.layer.init_prompts", lambda *_: pytest.fail("memory is allocated"))
     host = make_host()
     before = snapshot(host)
@@ -301,7 +301,7 @@ def test_a_regular_expression_of_a_stranger_does_not_run(field, digest, pattern,
     attach(make_host(), **({"lora_rank": 2} if field.startswith("lora") else {})).save_pretrained(tmp_path)
     config = SDPTConfig.from_pretrained(tmp_path)
     setattr(config, field, pattern)
-    config.save_pretrained(tmp_path)  # with the right digest
+    config.save_pretrained(tmp_path)  # writes the right digest
     if digest != "right":
         change_config(tmp_path, fusion_layers_digest=digest and "0123456789abcdef")
     with time_bound():
@@ -364,7 +364,7 @@ def test_weights_that_become_damaged_are_refused_in_the_next_forward():
 
 
 def test_an_injection_that_fails_in_the_middle_is_undone(monkeypatch):
-    """As it does where the memory is full."""
+    """This happens if the memory is full."""
     from peft_sdpt.layer import init_prompts
 
     host, calls = make_host(), []
@@ -424,7 +424,7 @@ def test_the_name_of_a_part_of_the_model_is_refused_beside_another_adapter(name)
 
 
 def test_the_name_of_a_part_of_the_model_works_alone(tmp_path):
-    """As PEFT allows it. A second adapter is refused then."""
+    """PEFT allows such a name. A second adapter then raises an error."""
     model = get_peft_model(make_host(), acting(), adapter_name="attn")
     model.save_pretrained(tmp_path)
     assert torch.equal(run(PeftModel.from_pretrained(make_host(), tmp_path / "attn")), run(model))

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""Threads that call a model at the same time get what they would get alone, as in an inference server."""
+"""Threads that call a model at the same time, as in a server, get the same outputs as one thread alone."""
 
 import sys
 import threading
@@ -23,7 +23,7 @@ MIXES = [["default", "default"], ["b", "b"], ["__base__", "__base__"], ["default
 
 @pytest.fixture(autouse=True)
 def switch_often():
-    """Python switches between threads as often as it can, so that what can go wrong does."""
+    """Let Python switch between threads as often as possible, so that errors show."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     yield
@@ -38,7 +38,7 @@ def several(**options):
 
 
 def at_once(*calls):
-    """Run functions in threads of their own, which begin at the same time; return what they return."""
+    """Run each function in its own thread, all at the same time. Return their results."""
     start = threading.Barrier(len(calls))
 
     def wait_and(call):
@@ -50,7 +50,7 @@ def at_once(*calls):
 
 
 def repeated(call, want):
-    """Return a function that makes a call several times, and counts the results that are wrong."""
+    """Return a function that makes a call several times and returns the number of wrong results."""
     return lambda: sum(not torch.equal(call(), want) for _ in range(CALLS))
 
 
@@ -67,13 +67,13 @@ def test_calls_with_different_adapter_names(options):
         for names, result in zip(MIXES, want, strict=True)
     ]
     assert at_once(*calls, repeated(lambda: run(model), plain)) == [0] * (len(MIXES) + 1)
-    # Nothing is left behind.
+    # The calls leave no state in the layers.
     assert torch.equal(run(model), plain)
 
 
 @pytest.mark.parametrize("case", [case for case in cases() if case.name != "vilt"], ids=lambda case: case.name)
 def test_every_base_model(case):
-    """ViLT itself shuffles image tokens with the generator that all threads share, so its rounding differs."""
+    """ViLT shuffles image tokens with a random generator that all threads share, so its rounding differs."""
     model = attach(case.make())
     model.add_adapter("b", acting(num_virtual_tokens=2))
     model.eval()
@@ -123,7 +123,7 @@ def test_a_switch_of_another_thread_takes_effect_in_the_next_call():
 
 
 def test_a_switch_in_the_middle_of_a_call_waits_for_the_next_one():
-    """Without luck: the switch comes between the first and the second fusion layer."""
+    """The switch always happens between the first two fusion layers, so the test does not depend on timing."""
     model = several()
     want = {}
     for name in ("b", "default"):
@@ -153,7 +153,7 @@ def test_an_adapter_can_be_added_while_others_are_used():
 
 
 def test_a_model_inside_another_is_called_with_its_own_adapters():
-    """For instance, a teacher that a module of the student calls."""
+    """An example is a teacher that a module of the student calls."""
     inner, outer = several(), several()
     want_inner, want = run(inner), run(outer, adapter_names=MIXES[3])
     found = []
@@ -181,7 +181,7 @@ def test_the_first_calls_after_a_change_of_weights():
 
 
 def test_attention_weights_of_some_calls():
-    """Some threads ask for attention weights, and others do not."""
+    """Only some of the threads ask for attention weights."""
     model = several(attn_implementation="eager")
 
     def call(wanted):
@@ -189,7 +189,7 @@ def test_attention_weights_of_some_calls():
             outputs = model(**model_inputs(), output_attentions=wanted)
         if not wanted:
             return [outputs.pred_boxes]
-        flat = nn.Module()  # anything with attributes
+        flat = nn.Module()  # only its attributes are used
         flat.found = []
 
         def walk(value):
@@ -219,7 +219,7 @@ def test_attention_weights_of_some_calls():
 
 
 def test_replicas_of_a_model_take_names():
-    """DataParallel calls shallow copies of all modules, each in a thread."""
+    """DataParallel calls shallow copies of the model, each in its own thread."""
     model = several()
     want = [run(model, adapter_names=names) for names in MIXES[:2]]
     replicas = [shallow_copy(model) for _ in range(2)]
@@ -253,6 +253,6 @@ def test_the_lock_is_free_after_an_error():
 
 
 def test_plain_injection_uses_the_state_of_the_layers():
-    """Without a PeftModel, nobody notes the state of a call."""
+    """Without a PeftModel, the state of a call is not stored."""
     model = get_peft_model(make_host(), SDPTConfig(init_weights=False))
     assert torch.equal(run(model.base_model.model), run(model))

@@ -35,7 +35,7 @@ class ByData:
 
 
 def fresh(model):
-    """The same weights and prompts, with nothing that was computed before."""
+    """A model with the same weights and prompts, and with empty caches."""
     copied = copy.deepcopy(model)
     for layer in copied.modules():
         if isinstance(layer, SDPTLayer):
@@ -49,7 +49,7 @@ def backward(model):
 
 
 def trained(model, projections):
-    """The prompts and gates; with `projections`, also what SDPT inverts."""
+    """The prompts and gates. With `projections`, also the projections that SDPT inverts."""
     for name, parameter in model.named_parameters():
         if projections and name.endswith(("vision_proj.weight", "text_proj.weight", "text_proj.bias")):
             parameter.requires_grad_(True)
@@ -60,12 +60,12 @@ def trained(model, projections):
 @pytest.mark.parametrize("projections", [False, True])
 @pytest.mark.parametrize("options", [{}, {"prompt_gate": None}], ids=str)
 def test_evaluation_between_and_after_steps(options, projections, optimizer):
-    """Without a call of `train` or `eval`, which would drop what is cached."""
+    """The test does not call `train` or `eval`, which would clear the caches."""
     model = attach(make_host(), **options)
     steps = OPTIMIZERS[optimizer](trained(model, projections))
     for _ in range(2):
         backward(model)
-        before = run(model)  # caches what the step makes wrong
+        before = run(model)  # fills the caches, which the step makes out of date
         steps.step()
         after = run(model)
         assert not torch.equal(after, before)
@@ -88,7 +88,7 @@ def test_training_and_then_freezing(optimizer):
 
 
 def test_gradients_of_trained_projections_belong_to_the_current_weights():
-    """No gradient flows through the inverse, as the documentation says. Its value is of the current weight."""
+    """The inverse is that of the current weight. No gradient flows through it, as the documentation says."""
     model = attach(make_host())
     steps = OPTIMIZERS["AdamW, fused"](trained(model, projections=True))
     for _ in range(2):
@@ -106,7 +106,7 @@ def test_gradients_of_trained_projections_belong_to_the_current_weights():
 
 
 def test_a_moving_average_that_is_copied_in_evaluation():
-    """As `copy_to` of a moving average does: in place, through `.data`."""
+    """`copy_to` of a moving average writes in place, through `.data`."""
     model = attach(make_host())
     run(model)
     for parameter in model.parameters():

@@ -83,7 +83,7 @@ def test_a_model_that_cannot_be_built_is_refused(tmp_path, change):
 
 
 def test_an_adapter_on_the_hub_is_not_a_base_model(hub, tmp_path):
-    """transformers would load the adapter with its base model, or with the model in its repository."""
+    """transformers would load the adapter together with its base model, or with a model in the same repository."""
     for file in HOST.iterdir():
         shutil.copy(file, tmp_path)
     attach(load_base_model(HOST)).save_pretrained(tmp_path)

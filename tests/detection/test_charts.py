@@ -31,7 +31,7 @@ def make_record(num_classes=3, trained=True, **changes):
     }
 
 
-# Names that fonts, Matplotlib's formulas and legends, or files could trip over.
+# Names that could fail with fonts, in formulas and legends of Matplotlib, or in files.
 STRANGE_NAMES = (
     *(
         "$x",

@@ -242,7 +242,7 @@ def test_an_empty_folder_is_no_data_set(tmp_path):
 
 
 def test_a_file_name_may_leave_the_folder_of_images(folder, coco):
-    """It may not leave that of the data set; see `test_names_that_lead_out_of_the_folder`."""
+    """It may not leave the folder of the data set. See `test_names_that_lead_out_of_the_folder`."""
     shutil.move(folder / "images" / "a.png", folder / "a.png")
     coco["images"][1]["file_name"] = "../a.png"
     coco["images"][0]["file_name"] = str(folder / "images" / "b.png")
@@ -277,7 +277,7 @@ def test_a_size_that_no_image_has(folder, coco, field, size):
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "1e400"])
 @pytest.mark.parametrize("part", ["images", "categories"])
 def test_an_id_that_is_not_finite(folder, coco, part, value):
-    """NaN differs from itself, so it would identify nothing."""
+    """NaN differs from itself, so it cannot be an id."""
     coco[part].append({**coco[part][0], "id": 12345})
     text = json.dumps(coco).replace("12345", value)
     with pytest.raises(InputError, match=rf"{part}\[\d\]: `id` must be finite, got (nan|inf)"):
@@ -292,7 +292,7 @@ def test_what_a_message_quotes_is_one_short_line(folder, coco):
 
 
 def test_class_names_of_a_file_are_cleaned(folder, coco, tmp_path):
-    """A line break in a name cannot be drawn, and would end a report in its last step."""
+    """A line break in a name cannot be drawn, so the report at the end of a run would fail."""
     new = put(tmp_path / "names.json", {"dog": "big\n dog\x1b[31m", "White Cell": "a\u200cnt \u2028", "cat": "\x00cat"})
     names = load(folder, coco, class_names_file=new).class_names
     assert sorted(names) == sorted(["big dog[31m", "a\u200cnt", "cat"])

@@ -150,7 +150,7 @@ def test_a_tall_image_does_not_make_the_sheet_huge(data):
 
 
 def test_any_name_is_drawn():
-    """Pillow cannot measure a text of several lines, nor half of a surrogate pair."""
+    """Pillow cannot measure a text with several lines or with half of a surrogate pair."""
     image = Image.new("RGB", (160, 120), "white")
     for name in STRANGE_NAMES:
         assert draw_detections(image, found(0.9), ["", name], 0.5).tobytes() != image.tobytes()

@@ -340,7 +340,7 @@ def test_a_disk_that_fills_up_is_told_once_and_leaves_no_half_entry(tiny, tmp_pa
     )
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
     assert not any("forward" in vars(module) for module in backbones(tiny).values())
-    # There is room again.
+    # The disk has free space again.
     monkeypatch.undo()
     assert torch.equal(trained(tiny, cache), plain) and len(entries(tmp_path)) == 4
 
@@ -372,7 +372,7 @@ def test_a_folder_that_becomes_a_file_does_not_end_the_run(tiny, tmp_path, capsy
 
 
 def test_whatever_an_entry_holds_it_is_computed_again(tiny, tmp_path):
-    """Foreign files, and damage at each place of the header."""
+    """The entry is a file of another program, or its header is damaged at any place."""
     cache = FeatureCache(tmp_path, tiny)
     trained(tiny, cache)
     (key, file) = next((file.stem, file) for file in entries(tmp_path) if file.parent.name.startswith("pictures-"))
@@ -383,7 +383,7 @@ def test_whatever_an_entry_holds_it_is_computed_again(tiny, tmp_path):
     for place in range(start):
         file.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
         read = reader.read(file, key)
-        # White space at the end of the header means nothing.
+        # White space at the end of the header has no meaning.
         assert read is None or all(torch.equal(one, two) for one, two in zip(read, right, strict=True)), place
     about = {"entry": f"{key} 0"}
     foreign = [

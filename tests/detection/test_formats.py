@@ -535,7 +535,7 @@ def lead_out(folder: Path, name: str) -> dict[str, Path]:
 
 @pytest.mark.parametrize("is_absolute", [False, True], ids=["relative", "absolute"])
 def test_names_that_lead_out_of_the_folder(tmp_path, is_absolute):
-    """Data of strangers must not show any picture of this computer."""
+    """Data from somebody else must not read any image on this computer."""
     first = next(iter(IMAGES))
     outside = tmp_path / "elsewhere" / "secret.png"
     picture_files(outside.parent, {first: IMAGES[first]})
@@ -552,7 +552,7 @@ def test_names_that_lead_out_of_the_folder(tmp_path, is_absolute):
 
 
 def test_links_in_the_folder_may_lead_anywhere(tmp_path):
-    """Whoever made them knows where to."""
+    """The user who made a link intended where it points."""
     picture_files(tmp_path / "elsewhere")
     folder = tmp_path / "data"
     folder.mkdir()

@@ -482,7 +482,7 @@ def test_images_of_another_mode_are_refused():
 
 
 class Spoiled(WordDetector):
-    """Has one value in its logits or boxes that is not finite, in the last image of a batch."""
+    """A detector with one value that is not finite, in the logits or boxes of the last image of a batch."""
 
     def __init__(self, output: str, value: float):
         super().__init__(random_boxes(5))
@@ -518,5 +518,5 @@ def test_scores_or_boxes_that_are_not_finite_are_named(processor, output, value,
 
 
 def test_the_logits_of_padding_may_be_infinite(processor):
-    """They are -inf, in any precision, and so may be those of a token of the prompt."""
+    """They are -inf in any precision. The logits of a token of the prompt may be -inf too."""
     detect(Spoiled("logits", float("-inf")), processor, [Image.new("RGB", (100, 100))], ["dog"], [[0]])

@@ -15,7 +15,7 @@ from peft_sdpt.errors import InputError
 from tests.detection.test_metrics import BOX, make_split, processor  # noqa: F401
 from tests.helpers.detectors import HOST_NAMES, attach, host_config, make_host
 
-# (width, height) of images whose positions are fewer than QUERIES after the processor resized them to 128 at most.
+# (width, height) of images that have fewer than QUERIES positions after the processor resizes them to at most 128.
 OBLONG = [(2000, 50), (50, 2000), (2000, 20), (100, 1), (1, 100)]
 QUERIES = 30
 
@@ -34,7 +34,7 @@ def inputs_of(model, processor, images) -> dict:  # noqa: F811
 @pytest.mark.parametrize("size", [(64, 64), (65, 64), (100, 7), (3, 90), (40, 33)])
 @torch.no_grad()
 def test_positions_are_those_of_the_detector(name, size):
-    """The number is that of a model, which chooses from all its positions."""
+    """The number is compared with that of a model, which selects from all positions."""
     model = make_host(name, num_queries=1, num_feature_levels=3)
     pixels = {"pixel_values": torch.rand(1, 3, size[1], size[0])}
     text = {"input_ids": torch.tensor([[101, 500, 1012, 102]])}
@@ -51,7 +51,7 @@ def test_only_what_is_missing_is_padded(processor, size):  # noqa: F811
     padded = pad_small_images(inputs, config)
     new = padded["pixel_values"].shape[-2:]
     assert num_positions(*new, config) >= QUERIES
-    # The image is where it was, the mask hides the rest, and one row or column less would not do.
+    # The image is at the same place, the mask hides the rest, and one row or column less would not be enough.
     assert torch.equal(padded["pixel_values"][..., :height, :width], inputs["pixel_values"])
     assert padded["pixel_mask"].shape == (1, *new) and padded["pixel_mask"].sum() == height * width
     assert padded["pixel_mask"][:, :height, :width].all()
@@ -73,7 +73,7 @@ def test_images_that_are_large_enough_stay(processor):  # noqa: F811
 @pytest.mark.parametrize("name", HOST_NAMES)
 def test_oblong_images_are_detected_evaluated_and_trained(processor, name):  # noqa: F811
     model = attach(make_host(name, num_queries=QUERIES))
-    with pytest.raises(RuntimeError, match="selected index k out of range"):  # what transformers does
+    with pytest.raises(RuntimeError, match="selected index k out of range"):  # the error of transformers
         model(**inputs_of(model, processor, [noise(OBLONG[0])]))
     for size in OBLONG:
         (found,) = detect(model, processor, [noise(size)], ["dog"], [[0]], max_detections=None)
@@ -102,7 +102,7 @@ def test_images_without_any_pixels_left_are_named(processor):  # noqa: F811
     model, message = make_host(), r"an image of 2000 x 20 pixels cannot be resized by this processor"
     with pytest.raises(InputError, match=message):
         detect(model, processor, [noise((30, 30)), noise((2000, 20))], ["dog"], [[0]])
-    # A run finds it at its start.
+    # A run raises the error at its start.
     with pytest.raises(InputError, match=message):
         check_image_size(model, processor, sizes=[(30, 30), (2000, 20), (50, 60)])
     check_image_size(model, processor, sizes=[(30, 30), (2000, 40), (40, 2000), (50, 60)])

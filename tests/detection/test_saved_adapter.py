@@ -199,12 +199,12 @@ def saved(processor, tmp_path_factory):
 
 @pytest.fixture
 def stranger(saved, tmp_path):
-    """A copy of it to change."""
+    """A copy of the saved adapter, to be changed."""
     return Path(shutil.copytree(saved, tmp_path / "stranger"))
 
 
 def change(file: Path, **values) -> None:
-    """Change fields of a JSON file. A name may be that of a field in a field: `image_processor__size`."""
+    """Change fields of a JSON file. `image_processor__size` is the field `size` in the field `image_processor`."""
     content = json.loads(file.read_text())
     for name, value in values.items():
         *outer, last = name.split("__")
@@ -348,7 +348,7 @@ def test_many_class_names_are_read(stranger):
 
 
 class Payload:
-    """Unpickling this would make a file."""
+    """Unpickling an object of this class makes a file."""
 
     def __init__(self, file):
         self.file = file
@@ -359,7 +359,7 @@ class Payload:
 
 @pytest.mark.parametrize("save", [pickle.dump, torch.save], ids=["pickle", "torch"])
 def test_no_pickle_runs(stranger, tmp_path, save):
-    """Neither the weights of an adapter nor those of a base model are unpickled, whatever name they have."""
+    """Weights of an adapter or of a base model are never unpickled, under any file name."""
     for content in (Payload(tmp_path / "ran"), [1, 2], {"a": Payload(tmp_path / "ran")}):
         for name in ("adapter_model.bin", "adapter_model.safetensors"):
             (stranger / "adapter_model.safetensors").unlink(missing_ok=True)
@@ -379,7 +379,7 @@ def test_no_pickle_runs(stranger, tmp_path, save):
 
 
 def test_no_code_of_a_repository_runs(stranger, tmp_path, monkeypatch):
-    """By default, transformers asks on the terminal whether to run it."""
+    """By default, transformers asks on the terminal whether to run the code."""
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     code = f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Mine: pass\n"
     base = Path(shutil.copytree(HOST, tmp_path / "base"))
@@ -401,7 +401,7 @@ def test_no_code_of_a_repository_runs(stranger, tmp_path, monkeypatch):
 @pytest.mark.parametrize("fault", [*FAULTS, 401, 404, 429, 500])
 @pytest.mark.parametrize("file", ["adapter_config.json", "detection.json"])
 def test_an_adapter_is_downloaded_completely_or_not_at_all(hub, saved, monkeypatch, file, fault):
-    """Also files that an adapter need not have are not left out. The next try works."""
+    """A failed download of an optional file is an error too. The next try works."""
     wait_little(monkeypatch, 0.1 if fault == "stalled" else 5.0)
     hub.add("user/adapter", saved)
     if isinstance(fault, int):
@@ -436,7 +436,7 @@ def load_base_processor(name):
     ],
 )
 def test_a_base_model_is_downloaded_completely_or_not_at_all(hub, monkeypatch, processor, load, file, fault):
-    """transformers would load a tokenizer without words if the Hub does not give out its file. The next try works."""
+    """If the Hub does not give out a file, transformers would load a tokenizer without words. The next try works."""
     wait_little(monkeypatch, 5.0)
     hub.add("user/base", HOST)
     if isinstance(fault, int):
@@ -452,7 +452,7 @@ def test_a_base_model_is_downloaded_completely_or_not_at_all(hub, monkeypatch, p
 
 
 def test_a_list_of_files_that_never_comes(hub, saved, monkeypatch):
-    """The Hub does not have to say which files there are. A base model is looked for in the same way, with a limit."""
+    """An adapter is loaded without the list of files. Loading a base model has a time limit."""
     wait_little(monkeypatch, 0.1)
     hub.add("user/adapter", saved)
     hub.add("user/base", HOST)

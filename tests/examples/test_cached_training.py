@@ -222,7 +222,7 @@ def test_a_disk_that_fills_up_does_not_end_the_main_job(
         "Features that are not stored are computed in each epoch."
     )
     assert not list((tmp_path / "cache").rglob("*.unfinished"))
-    # Eight of the twelve images to train on, and none to validate on.
+    # The cache has entries of eight of the twelve training images, and of no validation image.
     assert len(list((tmp_path / "cache").glob("pictures-*/*"))) == 8
     assert same_but_for_rounding(runs / "plain", tmp_path / "out")
 

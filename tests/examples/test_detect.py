@@ -258,7 +258,7 @@ def test_scores_that_are_not_finite(run, photos, adapters, monkeypatch, capsys):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names of files are text here")
 def test_names_that_are_no_text(run, photos, adapters, tmp_path, monkeypatch, capsys):
-    """On Linux, the name of a file is any bytes. Results have names that any file can hold, also in a second run."""
+    """On Linux, the name of a file can have any bytes. The names of results are valid UTF-8, also in a second run."""
     folder = os.fsencode(photos)
     os.rename(photos / "a.png", folder + b"/caf\xe9\n.png")
     os.mkdir(folder + b"/\xff")
@@ -788,7 +788,7 @@ def test_a_host_of_another_kind(refused, photos, tmp_path):
 
 @pytest.mark.parametrize("suffix", [".jpg", ".tif"])
 def test_a_really_full_disk_leaves_no_part_of_a_picture(run, tmp_path, adapters, capsys, suffix):
-    """Pillow 12 writes a part of a JPEG and calls it a success."""
+    """Pillow 12 raises no error if it writes only a part of a JPEG."""
     photos, out = tmp_path / "photos", tmp_path / "out"
     photos.mkdir()
     Image.new("RGB", (16, 16)).save(photos / "a.png")
@@ -800,7 +800,7 @@ def test_a_really_full_disk_leaves_no_part_of_a_picture(run, tmp_path, adapters,
     assert "Traceback" not in error
     assert names_of(out) == ["a.png", "detections.json"]
     assert [image["file_name"] for image in read(out)["images"]] == ["a.png"]
-    # There is room again.
+    # The disk has free space again.
     assert run(photos, "--adapter", adapters[0]) == 0
     assert names_of(out) == ["a.png", f"b{suffix}", "detections.json"]
 

@@ -139,7 +139,7 @@ def test_a_push_that_fails_at_the_end_loses_nothing(train, hub, impatient, tmp_p
 @pytest.mark.parametrize("fault", ["stalled", "page", "reset", "loop", 500])
 @pytest.mark.parametrize("step", ["/api/repos/create", "/auth-check", "/commit/"])
 def test_a_hub_that_answers_wrongly_is_one_line(hub, monkeypatch, tmp_path, step, fault):
-    """Before the run, or after it, when all files stay. The next try works."""
+    """The push fails before the run, or after it. After it, all files stay. The next try works."""
     wait_little(monkeypatch, 0.2 if fault == "stalled" else 5.0)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / WEIGHTS).write_bytes(b"weights")
@@ -153,7 +153,7 @@ def test_a_hub_that_answers_wrongly_is_one_line(hub, monkeypatch, tmp_path, step
     else:
         hub.faults = {step: fault}
     at_start = step in ("/api/repos/create", "/auth-check")
-    # An answer of the check of rights is not read.
+    # The content of the answer to the check of rights is not read.
     if (step, fault) != ("/auth-check", "page"):
         with pytest.raises(InputError, match="cannot be pushed to" if at_start else "the upload failed") as raised:
             push_all()

@@ -336,7 +336,7 @@ def test_numbers_are_saved_before_pictures_are_drawn(main_job, small_task, tmp_p
     out = tmp_path / "out"
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["after"] and prompts(out) and prompts(out / "best")
-    # Nothing half-written is left, and the folder is free.
+    # No incomplete file is left, and the folder is not locked.
     assert {path.name for path in out.iterdir()} == {
         *(path.name for path in (out / "best").iterdir() if path.name != "detection.json"),
         *("best", "metrics.json"),
@@ -475,7 +475,7 @@ def test_strange_names_and_oblong_photos_are_trained_measured_and_reported(main_
     assert name == "monkey $0_{x}$ <b>|`"
     assert name in json.loads((out / "metrics.json").read_text())["classes"]
     assert "could not be drawn" not in said and (out / "report.png").is_file() and (out / "detections.png").is_file()
-    # In a model card, names are code: no HTML, and no end of a table's cell.
+    # In a model card, names are code. They are not HTML, and do not end a cell of a table.
     results = (out / "README.md").read_text().partition("## Results")[2]
     assert "_{x}$ <b>\\|'`" in results and results.count("<b>") == len(re.findall(r"`[^`\n]*<b>[^`\n]*`", results))
 

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""Whatever the files beside an adapter hold, they are read correctly or refused in one line, in little time."""
+"""Files beside an adapter are read correctly, or raise an error of one line, within a time limit."""
 
 import copy
 import functools
@@ -35,7 +35,7 @@ FILES = (
     *("adapter_config.json", "class_names.json", "detection.json", "processor_config.json"),
     *("tokenizer_config.json", "tokenizer.json"),
 )
-# Bytes that are no JSON, or hardly.
+# Bytes that are not JSON, or JSON that is hard to read.
 DAMAGE = (
     b"",
     b"{",
@@ -52,7 +52,7 @@ DAMAGE = (
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
-    """A saved adapter, and what its files hold."""
+    """A saved adapter, and the content of its files."""
     folder = tmp_path_factory.mktemp("good")
     threshold = {"threshold": 0.3, "f1": 0.5, "precision": 0.5, "recall": 0.5, "split": "val"}
     torch.manual_seed(0)
@@ -63,7 +63,7 @@ def good(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(good, tmp_path_factory):
-    """A copy of it, of which one file is changed at a time."""
+    """A copy of the adapter, of which each test changes one file at a time."""
     return shutil.copytree(good[0], tmp_path_factory.mktemp("changed") / "adapter")
 
 
@@ -73,7 +73,7 @@ def good_processor():
 
 
 def read(folder, changed):
-    """Read what `sdpt-detect` reads before it loads the weights. A processor only if its files have changed."""
+    """Read the files that `sdpt-detect` reads before the weights. Read the processor only if its files have changed."""
     adapter = find_adapter(str(folder))
     names, threshold = read_class_names(adapter), read_threshold(adapter)
     base_model = common_base_model([adapter])
@@ -83,7 +83,7 @@ def read(folder, changed):
 
 
 def check(folder, changed) -> None:
-    """Read a folder, which ends in a right result or in one line."""
+    """Read a folder, and check that the result is correct or the error has one line."""
     with time_bound():
         try:
             names, threshold, base_model, processor = read(folder, changed)
@@ -100,7 +100,7 @@ def check(folder, changed) -> None:
 
 
 def places(value, path=()):
-    """Return the paths of all values in a JSON value, with no more than a few of a long list."""
+    """Return the paths of all values in a JSON value, but only of a few values of a long list."""
     yield path
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for name, each in [*inner][:40]:

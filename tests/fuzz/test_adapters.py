@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""Random damage to a saved adapter: it is refused by a named error with the base model untouched, or it is right."""
+"""A saved adapter with random damage raises a named error and keeps the base model unchanged, or loads correctly."""
 
 import copy
 import json
@@ -44,7 +44,7 @@ class Subject:
         self.host = make_host()
 
     def check(self, config=None, weights=None):
-        """Load an adapter with these files, and check how it ends."""
+        """Load an adapter with these files, and check the result or the error."""
         content = (
             config if isinstance(config, bytes) else json.dumps(self.config if config is None else config).encode()
         )
@@ -55,14 +55,14 @@ class Subject:
                 warnings.simplefilter("ignore")  # PEFT warns about fields that it does not know
                 model = PeftModel.from_pretrained(self.host, self.folder)
         except Exception as error:
-            # PEFT reads the file itself to find the type of the adapter, and raises what it finds.
+            # PEFT reads the file first to find the type of the adapter, and raises its own errors.
             if isinstance(config, dict) and config.get("peft_type") == "SDPT":
                 assert isinstance(error, (ValueError, TypeError)), repr(error)
             assert len(str(error)) < 4000
             assert [(name, type(module)) for name, module in self.host.named_modules()] == self.modules
             self.check_base_model()
             return
-        # The adapter is what its files say, and the base model is what it was.
+        # The adapter has the values of its files, and the base model is unchanged.
         try:
             stored = load_file(self.folder / WEIGHTS)
             assert len(adapted_layers(model)) == len([key for key in stored if key.endswith(".sdpt_prompts")])
@@ -95,7 +95,7 @@ def test_configs_with_other_values(subject, changes):
 
 @given(data=st.data())
 def test_configs_that_are_changed_inside(subject, data):
-    """Layers, gates and LoRA layers: missing, renamed, or of another size."""
+    """Layers, gates and LoRA layers are missing, renamed, or of another size."""
     config = copy.deepcopy(subject.config)
     field = data.draw(st.sampled_from(["fusion_layers", "fusion_gates", "lora_layers", "modules_to_save"]))
     values = config[field]
@@ -118,7 +118,7 @@ def test_configs_that_are_changed_inside(subject, data):
 
 @given(data=st.data())
 def test_headers_that_are_changed(subject, data):
-    """Names, types, shapes and places of tensors."""
+    """The names, types, shapes and offsets of tensors are changed."""
     header = copy.deepcopy(subject.header)
     base = sorted(subject.state)
     for _ in range(data.draw(st.integers(1, 2))):
@@ -154,7 +154,7 @@ def test_headers_that_are_changed(subject, data):
 
 @given(data=st.data())
 def test_bytes_that_are_changed(subject, data):
-    """Of the weights: bits that flip, parts that are missing or too much, another length of the header."""
+    """In the weights, bits flip, parts are missing or added, or the length of the header is changed."""
     weights = bytearray(subject.weights)
     for _ in range(data.draw(st.integers(1, 4))):
         place = data.draw(st.integers(0, max(len(weights) - 1, 0)))
@@ -172,7 +172,7 @@ def test_bytes_that_are_changed(subject, data):
 
 @given(number=st.floats(width=32), place=st.integers(0, 10**6), key=st.data())
 def test_numbers_that_are_changed(subject, number, place, key):
-    """Any number in any tensor: it is loaded as it is, or refused."""
+    """Any number in any tensor is loaded as it is, or raises an error."""
     name = key.draw(st.sampled_from(sorted(name for name in subject.header if name != "__metadata__")))
     begin, end = subject.header[name]["data_offsets"]
     position = begin + place % ((end - begin) // 4) * 4
@@ -188,7 +188,7 @@ def test_a_config_that_is_no_json(subject, content):
 
 
 def test_without_damage_the_adapter_loads(subject):
-    """So that the tests above do not pass because everything is refused."""
+    """This shows that the tests above do not pass only because loading always fails."""
     subject.check()
     model = PeftModel.from_pretrained(make_host(), subject.folder)
     assert not torch.equal(run(model), subject.bare) and math.isfinite(run(model).nan_to_num(0, 0, 0).sum())

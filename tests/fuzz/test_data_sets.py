@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""Data sets that somebody damaged: each is read right, or is an error of one line."""
+"""Damaged data sets are read correctly, or raise an error of one line."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ IMAGES = {
     "c.png": ((32, 32), []),
 }
 MAX_LETTERS = 2000
-# Pieces that break readers of text.
+# Bytes that can make a reader of text fail.
 PIECES = (
     *(
         b"",
@@ -127,7 +127,7 @@ def damaged_bytes(draw: st.DrawFn, good: bytes) -> bytes:
     return content
 
 
-# ---- what must come of it
+# ---- the expected result
 
 
 def check_line(text: str) -> None:
@@ -136,7 +136,7 @@ def check_line(text: str) -> None:
 
 
 def read(dataset: Path, split: str, **options: Any) -> DetectionSplit | None:
-    """Read a split with all its images. Returns None if it was refused by an error of one line."""
+    """Read a split with all its images. Return None if this raised an error of one line."""
     with time_bound():
         try:
             data = load_split(str(dataset), split, **options)
@@ -167,7 +167,7 @@ def read(dataset: Path, split: str, **options: Any) -> DetectionSplit | None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A folder with images, in a folder with a picture that no data set may show."""
+    """A folder with images. Beside it is an image that no data set may read."""
     outside = tmp_path_factory.mktemp("outside")
     Image.new("RGB", (40, 30), "red").save(outside / "secret.png")
     folder = outside / "data"
@@ -202,7 +202,7 @@ def test_a_coco_file(folder, content, options):
     data = read(folder, "train", **options)
     if data is None or options.get("bbox_format", "xywh") != "xywh":
         return
-    # What was accepted is what the file says.
+    # If the file was accepted, the result has its values.
     content = json.loads(json.dumps(content))
     column = options.get("class_names_column", "name")
     names = [category[column] for category in content["categories"]]
@@ -255,7 +255,7 @@ VOC = write_voc("a.png", *IMAGES["a.png"], NAMES).encode()
 def test_a_file_of_voc(folder, content, texts):
     files = subfolder(folder, "voc")
     (files / "b.xml").write_text(write_voc("b.png", *IMAGES["b.png"], NAMES))
-    for text in texts:  # values in place of those that are there
+    for text in texts:  # replace values of the file by these
         said = escape(str(text)).encode("utf-8", "replace")
         content = content.replace(b"<name>cat", b"<name>" + said).replace(b"<ymin>4.0", b"<ymin>" + said)
     (files / "a.xml").write_bytes(content)
@@ -302,7 +302,7 @@ def test_a_data_yaml(folder, content, split):
 
 
 def needs_json(content: Any) -> bool:
-    """Tell whether YAML cannot write a value: halves of surrogate pairs."""
+    """Return whether a value has halves of surrogate pairs, which YAML cannot write."""
     try:
         yaml.safe_dump(content).encode()
     except (yaml.YAMLError, UnicodeEncodeError):
@@ -331,7 +331,7 @@ def test_lists_of_yolo(folder, names, listed):
 
 
 def test_good_data_sets_are_read(folder):
-    """The data that is damaged is good before."""
+    """The data sets are valid before they are damaged."""
     (folder / "train.json").write_text(json.dumps(COCO))
     test_a_file_of_labelme.hypothesis.inner_test(folder, LABELME)
     test_a_file_of_voc.hypothesis.inner_test(folder, VOC, [])

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""Whatever names a model card shows, it has the same parts, and shows the same names."""
+"""With any names, a model card has the same parts, and shows the names as they are."""
 
 import functools
 import json
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.fuzz
 KEYS = {"library_name", "tags", "base_model", "pipeline_tag", *LICENCE_FIELDS}
 LINKS = {"https://arxiv.org/abs/2407.11414", "report.png", "detections.png"}
 COMMENTS = [f"{name}: {end}" for name in ("adapter", "detection", "results") for end in ("begin", "end")]
-# What would be markup, HTML, YAML or the end of a part of the card.
+# Text that could become markup, HTML or YAML, or end a part of the card.
 MARKUP = (
     *("<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "</code></td></table>", "<!-- results: end -->"),
     *("-->", "[a](javascript:x)", "![a](x)", "<http://x>", "http://x.y", "www.x.y", "a@b.c", "[a]: http://x", "&lt;"),
@@ -135,14 +135,14 @@ def test_any_names_in_a_card(class_names, data_set, split, base_model, source, m
     assert {"classes", "image size", "score threshold", "tokens"} <= rows
     assert {shown_as(name) for name in class_names} <= rows
     assert shown.titles.count("Results") == 2 and len(shown.titles) == 5
-    # The code names the source, and nothing else in it has changed.
+    # The code has the source as a string, and no other change.
     line = next(line for line in shown.python[1].splitlines() if "find_adapter" in line)
     assert eval(line.partition("find_adapter")[2].partition("  # ")[0]) == source
 
 
 @given(st.one_of(json_values, names), st.one_of(json_values, names), names)
 def test_any_card_of_a_stranger(value, tags, text):
-    """It is completed, or it is left as it is with a warning. The licence is a short text."""
+    """The card is completed, or stays as it is with a warning. The licence is a short text."""
     with time_bound(), tempfile.TemporaryDirectory() as folder:
         card = Path(folder, "README.md")
         try:

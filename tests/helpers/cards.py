@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""Reads a model card as the Hub shows it: its metadata, and what its Markdown becomes."""
+"""Reads the metadata of a model card, and the page that the Hub makes of its Markdown."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import yaml
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
-# What our sections are made of.
+# The HTML elements that the sections of this package have.
 TAGS = {"h1", "h2", "h3", "p", "a", "code", "pre", "table", "thead", "tbody", "tr", "th", "td", "ul", "li", "img"}
 
 
 @dataclass
 class Shown(HTMLParser):
-    """What a page shows.
+    """The content of a page.
 
     Attributes:
         tags: all tags.
@@ -79,7 +79,7 @@ class Shown(HTMLParser):
 
 
 def read_card(content: str) -> tuple[dict, Shown]:
-    """Return the metadata of a card, which two readers understand in the same way, and what the card shows."""
+    """Return the metadata of a card, after checking that two readers agree on it, and the content of its page."""
     card = ModelCard(content)
     data = yaml.safe_load(content.split("\n---\n")[0].removeprefix("---"))
     assert card.data.to_dict() == {name: value for name, value in data.items() if value is not None}

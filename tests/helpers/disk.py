@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""A disk that is full."""
+"""Simulates a full disk."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 @contextlib.contextmanager
 def file_size_limit(size: int) -> Iterator[None]:
-    """Let files of this process grow to so many bytes only. All libraries then fail as they do on a full disk.
+    """Limit the size of files of this process, in bytes. All libraries then fail as they do on a full disk.
 
     Python ignores the signal that the limit sends, and the system call fails.
     """

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""What all tests with random input share: values that go wrong, and a bound on the time of an example."""
+"""Values that have caused errors, and a time limit for each example. All tests with random input use them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 from hypothesis import strategies as st
 
-# Strings that have broken something: control characters, halves of surrogate pairs, paths, YAML, HTML, long names.
+# Strings that have caused errors: control characters, halves of surrogate pairs, paths, YAML, HTML, long names.
 BAD_STRINGS = (
     *(
         "",
@@ -43,12 +43,12 @@ json_values = st.recursive(
 
 
 class TimeBoundError(BaseException):
-    """An example took too long. It is no `Exception`, so that no code under test catches it."""
+    """An example took too long. The class is not an `Exception`, so that the code under test does not catch it."""
 
 
 @contextmanager
 def time_bound(seconds: int = 60) -> Iterator[None]:
-    """End an example that hangs. The bound is far above what any example takes, also on a slow machine."""
+    """End an example that hangs. The limit is far above the time of any example, even on a slow machine."""
 
     def stop(*_: object) -> None:
         raise TimeBoundError(f"took more than {seconds} seconds")

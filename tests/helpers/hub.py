@@ -32,14 +32,14 @@ from tests.helpers.patience import PATIENCE
 
 OWNER, READER = "hf_owner", "hf_reader"
 HTML = b"<!doctype html><title>Sign in to the network</title>"
-# What can go wrong with an answer, apart from its status:
+# Faults of an answer, apart from its status:
 FAULTS = (
-    "stalled",  # half of the body, and then nothing
-    "short",  # a body that is shorter than that of the file, with its own right length
+    "stalled",  # half of the body is sent, and then nothing
+    "short",  # the body is shorter than the file, and its length is announced correctly
     "long",
-    "other bytes",  # of the right length
-    "html",  # a page, as of a network that one has to sign in to, with the headers of the file
-    "page",  # the same, with headers of its own
+    "other bytes",  # the body has the right length and another content
+    "html",  # the page of a network that asks for a login, with the headers of the file
+    "page",  # the same page, with its own headers
     "reset",  # no answer at all
     "loop",  # a redirection to itself
     "elsewhere",  # a redirection to another address, where nobody answers
@@ -353,7 +353,7 @@ def serve() -> Iterator[Hub]:
 
 
 def wait_little(monkeypatch, seconds: float = 1.0) -> None:
-    """Have the client wait little for an answer, as the commands do, and not at all before another attempt."""
+    """Let the client wait only a short time for an answer, and not at all before another attempt."""
     monkeypatch.setattr("time.sleep", lambda _: None)
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", seconds)
     monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", seconds)

@@ -33,7 +33,7 @@ class Killed(BaseException):
 
 
 def make_run(folder, run=RUN, total_limit=None, write=None):
-    """Everything that the training script keeps. `write(folder, model)` writes the adapter."""
+    """Return all objects whose state the training script saves. `write(folder, model)` writes the adapter."""
     accelerator = Accelerator(cpu=True)
     torch.manual_seed(0)
     model = attach(make_host())
@@ -186,7 +186,7 @@ def test_a_disk_that_is_really_full_leaves_the_earlier_checkpoints(tmp_path):
     *_, kept = make_run(tmp_path, write=fully)
     kept.save(1)
     before = contents(tmp_path)
-    # At each of these sizes, another library cannot write its file.
+    # At each of these sizes, a different library cannot write its file.
     sizes = {(tmp_path / "step_1" / name).stat().st_size for name in names(tmp_path / "step_1")}
     for size in {0, *(size - 1 for size in sizes)}:
         with file_size_limit(size), pytest.raises(InputError, match=r"step 2 cannot be written \(.+\); .*step_1\.$"):
@@ -252,7 +252,7 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path, monkeypatch):
         whole = file.read_bytes()
         state = torch.load(file, weights_only=False)
         torch.save({**state, "more": Payload(tmp_path / "ran")}, file)
-        # Whoever writes the file can also write its digest, or remove all.
+        # Somebody who changes the file can also change its digest, or remove all digests.
         write_digests(folder)
         for _ in range(2):
             with pytest.raises(
@@ -262,7 +262,7 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path, monkeypatch):
             (folder / DIGESTS).unlink(missing_ok=True)
         assert not (tmp_path / "ran").exists() and "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
         torch.load(file, weights_only=False)
-        (tmp_path / "ran").rmdir()  # elsewhere it would have run
+        (tmp_path / "ran").rmdir()  # shows that the code runs without the check
         file.write_bytes(whole)
     kept.load(folder)
 

@@ -23,7 +23,7 @@ from ..images import SUFFIXES, files_in
 
 # Threads that read the headers of images. A network disk answers several requests at the same time.
 THREADS = 8
-# Letters of the path of an image in a message, and of the longest path of Linux.
+# Largest number of letters of the path of an image in a message, and of a path on Linux.
 MAX_NAMED, MAX_PATH = 300, 4096
 # The end of a message about a name that is not found, if it leads out of the folder of the data set.
 OUTSIDE = " The name leads out of the folder of the data set; allow_outside_images=True follows it."
@@ -87,9 +87,9 @@ def _letters(name: str) -> str:
 
 
 def leads_out(path: Path, root: Path | None) -> bool:
-    """Tell by its name whether a path leads out of the folder of a data set.
+    """Return whether a path leads out of the folder of a data set, by its name alone.
 
-    Links are not followed. So a link in the folder may point anywhere: whoever made the link knows where to.
+    Links are not resolved, so a link in the folder may point anywhere. The user who made the link intended this.
 
     Args:
         path: An absolute path.

@@ -50,7 +50,7 @@ def find_on_hub(
             f"dataset_name={quoted(dataset_name)}: no such folder, and no such data set on the Hub "
             f"({printable(str(error), 500)})."
         ) from None
-    # Rows can name any file of this computer. `datasets` keeps what it downloads in its caches.
+    # Rows can name any file of this computer, but only files in the caches of `datasets` were downloaded.
     places = None if allow_outside_images else _caches()
     return _source("the Hub", all_splits, dataset_name, class_names_column, numbers_are_names, places)
 
@@ -107,7 +107,7 @@ def _source(
     numbers_are_names: bool,
     places: tuple[Path, ...] | None,
 ) -> Source:
-    """Make the source of rows whose images may only be in these places. None allows all."""
+    """Return the source of rows whose images may only be in these folders. None allows all folders."""
 
     def read(split: str) -> tuple[SplitFields, str]:
         fields = _read(all_splits, split, dataset_name, class_names_column, numbers_are_names, places)

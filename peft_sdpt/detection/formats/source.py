@@ -26,7 +26,7 @@ SPLIT_NAME = re.compile(r"(train|val|valid|validation|dev|test)(ing)?(\W|_|\d|$)
 START = 20_000
 # The name of the only split of a data set that does not name it, as in CVAT.
 DEFAULT = "default"
-# Largest width and height of an image in pixels. No format of images has room for more.
+# Largest width and height of an image in pixels. No image format can store more.
 MAX_SIDE = 2**31
 
 

@@ -69,13 +69,13 @@ def find_without_yaml(folder: Path, root: Path | None) -> Source | None:
 def _read_yaml(file: Path) -> Any:
     try:
         return yaml.safe_load(read_text(file))
-    except (yaml.YAMLError, RecursionError, ValueError) as error:  # also a number or a date that does not exist
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: a number or date that does not exist
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else printable(str(error), 200)
         raise InputError(f"{file}: not YAML ({reason}).") from None
 
 
 def _shown(value: Any) -> str:
-    """Quote a value of a YAML file. Only the type of lists and dicts, which can be endless because of aliases."""
+    """Quote a value of a YAML file. Only name the type of lists and dicts, because aliases can make them endless."""
     return type(value).__name__ if isinstance(value, list | dict | set) else quoted(value)
 
 
@@ -111,7 +111,7 @@ def _with_yaml(file: Path, content: Any, root: Path | None) -> Source:
 
 
 def _places(file: Path, path: Any, value: str) -> list[Path]:
-    """Return where a folder or list that `data.yaml` names may be. It may also give a path for all of them."""
+    """Return where a folder or list that `data.yaml` names may be. `path` is the common root, if the file has one."""
     roots = ([file.parent / path] if isinstance(path, str) else []) + [file.parent]
     # Roboflow writes ../train/images for a folder beside the file, and a file may have paths of another machine.
     return [base / each for each in shortened(value) for base in roots]
@@ -201,7 +201,8 @@ def _read(
         width, height = size or (0, 0)
         boxes.append([])
         labels.append([])
-        # An image without objects has an empty label file, or none. An image outside is refused when it is opened.
+        # An image without objects has an empty label file, or none. For an image outside the folder, opening it raises
+        # an error later.
         is_read = os.path.isfile(label_file) and not leads_out(image, root)
         lines = read_text(label_file).splitlines() if is_read else []
         for number, line in enumerate(lines, 1):
