@@ -11,7 +11,7 @@ layers instead.
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -60,7 +60,7 @@ _CALL: ContextVar[_Call | None] = ContextVar("peft_sdpt_call", default=None)
 def calling(
     layers: Collection[Any],
     adapter_names: Sequence[str] | None = None,
-    copied: Iterable[AuxiliaryTrainingWrapper] = (),
+    copied: Collection[AuxiliaryTrainingWrapper] = (),
 ) -> Iterator[None]:
     """Fix the adapters that the layers of a model use for the time of a call.
 
@@ -77,23 +77,22 @@ def calling(
             )
             for layer in layers
         }
-    names: dict[int, Sequence[str]] = {}
-    compiled: list[tuple[Any, Sequence[str]]] = []
-    if adapter_names is not None:
-        for module in copied:
-            names[id(module)] = [name if name in module._adapters else BASE for name in adapter_names]
-            if _pass_names_on not in module._forward_pre_hooks.values():
-                module.register_forward_pre_hook(_pass_names_on, with_kwargs=True)
-            compiled.append((module, names[id(module)]))
-        compiled.extend((layer, adapter_names) for layer in layers)
-    for module, names_of_module in compiled:
-        module.sdpt_call_names = names_of_module
+        names: dict[int, Sequence[str]] = {}
+        with_names: list[Any] = []
+        if adapter_names is not None:
+            for module in copied:
+                names[id(module)] = [name if name in module._adapters else BASE for name in adapter_names]
+                if _pass_names_on not in module._forward_pre_hooks.values():
+                    module.register_forward_pre_hook(_pass_names_on, with_kwargs=True)
+            with_names = [*copied, *layers]
+            for module in with_names:
+                module.sdpt_call_names = names.get(id(module), adapter_names)
     token = _CALL.set(_Call(notes, names))
     try:
         yield
     finally:
         _CALL.reset(token)
-        for module, _ in compiled:
+        for module in with_names:
             module.sdpt_call_names = None
 
 
@@ -104,22 +103,19 @@ def activation(layer: Any, adapter_names: Sequence[str] | None = None) -> Activa
         layer: A layer of this tuner.
         adapter_names: Names that the layer was called with. They override those of the call.
     """
-    own = Activation(not layer.disable_adapters, layer.active_adapters, layer.sdpt_scale, adapter_names)
-    if torch.compiler.is_compiling():
-        return own if adapter_names is not None else own._replace(names=layer.sdpt_call_names)
-    call = _CALL.get()
+    call = None if torch.compiler.is_compiling() else _CALL.get()
     noted = None if call is None else call.layers.get(id(layer))
     if noted is None:
-        return own
+        # Compiled code, or a thread or a replica that the base model has made for its own work.
+        names = layer.sdpt_call_names if adapter_names is None else adapter_names
+        return Activation(not layer.disable_adapters, layer.active_adapters, layer.sdpt_scale, names)
     return noted if adapter_names is None else noted._replace(names=adapter_names)
 
 
 def _pass_names_on(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     """Pass the names of the current call as an argument to a module that PEFT has copied (a forward pre-hook)."""
-    names: Any
-    if torch.compiler.is_compiling():
-        names = module.sdpt_call_names
-    else:
-        call = _CALL.get()
-        names = None if call is None else call.copied.get(id(module))
+    call = None if torch.compiler.is_compiling() else _CALL.get()
+    names: Any = None if call is None else call.copied.get(id(module))
+    if names is None and (call is None or id(module) not in call.copied):
+        names = getattr(module, "sdpt_call_names", None)
     return None if names is None else (args, {**kwargs, "adapter_names": names})

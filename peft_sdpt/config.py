@@ -16,7 +16,7 @@ from peft.utils import PeftType
 
 from .saving import GATES_KEY, LARGEST, LORA_KEYS, PROMPTS_KEY, SavedConfig, Shapes, lora_name, plain_name
 from .version import __version__
-from .wording import printable, quoted
+from .wording import is_control, printable, quoted
 
 INIT_WEIGHTS = (
     "normal",
@@ -255,14 +255,16 @@ class SDPTConfig(SavedConfig):
         return self.fusion_layers_digest is not None and self.fusion_layers_digest == self._digest()
 
     def mark_as_saved(self, has_weights: bool) -> None:
+        if self.fusion_layers is None:
+            return
         if has_weights:
-            # A regular expression of somebody else could run for years, here or where PEFT matches names. The names
-            # that it selected are known, and replace it.
+            # A regular expression of somebody else could run for years, also where PEFT matches names. The names that
+            # it selected are known, and replace it.
             if isinstance(self.target_modules, str) or isinstance(self.exclude_modules, str):
-                self.target_modules, self.exclude_modules = list(self.fusion_layers or ()), None
+                self.target_modules, self.exclude_modules = list(self.fusion_layers), None
             if isinstance(self.lora_target_modules, str):
                 self.lora_target_modules = list(self.lora_layers or ())
-        if self.fusion_layers is not None and (has_weights or self.fusion_layers_digest is None):
+        if has_weights or self.fusion_layers_digest is None:
             self.fusion_layers_digest = self._digest()
 
     def to_dict(self) -> dict[str, Any]:
@@ -407,8 +409,10 @@ class SDPTConfig(SavedConfig):
             self._refuse("peft_sdpt_version", "a version", TypeError)
         for name in ("base_model_name_or_path", "revision"):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, str) and value.isprintable() and len(value) <= MAX_PATH):
-                self._refuse(name, f"None or a name of at most {MAX_PATH} printable letters", TypeError)
+            if not isinstance(value, (str, type(None))):
+                self._refuse(name, "None or a string", TypeError)
+            if value is not None and (len(value) > MAX_PATH or any(map(is_control, value))):
+                self._refuse(name, f"None or at most {MAX_PATH} letters without control characters")
         if not isinstance(self.auto_mapping, (dict, type(None))):
             self._refuse("auto_mapping", "None or a mapping", TypeError)
 

@@ -13,7 +13,7 @@ from peft.tuners._buffer_dict import BufferDict
 from torch import nn
 
 from .inverse import inverse_projection, reachable_basis
-from .weights import WeightState, dense_weight, device_and_dtype, is_adapted, refuse_adapted
+from .weights import WeightState, dense_weight, device_and_dtype, is_adapted, is_trained, refuse_adapted
 
 # A fusion layer joins at most two sequences.
 MAX_SIDES = 2
@@ -104,9 +104,20 @@ class InverseCache(BufferDict):
 
     def up_to_date(self, projections: Sequence[nn.Linear]) -> bool:
         """Return whether no weight has changed since the inverses were computed."""
-        return self._states is not None and all(
-            state.still_holds(projection) for state, projection in zip(self._states, projections, strict=True)
-        )
+        states = self._states
+        if states is None:
+            return False
+        # A weight that was trained is compared by its values. If it is frozen now, its version is enough from now on.
+        was_trained = any(state.has_values for state in states) and not any(map(is_trained, projections))
+        renewed = tuple(WeightState.of(projection) for projection in projections) if was_trained else states
+        if not all(state.still_holds(projection) for state, projection in zip(states, projections, strict=True)):
+            return False
+        self._states = renewed
+        return True
+
+    def forget(self) -> None:
+        """Compute the inverses again when they are needed next."""
+        self._states = None
 
     def before_apply(self, projections: Sequence[nn.Linear]) -> _BeforeApply:
         """Return what `after_apply` needs, before a module with these projections is moved or cast."""

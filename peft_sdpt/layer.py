@@ -22,7 +22,7 @@ from .hosts import FusionHost
 from .initialization import init_prompts, prompt_dim
 from .inverse import to_aligned_space, to_input_space
 from .inverse_cache import InverseCache
-from .weights import TensorState, WeightState, bias_of, device_and_dtype, is_adapted, refuse_adapted
+from .weights import TensorState, WeightState, bias_of, device_and_dtype, is_adapted, is_trained, refuse_adapted
 
 CANNOT_MERGE = (
     "SDPT prompts are extra keys and values of the attention and cannot be merged into weights: keep "
@@ -258,6 +258,9 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
         wanted = active if adapter_names is None else dict.fromkeys(adapter_names)
         names = [name for name in wanted if name in self.sdpt_prompts and scales[name] != 0]
         if not enabled or (not names and adapter_names is None):
+            if not torch.compiler.is_compiling() and any(map(is_trained, self.projections)):
+                # A step may follow, and the weights may be frozen before they are looked at again.
+                self.sdpt_inverses.forget()
             return self.base_layer(*args, **kwargs)
         # A test of values would wait for a GPU in training, and break the graph of torch.compile.
         silent = []

@@ -38,7 +38,6 @@ from .saving import (
     parameters_in,
     plain_name,
     refuse_strangers,
-    shapes_of_saved_modules,
     without_wrappers,
 )
 from .targeting import FusionLayer, Selection, check_fusion_layer, matches, select_fusion_layers
@@ -127,8 +126,7 @@ class SDPTModel(BaseTuner):
         if config.belongs_to_base_model:
             fitting = dataclasses.replace(config, **filled_in)
             check_base_model(found=config.parameter_shapes() or {}, expected=fitting.parameter_shapes() or {})
-            if config.saved_modules is not None:
-                check_base_model(config.saved_modules, shapes_of_saved_modules(model, config.modules_to_save or ()))
+            config.check_saved_modules(model)
         _refuse_more_than_base_model(model, dataclasses.replace(config, **filled_in))
         _refuse_modules_to_save(model, config)
         refuse_modules_to_save_with_lora(model, config)
@@ -144,24 +142,34 @@ class SDPTModel(BaseTuner):
                 setattr(config, name, value)
             config.fusion_layers_digest = None
         self.peft_config[adapter_name] = config
-        before = list(self._layers)
-        try:
+        with self._undone_after_an_error(model, adapter_name):
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-        except BaseException:  # for instance if the memory is full; the base model must stay unchanged
-            for attached in self._layers:
-                attached.delete_adapter(adapter_name)
-            for parent, child_name, child in self._replaced:
-                setattr(parent, child_name, child)
-            self._layers = before
-            raise
-        finally:
-            self._replaced.clear()
         for name, layer in layers.items():
             for part in layer.parts:
                 if isinstance(module := model.get_submodule(part), SharedSDPTLayer):
                     first = model.get_submodule(name)
                     assert isinstance(first, SDPTLayer)
                     module.share(first)
+
+    @contextmanager
+    def _undone_after_an_error(self, model: nn.Module, adapter_name: str) -> Iterator[None]:
+        """Restore the base model after any error in this context, for instance because the memory is full."""
+        before = list(self._layers)
+        layers = [module for module in model.modules() if isinstance(module, (SDPTLayer, SDPTLoraLayer))]
+        had_it = [layer for layer in layers if adapter_name in layer.sdpt_scale]
+        try:
+            yield
+        except BaseException:
+            self.peft_config.pop(adapter_name, None)
+            for layer in self._layers:
+                if layer not in had_it:
+                    layer.delete_adapter(adapter_name)
+            for parent, child_name, child in self._replaced:
+                setattr(parent, child_name, child)
+            self._layers = before
+            raise
+        finally:
+            self._replaced.clear()
 
     def _set_targets(self, selection: Selection) -> None:
         """Store what PEFT is told about each module while it walks through the base model."""
@@ -172,6 +180,10 @@ class SDPTModel(BaseTuner):
                 self._specs[part] = self._specs[_name_in_peft(part)] = (layer.spec, part == name)
         self._targets = _part_names(selection.layers)
         self._excluded = _part_names(selection.excluded)
+
+    def _check_tied_modules(self, model: nn.Module, peft_config: SDPTConfig) -> None:
+        # PEFT would match the expression in `target_modules` with names of embeddings, without a time limit.
+        super()._check_tied_modules(model, dataclasses.replace(peft_config, target_modules=None))
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         return peft_config
@@ -204,6 +216,8 @@ class SDPTModel(BaseTuner):
             spec, holds_prompts = self._specs[current_key]
             layer_class = SDPTLayer if holds_prompts else SharedSDPTLayer
             layer = layer_class(target, spec, adapter_name, peft_config, side=spec.side_of(current_key))
+        # Another thread may call the model before PEFT sets the active adapters of the new layer.
+        layer._active_adapter = self.active_adapters
         self._replace_module(parent, target_name, layer, target)
         self._replaced.append((parent, target_name, target))
         self._layers.append(layer)
@@ -496,9 +510,9 @@ class SDPTModel(BaseTuner):
         rest = {key: value for key, value in state_dict.items() if parameter_of(key, adapter_name) is None}
         of_copies = f".modules_to_save.{adapter_name}."
         copies = {without_wrappers(key) for key in current if of_copies in key}
-        # Parameters of other adapters match no key, and PEFT reports them as unexpected.
-        strangers = (key for key in rest if without_wrappers(key) not in copies and not _is_of_other_adapter(key))
-        refuse_strangers(strangers, f"adapter {adapter_name!r}")
+        # A state dict may have parameters of other adapters. They are not loaded.
+        rest = {key: value for key, value in rest.items() if not _is_of_other_adapter(key)}
+        refuse_strangers((key for key in rest if without_wrappers(key) not in copies), f"adapter {adapter_name!r}")
         check_numbers(parameters, rest, f"adapter {adapter_name!r}")
         remapped: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, rest

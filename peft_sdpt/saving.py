@@ -52,12 +52,13 @@ class SavedConfig(PeftConfig):
     """A config that checks the weights beside it when it is loaded, and completes the model card when it is saved.
 
     Attributes:
-        saved_modules: Shape of each tensor of `modules_to_save` in the weights beside the config, by its plain name.
-            None if the config was not loaded, or has no weights beside it.
+        saved_modules: The value of `modules_to_save` when the config was loaded, and the shape of each tensor of these
+            modules in the weights beside it, by its plain name. None if the config was not loaded, or has no weights
+            beside it.
     """
 
     modules_to_save: list[str] | None = None
-    saved_modules: Shapes | None = None
+    saved_modules: tuple[list[str], Shapes] | None = None
 
     @classmethod
     def from_pretrained(
@@ -95,10 +96,24 @@ class SavedConfig(PeftConfig):
         Raises:
             ValueError: See `check_weights`.
         """
-        self.saved_modules = check_weights(
-            path, subfolder, self.parameter_shapes(), self.modules_to_save or (), **download
-        )
-        self.mark_as_saved(has_weights=self.saved_modules is not None)
+        modules = self.modules_to_save or []
+        shapes = check_weights(path, subfolder, self.parameter_shapes(), modules, **download)
+        self.saved_modules = None if shapes is None else (list(modules), shapes)
+        self.mark_as_saved(has_weights=shapes is not None)
+
+    def check_saved_modules(self, model: nn.Module) -> None:
+        """Check that the weights beside the config hold the modules of a base model that `modules_to_save` names.
+
+        Args:
+            model: The base model.
+
+        Raises:
+            ValueError: A tensor is missing, surplus or of another shape.
+        """
+        # If the field was changed after loading, the modules are new ones.
+        if self.saved_modules is not None and self.saved_modules[0] == (self.modules_to_save or []):
+            modules, shapes = self.saved_modules
+            check_base_model(found=shapes, expected=shapes_of_saved_modules(model, modules))
 
     def mark_as_saved(self, has_weights: bool) -> None:
         """Mark the config as one that belongs to the base model of a saved adapter.
@@ -163,7 +178,7 @@ def parameter_of(key: str, adapter_name: str | None = None) -> str | None:
     """
     for kind in PARAMETER_KEYS:
         layer, found, suffix = key.rpartition(kind)
-        if found and suffix in ("", f".{adapter_name}"):
+        if found and suffix in ("", "" if adapter_name is None else f".{adapter_name}"):
             return (lora_name(layer) if kind in LORA_KEYS else plain_name(layer)) + kind
     return None
 
@@ -223,16 +238,22 @@ def check_weights(
     path = os.path.join(adapter, subfolder) if subfolder else adapter
     named = f"SDPT adapter {quoted(path, MAX_NAME)}"
     with _loading(named):
-        file = _weights_file(adapter, subfolder, **download)
-    if file is None:
+        files = _weights_files(adapter, subfolder, **download)
+    if not files:
         return None
-    with _loading(named, file):
-        shapes = _shapes_in(file)
     if expected is None:
         raise ValueError(
             f"The config of the {named} does not name its fusion layers (fusion_layers is None), as the config of a "
             "saved adapter does, and nothing was put on the base model."
         )
+    shapes = [_check_file(file, named, expected, modules_to_save) for file in files]
+    return shapes[0]
+
+
+def _check_file(file: str, named: str, expected: Shapes, modules_to_save: Sequence[str]) -> Shapes:
+    """Check a file with weights. See `check_weights`."""
+    with _loading(named, file):
+        shapes = _shapes_in(file)
     wrapped = [key for key in shapes if parameter_of(key) is None and without_wrappers(key) != key]
     if wrapped:
         raise ValueError(
@@ -246,7 +267,14 @@ def check_weights(
             f"(expected: what the config names, found: what the weights have). {differences}."
         )
     rest = {key: shape for key, shape in shapes.items() if parameter_of(key) is None}
-    refuse_strangers((key for key in rest if not _is_in_modules(plain_name(key), modules_to_save)), named)
+    # PEFT looks for the tensors of `modules_to_save` under exactly these names.
+    strangers = (
+        key
+        for key in rest
+        if not _is_in_modules(plain_name(key), modules_to_save)
+        or key.removeprefix("base_model.model.") != plain_name(key)
+    )
+    refuse_strangers(strangers, named)
     with _loading(named, file):
         values = _values_in(file)
     check_numbers(
@@ -366,29 +394,30 @@ def check_numbers(parameters: Mapping[str, torch.Tensor], others: Mapping[str, t
         )
 
 
-def _weights_file(adapter: str, subfolder: str | None, **download: Any) -> str | None:
-    """Return the path of the file that PEFT will load, fetched from the Hub if necessary. None if it does not exist."""
+def _weights_files(adapter: str, subfolder: str | None, **download: Any) -> list[str]:
+    """Return the paths of the weights, first the file that PEFT loads, which is fetched from the Hub if necessary.
+
+    A folder may have weights in both formats, and transformers loads the other one with `use_safetensors=False`.
+    """
     folder = os.path.join(adapter, subfolder or "")
     names = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
-    for name in names:
-        if os.path.exists(os.path.join(folder, name)):
-            return os.path.join(folder, name)
-    if os.path.isdir(folder):
-        return None
+    files = [file for name in names if os.path.exists(file := os.path.join(folder, name))]
+    if files or os.path.isdir(folder):
+        return files
     offline: LocalEntryNotFoundError | None = None
     for name in names:
         if constants.HF_HUB_OFFLINE and subfolder:
             # PEFT 0.21 looks for subfolder/subfolder/... when it is offline, and would fail later.
             name = f"{subfolder}/{name}"
         try:
-            return hf_hub_download(adapter, name, subfolder=subfolder, **download)
+            return [hf_hub_download(adapter, name, subfolder=subfolder, **download)]
         except LocalEntryNotFoundError as error:  # the Hub cannot be reached, and the cache does not have the file
             offline = error
         except EntryNotFoundError:
             continue
     if offline is not None:
         raise offline
-    return None
+    return []
 
 
 def _shapes_in(file: str) -> Shapes:

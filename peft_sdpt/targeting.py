@@ -8,7 +8,8 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from peft.utils.other import AuxiliaryTrainingWrapper, match_target_against_key
+import regex
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .config import SDPTConfig
@@ -18,6 +19,10 @@ from .initialization import prompt_dim
 from .layer import SDPTLayer
 from .saving import plain_name
 from .weights import refuse_adapted, refuse_not_finite, refuse_out_of_reach
+from .wording import quoted
+
+# Seconds that a regular expression may take on the name of one module. A usual one takes microseconds.
+MATCHING_TIME = 1.0
 
 
 @dataclass
@@ -191,12 +196,20 @@ def matches(targets: list[str] | str | None, name: str) -> bool:
     """Return whether a module has one of these names or ends of names, or fits this regular expression.
 
     What wrappers add to names does not count.
+
+    Raises:
+        ValueError: The expression takes more than a second on one name. It may come from somebody else's config.
     """
     name = plain_name(name)
     if targets is None:
         return False
     if isinstance(targets, str):
-        return bool(match_target_against_key(targets, name))
+        try:
+            # As in PEFT, and with a limit, which `re` does not have.
+            return regex.fullmatch(targets, name, timeout=MATCHING_TIME) is not None
+        except (regex.error, TimeoutError) as error:
+            reason = "takes too long" if isinstance(error, TimeoutError) else f"is not valid ({error})"
+            raise ValueError(f"the regular expression {quoted(targets)} {reason} on the name '{name}'") from None
     return any(name == target or name.endswith(f".{target}") for target in map(plain_name, targets))
 
 

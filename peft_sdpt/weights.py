@@ -113,6 +113,11 @@ class WeightState(NamedTuple):
         stored = _stored(projection)
         return cls(TensorState.of(stored) if _is_plain(stored) else stored, _merged(projection))
 
+    @property
+    def has_values(self) -> bool:
+        """Whether the values of the weight are part of the state."""
+        return isinstance(self.stored, TensorState) and self.stored.values is not None
+
     @staticmethod
     def is_certain(projection: nn.Linear) -> bool:
         """Return whether changes in place are detected. For quantised and sharded weights, they are not."""
@@ -136,6 +141,11 @@ def _stored(projection: nn.Linear) -> Any:
 def _is_plain(stored: Any) -> bool:
     """Return whether PyTorch counts changes of this tensor. Quantised and sharded weights are compared by identity."""
     return type(stored) in (torch.Tensor, nn.Parameter) and not hasattr(stored, "ds_id")
+
+
+def is_trained(projection: nn.Linear) -> bool:
+    """Return whether a training step may change the weight of a projection."""
+    return bool(getattr(_stored(projection), "requires_grad", False))
 
 
 def _merged(projection: nn.Linear) -> tuple[str, ...]:

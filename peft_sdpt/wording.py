@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable
 from typing import Any
 
@@ -54,6 +55,14 @@ def shorten(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1].rstrip() + "…"
 
 
+def is_control(letter: str) -> bool:
+    """Return whether a letter is a control character, or half of a surrogate pair.
+
+    Joiners are neither, because Persian words and emoji need them.
+    """
+    return unicodedata.category(letter) in ("Cc", "Cs")
+
+
 def printable(text: str, length: int | None = None) -> str:
     """Return a text as one line that can be printed anywhere.
 
@@ -68,9 +77,9 @@ def printable(text: str, length: int | None = None) -> str:
         >>> printable("a\\n b\\x1b[31m\\ud800")
         'a b\\\\x1b[31m\\\\ud800'
     """
-    if length is not None:
-        text = text[: 2 * length]  # so that a very long text takes no time
-    line = " ".join(text.split())
+    # With a limit, a very long text takes little time.
+    line = " ".join(text.split() if length is None else text.split(maxsplit=length)[: length + 1])
+    line = line if length is None else line[: length + 1]
     line = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in line)
     return line if length is None else shorten(line, length)
 
@@ -86,7 +95,7 @@ def quoted(value: Any, length: int = MAX_QUOTED) -> str:
         >>> quoted("a\\n" * 1000, 12), quoted([1, 2])
         ("'a\\\\na\\\\na\\\\n…", '[1, 2]')
     """
-    if isinstance(value, str | bytes):
+    if isinstance(value, str | bytes | list | tuple):
         value = value[: length + 1]
     try:
         text = repr(value)

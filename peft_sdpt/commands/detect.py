@@ -338,13 +338,12 @@ def prepare_results(args: argparse.Namespace, base_model: str, adapters: list[Sa
     detectors: list[SavedAdapter | None] = [*adapters] or [None]
     for adapter in detectors:
         if args.class_names:
-            class_names = [name for text in args.class_names for name in split_caption(text)]
+            class_names = [clean_name(name) for text in args.class_names for name in split_caption(text)]
         elif adapter:
             with hint("Pass --class_names."):
                 class_names = read_class_names(adapter)
         else:
             raise InputError("--class_names: is needed without an --adapter that has class names.")
-        class_names = [clean_name(name) for name in class_names]
         processor = load_processor(adapter, base_model)
         if not class_names:
             raise InputError(f"{adapter.source if adapter else '--class_names'}: has no class name.")

@@ -14,7 +14,6 @@ score a class by its own tokens.
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..wording import enumerated, quoted
+from ..wording import enumerated, is_control, quoted
 
 # [CLS], [SEP], ".", "?" and [PAD]: Grounding DINO in transformers hard-codes these ids as the borders of phrases.
 BORDER_TOKEN_IDS = (101, 102, 1012, 1029, 0)
@@ -99,9 +98,7 @@ def clean_name(name: str) -> str:
         >>> clean_name("red\\n cell\\x1b ")
         'red cell'
     """
-    # Cc are control characters, and Cs are halves of surrogate pairs. Joiners (Cf) are kept, because Persian words and
-    # emoji need them.
-    kept = (letter for letter in name if letter.isspace() or unicodedata.category(letter) not in ("Cc", "Cs"))
+    kept = (letter for letter in name if letter.isspace() or not is_control(letter))
     return " ".join("".join(kept).split())
 
 

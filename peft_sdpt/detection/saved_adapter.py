@@ -24,6 +24,7 @@ from ..files import read_json, whole_files
 from ..model_card import CARD, carry_card, code, literal, write_licence, write_section
 from ..wording import printable, quoted
 from .base_models import not_a_detector, refuse_adapter_folder
+from .grounding import clean_name
 
 CLASS_NAMES_FILE = "class_names.json"
 THRESHOLD_FILE = "detection.json"
@@ -301,7 +302,7 @@ def read_class_names(adapter: SavedAdapter) -> list[str]:
         The names, in the order of training.
 
     Raises:
-        InputError: The file is missing, or is not a list of names in JSON, each of them one line of text.
+        InputError: The file is missing, or is not a list of names in JSON, or a name in it is empty or too long.
     """
     file = adapter.folder / CLASS_NAMES_FILE
     if not file.is_file():
@@ -310,9 +311,9 @@ def read_class_names(adapter: SavedAdapter) -> list[str]:
     if not isinstance(class_names, list) or not all(isinstance(name, str) for name in class_names):
         raise InputError(f"{file}: must be a JSON list of names.")
     for name in class_names:
-        if not name.strip() or not name.isprintable() or len(name) > MAX_CLASS_NAME:
-            raise InputError(f"{file}: a name must be one line of text with at most 1,000 letters, got {quoted(name)}.")
-    return class_names
+        if not clean_name(name) or len(name) > MAX_CLASS_NAME:
+            raise InputError(f"{file}: a name must have at least one letter and at most 1,000, got {quoted(name)}.")
+    return [clean_name(name) for name in class_names]
 
 
 def read_threshold(adapter: SavedAdapter, default: float | None = None) -> float | None:

@@ -440,7 +440,7 @@ def test_a_state_dict_of_several_adapters_loads_the_one_that_is_named():
     state = {key: value for key, value in model.state_dict().items() if key in keys}
     other = attach(make_host(), seed=3)
     result = set_peft_model_state_dict(other, state)
-    assert len(result.unexpected_keys) == 4 and all(key.endswith(".second") for key in result.unexpected_keys)
+    assert not result.unexpected_keys
     assert torch.equal(run(other), run(model))
     twice = get_peft_model_state_dict(model)
     twice |= {f"module.{key}": value + 1 for key, value in twice.items()}

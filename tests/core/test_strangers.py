@@ -178,6 +178,42 @@ def test_without_the_adapter_the_base_model_is_as_before(folder):
         assert all(torch.equal(value, weights[key]) for key, value in base_weights(host).items())
 
 
+def test_a_tensor_of_another_adapter_is_not_loaded(tmp_path):
+    model = attach(make_host())
+    model.add_adapter("other", acting())
+    model.save_pretrained(tmp_path)
+    before = {key: value.clone() for key, value in model.state_dict().items() if key.endswith(".other")}
+    change_weights(tmp_path, **{f"{PROMPTS}.other": torch.full((20, REACHED), 5.0)})
+    model.load_adapter(tmp_path, adapter_name="default")
+    assert before and all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+    check_refused(tmp_path, "from_pretrained", "declare")
+
+
+@pytest.mark.parametrize("key", [f"{PROMPTS}.None", f"{PREFIX}{PREFIX}model.enc_output.weight"])
+def test_keys_that_peft_could_not_load_are_refused_first(key, folder):
+    weights = load_file(folder / WEIGHTS)
+    old = PROMPTS if "prompts" in key else f"{PREFIX}model.enc_output.weight"
+    weights[key] = weights.pop(old)
+    save_file(weights, folder / WEIGHTS)
+    check_refused(folder, "from_pretrained", "do not fit|declare")
+
+
+def test_weights_in_both_formats_are_checked(folder):
+    """transformers loads the other file with `use_safetensors=False`."""
+    weights = load_file(folder / WEIGHTS)
+    torch.save(weights, folder / "adapter_model.bin")
+    PeftModel.from_pretrained(make_host(), folder)
+    torch.save(weights | {f"{PREFIX}bbox_embed.0.layers.2.bias": torch.full((4,), 9.0)}, folder / "adapter_model.bin")
+    check_refused(folder, "transformers", "declare")
+
+
+@pytest.mark.parametrize("modules", [None, ["model.enc_output_norm"]])
+def test_other_modules_to_save_make_a_new_adapter_of_the_same_base_model(modules, folder):
+    config = PeftConfig.from_pretrained(folder)
+    config.modules_to_save = modules
+    run(get_peft_model(make_host(), config))
+
+
 def test_a_state_dict_of_the_whole_model_is_no_adapter():
     model = attach(make_host())
     with pytest.raises(ValueError, match="tensors that its config does not declare, and nothing was loaded"):
@@ -319,6 +355,18 @@ def test_the_layers_that_an_expression_has_selected_are_loaded(tmp_path):
         assert adapted_layers(loaded) == [PREFIX + LAYERS[1]] and torch.equal(run(loaded), run(model))
 
 
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "lora_target_modules"])
+def test_an_expression_beside_no_weights_has_a_time_limit(field, tmp_path):
+    """Whoever wrote it: names of modules take microseconds to match."""
+    options = {"lora_rank": 1} if field.startswith("lora") else {}
+    SDPTConfig(**{field: r"((?:[a-z0-9._]|[a-z])+)+[!?]"}, **options).save_pretrained(tmp_path)
+    host = make_host()
+    before = snapshot(host)
+    with time_bound(), pytest.raises(ValueError, match=r"the regular expression '.*' takes too long on the name '"):
+        PeftModel.from_pretrained(host, str(tmp_path))
+    assert snapshot(host) == before
+
+
 @pytest.mark.parametrize(
     "pattern", ["(" * 10_000, "a{99999999999999999999}", "[", "(?P<n>)(?P<n>)"], ids=lambda p: p[:9]
 )
@@ -387,6 +435,29 @@ def test_an_injection_that_fails_in_the_middle_is_undone(monkeypatch):
         model.add_adapter("second", acting())
     assert list(model.peft_config) == ["default"] and torch.equal(run(model), tuned)
     model.add_adapter("second", acting())
+
+
+def fail(*_):
+    raise MemoryError
+
+
+def test_a_combination_that_fails_in_the_middle_is_undone(monkeypatch):
+    model = attach(make_host())
+    monkeypatch.setattr("peft_sdpt.layer.init_prompts", fail)
+    with pytest.raises(MemoryError):
+        model.add_weighted_adapter(["default"], [1.0], "c")
+    monkeypatch.undo()
+    model.add_weighted_adapter(["default"], [1.0], "c")
+
+
+def test_an_adapter_that_cannot_be_replaced_stays(monkeypatch):
+    host = inject_adapter_in_model(acting(num_virtual_tokens=4), make_host())
+    layers = adapted_layers(host)
+    monkeypatch.setattr("peft_sdpt.layer.init_prompts", fail)
+    with pytest.raises(MemoryError):
+        inject_adapter_in_model(acting(num_virtual_tokens=4), host)
+    assert adapted_layers(host) == layers and all("default" in host.get_submodule(name).sdpt_prompts for name in layers)
+    run(host)
 
 
 # ---- names of adapters

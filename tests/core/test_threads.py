@@ -152,6 +152,42 @@ def test_an_adapter_can_be_added_while_others_are_used():
     assert at_once(repeated(lambda: run(model, adapter_names=MIXES[3]), want), add) == [0, 0]
 
 
+def test_an_adapter_with_other_layers_can_be_added_during_a_call(monkeypatch):
+    """Without luck: a call in the middle of the injection."""
+    model = attach(make_host(), layers_to_transform=[0], prompt_gate=None)
+    want, found = run(model), []
+    replace = type(model.base_model)._replace_module
+
+    def replace_and_call(self, *args):
+        replace(self, *args)
+        found.append(run(model))
+
+    monkeypatch.setattr(type(model.base_model), "_replace_module", replace_and_call)
+    model.add_adapter("b", acting(prompt_gate=None))
+    assert len(found) == 1 and torch.equal(found[0], want) and torch.equal(run(model), want)
+
+
+def test_a_thread_or_replica_of_the_base_model_takes_the_names():
+    """The base model may call a fusion layer in a thread of its own, or a replica of it."""
+    model = several()
+    want = run(model, adapter_names=MIXES[3])
+    layer = model.base_model.model.get_submodule(LAYERS[1])
+    forward = layer.forward
+
+    def in_a_thread(*args, **kwargs):
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(torch.no_grad()(forward), *args, **kwargs).result(PATIENCE)
+
+    def in_a_replica(*args, **kwargs):
+        replica = shallow_copy(layer)
+        del replica.__dict__["forward"]
+        return replica(*args, **kwargs)
+
+    for call in (in_a_thread, in_a_replica):
+        layer.forward = call
+        assert torch.equal(run(model, adapter_names=MIXES[3]), want)
+
+
 def test_a_model_inside_another_is_called_with_its_own_adapters():
     """An example is a teacher that a module of the student calls."""
     inner, outer = several(), several()

@@ -6,6 +6,7 @@ Fused optimizers of PyTorch 2.13 write to parameters without raising their versi
 """
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -73,13 +74,19 @@ def test_evaluation_between_and_after_steps(options, projections, optimizer):
 
 
 @pytest.mark.parametrize("optimizer", ["AdamW, fused", "by data"])
-def test_training_and_then_freezing(optimizer):
+@pytest.mark.parametrize("disabled", [False, True])
+@pytest.mark.parametrize("loaded", [False, True])
+def test_training_and_then_freezing(loaded, disabled, optimizer, tmp_path):
     model = attach(make_host())
+    if loaded:
+        model.save_pretrained(tmp_path)
+        model = PeftModel.from_pretrained(make_host(), tmp_path)
     run(model)
     steps = OPTIMIZERS[optimizer](trained(model, projections=True))
     for _ in range(2):
         model.train()
-        backward(model)
+        with model.disable_adapter() if disabled else nullcontext():
+            backward(model)
         steps.step()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -137,3 +144,11 @@ def test_frozen_projections_are_inverted_once(monkeypatch):
         backward(model)
         steps.step()
         run(model)
+
+
+def test_frozen_projections_are_not_compared_by_their_values():
+    """Not after the first forward: PEFT freezes the weights after the inverses were computed."""
+    model = attach(make_host())
+    run(model)
+    layers = [layer for layer in model.modules() if isinstance(layer, SDPTLayer)]
+    assert layers and not any(state.has_values for layer in layers for state in layer.sdpt_inverses._states)

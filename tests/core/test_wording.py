@@ -47,3 +47,5 @@ def test_white_space_and_control_characters_are_printable():
     assert printable("a\x1b[31m\ud800\x00") == "a\\x1b[31m\\ud800\\x00"
     assert printable("grün 細胞") == "grün 細胞"
     assert printable("abcdef", 4) == "abc…"
+    assert printable(" " * 200 + "the message", 80) == "the message"
+    assert printable("a" * 10**7, 5) == "aaaa…" and len(printable("a b " * 10**6, 100)) == 100

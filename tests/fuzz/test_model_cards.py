@@ -26,7 +26,7 @@ from peft_sdpt.model_card import (
     write_licence,
     write_section,
 )
-from peft_sdpt.wording import printable
+from peft_sdpt.wording import is_control, printable
 from tests.helpers.cards import read_card
 from tests.helpers.detectors import ROOT
 from tests.helpers.fuzz import BAD_STRINGS, json_values, time_bound
@@ -101,12 +101,16 @@ def is_hub_id(name: str) -> bool:
 )
 def test_any_names_in_a_card(class_names, data_set, split, base_model, source, modules, licence):
     modules = [name for name in modules if name]
+    # A config takes no control characters.
+    base_model, revision = (
+        "".join(letter for letter in each if not is_control(letter)) for each in (base_model, source)
+    )
     with time_bound(), tempfile.TemporaryDirectory() as folder:
         card = Path(folder, "README.md")
         card.write_text("---\nlibrary_name: peft\n---\n")
         config = SDPTConfig(
             base_model_name_or_path=base_model,
-            revision=source,
+            revision=revision,
             modules_to_save=modules or None,
             auto_mapping={"parent_library": "transformers.x", "base_model_class": data_set},
         )
@@ -114,7 +118,7 @@ def test_any_names_in_a_card(class_names, data_set, split, base_model, source, m
         threshold = {"threshold": 0.3, "f1": 0.5, "precision": 0.5, "recall": 0.5, "split": split}
         write_threshold(folder, processor(), class_names, threshold, source)
         results = [describe_best(data_set, split, {"AP": 0.5, "AP50": 0.6, "AP75": 0.4, "step": 3})]
-        results.append(describe_last("four images", record(class_names)))
+        results.append(describe_last("four images", record(class_names), ["report.png"]))
         write_section(card, "results", "\n\n".join(results))
         write_licence(card, licence_of(folder) or {"license": "other", "license_name": "mine"})
         before = card.read_text(encoding="utf-8")
