@@ -34,6 +34,8 @@ PROMPT_GATES = ("zero",)
 ATTN_IMPLEMENTATIONS = ("fused", "eager")
 # Largest number of letters of a path on Linux.
 MAX_PATH = 4096
+# Each module of the base model is compared with each name in a field.
+MAX_NAMES = 1000
 # Fields with names of modules: a list, or a regular expression.
 _NAME_FIELDS = ("target_modules", "exclude_modules", "lora_target_modules")
 # Fields that determine which prompts an adapter has, and what their entries mean.
@@ -444,8 +446,8 @@ class SDPTConfig(SavedConfig):
         value = getattr(self, name)
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             self._refuse(name, "a list of module names", TypeError)
-        if not value or not all(value):
-            self._refuse(name, "a non-empty list of non-empty names")
+        if not value or not all(value) or len(value) > MAX_NAMES:
+            self._refuse(name, f"a non-empty list of at most {MAX_NAMES} non-empty names")
 
     def _refuse(self, name: str, rule: str, error: type[Exception] = ValueError) -> NoReturn:
         raise error(f"SDPTConfig.{name} must be {rule}, got {quoted(getattr(self, name))}")

@@ -59,7 +59,10 @@ def read_json(file: str | os.PathLike) -> Any:
         value = json.loads(content)
         if _SURROGATE.search(content):
             json.dumps(value, ensure_ascii=False).encode()
-    except (RecursionError, ValueError) as error:  # half of a surrogate pair raises a UnicodeEncodeError
+    except UnicodeEncodeError as error:
+        letter = printable(error.object[error.start])
+        raise InputError(f"{_named(file)}: has {letter}, half of a surrogate pair, which is not text.") from None
+    except (RecursionError, ValueError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else printable(str(error), 200)
         raise InputError(f"{_named(file)}: not JSON ({reason}).") from None
     return value
@@ -216,6 +219,7 @@ def whole_files(folder: str | os.PathLike) -> Iterator[Path]:
     """
     folder = Path(folder)
     unfinished = folder / f"files{UNFINISHED}"
+    is_new = not folder.exists()
     try:
         with _writing(folder):
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -227,6 +231,9 @@ def whole_files(folder: str | os.PathLike) -> Iterator[Path]:
                 os.replace(file, folder / file.name)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+        if is_new:
+            with contextlib.suppress(OSError):  # it has files
+                folder.rmdir()
 
 
 def publish_folder(unfinished: Path, folder: Path) -> None:

@@ -24,6 +24,7 @@ from .layer import CANNOT_MERGE, SDPTLayer
 from .saving import lora_name, plain_name
 from .targeting import matches, open_modules, outside_saved
 from .weights import device_and_dtype
+from .wording import quoted
 
 # The projections of attention and the feed-forward networks in the encoder and the decoder of Grounding DINO and MM
 # Grounding DINO. `value_proj` and `output_proj` belong to deformable attention.
@@ -190,7 +191,7 @@ def select_lora_layers(
                     f"and decoder, and so '{lora_name(name)}', {reason} Name other layers in lora_target_modules."
                 )
             raise ValueError(
-                f"SDPTConfig.lora_target_modules={targets!r} matches '{lora_name(name)}', {reason} Leave it out."
+                f"SDPTConfig.lora_target_modules={quoted(targets)} matches '{lora_name(name)}', {reason} Leave it out."
             )
         # Wrappers such as `torch.compile` come before what they wrap, which is the layer itself.
         layers[lora_name(name)] = name, _size(_inner(module))
@@ -209,7 +210,7 @@ def select_lora_layers(
             if not any(matches(target if isinstance(targets, str) else [target], name) for name in layers)
         ]
         if missing:
-            raise ValueError(f"SDPTConfig.lora_target_modules: {missing} matches no module{outside}.")
+            raise ValueError(f"SDPTConfig.lora_target_modules: {quoted(missing)} matches no module{outside}.")
     return dict(layers.values())
 
 
@@ -222,8 +223,8 @@ def refuse_modules_to_save_with_lora(model: nn.Module, config: SDPTConfig) -> No
     for name, module in model.named_modules():
         if matches(config.modules_to_save, name) and any(isinstance(part, SDPTLoraLayer) for part in module.modules()):
             raise ValueError(
-                f"SDPTConfig.modules_to_save={config.modules_to_save} names '{lora_name(name)}', which has the LoRA "
-                "part of another SDPT adapter. Put these two adapters on different copies of the base model."
+                f"SDPTConfig.modules_to_save={quoted(config.modules_to_save)} names '{lora_name(name)}', which has the "
+                "LoRA part of another SDPT adapter. Put these two adapters on different copies of the base model."
             )
 
 

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import math
 import numbers
+import os
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -28,6 +29,7 @@ from .layer import CANNOT_MERGE, SDPTLayer, SharedSDPTLayer
 from .lora import SDPTLoraLayer, refuse_lora_on_inverted, refuse_modules_to_save_with_lora, select_lora_layers
 from .saving import (
     LORA_KEYS,
+    MAX_NAME,
     PARAMETER_KEYS,
     PROMPTS_KEY,
     check_base_model,
@@ -41,10 +43,17 @@ from .saving import (
     without_wrappers,
 )
 from .targeting import FusionLayer, Selection, check_fusion_layer, matches, select_fusion_layers
-from .wording import quoted
+from .wording import is_control, quoted
 
 # An adapter may have this many parameters (40 MB in float32), even if the base model has fewer.
 SMALL = 10_000_000
+# Names with a meaning in PEFT, and attributes of the containers that PyTorch keeps parameters and modules in.
+_TAKEN = {
+    *(BASE, "base_layer", "modules_to_save", "original_module"),
+    *(kind.removeprefix(".") for kind in PARAMETER_KEYS),
+    *dir(nn.ParameterDict()),
+    *dir(nn.ModuleDict()),
+}
 # Containers without a forward, which PEFT refuses in `modules_to_save`.
 _CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
@@ -341,8 +350,8 @@ class SDPTModel(BaseTuner):
                 )
         if config.modules_to_save:
             raise ValueError(
-                f"adapter_name={adapter_name!r}: an adapter with modules_to_save={config.modules_to_save} cannot be "
-                "scaled, because modules that are trained whole have no gates"
+                f"adapter_name={adapter_name!r}: an adapter with modules_to_save={quoted(config.modules_to_save)} "
+                "cannot be scaled, because modules that are trained whole have no gates"
             )
         with SWITCHING:
             for layer in self._layers:
@@ -541,11 +550,19 @@ def check_adapter_name(adapter_name: str) -> None:
     """
     # PyTorch stores parameters as attributes of a container, which has methods such as "keys". It separates the names
     # of modules by full stops.
-    taken = (BASE, "base_layer", "modules_to_save", "original_module", *dir(nn.ParameterDict()), *dir(nn.ModuleDict()))
-    if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name or adapter_name in taken:
+    if (
+        not isinstance(adapter_name, str)
+        or not adapter_name
+        or "." in adapter_name
+        or adapter_name in _TAKEN
+        # An adapter is saved to a folder of its name.
+        or len(adapter_name) > MAX_NAME
+        or os.path.isabs(adapter_name)
+        or any(map(is_control, adapter_name))
+    ):
         raise ValueError(
             f"adapter_name must be a name without full stops that has no meaning in PyTorch or PEFT, as {BASE!r} and "
-            f"'keys' have; got {quoted(adapter_name)}"
+            f"'keys' have, and can be the name of a folder; got {quoted(adapter_name)}"
         )
 
 
@@ -626,12 +643,12 @@ def _refuse_modules_to_save(model: nn.Module, config: SDPTConfig) -> None:
             continue
         if isinstance(module, _CONTAINERS):
             raise TypeError(
-                f"SDPTConfig.modules_to_save={config.modules_to_save} names '{name}', which is a "
+                f"SDPTConfig.modules_to_save={quoted(config.modules_to_save)} names '{name}', which is a "
                 f"{type(module).__name__}. PEFT cannot save such a container: name the modules in it."
             )
         if "_orig_mod" in name or isinstance(module, OptimizedModule):
             raise ValueError(
-                f"SDPTConfig.modules_to_save={config.modules_to_save} names '{name}', which is compiled. PEFT would "
-                "save and load it under the name that torch.compile gives it. Attach or load the adapter first, and "
-                "compile the model then."
+                f"SDPTConfig.modules_to_save={quoted(config.modules_to_save)} names '{name}', which is compiled. PEFT "
+                "would save and load it under the name that torch.compile gives it. Attach or load the adapter first, "
+                "and compile the model then."
             )

@@ -317,7 +317,7 @@ def _is_in_modules(parameter: str, modules: Sequence[str]) -> bool:
 
 def _is_saved_module(name: str, modules: Sequence[str]) -> bool:
     """Return whether PEFT trains and saves a module whole, by the rule of `peft.utils.other._set_trainable`."""
-    return any(name.endswith(module) for module in modules)
+    return name.endswith(tuple(modules))
 
 
 def shapes_of_saved_modules(model: nn.Module, modules: Sequence[str]) -> Shapes:
@@ -390,7 +390,8 @@ def check_numbers(parameters: Mapping[str, torch.Tensor], others: Mapping[str, t
     if bad:
         raise ValueError(
             f"The weights of the {named} are damaged, and nothing was loaded: all numbers must be finite, and those of "
-            f"prompts, gates and LoRA matrices at most {LARGEST:g} in size. This does not hold for {enumerated(bad)}."
+            f"prompts, gates and LoRA matrices floating-point numbers of at most {LARGEST:g}. "
+            f"This does not hold for {enumerated(bad)}."
         )
 
 

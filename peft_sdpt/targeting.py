@@ -67,7 +67,7 @@ class Selection:
 
 def outside_saved(config: SDPTConfig) -> str:
     """Return what messages say about the modules that are not looked at, because `modules_to_save` names them."""
-    return f" outside of modules_to_save={config.modules_to_save}" if config.modules_to_save else ""
+    return f" outside of modules_to_save={quoted(config.modules_to_save)}" if config.modules_to_save else ""
 
 
 def select_fusion_layers(model: nn.Module, config: SDPTConfig) -> Selection:
@@ -103,14 +103,14 @@ def select_fusion_layers(model: nn.Module, config: SDPTConfig) -> Selection:
         names = [name for name in names if not targeted.isdisjoint(layers[name].parts)]
         if not names:
             raise ValueError(
-                f"SDPTConfig.target_modules={config.target_modules!r} matches none of the fusion "
-                f"layers that layers_to_transform={config.layers_to_transform} asks for."
+                f"SDPTConfig.target_modules={quoted(config.target_modules)} matches none of the fusion "
+                f"layers that layers_to_transform={quoted(config.layers_to_transform)} asks for."
             )
     excluded = [name for name in names if any(matches(config.exclude_modules, part) for part in layers[name].parts)]
     names = [name for name in names if name not in excluded]
     if not names:
         raise ValueError(
-            f"SDPTConfig.exclude_modules={config.exclude_modules!r} leaves no fusion layer to adapt; "
+            f"SDPTConfig.exclude_modules={quoted(config.exclude_modules)} leaves no fusion layer to adapt; "
             f"it excludes {', '.join(excluded)}."
             if excluded
             else f"{type(model).__name__} has no fusion layer{outside_saved(config)} that is adapted by default; "
@@ -159,11 +159,11 @@ def _transformed_names(model: nn.Module, indexed: list[str], config: SDPTConfig)
     if absent:
         if not indexed:
             raise ValueError(
-                f"SDPTConfig.layers_to_transform has {absent}, but {type(model).__name__} has no fusion layer that is "
-                "adapted by default."
+                f"SDPTConfig.layers_to_transform has {quoted(absent)}, but {type(model).__name__} has no fusion layer "
+                "that is adapted by default."
             )
         raise ValueError(
-            f"SDPTConfig.layers_to_transform has {absent}, but {type(model).__name__} has "
+            f"SDPTConfig.layers_to_transform has {quoted(absent)}, but {type(model).__name__} has "
             f"{len(indexed)} fusion layers, numbered 0 to {len(indexed) - 1}."
         )
     return {indexed[index] for index in indices}
@@ -178,15 +178,16 @@ def _targeted_names(modules: dict[str, nn.Module], layers: dict[str, FusionLayer
     strangers = sorted(matched.difference(parts))
     if strangers:
         raise ValueError(
-            f"SDPTConfig.target_modules={targets!r} matches '{strangers[0]}' ({type(modules[strangers[0]]).__name__}), "
-            f"which is not a fusion layer. Fusion layers of this base model: {', '.join(parts)}."
+            f"SDPTConfig.target_modules={quoted(targets)} matches '{strangers[0]}' "
+            f"({type(modules[strangers[0]]).__name__}), which is not a fusion layer. Fusion layers of this base "
+            f"model: {', '.join(parts)}."
         )
     each = [targets] if isinstance(targets, str) else [[target] for target in targets]
     unused = [target for target in each if not any(matches(target, name) for name in matched)]
     if unused:
         missing = [target if isinstance(target, str) else target[0] for target in unused]
         raise ValueError(
-            f"SDPTConfig.target_modules: {missing} matches no module. "
+            f"SDPTConfig.target_modules: {quoted(missing)} matches no module. "
             f"Fusion layers of this base model: {', '.join(parts)}."
         )
     return matched

@@ -92,8 +92,8 @@ def quoted(value: Any, length: int = MAX_QUOTED) -> str:
         length: Largest number of letters.
 
     Example:
-        >>> quoted("a\\n" * 1000, 12), quoted([1, 2])
-        ("'a\\\\na\\\\na\\\\n…", '[1, 2]')
+        >>> quoted("abc" * 1000, 12), quoted([1, 2])
+        ("'abcabcabca…", '[1, 2]')
     """
     if isinstance(value, str | bytes | list | tuple):
         value = value[: length + 1]

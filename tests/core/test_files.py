@@ -230,8 +230,6 @@ def test_a_folder_that_can_be_written_is_made_and_stays_empty(tmp_path):
         b"[" * 100_000,
         b"[" * 100_000 + b"]" * 100_000,
         b"9" * 5000,
-        rb'{"name": "\ud800"}',
-        rb'{"\udfff": 1}',
         b"\x00" * 100,
     ],
     ids=lambda content: repr(content[:16]),
@@ -248,6 +246,13 @@ def test_a_json_file_that_is_not_there_is_refused_in_one_line(tmp_path, name):
     with pytest.raises(InputError, match="cannot be read") as raised:
         read_json(tmp_path / name)
     assert str(raised.value).isprintable()
+
+
+@pytest.mark.parametrize("content", [rb'{"name": "\ud800"}', rb'{"\udfff": 1}'])
+def test_half_of_a_surrogate_pair_is_refused(tmp_path, content):
+    (tmp_path / "file.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"file\.json: has \\ud.*, half of a surrogate pair, which is not text"):
+        read_json(tmp_path / "file.json")
 
 
 def test_json_is_read_as_it_is(tmp_path):
