@@ -301,9 +301,15 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
             known = self._known_silent[name] = TensorState.of(gates), not gates.any()
         return known[1]
 
-    def gate_factors(self, adapter_name: str) -> torch.Tensor:
-        """Return the factors of what heads read from the prompts of an adapter, `(sides, groups, heads)`."""
-        return factors_of(self.sdpt_gates[adapter_name]) * self.sdpt_scale[adapter_name]
+    def gate_factors(self, adapter_name: str, scale: float | None = None) -> torch.Tensor:
+        """Return the factors of what heads read from the prompts of an adapter, `(sides, groups, heads)`.
+
+        Args:
+            adapter_name: Name of an adapter with gates.
+            scale: Factor of the gates. None for the one that `set_scale` has set.
+        """
+        scale = self.sdpt_scale[adapter_name] if scale is None else scale
+        return factors_of(self.sdpt_gates[adapter_name]) * scale
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
         """Multiply the gates of an adapter by `scale`. `SDPTModel.set_scale` does so in all layers, with checks."""
@@ -418,7 +424,7 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
         sizes = [size for name in names for size in self.sdpt_fixed[name].group_sizes]
         gates = []
         for name in names:
-            gate = factors_of(self.sdpt_gates[name]) * scales[name]
+            gate = self.gate_factors(name, scales[name])
             # Without a row for a side that is hidden. The row of the other one is then the only row.
             gate = gate[min(side, len(gate) - 1)][None]
             if adapter_names is not None:

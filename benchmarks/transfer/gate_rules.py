@@ -37,8 +37,9 @@ def change_gates(model: nn.Module, rule: str) -> nn.Module:
     return model
 
 
-def _factors(layer: SDPTLayer, rule: str, adapter_name: str) -> Tensor:
-    return RULES[rule](layer.sdpt_gates[adapter_name]) * layer.sdpt_scale[adapter_name]
+def _factors(layer: SDPTLayer, rule: str, adapter_name: str, scale: float | None = None) -> Tensor:
+    scale = layer.sdpt_scale[adapter_name] if scale is None else scale
+    return RULES[rule](layer.sdpt_gates[adapter_name]) * scale
 
 
 @torch.no_grad()

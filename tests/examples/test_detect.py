@@ -771,10 +771,11 @@ def test_adapters_that_do_not_load_on_the_host(refused, photos, adapters, tmp_pa
     other = tmp_path / "other"
     shutil.copytree(adapters[1], other)
     shutil.copy(adapters[0] / "adapter_model.safetensors", other)
-    refused(f"--adapter {other}: cannot be loaded on the base model", photos, "--adapter", other, loads=True)
-    refused(f"--adapter {other}: cannot be loaded", photos, "--adapter", adapters[0], other, loads=True)
+    # Before the base model is loaded.
+    refused(f"--adapter {other}: is not an adapter that can be loaded", photos, "--adapter", other)
+    refused(f"--adapter {other}: is not an adapter that can be loaded", photos, "--adapter", adapters[0], other)
     (other / "adapter_model.safetensors").write_bytes(b"damaged")
-    refused(f"--adapter {other}: cannot be loaded", photos, "--adapter", other, loads=True)
+    refused(f"--adapter {other}: is not an adapter that can be loaded", photos, "--adapter", other)
 
 
 def test_a_host_of_another_kind(refused, photos, tmp_path):

@@ -24,6 +24,7 @@ from peft_sdpt.detection import (
     save_adapter,
     split_classes,
 )
+from peft_sdpt.detection.grounding import clean_name
 from peft_sdpt.detection.saved_adapter import MAX_IMAGE_SIZE, PROCESSOR_FILES
 from tests.helpers.detectors import ROOT, attach
 from tests.helpers.fuzz import BAD_STRINGS, json_values, time_bound
@@ -91,7 +92,7 @@ def check(folder, changed) -> None:
             message = str(error)
             assert message.isprintable() and 20 < len(message) < 2000, message
             return
-    assert all(isinstance(name, str) and name.isprintable() and name.strip() for name in names)
+    assert all(isinstance(name, str) and name == clean_name(name) != "" for name in names)
     assert threshold is None or 0 <= threshold < 1
     assert isinstance(base_model, str) and base_model.isprintable()
     size = dict(processor.image_processor.size)
