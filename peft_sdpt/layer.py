@@ -22,7 +22,16 @@ from .hosts import FusionHost
 from .initialization import init_prompts, prompt_dim
 from .inverse import to_aligned_space, to_input_space
 from .inverse_cache import InverseCache
-from .weights import TensorState, WeightState, bias_of, device_and_dtype, is_adapted, is_trained, refuse_adapted
+from .weights import (
+    TensorState,
+    WeightState,
+    bias_of,
+    device_and_dtype,
+    is_adapted,
+    is_of_inference_mode,
+    is_trained,
+    refuse_adapted,
+)
 
 CANNOT_MERGE = (
     "SDPT prompts are extra keys and values of the attention and cannot be merged into weights: keep "
@@ -196,13 +205,15 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
             tokens: Tokens of the aligned space, `(N, E)`, or `(2, N, E)` in independent mode.
 
         Raises:
-            ValueError: The layer has no such adapter, or `tokens` has another shape.
+            ValueError: The layer has no such adapter, or `tokens` has another shape or is not finite.
         """
         if adapter_name not in self.sdpt_prompts:
             raise ValueError(f"adapter_name must be one of {sorted(self.sdpt_prompts)}, got {adapter_name!r}")
         shape = (*self.sdpt_prompts[adapter_name].shape[:-1], self.embed_dim)
         if tokens.shape != shape:
             raise ValueError(f"tokens of {adapter_name!r} must have the shape {shape}, got {tuple(tokens.shape)}")
+        if not tokens.isfinite().all():
+            raise ValueError(f"tokens of {adapter_name!r} must be finite")
         self._follow_weights()
         prompts = self.sdpt_prompts[adapter_name]
         if self._has_coordinates(prompts):
@@ -335,7 +346,8 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
             Prompts of each side, with tokens `(sum of N, d)`.
 
         Raises:
-            ValueError: Another tuner's adapter acts on a projection.
+            ValueError: Another tuner's adapter acts on a projection, or a base model that was made in inference mode is
+                trained.
         """
         projections = self.projections
         for projection in projections:
@@ -345,6 +357,11 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
         if torch.compiler.is_compiling():
             return self._map_prompts(names, adapter_names, scales, projections)
         self._follow_weights()
+        if self.training and torch.is_grad_enabled() and any(map(is_of_inference_mode, projections)):
+            raise ValueError(
+                "The base model was made in torch.inference_mode, and PyTorch cannot train with such weights. Load it "
+                "outside of inference_mode. An adapter may be attached in inference_mode."
+            )
         if self.training or torch.is_grad_enabled():
             # The prompts are not cached, because an optimizer may write through `.data`, which PyTorch does not count.
             self._known_prompts = None

@@ -148,6 +148,12 @@ def is_trained(projection: nn.Linear) -> bool:
     return bool(getattr(_stored(projection), "requires_grad", False))
 
 
+def is_of_inference_mode(projection: nn.Linear) -> bool:
+    """Return whether the weight of a projection was made in `torch.inference_mode`."""
+    stored = _stored(projection)
+    return isinstance(stored, torch.Tensor) and stored.is_inference()
+
+
 def _merged(projection: nn.Linear) -> tuple[str, ...]:
     return tuple(getattr(projection, "merged_adapters", ()))
 

@@ -592,6 +592,17 @@ def test_a_base_model_of_inference_mode_can_be_used():
         host = make_host()
         model = attach(host)
         assert torch.equal(run(model), run(attach(make_host())))
+    with pytest.raises(ValueError, match=r"The base model was made in torch\.inference_mode, and PyTorch cannot train"):
+        model.train()(**model_inputs())
+
+
+@pytest.mark.parametrize("number", BAD_NUMBERS[:3])
+def test_tokens_that_are_set_must_be_finite(number):
+    layer = attach(make_host()).get_submodule(PREFIX + LAYERS[0])
+    before = layer.tokens()
+    with pytest.raises(ValueError, match="tokens of 'default' must be finite"):
+        layer.set_tokens("default", torch.full_like(before, number))
+    assert torch.equal(layer.tokens(), before)
 
 
 def test_plain_modules_are_checked_too(tmp_path):
