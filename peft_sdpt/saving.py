@@ -402,7 +402,8 @@ def _weights_files(adapter: str, subfolder: str | None, **download: Any) -> list
     """
     folder = os.path.join(adapter, subfolder or "")
     names = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
-    files = [file for name in names if os.path.exists(file := os.path.join(folder, name))]
+    # A link that leads nowhere is a file that cannot be read.
+    files = [file for name in names if os.path.lexists(file := os.path.join(folder, name))]
     if files or os.path.isdir(folder):
         return files
     offline: LocalEntryNotFoundError | None = None

@@ -325,6 +325,13 @@ def test_weights_as_a_pickle_are_refused_unless_they_are_tensors(folder):
     assert not ran
 
 
+def test_a_link_that_leads_nowhere_is_refused(folder):
+    for target in ("nowhere", WEIGHTS):
+        (folder / WEIGHTS).unlink()
+        (folder / WEIGHTS).symlink_to(target)
+        check_refused(folder, "from_pretrained", "cannot be loaded, and nothing was put on the base model")
+
+
 # ---- regular expressions
 
 
