@@ -51,6 +51,7 @@ class _Call(NamedTuple):
     layers: dict[int, Activation]
     # By the id of a module that PEFT has copied for adapters: for each sample, the adapter whose copy it uses.
     copied: dict[int, Sequence[str]]
+    has_names: bool
 
 
 _CALL: ContextVar[_Call | None] = ContextVar("peft_sdpt_call", default=None)
@@ -87,7 +88,7 @@ def calling(
             with_names = [*copied, *layers]
             for module in with_names:
                 module.sdpt_call_names = names.get(id(module), adapter_names)
-    token = _CALL.set(_Call(notes, names))
+    token = _CALL.set(_Call(notes, names, adapter_names is not None))
     try:
         yield
     finally:
@@ -106,8 +107,10 @@ def activation(layer: Any, adapter_names: Sequence[str] | None = None) -> Activa
     call = None if torch.compiler.is_compiling() else _CALL.get()
     noted = None if call is None else call.layers.get(id(layer))
     if noted is None:
-        # Compiled code, or a thread or a replica that the base model has made for its own work.
-        names = layer.sdpt_call_names if adapter_names is None else adapter_names
+        names = adapter_names
+        if names is None and (call is None or call.has_names):
+            # Compiled code, or a thread or a replica that the base model has made for its own work.
+            names = layer.sdpt_call_names
         return Activation(not layer.disable_adapters, layer.active_adapters, layer.sdpt_scale, names)
     return noted if adapter_names is None else noted._replace(names=adapter_names)
 
@@ -116,6 +119,6 @@ def _pass_names_on(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple,
     """Pass the names of the current call as an argument to a module that PEFT has copied (a forward pre-hook)."""
     call = None if torch.compiler.is_compiling() else _CALL.get()
     names: Any = None if call is None else call.copied.get(id(module))
-    if names is None and (call is None or id(module) not in call.copied):
+    if names is None and (call is None or call.has_names):
         names = getattr(module, "sdpt_call_names", None)
     return None if names is None else (args, {**kwargs, "adapter_names": names})

@@ -122,6 +122,30 @@ def test_a_switch_of_another_thread_takes_effect_in_the_next_call():
     assert at_once(switch, call) == [0, 0]
 
 
+def test_a_call_without_names_inside_one_with_names():
+    """Without luck: a plain call while another call has names, also for copies of `modules_to_save`."""
+    model = several(modules_to_save=["enc_output"])
+    copies = model.base_model.model.model.enc_output.modules_to_save
+    with torch.no_grad():
+        for number, name in enumerate(("default", "b"), 1):
+            copies[name].weight.mul_(number * 1.5)
+    want = run(model)
+    found = []
+    module = model.base_model.model.get_submodule(LAYERS[0])
+    inside = []
+
+    def call_plainly(*_):
+        if not inside:
+            inside.append(1)
+            found.append(at_once(lambda: run(model))[0])
+            found.append(run(model))
+
+    handle = module.register_forward_hook(call_plainly)
+    run(model, adapter_names=["b", "__base__"])
+    handle.remove()
+    assert all(torch.equal(result, want) for result in found) and len(found) == 2
+
+
 def test_a_switch_in_the_middle_of_a_call_waits_for_the_next_one():
     """The switch always happens between the first two fusion layers, so the test does not depend on timing."""
     model = several()
