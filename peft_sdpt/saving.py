@@ -369,13 +369,19 @@ def check_numbers(parameters: Mapping[str, torch.Tensor], others: Mapping[str, t
 
     Args:
         parameters: Prompts, gates and LoRA matrices by their plain names.
-        others: Tensors of `modules_to_save` by their keys. They may be infinite, as masks are.
+        others: Tensors of `modules_to_save` by their keys.
         named: Description of the adapter for the message.
 
     Raises:
         ValueError: A parameter is not floating point, has a number that is not finite, or has an absolute value above
-            1e9; or another tensor has a NaN.
+            1e9; another weight or bias is not finite; or another tensor has a NaN.
     """
+
+    def is_usable(key: str, value: torch.Tensor) -> bool:
+        # A buffer may be a mask, which is infinite.
+        is_finite = value.isfinite() if key.endswith((".weight", ".bias")) else ~value.isnan()
+        return bool(is_finite.all())
+
     bad = [
         _described(name)
         for name, value in parameters.items()
@@ -385,7 +391,7 @@ def check_numbers(parameters: Mapping[str, torch.Tensor], others: Mapping[str, t
     bad += [
         _described(plain_name(key))
         for key, value in others.items()
-        if not value.is_meta and value.is_floating_point() and bool(value.float().isnan().any())
+        if not value.is_meta and value.is_floating_point() and not is_usable(key, value.float())
     ]
     if bad:
         raise ValueError(
@@ -489,7 +495,8 @@ def differing_shapes(found: Shapes, expected: Shapes) -> str:
         layer, is_ours, kind = name.rpartition(".sdpt_")
         absent = "no such matrix" if name.endswith(LORA_KEYS) else f"no {kind}" if is_ours else "no such tensor"
         unknown = "no such fusion layer" if absent == f"no {kind}" and layer not in layers else absent
-        wanted, got = expected.get(name, unknown), found.get(name, absent)
+        wanted = quoted(expected[name]) if name in expected else unknown
+        got = quoted(found[name]) if name in found else absent
         differences.append(f"{_described(name)}: expected {wanted}, found {got}")
     more = f"; and {len(differences) - MAX_LISTED} more" if len(differences) > MAX_LISTED else ""
     return "; ".join(differences[:MAX_LISTED]) + more

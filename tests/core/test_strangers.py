@@ -269,11 +269,19 @@ def test_numbers_of_lora_and_of_saved_modules_are_checked(tmp_path):
     weights = load_file(tmp_path / WEIGHTS)
     for part in ("sdpt_lora_A", "sdpt_lora_B", "enc_output"):
         key = next(key for key in weights if part in key)
-        save_file(weights | {key: torch.full_like(weights[key], math.nan)}, tmp_path / WEIGHTS)
-        check_refused(tmp_path, "from_pretrained", "damaged")
+        for number in (math.nan, -math.inf):
+            save_file(weights | {key: torch.full_like(weights[key], number)}, tmp_path / WEIGHTS)
+            check_refused(tmp_path, "from_pretrained", "damaged")
     # A buffer may be a mask with infinite numbers.
-    save_file(weights | {key: torch.full_like(weights[key], -math.inf)}, tmp_path / WEIGHTS)
-    PeftModel.from_pretrained(make_host(), tmp_path)
+    peft_sdpt.saving.check_numbers({}, {"a.mask": torch.full((2,), -math.inf)}, "adapter")
+    with pytest.raises(ValueError, match="damaged"):
+        peft_sdpt.saving.check_numbers({}, {"a.mask": torch.full((2,), math.nan)}, "adapter")
+
+
+def test_a_size_of_400_digits_is_not_written_out(tmp_path):
+    attach(make_host(), lora_rank=2).save_pretrained(tmp_path)
+    change_config(tmp_path, lora_rank=10**400)
+    check_refused(tmp_path, "from_pretrained", "do not fit its config")
 
 
 # ---- sizes
