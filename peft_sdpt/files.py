@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from .errors import InputError, is_full_disk
-from .wording import printable
+from .wording import printable, shown_path
 
 # The names of unfinished files and folders end with this.
 UNFINISHED = ".unfinished"
@@ -54,22 +54,18 @@ def read_json(file: str | os.PathLike) -> Any:
         content = Path(file).read_bytes()
     except (OSError, ValueError) as error:  # a name with a null character raises a ValueError
         reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{_named(file)}: cannot be read ({reason}).") from None
+        raise InputError(f"{shown_path(file)}: cannot be read ({reason}).") from None
     try:
         value = json.loads(content)
         if _SURROGATE.search(content):
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         letter = printable(error.object[error.start])
-        raise InputError(f"{_named(file)}: has {letter}, half of a surrogate pair, which is not text.") from None
+        raise InputError(f"{shown_path(file)}: has {letter}, half of a surrogate pair, which is not text.") from None
     except (RecursionError, ValueError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else printable(str(error), 200)
-        raise InputError(f"{_named(file)}: not JSON ({reason}).") from None
+        raise InputError(f"{shown_path(file)}: not JSON ({reason}).") from None
     return value
-
-
-def _named(file: str | os.PathLike) -> str:
-    return printable(os.fspath(file), 300)
 
 
 def check_writable(folder: str | os.PathLike, argument: str = "folder") -> None:
@@ -320,14 +316,14 @@ def check_digests(folder: Path) -> bool:
     first, *lines = digests.read_bytes().decode(errors="replace").split("\n")
     found = [re.fullmatch(r"(?P<digest>[0-9a-f]{64})  (?P<name>.+)", line) for line in lines[:-1]]
     if first != f"# {len(found)} files" or lines[-1:] != [""] or None in found:
-        raise InputError(f"{_named(digests)}: is damaged.")
+        raise InputError(f"{shown_path(digests)}: is damaged.")
     for match in filter(None, found):
         # A name that leads out of the folder is not opened.
         file = files.get(match["name"])
         if file is None:
-            raise InputError(f"{_named(folder / match['name'])}: is missing.")
+            raise InputError(f"{shown_path(folder / match['name'])}: is missing.")
         if _digest(file) != match["digest"]:
-            raise InputError(f"{_named(file)}: is damaged, because its SHA-256 is not the one in {DIGESTS}.")
+            raise InputError(f"{shown_path(file)}: is damaged, because its SHA-256 is not the one in {DIGESTS}.")
     return True
 
 

@@ -67,7 +67,8 @@ class SavedConfig(PeftConfig):
         """Load a config, and check that the weights beside it can be read and fit it.
 
         `PeftModel.from_pretrained` and `load_adapter` call this before they touch the base model, unless they are given
-        `config=`. transformers' own `load_adapter` does not call it. Without weights, there is nothing to check.
+        `config=`. `PeftConfig.from_pretrained`, which `load_adapter` of transformers calls, makes the same check.
+        Without weights, there is nothing to check.
 
         Args:
             pretrained_model_name_or_path: Folder, or repository of the Hub.

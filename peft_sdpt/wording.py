@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import os
 import unicodedata
 from collections.abc import Iterable
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 MAX_LISTED = 10
 # Largest number of letters of a value that a message quotes.
 MAX_QUOTED = 80
+# The same for a path.
+MAX_PATH_SHOWN = 300
 
 
 def counted(number: int, singular: str, plural: str | None = None) -> str:
@@ -82,6 +85,16 @@ def printable(text: str, length: int | None = None) -> str:
     line = line if length is None else line[: length + 1]
     line = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in line)
     return line if length is None else shorten(line, length)
+
+
+def shown_path(path: str | os.PathLike) -> str:
+    """Return a path as one line of at most 300 letters, for a message. The name of a file can have any bytes.
+
+    Example:
+        >>> shown_path("photos/a\\nb.jpg")
+        'photos/a b.jpg'
+    """
+    return printable(os.fspath(path), MAX_PATH_SHOWN)
 
 
 def quoted(value: Any, length: int = MAX_QUOTED) -> str:

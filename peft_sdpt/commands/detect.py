@@ -62,7 +62,7 @@ from ..detection.prediction import DEFAULT_THRESHOLD
 from ..downloads import limit_waiting
 from ..errors import InputError, hint, one_line_errors
 from ..files import check_writable, only_writer, output_folder, read_json, whole_files
-from ..wording import MAX_QUOTED, counted, enumerated, printable, quoted, shorten
+from ..wording import MAX_QUOTED, counted, enumerated, printable, quoted, shorten, shown_path
 from . import print_any_name
 from .train_arguments import BASE_MODEL
 
@@ -130,9 +130,9 @@ def check_args(args: argparse.Namespace) -> None:
         raise InputError(f"--batch_size {args.batch_size}: must be at least 1.")
     for path in args.inputs:
         if not os.path.exists(path):  # `Path.exists` raises an error for a name that is too long
-            raise InputError(f"{printable(str(path), 300)}: no such image or folder.")
+            raise InputError(f"{shown_path(path)}: no such image or folder.")
         if args.watch and not path.is_dir():
-            raise InputError(f"{printable(str(path), 300)}: is not a folder, which --watch needs.")
+            raise InputError(f"{shown_path(path)}: is not a folder, which --watch needs.")
 
 
 @dataclass
@@ -312,7 +312,7 @@ def find_adapters(args: argparse.Namespace) -> list[SavedAdapter]:
         is_name = Path(adapter.name).name == adapter.name and adapter.name not in ("", "..")
         if not is_name or not adapter.name.isprintable() or len(adapter.name.encode()) > MAX_NAME_BYTES:
             raise InputError(
-                f"--adapter {printable(text, 300)}: {quoted(adapter.name)} cannot be the name of a folder; write "
+                f"--adapter {shown_path(text)}: {quoted(adapter.name)} cannot be the name of a folder; write "
                 "NAME=ADAPTER."
             )
         # Some file systems do not distinguish upper and lower case.
@@ -407,7 +407,7 @@ def detect_all(args: argparse.Namespace, paths: list[Path], model: Any, results:
                 for number, result in enumerate(results):
                     if args.adapter:
                         model.set_adapter(f"adapter{number}")
-                    with hint(f"images[0] is {printable(str(batch[0][0]), 300)}."):
+                    with hint(f"images[0] is {shown_path(batch[0][0])}."):
                         found = detect(
                             model,
                             result.processor,

@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..errors import InputError, hint
-from ..wording import counted, enumerated, printable
+from ..wording import counted, enumerated, shown_path
 from .decoding import opened, read_image
 
 # Phones store photos as HEIC. The package that reads them is optional, because its wheels contain code under the GPL.
@@ -58,7 +58,7 @@ def files_in(folder: Path, without: Path | None = None) -> list[Path]:
     def failed(error: OSError) -> None:
         # A subfolder may be removed during the search.
         if not isinstance(error, FileNotFoundError) or error.filename == str(folder):
-            raise InputError(f"{_named(Path(error.filename))}: cannot be read ({error.strerror}).") from None
+            raise InputError(f"{shown_path(Path(error.filename))}: cannot be read ({error.strerror}).") from None
 
     searched = {os.path.realpath(path) for path in (folder, without) if path}
     files = []
@@ -72,11 +72,6 @@ def files_in(folder: Path, without: Path | None = None) -> list[Path]:
         subfolders[:] = new
         files += [Path(parent, name) for name in names if not name.startswith(".")]
     return sorted(files)
-
-
-def _named(path: Path) -> str:
-    """Return a path for a message."""
-    return printable(str(path), 300)
 
 
 def images_in(folder: Path, without: Path | None = None) -> tuple[list[Path], list[Path]]:
@@ -130,7 +125,7 @@ def passed_over(files: list[Path], folders: set[Path]) -> str:
     """
 
     def is_a(suffixes: set[str]) -> list[str]:
-        return [_named(relative_name(path, folders)) for path in files if path.suffix.lower() in suffixes]
+        return [shown_path(relative_name(path, folders)) for path in files if path.suffix.lower() in suffixes]
 
     videos, photos = is_a(VIDEO_SUFFIXES), is_a(HEIF_SUFFIXES)
     others = is_a({path.suffix.lower() for path in files} - VIDEO_SUFFIXES - HEIF_SUFFIXES)
@@ -174,7 +169,7 @@ def find_images(inputs: list[Path], skip_bad_images: bool, without: Path | None 
         images, not_images = images_in(path, without) if path.is_dir() else ([path], [])
         if not images:
             note = f" ({passed_over(not_images, folders)})" if not_images else ""
-            raise InputError(f"{_named(path)}: no image in this folder{note}.")
+            raise InputError(f"{shown_path(path)}: no image in this folder{note}.")
         paths += images
         others += not_images
     if others:
@@ -182,9 +177,9 @@ def find_images(inputs: list[Path], skip_bad_images: bool, without: Path | None 
     good, animated = [], []
     for path in once(paths):
         try:
-            with needs_heif(path), opened(path, _named(path)) as image:
+            with needs_heif(path), opened(path, shown_path(path)) as image:
                 if has_several_frames(image):
-                    animated.append(_named(relative_name(path, folders)))
+                    animated.append(shown_path(relative_name(path, folders)))
             good.append(path)
         except InputError as error:
             skip_or_raise(error, skip_bad_images)
@@ -227,7 +222,7 @@ def read_images(paths: list[Path], skip_bad_images: bool) -> Iterator[tuple[Path
     """
     for path in paths:
         try:
-            image = read_image(path, _named(path))
+            image = read_image(path, shown_path(path))
         except InputError as error:
             skip_or_raise(error, skip_bad_images)
         else:
@@ -276,15 +271,15 @@ def watch(folders: list[Path], without: Path | None = None) -> Iterator[Iterator
                 if path in tried and tried[path] in (None, state):
                     continue
                 tried[path] = state
-                image = read_image(path, _named(path))
-                with opened(path, _named(path)) as header:
+                image = read_image(path, shown_path(path))
+                with opened(path, shown_path(path)) as header:
                     animated = has_several_frames(header)
             except (OSError, InputError):  # the file was removed, or is not complete yet
                 continue
             tried[path] = None
             if animated and not animated_noted:
                 animated_noted = True
-                note_on_stderr(f"only the first frame or page of files such as {_named(path)} is read")
+                note_on_stderr(f"only the first frame or page of files such as {shown_path(path)} is read")
             yield path, image
 
     handler_before = signal.signal(signal.SIGINT, interrupt)
@@ -300,7 +295,7 @@ def watch(folders: list[Path], without: Path | None = None) -> Iterator[Iterator
     note_others()
     for path, state in tried.items():
         if state is not None:
-            print(f"skipped: {_named(path)} cannot be opened as an image.", file=sys.stderr)
+            print(f"skipped: {shown_path(path)} cannot be opened as an image.", file=sys.stderr)
 
 
 def batches(images: Iterable[tuple[Path, Image.Image]], size: int) -> Iterator[list[tuple[Path, Image.Image]]]:

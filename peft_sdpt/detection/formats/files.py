@@ -17,14 +17,14 @@ from typing import IO
 from PIL import Image
 
 from ...errors import InputError
-from ...wording import counted, enumerated, printable, quoted
+from ...wording import counted, enumerated, printable, quoted, shown_path
 from ..decoding import Size, is_turned, opened, orientation_of, read_image, shown_size
 from ..images import SUFFIXES, files_in
 
 # Threads that read the headers of images. A network disk answers several requests at the same time.
 THREADS = 8
-# Largest number of letters of the path of an image in a message, and of a path on Linux.
-MAX_NAMED, MAX_PATH = 300, 4096
+# Largest number of letters of a path on Linux.
+MAX_PATH = 4096
 # The end of a message about a name that is not found, if it leads out of the folder of the data set.
 OUTSIDE = " The name leads out of the folder of the data set; allow_outside_images=True follows it."
 # Several threads may open images of the same split.
@@ -233,7 +233,7 @@ class ImagePaths:
         )
 
     def where(self, index: int) -> str:
-        return printable(str(self.paths[index] or self.names[index]), MAX_NAMED)
+        return shown_path(self.paths[index] or self.names[index])
 
 
 def split_images(

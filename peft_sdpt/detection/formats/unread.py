@@ -10,7 +10,7 @@ from typing import Any
 
 from ...errors import InputError
 from ...files import read_json
-from ...wording import printable
+from ...wording import printable, shown_path
 from .source import start_of
 
 ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".7z", ".rar")
@@ -43,7 +43,7 @@ def check_archive(path: Path) -> None:
     """Raise an `InputError` if a path is an archive, or a folder that has only archives in it."""
     files = [path] if path.is_file() else [file for file in path.iterdir() if not file.name.startswith(".")]
     if files and all(file.suffix.lower() in ARCHIVES for file in files):
-        names = " ".join(printable(str(file), 300) for file in files[:3])
+        names = " ".join(shown_path(file) for file in files[:3])
         command = "unzip" if files[0].suffix.lower() == ".zip" else "tar xf"
         raise InputError(f"{path}: is an archive; unpack it first (`{command} {names}`) and pass the new folder.")
 

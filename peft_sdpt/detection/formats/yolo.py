@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from ...errors import InputError
-from ...wording import counted, enumerated, printable, quoted
+from ...wording import counted, enumerated, printable, quoted, shown_path
 from ..images import SUFFIXES, as_text, images_in
 from .files import OUTSIDE, ImageFinder, ImagePaths, SplitImages, leads_out, shortened
 from .source import DEFAULT, USUAL_NAMES, Source, SplitFields, box_around, is_split_name, read_text
@@ -193,7 +193,7 @@ def _read(
     if labels_of and not any(map(os.path.isfile, labels_of)):
         raise InputError(
             f"{file}: split {quoted(split)} has {len(images)} images, but no label file; looked for "
-            f"{printable(str(labels_of[0]), 300)} and so on."
+            f"{shown_path(labels_of[0])} and so on."
         )
     boxes: list[list[Any]] = []
     labels: list[list[int]] = []
@@ -207,7 +207,7 @@ def _read(
         lines = read_text(label_file).splitlines() if is_read else []
         for number, line in enumerate(lines, 1):
             if line.strip():
-                where = f"{printable(str(label_file), 300)}, line {number}"
+                where = f"{shown_path(label_file)}, line {number}"
                 label, (x, y, w, h) = _object(line, where, len(names), has_keypoints)
                 boxes[-1].append((x * width, y * height, w * width, h * height))
                 labels[-1].append(label)
