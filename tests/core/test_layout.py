@@ -19,7 +19,8 @@ PARTS = {
     "core": {"core"},
     "training": {"core", "training"},
     "detection": {"core", "training", "detection"},
-    "commands": {"core", "training", "detection", "commands"},
+    "deployment": {"core", "training", "detection", "deployment"},
+    "commands": {"core", "training", "detection", "deployment", "commands"},
 }
 # Old names, which import the new ones.
 FORMER_NAMES = ("peft_sdpt.loss", "peft_sdpt.grounding")
