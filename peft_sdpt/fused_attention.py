@@ -60,9 +60,9 @@ def fused_bi_attention(
     keys and values of all heads. A bias of the image's queries shifts all logits of a key. It shifts those of a text
     token by the same number, which a softmax does not depend on.
 
-    On the CPU, no tensor of the size of the logits is stored. On a GPU, in half precision, or in compiled code, the two
-    directions are two calls of `torch.nn.functional.scaled_dot_product_attention`. Otherwise, and with dropout, they
-    share their logits in `_BothDirections`.
+    No tensor of the size of the logits is stored for the backward pass, except dropout masks of one byte per weight.
+    Where it is faster, the two directions are two calls of `torch.nn.functional.scaled_dot_product_attention`; see
+    `_kernels_pay`. Otherwise, and with dropout, they share their logits in `_BothDirections`.
 
     Gated prompts of the text are further keys and values of the image, with a softmax of their own. The gate is a
     factor of their values. Text tokens read gated prompts of the image apart, because both are few.
@@ -95,20 +95,23 @@ def fused_bi_attention(
     out_weight = image_side.out.weight.unflatten(1, (num_heads, -1)).permute(1, 2, 0)  # (heads, head_dim, dv)
     keys_of_image = keys @ query_weight  # (B, heads, K, dv)
     values_of_image = values @ out_weight  # (B, heads, K, dv)
-    text_bias = _added(text, text_mask_function)  # of each key of the image: (B, heads or 1, 1, K)
+    # Under autocast, the kernels would cast the many image tokens once for each use and each head.
+    dtype = keys_of_image.dtype
+    image_tokens = image.tokens.to(dtype)
+    text_bias = _added(text, text_mask_function, dtype)  # of each key of the image: (B, heads or 1, 1, K)
     if text_bias is not None:
         text_bias = F.pad(text_bias, (0, sum(sizes[1:])))
     if image_side.query.bias is not None:
         shift = keys @ image_side.query.bias.view(num_heads, -1, 1)
         text_bias = shift.mT if text_bias is None else shift.mT + text_bias
-    image_bias = _added(image, image_mask_function)  # of each key of the text: (B, 1, 1, M)
+    image_bias = _added(image, image_mask_function, dtype)  # of each key of the text: (B, 1, 1, M)
 
-    if dropout == 0.0 and _kernels_pay(keys):
-        image_tokens = image.tokens if image.prompts is None else append_prompts(image.tokens, image.prompts)
+    if dropout == 0.0 and _kernels_pay(image_tokens, image.prompts, keys_of_image, values_of_image):
+        keys_of_text = image_tokens if image.prompts is None else append_prompts(image_tokens, image.prompts)
         length = sizes[0]
         bias, bias_of_gated = (None, None) if text_bias is None else (text_bias[..., :length], text_bias[..., length:])
         image_out = F.scaled_dot_product_attention(
-            image.tokens[:, None].expand(-1, num_heads, -1, -1),
+            image_tokens[:, None].expand(-1, num_heads, -1, -1),
             keys_of_image[:, :, :length],
             values_of_image[:, :, :length],
             attn_mask=bias,
@@ -116,21 +119,21 @@ def fused_bi_attention(
         ).sum(1)
         if text.gated is not None:
             image_out = image_out + _read_few(
-                image.tokens, keys_of_image[:, :, length:], values_of_image[:, :, length:], bias_of_gated, sizes[1:]
+                image_tokens, keys_of_image[:, :, length:], values_of_image[:, :, length:], bias_of_gated, sizes[1:]
             )
         read = F.scaled_dot_product_attention(
             keys_of_image[:, :, :text_length].flatten(1, 2)[:, None],
-            image_tokens[:, None],
-            image_tokens[:, None],
+            keys_of_text[:, None],
+            keys_of_text[:, None],
             attn_mask=image_bias,
             scale=1.0,
         )[:, 0]
         total = None
     else:
-        prompts = image.tokens.new_empty(0, image.tokens.shape[-1]) if image.prompts is None else image.prompts
+        prompts = image_tokens.new_empty(0, image_tokens.shape[-1]) if image.prompts is None else image.prompts
         image_out, read, total = _BothDirections.apply(
-            image.tokens,
-            prompts.to(image.tokens.dtype).expand(len(image.tokens), -1, -1),
+            image_tokens,
+            prompts.to(dtype).expand(len(image_tokens), -1, -1),
             keys_of_image,
             values_of_image,
             text_bias,
@@ -153,12 +156,12 @@ def fused_bi_attention(
     return image_out, text_side.out(text_out.transpose(1, 2).flatten(2))
 
 
-def _added(side: SideInput, mask_function: MaskFunction) -> torch.Tensor | None:
-    """Return what the masks of a side and its prompts add to the logits, `(B, 1, 1, L + N)`, or None."""
+def _added(side: SideInput, mask_function: MaskFunction, dtype: torch.dtype) -> torch.Tensor | None:
+    """Return what the masks of a side and its prompts add to logits of a dtype, `(B, 1, 1, L + N)`, or None."""
     if side.mask is None and side.prompt_mask is None:
         return None
     nothing = side.tokens.new_zeros(len(side.tokens), 1, 1, side.length)
-    return mask_logits(nothing, side, mask_function).to(side.tokens.dtype)
+    return mask_logits(nothing, side, mask_function).to(dtype)
 
 
 def _read_few(
@@ -178,27 +181,46 @@ def _read_few(
     return softmax_by_group(logits, sizes).flatten(2) @ values.flatten(1, 2)
 
 
-def _kernels_pay(keys: torch.Tensor) -> bool:
+def _kernels_pay(image: torch.Tensor, *others: torch.Tensor | None) -> bool:
     """Return whether to call `scaled_dot_product_attention`.
 
-    It takes four products of the size of the logits where three are enough. But its kernels are faster on a GPU and in
-    half precision, and it compiles without a loop.
+    It takes four products of the size of the logits where three are enough. Its backward pass is slow with as few keys
+    as a text has, and stores the logits if the mask needs gradients. In half precision without gradients, its kernels
+    are faster, on a GPU and on a CPU. They also compile without a loop. The page "Performance" of the documentation has
+    the measurements.
+
+    Args:
+        image: Image tokens.
+        others: Other inputs of the attention.
     """
-    half = keys.dtype in (torch.float16, torch.bfloat16)
-    return half or keys.device.type != "cpu" or torch.compiler.is_compiling()
+    if torch.compiler.is_compiling():
+        return True
+    trained = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in (image, *others))
+    return image.dtype in (torch.float16, torch.bfloat16) and not trained
 
 
-# Number of logits that are computed at a time, for all samples and heads: 2 MiB in single precision, which fits the
-# cache of a core. With 800 x 1333 pixels and 256 tokens on an AMD EPYC, forward and backward take 1.05 times as long
-# with four times as many, and 1.4 times as long with all at once.
+def _on_cpu(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu"
+
+
+# Number of logits that are computed at a time, for all samples and heads.
+#
+# On a CPU, 2 MiB in single precision fit the cache of a core. With 800 x 1333 pixels and 256 tokens on an AMD EPYC,
+# forward and backward take 1.05 times as long with four times as many, and 1.4 times as long with all at once.
 _LOGITS_AT_A_TIME = 2**19
+# On a GPU, kernels must be large: with chunks of the CPU's size, most of the time is spent on launching them. 64 MiB in
+# single precision take longer to read than a kernel to launch, and bound the memory of large batches.
+_LOGITS_AT_A_TIME_ON_GPU = 2**24
 
 
 class _Shared:
-    """The tensors that all chunks of `_BothDirections` share, in at least single precision.
+    """The tensors that all chunks of `_BothDirections` share.
 
     Attributes:
         keys, values: `(B, heads * K, d)`.
+        dtype: The dtype of products: that of the inputs. Products in float16 are not faster on a CPU, so they are in
+            single precision there.
+        exact: The dtype of softmaxes and sums, at least single precision.
     """
 
     def __init__(
@@ -212,17 +234,19 @@ class _Shared:
         text_length: int,
         sizes: Sequence[int],
     ) -> None:
-        dtype = torch.promote_types(image.dtype, torch.float32)
-        self.keys, self.values = keys.to(dtype).flatten(1, 2), values.to(dtype).flatten(1, 2)
+        on_cpu = _on_cpu(image)
+        self.exact = torch.promote_types(image.dtype, torch.float32)
+        self.dtype = self.exact if on_cpu and image.dtype == torch.float16 else image.dtype
+        self.keys, self.values = keys.to(self.dtype).flatten(1, 2), values.to(self.dtype).flatten(1, 2)
         self.num_heads, self.text_length, self.sizes = keys.shape[1], text_length, sizes
-        self.text_bias = None if text_bias is None else text_bias.to(dtype).transpose(1, 2)
-        self.image_bias = None if image_bias is None else image_bias.to(dtype).permute(0, 3, 1, 2)
+        self.text_bias = None if text_bias is None else text_bias.to(self.exact).transpose(1, 2)
+        self.image_bias = None if image_bias is None else image_bias.to(self.exact).permute(0, 3, 1, 2)
         self.tokens = [(0, image), (image.shape[1], prompts)]
-        self.dtype = dtype
+        self.logits_at_a_time = _LOGITS_AT_A_TIME if on_cpu else _LOGITS_AT_A_TIME_ON_GPU
 
     def chunks(self) -> Iterator[tuple[int, int, torch.Tensor]]:
         """Yield begin, end and tokens `(B, n, d)` of each chunk. Prompts come last, in chunks of their own."""
-        size = max(1, _LOGITS_AT_A_TIME // max(1, self.keys[..., 0].numel()))
+        size = max(1, self.logits_at_a_time // max(1, self.keys[..., 0].numel()))
         for start, tokens in self.tokens:
             for begin in range(0, tokens.shape[1], size):
                 chunk = tokens[:, begin : begin + size]
@@ -234,7 +258,8 @@ class _Shared:
 
     def image_weights(self, logits: torch.Tensor) -> torch.Tensor:
         """Return the weights of the image direction, `(B, n, heads, K)`."""
-        return softmax_by_group(logits if self.text_bias is None else logits + self.text_bias, self.sizes)
+        logits = logits.to(self.exact) if self.text_bias is None else logits + self.text_bias
+        return softmax_by_group(logits, self.sizes)
 
     def grad_of_image_logits(self, grad_weights: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Turn the gradient of the weights of the image direction into that of the logits, in place."""
@@ -244,7 +269,7 @@ class _Shared:
 
     def text_logits(self, logits: torch.Tensor, begin: int, end: int) -> torch.Tensor:
         """Return the logits of the text direction, `(B, n, heads, T)`."""
-        logits = logits[..., : self.text_length]
+        logits = logits[..., : self.text_length].to(self.exact)
         return logits if self.image_bias is None else logits + self.image_bias[:, begin:end]
 
 
@@ -255,6 +280,14 @@ def _keep(weights: torch.Tensor, dropout: float) -> torch.Tensor | None:
 
 def _drop(weights: torch.Tensor, keep: torch.Tensor | None, dropout: float) -> torch.Tensor:
     return weights if keep is None else weights * keep * (1 / (1 - dropout))
+
+
+def _add_product(total: torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> None:
+    """Add a product of batches of matrices to `total`, which may have a wider dtype."""
+    if total.dtype == one.dtype:
+        total.baddbmm_(one, other)
+    else:
+        total += one @ other
 
 
 class _BothDirections(torch.autograd.Function):
@@ -289,31 +322,32 @@ class _BothDirections(torch.autograd.Function):
             kept = []
             image_out = torch.empty_like(image, dtype=keys.dtype)
             # State of the text's softmax over the image tokens and prompts so far: maximum, sum, and what was read.
-            top = shared.keys.new_full((*keys.shape[:2], text_length), -torch.inf)
+            top = shared.keys.new_full((*keys.shape[:2], text_length), -torch.inf, dtype=shared.exact)
             total, dropped_total = torch.zeros_like(top), torch.zeros_like(top)
-            read = shared.keys.new_zeros(len(keys), keys.shape[1] * text_length, keys.shape[-1])
+            read = top.new_zeros(len(keys), keys.shape[1] * text_length, keys.shape[-1])
             for begin, end, tokens in shared.chunks():
                 logits = shared.logits(tokens)
                 if begin < image.shape[1]:
                     weights = shared.image_weights(logits)
                     kept.append(_keep(weights, dropout))
-                    image_out[:, begin:end] = _drop(weights, kept[-1], dropout).flatten(2) @ shared.values
+                    weights = _drop(weights, kept[-1], dropout).flatten(2)
+                    image_out[:, begin:end] = weights.to(shared.dtype) @ shared.values
                 text_logits = shared.text_logits(logits, begin, end)
                 top, top_before = torch.maximum(top, text_logits.amax(1)), top
                 # If there was only padding so far, -inf - -inf would be NaN.
                 taken_off = top.masked_fill(top == -torch.inf, 0)
-                shrunk = (top_before - taken_off).exp_()
                 weights = (text_logits - taken_off[:, None]).exp_()
-                total.mul_(shrunk).add_(weights.sum(1))
+                before = total * (top_before - taken_off).exp_()
+                # If there was only padding so far, the sum is zero, and so is what was read.
+                total = (before + weights.sum(1)).clamp_(min=torch.finfo(total.dtype).tiny)
+                # Divided in each chunk, because half precision has no number for the sum over all image tokens.
+                weights /= total[:, None]
+                shrunk = before.div_(total)
                 kept.append(_keep(weights, dropout))
                 if dropout:
                     weights = _drop(weights, kept[-1], dropout)
                     dropped_total.mul_(shrunk).add_(weights.sum(1))
-                read.mul_(shrunk.flatten(1)[..., None]).baddbmm_(weights.flatten(2).mT, tokens)
-            # If everything is padding, the sum is zero, and so is what is read.
-            total.clamp_(min=torch.finfo(total.dtype).tiny)
-            read /= total.flatten(1)[..., None]
-            dropped_total /= total
+                _add_product(read.mul_(shrunk.flatten(1)[..., None]), weights.flatten(2).mT.to(shared.dtype), tokens)
         if any(ctx.needs_input_grad):
             log_total = taken_off + total.log()
             ctx.save_for_backward(
@@ -341,31 +375,36 @@ class _BothDirections(torch.autograd.Function):
                 mean += grad_dropped * dropped_total
             grad_image = torch.empty_like(image) if ctx.needs_input_grad[0] else None
             grad_prompts = torch.empty_like(prompts)
-            grad_keys, grad_values = torch.zeros_like(shared.keys), torch.zeros_like(shared.values)
+            grad_keys = torch.zeros_like(shared.keys, dtype=shared.exact)
+            grad_values = torch.zeros_like(shared.values, dtype=shared.exact)
+            grad_read_of_product = grad_read.to(shared.dtype)
             grad_bias = None if text_bias is None else torch.zeros_like(text_bias, dtype=read.dtype)
             for begin, end, tokens in shared.chunks():
                 logits = shared.logits(tokens)
                 of_image = begin < image.shape[1]
                 if of_image:
                     weights, keep = shared.image_weights(logits), next(kept)
-                    grad_out = grad_image_out[:, begin:end].to(read.dtype)
-                    grad_values.baddbmm_(_drop(weights, keep, dropout).flatten(2).mT, grad_out)
-                    grad_weights = _drop((grad_out @ shared.values.mT).view_as(weights), keep, dropout)
+                    grad_out = grad_image_out[:, begin:end].to(shared.dtype)
+                    dropped = _drop(weights, keep, dropout).flatten(2)
+                    _add_product(grad_values, dropped.mT.to(shared.dtype), grad_out)
+                    grad_weights = (grad_out @ shared.values.mT).view_as(weights).to(shared.exact)
+                    grad_weights = _drop(grad_weights, keep, dropout)
                     grad_logits = shared.grad_of_image_logits(grad_weights, weights)
                     if grad_bias is not None:
                         grad_bias += grad_logits.sum(1)[:, :, None].sum_to_size(grad_bias.shape)
                 else:
-                    grad_logits = torch.zeros_like(logits)
+                    grad_logits = torch.zeros_like(logits, dtype=shared.exact)
                 weights, keep = (shared.text_logits(logits, begin, end) - log_total[:, None]).exp_(), next(kept)
-                grad_weights = (tokens @ grad_read.mT).view_as(weights)
+                grad_weights = (tokens @ grad_read_of_product.mT).view_as(weights).to(shared.exact)
                 if grad_dropped is not None:
                     grad_weights = _drop(grad_weights + grad_dropped[:, None], keep, dropout)
                 grad_logits[..., : ctx.text_length] += grad_weights.sub_(mean[:, None]).mul_(weights)
-                grad_logits = grad_logits.flatten(2)
-                grad_keys.baddbmm_(grad_logits.mT, tokens)
+                grad_logits = grad_logits.flatten(2).to(shared.dtype)
+                _add_product(grad_keys, grad_logits.mT, tokens)
                 # The image before the first adapted layer needs no gradient.
                 if ctx.needs_input_grad[0 if of_image else 1]:
-                    grad_tokens = _drop(weights, keep, dropout).flatten(2) @ grad_read
+                    dropped = _drop(weights, keep, dropout).flatten(2)
+                    grad_tokens = dropped.to(shared.dtype) @ grad_read_of_product
                     grad_tokens.baddbmm_(grad_logits, shared.keys)
                     if of_image:
                         assert grad_image is not None
