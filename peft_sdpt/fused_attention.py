@@ -185,18 +185,17 @@ def _kernels_pay(image: torch.Tensor, *others: torch.Tensor | None) -> bool:
     """Return whether to call `scaled_dot_product_attention`.
 
     It takes four products of the size of the logits where three are enough. Its backward pass is slow with as few keys
-    as a text has, and stores the logits if the mask needs gradients. In half precision without gradients, its kernels
-    are faster, on a GPU and on a CPU. They also compile without a loop. The page "Performance" of the documentation has
-    the measurements.
+    as a text has, and stores the logits if the mask needs gradients. Without gradients, its kernels are faster in half
+    precision, and they take less memory in code that is compiled or exported, which has no chunks. The page
+    "Performance" of the documentation has the measurements.
 
     Args:
         image: Image tokens.
         others: Other inputs of the attention.
     """
-    if torch.compiler.is_compiling():
-        return True
-    trained = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in (image, *others))
-    return image.dtype in (torch.float16, torch.bfloat16) and not trained
+    if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in (image, *others)):
+        return False
+    return image.dtype in (torch.float16, torch.bfloat16) or torch.compiler.is_compiling()
 
 
 def _on_cpu(tensor: torch.Tensor) -> bool:
@@ -241,11 +240,20 @@ class _Shared:
         self.num_heads, self.text_length, self.sizes = keys.shape[1], text_length, sizes
         self.text_bias = None if text_bias is None else text_bias.to(self.exact).transpose(1, 2)
         self.image_bias = None if image_bias is None else image_bias.to(self.exact).permute(0, 3, 1, 2)
-        self.tokens = [(0, image), (image.shape[1], prompts)]
+        self.tokens = [(0, image)]
+        if prompts.shape[1]:
+            self.tokens.append((image.shape[1], prompts))
         self.logits_at_a_time = _LOGITS_AT_A_TIME if on_cpu else _LOGITS_AT_A_TIME_ON_GPU
 
     def chunks(self) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """Yield begin, end and tokens `(B, n, d)` of each chunk. Prompts come last, in chunks of their own."""
+        """Yield begin, end and tokens `(B, n, d)` of each chunk. Prompts come last, in chunks of their own.
+
+        Compiled code takes all at once, so that one graph is enough for all image sizes.
+        """
+        if torch.compiler.is_compiling():
+            for start, tokens in self.tokens:
+                yield start, start + tokens.shape[1], tokens.to(self.dtype)
+            return
         size = max(1, self.logits_at_a_time // max(1, self.keys[..., 0].numel()))
         for start, tokens in self.tokens:
             for begin in range(0, tokens.shape[1], size):

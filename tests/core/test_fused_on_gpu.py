@@ -10,6 +10,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import peft_sdpt.fused_attention
@@ -209,3 +210,29 @@ def test_the_way_that_was_measured_as_the_best(on_cpu, dtype, gradients, expecte
     with torch.set_grad_enabled(gradients), Kernels() as kernels:
         fused_bi_attention(image, text, *make_sides(sizes, dtype=dtype), **options(sizes))
     assert any("scaled_dot" in name for name in kernels.counts) == expected
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_one_graph_is_enough_for_all_image_sizes(dropout):
+    """A loop over chunks would be another graph for each size."""
+    torch._dynamo.reset()
+    graphs = CompileCounterWithBackend("eager")
+    sizes = (16, 16, 64, 4)
+    sides = make_sides(sizes)
+
+    def call(image, text):
+        return fused_bi_attention(image, text, *sides, **options(sizes, dropout=dropout))
+
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=graphs)
+    for length in (40, 50, 77):
+        image, text, leaves = make_inputs(sizes, 2, length, 5)
+        found = []
+        for function in (compiled, call):
+            torch.manual_seed(0)
+            outs = function(image, text)
+            torch.manual_seed(1)
+            grads = torch.autograd.grad(sum((out * torch.randn(out.shape)).sum() for out in outs), leaves)
+            found.append([*outs, *grads])
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
+    assert graphs.frame_count == 1
