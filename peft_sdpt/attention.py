@@ -38,7 +38,8 @@ class GatedPrompts(NamedTuple):
     """Prompts with a softmax of their own. What heads read from them is added to what they read from tokens.
 
     Attributes:
-        tokens: Prompts in the input space of a side, `(N, d)`, in groups that follow one another.
+        tokens: Prompts in the input space of a side, `(N, d)`, in groups that follow one another. `(B, N, d)` if each
+            sample has its own.
         sizes: Number of prompts of each of the G groups. Each group has its own softmax.
         gates: `(B or 1, G, heads)`, the factor of what a head reads from a group. Zero adds nothing.
     """
@@ -46,6 +47,11 @@ class GatedPrompts(NamedTuple):
     tokens: torch.Tensor
     sizes: tuple[int, ...]
     gates: torch.Tensor
+
+    @property
+    def num_prompts(self) -> int:
+        """Number N of prompts."""
+        return self.tokens.shape[-2]
 
     @property
     def gate_of_prompts(self) -> torch.Tensor:
@@ -60,7 +66,8 @@ class Prompts(NamedTuple):
     """Prompts of one side of a fusion layer.
 
     Attributes:
-        tokens: Prompts in the input space of the side, `(N, d)`; None if the side has no prompts without gates.
+        tokens: Prompts in the input space of the side, `(N, d)`, or `(B, N, d)` if each sample has its own. None if the
+            side has no prompts without gates.
         mask: `(B, N)`, bool, True if a sample does not see a prompt; None if all samples see all prompts.
         gated: Prompts with gates, or None.
     """
@@ -72,7 +79,7 @@ class Prompts(NamedTuple):
     @property
     def num_prompts(self) -> int:
         """Number N of prompts."""
-        return 0 if self.tokens is None else len(self.tokens)
+        return 0 if self.tokens is None else self.tokens.shape[-2]
 
 
 class SideInput(NamedTuple):
@@ -81,8 +88,8 @@ class SideInput(NamedTuple):
     Attributes:
         tokens: `(B, L, d)`.
         mask: `(B, L)` in the convention of the base model, or None.
-        prompts: Extra tokens that the *other* modality attends to, `(N, d)`, or None. They may have any floating point
-            dtype, and are cast to that of `tokens`.
+        prompts: Extra tokens that the *other* modality attends to, `(N, d)`, or `(B, N, d)` if each sample has its own,
+            or None. They may have any floating point dtype, and are cast to that of `tokens`.
         prompt_mask: `(B, N)`, bool, True if a sample does not see a prompt; None if all samples see all prompts.
         gated: Prompts with gates that the other modality reads, or None.
     """
@@ -96,7 +103,7 @@ class SideInput(NamedTuple):
     @property
     def num_prompts(self) -> int:
         """Number N of prompts."""
-        return 0 if self.prompts is None else len(self.prompts)
+        return 0 if self.prompts is None else self.prompts.shape[-2]
 
     @property
     def length(self) -> int:
@@ -151,13 +158,23 @@ def add_validity(logits: torch.Tensor, mask: torch.Tensor, num_prompts: int) -> 
 
 
 def append_prompts(tokens: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
-    """Append prompts `(N, d)` to tokens `(B, L, d)`. Returns `(B, L + N, d)` in the dtype of `tokens`."""
+    """Append prompts to tokens `(B, L, d)`. Returns `(B, L + N, d)` in the dtype of `tokens`.
+
+    Args:
+        tokens: `(B, L, d)`.
+        prompts: `(N, d)`, or `(B, N, d)` if each sample has its own.
+    """
     return torch.cat([tokens, prompts.to(tokens.dtype).expand(len(tokens), -1, -1)], dim=1)
 
 
 def append_zeros(positions: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
-    """Append a zero vector per prompt `(N, d)` to position encodings `(B, L, d)`. Returns `(B, L + N, d)`."""
-    return F.pad(positions, (0, 0, 0, len(prompts)))
+    """Append a zero vector per prompt `(..., N, d)` to position encodings `(B, L, d)`. Returns `(B, L + N, d)`."""
+    return F.pad(positions, (0, 0, 0, prompts.shape[-2]))
+
+
+def _with_batch(prompts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return prompts `(N, d)` or `(B, N, d)` as `(1 or B, N, d)` in this dtype."""
+    return prompts.to(dtype) if prompts.dim() == 3 else prompts.to(dtype)[None]
 
 
 def extend_mask(mask: torch.Tensor | None, tokens: torch.Tensor, prompts: Prompts) -> torch.Tensor | None:
@@ -231,7 +248,7 @@ def read_gated(
         `(B, heads, L, N)`.
     """
     num_heads = queries.shape[1]
-    tokens = gated.tokens.to(queries.dtype)[None]
+    tokens = _with_batch(gated.tokens, queries.dtype)
     keys = split_heads(key(tokens) * scale, num_heads)
     values = split_heads(value(tokens), num_heads)
     gates = gated.gate_of_prompts.mT
@@ -293,13 +310,13 @@ def bi_attention(
     text_logits = image_logits.transpose(-1, -2)
     batch = image.tokens.shape[0]
     if text.prompts is not None:
-        prompts = text.prompts.to(text.tokens.dtype)[None]
+        prompts = _with_batch(text.prompts, text.tokens.dtype)
         keys = split_heads(text_side.query(prompts), num_heads)
         values = split_heads(text_side.value(prompts), num_heads)
         image_logits = torch.cat([image_logits, image_states @ keys.transpose(-1, -2)], dim=-1)
         text_values = torch.cat([text_values, values.expand(batch, -1, -1, -1)], dim=-2)
     if image.prompts is not None:
-        prompts = image.prompts.to(image.tokens.dtype)[None]
+        prompts = _with_batch(image.prompts, image.tokens.dtype)
         keys = split_heads(image_side.query(prompts) * scale, num_heads)
         values = split_heads(image_side.value(prompts), num_heads)
         text_logits = torch.cat([text_logits, text_states @ keys.transpose(-1, -2)], dim=-1)

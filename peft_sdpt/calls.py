@@ -6,18 +6,20 @@ PEFT stores the active adapters in the layers. If another thread switched adapte
 layers would use one adapter and the last layers another one. So each call copies the state of all layers when it
 begins. The copy is in a context variable. Compiled code cannot read this variable, and reads the attributes of the
 layers instead.
+
+Which adapter each sample of a mixed batch uses is a tensor, which is made once for each call. A compiled base model
+gets it from outside, and does not depend on the names.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 # PEFT's name for the base model without an adapter, in `adapter_names`.
@@ -27,6 +29,53 @@ BASE = "__base__"
 SWITCHING = threading.RLock()
 
 
+class Choice(NamedTuple):
+    """Which adapter each sample of a batch uses, as a tensor.
+
+    Attributes:
+        adapters: Names of adapters.
+        places: For each sample, the place of its adapter in `adapters`; `len(adapters)` is the base model. `(B,)`,
+            int64.
+    """
+
+    adapters: tuple[str, ...]
+    places: torch.Tensor
+
+    @classmethod
+    def of(cls, adapter_names: Sequence[str], device: torch.device) -> Choice:
+        """Return a choice among the adapters that the samples use.
+
+        Args:
+            adapter_names: For each sample, the adapter to use, or `"__base__"`.
+            device: The device of the places.
+        """
+        adapters = tuple(name for name in dict.fromkeys(adapter_names) if name != BASE)
+        return cls(adapters, _places([adapter_names], [adapters], device)[0])
+
+    def uses(self, adapter: str) -> torch.Tensor:
+        """Return which samples use an adapter, `(B,)`, bool."""
+        return self.places == self.adapters.index(adapter)
+
+    def take(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return the tensor of each sample, `(B, ...)`. It is zero for samples whose adapter has none.
+
+        Args:
+            tensors: Tensors of the same shape, by the names of their adapters.
+        """
+        zeros = torch.zeros_like(next(iter(tensors.values())))
+        return torch.stack([*(tensors.get(name, zeros) for name in self.adapters), zeros])[self.places]
+
+
+def _places(
+    adapter_names: Sequence[Sequence[str]], adapters: Sequence[Sequence[str]], device: torch.device
+) -> torch.Tensor:
+    """Return indices into lists of adapters, one row for each list, in one copy to the device."""
+    places = [{name: place for place, name in enumerate(each)} for each in adapters]
+    rows = [[place.get(name, len(place)) for name in names] for names, place in zip(adapter_names, places, strict=True)]
+    # A copy that blocks would wait for the GPU.
+    return torch.tensor(rows, device="cpu").to(device, non_blocking=True)
+
+
 class Activation(NamedTuple):
     """Which adapters a layer uses in a call.
 
@@ -34,14 +83,14 @@ class Activation(NamedTuple):
         enabled: False if the adapters of the layer are disabled.
         active: Names of the active adapters.
         scales: Factor of each adapter, from `set_scale`.
-        names: For each sample, the name of the adapter to use instead of the active ones, or `"__base__"`. None if all
-            samples use the active adapters.
+        choice: The adapter of each sample, which it uses instead of the active ones. None if all samples use the active
+            adapters.
     """
 
     enabled: bool
     active: Sequence[str]
     scales: Mapping[str, float]
-    names: Sequence[str] | None = None
+    choice: Choice | None = None
 
 
 class _Call(NamedTuple):
@@ -61,7 +110,8 @@ _CALL: ContextVar[_Call | None] = ContextVar("peft_sdpt_call", default=None)
 def calling(
     layers: Collection[Any],
     adapter_names: Sequence[str] | None = None,
-    copied: Collection[AuxiliaryTrainingWrapper] = (),
+    copied: Collection[Any] = (),
+    adapters: Sequence[str] = (),
 ) -> Iterator[None]:
     """Fix the adapters that the layers of a model use for the time of a call.
 
@@ -70,31 +120,42 @@ def calling(
         adapter_names: For each sample, the adapter to use, or `"__base__"`. None if all samples use the active
             adapters.
         copied: Modules that PEFT has copied for adapters of this tuner (`modules_to_save`). They receive the names too.
+        adapters: Names of all adapters of this tuner. Compiled layers choose among them, so that the same code is
+            valid for all `adapter_names`.
     """
-    with SWITCHING:
-        notes = {
-            id(layer): Activation(
-                not layer.disable_adapters, tuple(layer.active_adapters), dict(layer.sdpt_scale), adapter_names
-            )
-            for layer in layers
-        }
-        names: dict[int, Sequence[str]] = {}
-        with_names: list[Any] = []
+    compiling = torch.compiler.is_compiling()
+    choice = among_all = None
+    if adapter_names is not None:
+        used = tuple(name for name in dict.fromkeys(adapter_names) if name != BASE)
+        device = next((layer.device_of_adapters for layer in layers), torch.device("cpu"))
+        rows = _places([adapter_names] * 2, [used, adapters], device)
+        choice, among_all = Choice(used, rows[0]), Choice(tuple(adapters), rows[1])
+    names: dict[int, Sequence[str]] = {}
+    with nullcontext() if compiling else SWITCHING:
+        notes = {} if compiling else {id(layer): _state_of(layer, choice) for layer in layers}
         if adapter_names is not None:
             for module in copied:
                 names[id(module)] = [name if name in module._adapters else BASE for name in adapter_names]
                 if _pass_names_on not in module._forward_pre_hooks.values():
                     module.register_forward_pre_hook(_pass_names_on, with_kwargs=True)
-            with_names = [*copied, *layers]
-            for module in with_names:
-                module.sdpt_call_names = names.get(id(module), adapter_names)
-    token = _CALL.set(_Call(notes, names, adapter_names is not None))
+                module.sdpt_call_names = names[id(module)]
+            for layer in layers:
+                layer.sdpt_call, layer.sdpt_compiled_call = choice, among_all
+    token = None if compiling else _CALL.set(_Call(notes, names, adapter_names is not None))
     try:
         yield
     finally:
-        _CALL.reset(token)
-        for module in with_names:
-            module.sdpt_call_names = None
+        if token is not None:
+            _CALL.reset(token)
+        if adapter_names is not None:
+            for module in copied:
+                module.sdpt_call_names = None
+            for layer in layers:
+                layer.sdpt_call = layer.sdpt_compiled_call = None
+
+
+def _state_of(layer: Any, choice: Choice | None) -> Activation:
+    return Activation(not layer.disable_adapters, tuple(layer.active_adapters), dict(layer.sdpt_scale), choice)
 
 
 def activation(layer: Any, adapter_names: Sequence[str] | None = None) -> Activation:
@@ -104,15 +165,18 @@ def activation(layer: Any, adapter_names: Sequence[str] | None = None) -> Activa
         layer: A layer of this tuner.
         adapter_names: Names that the layer was called with. They override those of the call.
     """
-    call = None if torch.compiler.is_compiling() else _CALL.get()
+    choice = None if adapter_names is None else Choice.of(adapter_names, layer.device_of_adapters)
+    if torch.compiler.is_compiling():
+        choice = layer.sdpt_compiled_call if choice is None else choice
+        return Activation(not layer.disable_adapters, layer.active_adapters, layer.sdpt_scale, choice)
+    call = _CALL.get()
     noted = None if call is None else call.layers.get(id(layer))
-    if noted is None:
-        names = adapter_names
-        if names is None and (call is None or call.has_names):
-            # Compiled code, or a thread or a replica that the base model has made for its own work.
-            names = layer.sdpt_call_names
-        return Activation(not layer.disable_adapters, layer.active_adapters, layer.sdpt_scale, names)
-    return noted if adapter_names is None else noted._replace(names=adapter_names)
+    if noted is not None:
+        return noted if choice is None else noted._replace(choice=choice)
+    if choice is None and (call is None or call.has_names):
+        # A thread or a replica that the base model has made for its own work.
+        choice = layer.sdpt_call
+    return Activation(not layer.disable_adapters, layer.active_adapters, layer.sdpt_scale, choice)
 
 
 def _pass_names_on(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:

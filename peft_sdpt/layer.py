@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from .attention import GatedPrompts, Prompts
-from .calls import activation
+from .calls import Choice, activation
 from .config import SDPTConfig
 from .gates import factors_of, gate_sides_and_heads, init_gates
 from .hosts import FusionHost
@@ -123,8 +123,9 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names: tuple[str, ...] = ("sdpt_prompts", "sdpt_gates")
     other_param_names: tuple[str, ...] = ("sdpt_config", "sdpt_fixed", "sdpt_scale")
-    # The `adapter_names` of the current call, for compiled code. See `peft_sdpt.calls`.
-    sdpt_call_names: Sequence[str] | None = None
+    # The adapters of the samples in the current call. See `peft_sdpt.calls`.
+    sdpt_call: Choice | None = None
+    sdpt_compiled_call: Choice | None = None
     base_layer: nn.Module
 
     def __init__(
@@ -265,10 +266,10 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
             adapter_names: For each sample, the adapter to use, or `"__base__"` for the base model. None if all samples
                 use the active adapters. `model(..., adapter_names=[...])` passes it on.
         """
-        enabled, active, scales, adapter_names = activation(self, adapter_names)
-        wanted = active if adapter_names is None else dict.fromkeys(adapter_names)
+        enabled, active, scales, choice = activation(self, adapter_names)
+        wanted = active if choice is None else choice.adapters
         names = [name for name in wanted if name in self.sdpt_prompts and scales[name] != 0]
-        if not enabled or (not names and adapter_names is None):
+        if not enabled or (not names and choice is None):
             if not torch.compiler.is_compiling() and any(map(is_trained, self.projections)):
                 # A step may follow, and the weights may be frozen before they are looked at again.
                 self.sdpt_inverses.forget()
@@ -279,14 +280,14 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
             silent = [name for name in names if self._is_silent(name)]
             if not torch.is_grad_enabled():
                 names = [name for name in names if name not in silent]
-        if adapter_names is not None:
+        if choice is not None:
             num_samples = len(self.fusion_host.bind(args, kwargs)[self.fusion_host.arguments[0]])
-            if len(adapter_names) != num_samples:
+            if len(choice.places) != num_samples:
                 raise ValueError(
                     "Length of `adapter_names` should be the same as the number of inputs, but got "
-                    f"{len(adapter_names)} and {num_samples} respectively."
+                    f"{len(choice.places)} and {num_samples} respectively."
                 )
-        prompts = self.input_prompts(names, adapter_names, scales)
+        prompts = self.input_prompts(names, choice, scales)
         if all(side.tokens is None and side.gated is None for side in prompts):
             return self.base_layer(*args, **kwargs)
         eager = any(self.sdpt_config[name].attn_implementation == "eager" for name in names)
@@ -329,7 +330,7 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
     def input_prompts(
         self,
         names: Sequence[str],
-        adapter_names: Sequence[str] | None = None,
+        choice: Choice | None = None,
         scales: Mapping[str, float] | None = None,
     ) -> list[Prompts]:
         """Map the prompts of some adapters into the input space of each side of the module.
@@ -339,11 +340,11 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
 
         Args:
             names: Names of adapters that this layer has.
-            adapter_names: For each sample, the adapter to use; None if all samples see all prompts.
+            choice: The adapter of each sample; None if all samples see all prompts.
             scales: Factor of the gates of each adapter. None for those that `set_scale` has set.
 
         Returns:
-            Prompts of each side, with tokens `(sum of N, d)`.
+            Prompts of each side, with tokens `(sum of N, d)`, or `(B, N, d)` for a batch of adapters of one kind.
 
         Raises:
             ValueError: Another tuner's adapter acts on a projection, or a base model that was made in inference mode is
@@ -355,7 +356,7 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
         # Comparing versions would break the graph of torch.compile. There, the load hook refreshes the inverses.
         scales = self.sdpt_scale if scales is None else scales
         if torch.compiler.is_compiling():
-            return self._map_prompts(names, adapter_names, scales, projections)
+            return self._map_prompts(names, choice, scales, projections)
         self._follow_weights()
         if self.training and torch.is_grad_enabled() and any(map(is_of_inference_mode, projections)):
             raise ValueError(
@@ -365,13 +366,13 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
         if self.training or torch.is_grad_enabled():
             # The prompts are not cached, because an optimizer may write through `.data`, which PyTorch does not count.
             self._known_prompts = None
-            return self._map_prompts(names, adapter_names, scales, projections)
+            return self._map_prompts(names, choice, scales, projections)
         biases = [bias for bias in map(bias_of, projections) if bias is not None]
         gates = [self.sdpt_gates[name] for name in names if name in self.sdpt_gates]
         sources = [*(self.sdpt_prompts[name] for name in names), *gates, *biases]
         # Trained parameters are compared by their values. A GPU would wait for that, so nothing is cached there.
-        if adapter_names is not None or any(source.requires_grad and _reading_waits(source) for source in sources):
-            return self._map_prompts(names, adapter_names, scales, projections)
+        if choice is not None or any(source.requires_grad and _reading_waits(source) for source in sources):
+            return self._map_prompts(names, choice, scales, projections)
         # Read before the prompts are mapped, because other threads may change what they depend on.
         factors = [scales[name] for name in names]
         version = self.sdpt_inverses.version
@@ -391,28 +392,32 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
     def _map_prompts(
         self,
         names: Sequence[str],
-        adapter_names: Sequence[str] | None,
+        choice: Choice | None,
         scales: Mapping[str, float],
         projections: Sequence[nn.Linear],
     ) -> list[Prompts]:
+        sources: dict[str, torch.Tensor] = {name: self.sdpt_prompts[name] for name in names}
+        by_sample = choice is not None and len({self._kind(name) for name in names}) == 1
+        if by_sample:
+            assert choice is not None
+            # One set of tokens for each sample, however many adapters there are.
+            sources = {names[0]: choice.take(sources)}
         tokens = {
-            name: F.dropout(
-                self._tokens(name, self.sdpt_prompts[name]), self.sdpt_config[name].prompt_dropout, self.training
-            )
-            for name in names
+            name: F.dropout(self._tokens(name, source), self.sdpt_config[name].prompt_dropout, self.training)
+            for name, source in sources.items()
         }
         prompts = []
         for place, projection in enumerate(projections):
             side = place if self.side is None else self.side
             visible = [
                 name
-                for name in names
+                for name in sources
                 if self.sdpt_fixed[name].image_attends_prompts or side != self.fusion_host.image_reads
             ]
             parts = {
                 name: to_input_space(
                     # In independent mode, each side has its own set.
-                    tokens[name][side] if tokens[name].dim() == 3 else tokens[name],
+                    tokens[name] if self.sdpt_prompts[name].dim() == 2 else tokens[name].select(-3, side),
                     self.sdpt_inverses.inverse(place, self.sdpt_fixed[name].pinv_rtol),
                     bias_of(projection),
                 )
@@ -421,42 +426,64 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
             plain = [name for name in visible if name not in self.sdpt_gates]
             together = torch.cat([parts[name] for name in plain]) if plain else None
             mask = None
-            if plain and adapter_names is not None:
-                mask = self._mask(adapter_names, plain, parts[plain[0]].device)
-            gated = [name for name in visible if name in self.sdpt_gates]
-            prompts.append(Prompts(together, mask, self._gated(gated, parts, side, adapter_names, scales)))
+            if together is not None and choice is not None:
+                mask = self._hidden(choice, names if by_sample else plain, together, by_sample)
+            gated = {name: parts[name] for name in visible if name in self.sdpt_gates}
+            prompts.append(Prompts(together, mask, self._gated(gated, names, side, choice, by_sample, scales)))
         return prompts
+
+    def _kind(self, name: str) -> tuple[Any, ...]:
+        """Return what adapters must have in common if each sample of a batch takes its own tokens."""
+        tokens, gates = self.sdpt_prompts[name], self.sdpt_gates.get(name)
+        dropout = self.sdpt_config[name].prompt_dropout
+        return self.sdpt_fixed[name], dropout, tokens.shape, tokens.dtype, None if gates is None else gates.shape
 
     def _gated(
         self,
-        names: list[str],
         parts: dict[str, torch.Tensor],
+        names: Sequence[str],
         side: int,
-        adapter_names: Sequence[str] | None,
+        choice: Choice | None,
+        by_sample: bool,
         scales: Mapping[str, float],
     ) -> GatedPrompts | None:
-        """Put the gated prompts of a side together, with a group for each adapter, or several if it has them."""
-        if not names:
+        """Put the gated prompts of a side together, with a group for each adapter, or several if it has them.
+
+        Args:
+            parts: Prompts by adapter name; those of all samples under the first name with `by_sample`.
+            names: Names of all adapters.
+        """
+        if not parts:
             return None
-        sizes = [size for name in names for size in self.sdpt_fixed[name].group_sizes]
-        gates = []
-        for name in names:
+        gates = {}
+        for name in names if by_sample else parts:
             gate = self.gate_factors(name, scales[name])
             # Without a row for a side that is hidden. The row of the other one is then the only row.
-            gate = gate[min(side, len(gate) - 1)][None]
-            if adapter_names is not None:
-                uses = torch.tensor([wanted == name for wanted in adapter_names]).to(gate.device)
-                gate = gate * uses[:, None, None]
-            gates.append(gate)
-        return GatedPrompts(torch.cat([parts[name] for name in names]), tuple(sizes), torch.cat(gates, dim=1))
+            gates[name] = gate[min(side, len(gate) - 1)]
+        sizes = tuple(size for name in parts for size in self.sdpt_fixed[name].group_sizes)
+        if by_sample:
+            assert choice is not None
+            return GatedPrompts(parts[names[0]], sizes, choice.take(gates))
+        factors = [
+            gate[None] if choice is None else gate * choice.uses(name)[:, None, None] for name, gate in gates.items()
+        ]
+        return GatedPrompts(torch.cat(list(parts.values())), sizes, torch.cat(factors, dim=1))
 
-    def _mask(self, adapter_names: Sequence[str], owners: list[str], device: torch.device) -> torch.Tensor:
+    def _hidden(self, choice: Choice, owners: Sequence[str], prompts: torch.Tensor, by_sample: bool) -> torch.Tensor:
         """Return a mask `(B, N)` that is True if a prompt does not belong to the adapter of the sample."""
-        sizes = torch.tensor([self.sdpt_prompts[name].shape[-2] for name in owners])
-        owner = torch.arange(len(owners)).repeat_interleave(sizes)
-        number = {name: index for index, name in enumerate(owners)}
-        wanted = torch.tensor([number.get(name, -1) for name in adapter_names])
-        return (wanted[:, None] != owner).to(device)
+        uses = torch.stack([choice.uses(name) for name in owners], dim=1)
+        if by_sample:
+            return ~uses.any(1, keepdim=True).expand(-1, prompts.shape[-2])
+        hidden = [
+            ~used[:, None].expand(-1, self.sdpt_prompts[name].shape[-2])
+            for name, used in zip(owners, uses.unbind(1), strict=True)
+        ]
+        return torch.cat(hidden, dim=1)
+
+    @property
+    def device_of_adapters(self) -> torch.device:
+        """The device of the prompts."""
+        return self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
 
     def _follow_weights(self) -> None:
         if not self.sdpt_inverses.up_to_date(self.projections):

@@ -13,11 +13,10 @@ from collections.abc import Collection, MutableMapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .calls import activation
+from .calls import Choice, activation
 from .config import SDPTConfig
 from .hosts import GROUNDING_DINO, find_hosts
 from .layer import CANNOT_MERGE, SDPTLayer
@@ -55,8 +54,9 @@ class SDPTLoraLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names: tuple[str, ...] = ("sdpt_lora_A", "sdpt_lora_B")
     other_param_names: tuple[str, ...] = ("sdpt_lora_scaling", "sdpt_scale")
-    # The `adapter_names` of the current call, for compiled code. See `peft_sdpt.calls`.
-    sdpt_call_names: Sequence[str] | None = None
+    # The adapters of the samples in the current call. See `peft_sdpt.calls`.
+    sdpt_call: Choice | None = None
+    sdpt_compiled_call: Choice | None = None
     base_layer: nn.Module
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: SDPTConfig) -> None:
@@ -106,30 +106,46 @@ class SDPTLoraLayer(nn.Module, BaseTunerLayer):
             ValueError: There is not one name for each sample.
         """
         result = self.base_layer(x, *args, **kwargs)
-        enabled, active, scales, adapter_names = activation(self, adapter_names)
-        wanted = active if adapter_names is None else dict.fromkeys(adapter_names)
+        enabled, active, scales, choice = activation(self, adapter_names)
+        wanted = active if choice is None else choice.adapters
         names = [name for name in wanted if name in self.sdpt_lora_A and scales[name] != 0]
         if not enabled or not names:
             return result
-        if adapter_names is not None and len(x) == 1:
+        dtype = result.dtype
+        scalings = {name: self.sdpt_lora_scaling[name] * scales[name] for name in names}
+        if choice is None:
+            for name in names:
+                result = result + self._change(x, self.sdpt_lora_A[name], self.sdpt_lora_B[name]) * scalings[name]
+            return result.to(dtype)
+        num_samples = len(choice.places)
+        if len(x) == 1:
             # Prompts of a fusion layer, which all samples share before this layer.
-            x, result = x.expand(len(adapter_names), *x.shape[1:]), result.expand(len(adapter_names), *result.shape[1:])
-        if adapter_names is not None and len(adapter_names) != len(x):
+            x, result = x.expand(num_samples, *x.shape[1:]), result.expand(num_samples, *result.shape[1:])
+        if num_samples != len(x):
             # The message is PEFT's own, because callers may look for it.
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(adapter_names)} and {len(x)} respectively."
+                f"{num_samples} and {len(x)} respectively."
             )
-        dtype = result.dtype
+        if len({(self.sdpt_lora_A[name].shape, self.sdpt_lora_A[name].dtype) for name in names}) == 1:
+            # A product of batches of matrices. A base model without LoRA gets zeros.
+            first = choice.take({name: self.sdpt_lora_A[name] for name in names})
+            second = choice.take({name: self.sdpt_lora_B[name] * scalings[name] for name in names})
+            change = self._change(x.flatten(1, -2) if x.dim() > 2 else x[:, None], first, second)
+            return (result + change.view_as(result)).to(dtype)
         for name in names:
-            first, second = self.sdpt_lora_A[name], self.sdpt_lora_B[name]
-            change = F.linear(F.linear(self._cast_input_dtype(x, first.dtype), first), second)
-            changed = result + change * (self.sdpt_lora_scaling[name] * scales[name])
-            if adapter_names is not None:
-                chosen = torch.tensor([other == name for other in adapter_names], device=x.device)
-                changed = torch.where(chosen.reshape(-1, *[1] * (changed.dim() - 1)), changed, result)
-            result = changed
+            changed = result + self._change(x, self.sdpt_lora_A[name], self.sdpt_lora_B[name]) * scalings[name]
+            result = torch.where(choice.uses(name).view(-1, *[1] * (changed.dim() - 1)), changed, result)
         return result.to(dtype)
+
+    def _change(self, x: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        """Return `B A x`, for matrices of all samples or `(B, ...)` of each sample."""
+        return self._cast_input_dtype(x, first.dtype) @ first.mT @ second.mT
+
+    @property
+    def device_of_adapters(self) -> torch.device:
+        """The device of the matrices."""
+        return next(iter(self.sdpt_lora_A.values())).device
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
         """Multiply the LoRA part of an adapter by `scale`."""

@@ -282,7 +282,7 @@ class SDPTModel(BaseTuner):
             for module in modules
             if isinstance(module, AuxiliaryTrainingWrapper) and not module._adapters.isdisjoint(ours)
         ]
-        with calling(layers, adapter_names, copied):
+        with calling(layers, adapter_names, copied, ours):
             yield
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:

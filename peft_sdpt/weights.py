@@ -15,6 +15,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_module_weight, gather_params_ctx
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 @contextmanager
@@ -139,8 +140,11 @@ def _stored(projection: nn.Linear) -> Any:
 
 
 def _is_plain(stored: Any) -> bool:
-    """Return whether PyTorch counts changes of this tensor. Quantised and sharded weights are compared by identity."""
-    return type(stored) in (torch.Tensor, nn.Parameter) and not hasattr(stored, "ds_id")
+    """Return whether PyTorch counts changes of this tensor. Quantised and sharded weights are compared by identity.
+
+    `torch.export` puts fake tensors in the place of weights. They act like the weights that they stand for.
+    """
+    return type(stored) in (torch.Tensor, nn.Parameter, FakeTensor) and not hasattr(stored, "ds_id")
 
 
 def is_trained(projection: nn.Linear) -> bool:

@@ -88,7 +88,7 @@ class BiAttentionHost(FusionHost):
             and all(map(is_plain_linear, image_side))
             and absorbing_pays(
                 image.length,
-                text.length + (0 if text.gated is None else len(text.gated.tokens)),
+                text.length + (0 if text.gated is None else text.gated.num_prompts),
                 image_side.query.weight,
                 options["num_heads"],
             )
