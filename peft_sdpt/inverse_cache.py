@@ -45,12 +45,12 @@ class InverseCache(BufferDict):
 
     def inverse(self, side: int, rtol: float | None) -> torch.Tensor:
         """Return the inverse of the projection of a side, `(d, E)`."""
-        inverse: torch.Tensor = self[_name(side, rtol)]
+        inverse: torch.Tensor = self[name_of_inverse(side, rtol)]
         return inverse
 
     def set_inverse(self, side: int, rtol: float | None, inverse: torch.Tensor) -> None:
         """Replace the inverse of a side until a weight changes."""
-        self[_name(side, rtol)] = inverse
+        self[name_of_inverse(side, rtol)] = inverse
         self.version += 1
 
     @property
@@ -82,9 +82,9 @@ class InverseCache(BufferDict):
         computed: dict[str, torch.Tensor] = {}
         for side, projection in enumerate(projections):
             for rtol in rtols:
-                if not (current and _name(side, rtol) in self):
+                if not (current and name_of_inverse(side, rtol) in self):
                     with dense_weight(projection) as weight:
-                        computed[_name(side, rtol)] = inverse_projection(weight, rtol)
+                        computed[name_of_inverse(side, rtol)] = inverse_projection(weight, rtol)
         if needs_basis and not (current and _BASIS in self):
             computed[_BASIS] = reachable_basis(list(_copies(projections)))
         # Added before others are dropped, because another thread may be reading.
@@ -96,7 +96,7 @@ class InverseCache(BufferDict):
     def keep(self, rtols: Collection[float | None], needs_basis: bool) -> None:
         """Drop the inverses of other tolerances, and the basis if it is not needed any more."""
         self._rtols = tuple(rtols)
-        names = {_name(side, rtol) for side in range(MAX_SIDES) for rtol in rtols}
+        names = {name_of_inverse(side, rtol) for side in range(MAX_SIDES) for rtol in rtols}
         if needs_basis:
             names.add(_BASIS)
         for name in [name for name in self if name not in names]:
@@ -144,7 +144,8 @@ class InverseCache(BufferDict):
         return [device_and_dtype(projection)[1] for projection in projections] + [each.dtype for each in self.values()]
 
 
-def _name(side: int, rtol: float | None) -> str:
+def name_of_inverse(side: int, rtol: float | None) -> str:
+    """Return the name of the buffer with the inverse of a side."""
     # Names of buffers must not have full stops.
     return f"side_{side}_rtol_{rtol}".replace(".", "_")
 

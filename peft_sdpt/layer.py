@@ -21,7 +21,7 @@ from .gates import factors_of, gate_sides_and_heads, init_gates
 from .hosts import FusionHost
 from .initialization import init_prompts, prompt_dim
 from .inverse import to_aligned_space, to_input_space
-from .inverse_cache import InverseCache
+from .inverse_cache import MAX_SIDES, InverseCache, name_of_inverse
 from .weights import (
     TensorState,
     WeightState,
@@ -69,6 +69,13 @@ class _Fixed(NamedTuple):
     pinv_rtol: float | None
     image_attends_prompts: bool
     group_sizes: tuple[int, ...]
+    # Names of the inverses of both sides. `torch.compile` cannot write a tolerance as text.
+    inverses: tuple[str, ...]
+
+    @classmethod
+    def of(cls, config: SDPTConfig) -> _Fixed:
+        names = tuple(name_of_inverse(side, config.pinv_rtol) for side in range(MAX_SIDES))
+        return cls(config.pinv_rtol, config.image_attends_prompts, config.group_sizes, names)
 
 
 class _KnownPrompts(NamedTuple):
@@ -184,7 +191,7 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
 
     def _add_settings(self, adapter_name: str, config: SDPTConfig) -> None:
         self.sdpt_config[adapter_name] = config
-        self.sdpt_fixed[adapter_name] = _Fixed(config.pinv_rtol, config.image_attends_prompts, config.group_sizes)
+        self.sdpt_fixed[adapter_name] = _Fixed.of(config)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter from this layer, if the layer has it."""
@@ -418,7 +425,7 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
                 name: to_input_space(
                     # In independent mode, each side has its own set.
                     tokens[name] if self.sdpt_prompts[name].dim() == 2 else tokens[name].select(-3, side),
-                    self.sdpt_inverses.inverse(place, self.sdpt_fixed[name].pinv_rtol),
+                    self.sdpt_inverses[self.sdpt_fixed[name].inverses[place]],
                     bias_of(projection),
                 )
                 for name in visible
