@@ -17,6 +17,7 @@ import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -85,12 +86,14 @@ class Activation(NamedTuple):
         scales: Factor of each adapter, from `set_scale`.
         choice: The adapter of each sample, which it uses instead of the active ones. None if all samples use the active
             adapters.
+        silent: Whether the gates of an adapter are all zero, by its name, where this was read before the call.
     """
 
     enabled: bool
     active: Sequence[str]
     scales: Mapping[str, float]
     choice: Choice | None = None
+    silent: Mapping[str, bool] = MappingProxyType({})
 
 
 class _Call(NamedTuple):
@@ -112,6 +115,7 @@ def calling(
     adapter_names: Sequence[str] | None = None,
     copied: Collection[Any] = (),
     adapters: Sequence[str] = (),
+    silent: Mapping[int, Mapping[str, bool]] = MappingProxyType({}),
 ) -> Iterator[None]:
     """Fix the adapters that the layers of a model use for the time of a call.
 
@@ -122,6 +126,7 @@ def calling(
         copied: Modules that PEFT has copied for adapters of this tuner (`modules_to_save`). They receive the names too.
         adapters: Names of all adapters of this tuner. Compiled layers choose among them, so that the same code is
             valid for all `adapter_names`.
+        silent: What `read_gates` of `layer.py` has read for this call.
     """
     compiling = torch.compiler.is_compiling()
     choice = among_all = None
@@ -132,7 +137,9 @@ def calling(
         choice, among_all = Choice(used, rows[0]), Choice(tuple(adapters), rows[1])
     names: dict[int, Sequence[str]] = {}
     with nullcontext() if compiling else SWITCHING:
-        notes = {} if compiling else {id(layer): _state_of(layer, choice) for layer in layers}
+        notes = (
+            {} if compiling else {id(layer): _state_of(layer, choice, silent.get(id(layer), {})) for layer in layers}
+        )
         if adapter_names is not None:
             for module in copied:
                 names[id(module)] = [name if name in module._adapters else BASE for name in adapter_names]
@@ -154,8 +161,9 @@ def calling(
                 layer.sdpt_call = layer.sdpt_compiled_call = None
 
 
-def _state_of(layer: Any, choice: Choice | None) -> Activation:
-    return Activation(not layer.disable_adapters, tuple(layer.active_adapters), dict(layer.sdpt_scale), choice)
+def _state_of(layer: Any, choice: Choice | None, silent: Mapping[str, bool]) -> Activation:
+    active, scales = tuple(layer.active_adapters), dict(layer.sdpt_scale)
+    return Activation(not layer.disable_adapters, active, scales, choice, silent)
 
 
 def activation(layer: Any, adapter_names: Sequence[str] | None = None) -> Activation:

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -61,6 +61,44 @@ def _values_of(base: Any, outputs: Any) -> Any:
 def _reading_waits(tensor: torch.Tensor) -> bool:
     """Return whether the value of a tensor is on a device that Python has to wait for."""
     return tensor.device.type != "cpu"
+
+
+def _is_read_in_each_call(gates: torch.Tensor) -> bool:
+    # PyTorch does not count the changes of optimizers that are fused, or write through `.data`.
+    return torch.is_grad_enabled() or gates.requires_grad
+
+
+def read_gates(layers: Iterable[Any], adapters: Collection[str]) -> dict[int, dict[str, bool]]:
+    """Read which adapters have gates of zero, where a layer in evaluation would have to wait for a GPU.
+
+    All layers are read at once, so a call of a model waits once, before it begins.
+
+    Args:
+        layers: Layers of this tuner.
+        adapters: Names of the adapters that are used.
+
+    Returns:
+        By the id of a layer: whether all gates of an adapter are zero, by its name.
+    """
+    gates = {
+        (id(layer), name): layer.sdpt_gates[name]
+        for layer in layers
+        if isinstance(layer, SDPTLayer) and not layer.training
+        for name in adapters
+        if name in layer.sdpt_gates
+    }
+    gates = {
+        key: each
+        for key, each in gates.items()
+        if _reading_waits(each) and not each.is_meta and _is_read_in_each_call(each)
+    }
+    read: dict[int, dict[str, bool]] = {}
+    if gates:
+        device = next(iter(gates.values())).device
+        acting = torch.stack([each.any().to(device, non_blocking=True) for each in gates.values()]).tolist()
+        for (layer_id, name), acts in zip(gates, acting, strict=True):
+            read.setdefault(layer_id, {})[name] = not acts
+    return read
 
 
 class _Fixed(NamedTuple):
@@ -273,7 +311,7 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
             adapter_names: For each sample, the adapter to use, or `"__base__"` for the base model. None if all samples
                 use the active adapters. `model(..., adapter_names=[...])` passes it on.
         """
-        enabled, active, scales, choice = activation(self, adapter_names)
+        enabled, active, scales, choice, known_silent = activation(self, adapter_names)
         wanted = active if choice is None else choice.adapters
         names = [name for name in wanted if name in self.sdpt_prompts and scales[name] != 0]
         if not enabled or (not names and choice is None):
@@ -284,7 +322,7 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
         # A test of values would wait for a GPU in training, and break the graph of torch.compile.
         silent = []
         if not (self.training or torch.compiler.is_compiling()):
-            silent = [name for name in names if self._is_silent(name)]
+            silent = [name for name in names if self._is_silent(name, known_silent)]
             if not torch.is_grad_enabled():
                 names = [name for name in names if name not in silent]
         if choice is not None:
@@ -306,19 +344,20 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
             base = self.base_layer(*args, **kwargs)
         return tree_map(_values_of, base, outputs)
 
-    def _is_silent(self, name: str) -> bool:
-        """Return whether the gates of an adapter are all zero."""
+    def _is_silent(self, name: str, known: Mapping[str, bool]) -> bool:
+        """Return whether the gates of an adapter are all zero. `known` has what was read for this call."""
         gates = self.sdpt_gates.get(name)
         if gates is None or gates.is_meta:
             return False
-        if torch.is_grad_enabled() or gates.requires_grad or not _reading_waits(gates):
-            # PyTorch does not count the changes of optimizers that are fused, or write through `.data`.
+        if name in known:
+            return known[name]
+        if _is_read_in_each_call(gates) or not _reading_waits(gates):
             self._known_silent.pop(name, None)
             return not gates.any()
-        known = self._known_silent.get(name)
-        if known is None or not known[0].still_holds(gates):
-            known = self._known_silent[name] = TensorState.of(gates), not gates.any()
-        return known[1]
+        stored = self._known_silent.get(name)
+        if stored is None or not stored[0].still_holds(gates):
+            stored = self._known_silent[name] = TensorState.of(gates), not gates.any()
+        return stored[1]
 
     def gate_factors(self, adapter_name: str, scale: float | None = None) -> torch.Tensor:
         """Return the factors of what heads read from the prompts of an adapter, `(sides, groups, heads)`.

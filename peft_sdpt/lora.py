@@ -106,7 +106,7 @@ class SDPTLoraLayer(nn.Module, BaseTunerLayer):
             ValueError: There is not one name for each sample.
         """
         result = self.base_layer(x, *args, **kwargs)
-        enabled, active, scales, choice = activation(self, adapter_names)
+        enabled, active, scales, choice, _ = activation(self, adapter_names)
         wanted = active if choice is None else choice.adapters
         names = [name for name in wanted if name in self.sdpt_lora_A and scales[name] != 0]
         if not enabled or not names:

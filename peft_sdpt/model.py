@@ -11,7 +11,7 @@ import math
 import numbers
 import os
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from .calls import BASE, SWITCHING, calling
 from .config import SDPTConfig
 from .gates import factors_of, gates_of
 from .hosts import FusionHost
-from .layer import CANNOT_MERGE, SDPTLayer, SharedSDPTLayer
+from .layer import CANNOT_MERGE, SDPTLayer, SharedSDPTLayer, read_gates
 from .lora import SDPTLoraLayer, refuse_lora_on_inverted, refuse_modules_to_save_with_lora, select_lora_layers
 from .saving import (
     LORA_KEYS,
@@ -257,7 +257,10 @@ class SDPTModel(BaseTuner):
         adapter_names = kwargs.get("adapter_names")
         if adapter_names is None:
             # Compiled code reads the attributes of the layers; see `calls.py`.
-            with nullcontext() if torch.compiler.is_compiling() else calling(self._layers):
+            if torch.compiler.is_compiling():
+                yield
+                return
+            with calling(self._layers, silent=read_gates(self._layers, self.active_adapters)):
                 yield
             return
         # The message is PEFT's own, because callers may look for it.
@@ -282,7 +285,8 @@ class SDPTModel(BaseTuner):
             for module in modules
             if isinstance(module, AuxiliaryTrainingWrapper) and not module._adapters.isdisjoint(ours)
         ]
-        with calling(layers, adapter_names, copied, ours):
+        silent = {} if torch.compiler.is_compiling() else read_gates(layers, set(adapter_names))
+        with calling(layers, adapter_names, copied, ours, silent):
             yield
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
