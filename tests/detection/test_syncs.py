@@ -1,0 +1,96 @@
+# Copyright 2026 The peft_sdpt authors
+# SPDX-License-Identifier: Apache-2.0
+"""How often the CPU waits for a GPU, and that devices do not mix, on the pretend GPU."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+from peft_sdpt.detection import GroundedDetectionLoss, class_scores, class_token_maps
+from peft_sdpt.errors import InputError
+from tests.detection.test_loss import make_inputs, make_labels
+from tests.helpers.detectors import make_host
+from tests.helpers.pretend import pretend_gpu
+
+
+@pytest.fixture
+def syncs():
+    with pretend_gpu() as log:
+        yield log
+
+
+def moved(value, device="pretend"):
+    """Tensors in lists and dicts, on the device. Outputs of a model are changed in place."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to(device)
+    if isinstance(value, dict):
+        for name, part in value.items():
+            value[name] = moved(part, device)
+        return value
+    return [moved(part, device) for part in value] if isinstance(value, list | tuple) else value
+
+
+def batch(images: int):
+    """Outputs of a detector, and labels. Prompts and numbers of boxes differ, and one image has no boxes."""
+    host = make_host()
+    layouts = [[1, 3], [2, 2], [3, 1], [2]]
+    classes = [[1, 0], [0], [], [0, 0, 0]]
+    with torch.no_grad():
+        outputs = host(**make_inputs([layouts[i % 4] for i in range(images)]))
+    return host.config, outputs, make_labels([classes[i % 4] for i in range(images)])
+
+
+@pytest.mark.parametrize("images", [1, 7])
+def test_token_maps_wait_once_for_any_number_of_prompts(syncs, images):
+    ids = make_inputs([[1, 3], [2, 2], [3, 1], [2], [1, 1, 1], [4], [2, 1]][:images])["input_ids"]
+    expected = class_token_maps(ids, 16)
+    there = ids.to("pretend")
+    syncs.clear()
+    maps = class_token_maps(there, 16)
+    assert [sync.kind for sync in syncs] == ["to the CPU"]
+    assert all(torch.equal(mine.cpu(), theirs) for mine, theirs in zip(maps, expected, strict=True))
+    logits = torch.randn(images, 5, 16)
+    there = logits.to("pretend")
+    syncs.clear()
+    scores = class_scores(there, maps)
+    assert not syncs
+    for mine, theirs in zip(scores, class_scores(logits, expected), strict=True):
+        torch.testing.assert_close(mine.cpu(), theirs)
+
+
+@pytest.mark.parametrize("images", [1, 4, 9])
+def test_the_loss_reads_once_and_uploads_once_for_any_number_of_images(syncs, images):
+    config, outputs, labels = batch(images)
+    loss = GroundedDetectionLoss(config)
+    expected = loss(outputs, labels)
+    outputs, labels = moved(outputs), moved(labels)
+    leaves = ("logits", "pred_boxes", "enc_outputs_class", "enc_outputs_coord_logits")
+    for name in leaves:
+        outputs[name] = outputs[name].requires_grad_()
+    syncs.clear()
+    result = loss(outputs, labels)
+    # The costs for SciPy, and what it matched.
+    assert [sync.kind for sync in syncs] == ["to the CPU", "to the device"], Counter(syncs)
+    syncs.clear()
+    result.backward()
+    assert not syncs
+    torch.testing.assert_close(result.detach().cpu(), expected)
+    assert all(outputs[name].grad.cpu().isfinite().all() for name in leaves)
+
+
+def test_wrong_labels_on_a_gpu_are_named(syncs):
+    config, outputs, labels = batch(4)
+    labels[3]["class_labels"][1] = 1
+    outputs, labels = moved(outputs), moved(labels)
+    with pytest.raises(InputError, match=r"labels\[3\]: class label 1 must be from 0 to 0, .* 1 phrase\."):
+        GroundedDetectionLoss(config)(outputs, labels)
+    labels[3]["class_labels"][1] = 0
+    labels[1]["boxes"] = labels[1]["boxes"] * 100
+    with pytest.raises(InputError, match=r"labels\[1\]: box \[.* must be centre x"):
+        GroundedDetectionLoss(config)(outputs, labels)
+    labels[1]["boxes"] = labels[1]["boxes"].cpu()
+    with pytest.raises(
+        InputError, match=r"labels\[1\]: must be on the device of the outputs, pretend:0, got pretend:0"
+    ):
+        GroundedDetectionLoss(config)(outputs, labels)
