@@ -28,11 +28,11 @@ from accelerate import PartialState
 from accelerate.utils import reduce
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
-from transformers.image_transforms import center_to_corners_format
 from transformers.loss.loss_grounding_dino import sigmoid_focal_loss
 
 from ..errors import InputError
 from ..wording import counted
+from .devices import to_cpu
 from .grounding import phrase_numbers
 
 # How far a box may extend over the border of its image, as a fraction of the image size.
@@ -126,9 +126,7 @@ class GroundedDetectionLoss:
         wrong_class = (classes < 0) | (classes >= own.amax(1))
         wrong_box = _wrong_boxes(targets.boxes)
         # Whether a label is wrong is read together with the costs, because each read waits for the GPU.
-        is_wrong, *costs = _to_cpu(
-            [(wrong_class | wrong_box).any(), *(self._costs(stage, targets) for stage in stages)]
-        )
+        is_wrong, *costs = to_cpu([(wrong_class | wrong_box).any(), *(self._costs(stage, targets) for stage in stages)])
         if is_wrong:
             _refuse(targets, classes, phrases, wrong_class, wrong_box)
         total = outputs.logits.new_zeros(())
@@ -177,7 +175,7 @@ class GroundedDetectionLoss:
             "loss_bbox": (boxes - targets.boxes[objects]).abs().sum() / num_boxes,
             "loss_giou": (1 - generalised_iou(boxes, targets.boxes[objects])).sum() / num_boxes,
         }
-        return sum(self.coefficients[name] * loss for name, loss in losses.items())  # type: ignore[return-value]
+        return sum(self.coefficients[name] * loss for name, loss in losses.items())
 
 
 def generalised_iou(first: Tensor, second: Tensor) -> Tensor:
@@ -191,24 +189,20 @@ def generalised_iou(first: Tensor, second: Tensor) -> Tensor:
     Returns:
         Shape (...), in [-1, 1]. NaN if neither box has an area.
     """
-    first, second = center_to_corners_format(first), center_to_corners_format(second)
+    (low, high), (other_low, other_high) = _corners(first), _corners(second)
 
     def area(low: Tensor, high: Tensor) -> Tensor:
         return (high - low).clamp(min=0).prod(-1)
 
-    low = [box[..., :2] for box in (first, second)]
-    high = [box[..., 2:] for box in (first, second)]
-    inside = area(torch.maximum(*low), torch.minimum(*high))
-    union = area(low[0], high[0]) + area(low[1], high[1]) - inside
-    hull = area(torch.minimum(*low), torch.maximum(*high))
+    inside = area(torch.maximum(low, other_low), torch.minimum(high, other_high))
+    union = area(low, high) + area(other_low, other_high) - inside
+    hull = area(torch.minimum(low, other_low), torch.maximum(high, other_high))
     return inside / union - (hull - union) / hull
 
 
-def _to_cpu(tensors: list[Tensor]) -> list[Tensor]:
-    """Copy tensors to the CPU in one copy, in single precision."""
-    values = torch.cat([tensor.flatten().float() for tensor in tensors]).cpu()
-    parts = values.split([tensor.numel() for tensor in tensors])
-    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+def _corners(boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the upper left and the lower right corners of boxes, both of shape (..., 2)."""
+    return boxes[..., :2] - boxes[..., 2:] / 2, boxes[..., :2] + boxes[..., 2:] / 2
 
 
 def _match(costs: list[Tensor], sizes: list[int], device: torch.device) -> list[tuple[Tensor, Tensor]]:
@@ -269,7 +263,7 @@ def _checked(labels: Any, num_images: int, device: torch.device) -> list[dict[st
 
 def _wrong_boxes(boxes: Tensor) -> Tensor:
     """Return which boxes are not in their image, shape (n,). Boxes in pixels are not, and boxes of corners seldom."""
-    low, high = boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2
+    low, high = _corners(boxes)
     return ~((low > -BORDER) & (high < 1 + BORDER) & (boxes[:, 2:] > 0)).all(-1)
 
 

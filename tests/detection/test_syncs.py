@@ -6,18 +6,28 @@ from collections import Counter
 
 import pytest
 import torch
+from PIL import Image
+from transformers import GroundingDinoProcessor
+from transformers.models.grounding_dino.image_processing_pil_grounding_dino import GroundingDinoImageProcessorPil
 
-from peft_sdpt.detection import GroundedDetectionLoss, class_scores, class_token_maps
+from peft_sdpt.detection import GroundedDetectionLoss, class_scores, class_token_maps, detect
 from peft_sdpt.errors import InputError
 from tests.detection.test_loss import make_inputs, make_labels
 from tests.helpers.detectors import make_host
 from tests.helpers.pretend import pretend_gpu
+from tests.helpers.words import make_tokenizer
 
 
 @pytest.fixture
 def syncs():
     with pretend_gpu() as log:
         yield log
+
+
+@pytest.fixture
+def processor(tmp_path):
+    images = GroundingDinoImageProcessorPil(size={"shortest_edge": 64, "longest_edge": 128})
+    return GroundingDinoProcessor(images, make_tokenizer(tmp_path))
 
 
 def moved(value, device="pretend"):
@@ -94,3 +104,23 @@ def test_wrong_labels_on_a_gpu_are_named(syncs):
         InputError, match=r"labels\[1\]: must be on the device of the outputs, pretend:0, got pretend:0"
     ):
         GroundedDetectionLoss(config)(outputs, labels)
+
+
+@pytest.mark.parametrize("limit", [5, None])
+@pytest.mark.parametrize("images", [1, 4])
+def test_detection_reads_its_results_once_for_any_number_of_images(syncs, images, limit, processor):
+    host = make_host()
+    pictures = [Image.effect_noise((50 + 8 * i, 64), 90).convert("RGB") for i in range(images)]
+    names, chunks = ["dog", "red cat", "cup"], [[0, 1], [2]]
+    arguments = processor, pictures, names, chunks, 0.3, limit
+    expected = detect(host, *arguments)
+    there = host.to("pretend")
+    syncs.clear()
+    results = detect(there, *arguments)
+    for mine, theirs in zip(results, expected, strict=True):
+        assert len(mine["scores"]) and mine["best_score"] == pytest.approx(theirs["best_score"])
+        for name in ("boxes", "scores", "labels"):
+            torch.testing.assert_close(mine[name], theirs[name], rtol=1e-3, atol=1e-3)
+    ours = [sync.kind for sync in syncs.of("peft_sdpt/")]
+    # The sizes of the prompts; without a limit, the number of detections; and the results. For each prompt.
+    assert ours == (["to the CPU", "to the CPU"] if limit else ["to the CPU", "item", "to the CPU"]) * 2
