@@ -292,13 +292,13 @@ def mean_boxes_per_process(labels: list[dict[str, Tensor]]) -> float | Tensor:
         labels: Labels as in `GroundedDetectionLoss`.
 
     Returns:
-        The mean number. With several processes, it is a scalar tensor on the device of the labels, because a number
+        The mean number. With several processes, it is a scalar tensor on the device of the process, because a number
         would have to wait for the GPU.
     """
     num_boxes = float(sum(len(label["class_labels"]) for label in labels))
     # At least one box in the whole batch. At least one per process would shrink the loss of a batch with fewer boxes.
     # Without Accelerate there is one process. Making a PartialState here would start a distributed run.
-    if not PartialState._shared_state or PartialState().num_processes == 1:
+    if not PartialState._shared_state or (state := PartialState()).num_processes == 1:
         return max(num_boxes, 1.0)
-    total = reduce(torch.full((), num_boxes, device=labels[0]["boxes"].device), reduction="sum")
-    return total.clamp(min=1.0) / PartialState().num_processes
+    total = reduce(torch.full((), num_boxes, device=state.device), reduction="sum")
+    return total.clamp(min=1.0) / state.num_processes

@@ -22,7 +22,7 @@ from ..errors import InputError, hint
 from ..training.interruption import make_worker_init_fn
 from ..wording import quoted
 from .data import DetectionSplit
-from .devices import to_cpu
+from .devices import to_cpu, to_device
 from .grounding import class_prompt, class_scores, class_token_maps, split_classes
 from .pixels import num_positions, pad_small_images, process_images
 
@@ -118,10 +118,11 @@ def _detect(
     # For each image, the boxes, scores and labels of each chunk.
     found: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in sizes]
     device = next(model.parameters()).device
-    inputs = pad_small_images(pixels.to(device), model.config)
+    inputs = to_device(pad_small_images(pixels, model.config), device)
     for chunk in chunks:
         prompt = class_prompt([class_names[i] for i in chunk])
-        text = tokenizer([prompt] * len(sizes), padding=True, return_tensors="pt").to(device)
+        text = tokenizer([prompt] * len(sizes), padding=True, return_tensors="pt")
+        text = to_device(text, device)
         outputs = model(**inputs, **text)
         token_maps = class_token_maps(text["input_ids"], outputs.logits.shape[-1])
         scores = torch.stack(class_scores(outputs.logits.float(), token_maps)).flatten(1)

@@ -159,6 +159,12 @@ class PretendTensor(torch.Tensor):
     def is_set_to(self, tensor: torch.Tensor) -> bool:
         return isinstance(tensor, PretendTensor) and self.inner.is_set_to(tensor.inner)
 
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.inner.untyped_storage()
+
+    def data_ptr(self) -> int:
+        return self.inner.data_ptr()
+
     @property
     def data(self) -> torch.Tensor:  # type: ignore[override]
         return self.detach()
