@@ -10,10 +10,11 @@ from PIL import Image
 from transformers import GroundingDinoProcessor
 from transformers.models.grounding_dino.image_processing_pil_grounding_dino import GroundingDinoImageProcessorPil
 
-from peft_sdpt.detection import GroundedDetectionLoss, class_scores, class_token_maps, detect
+from peft_sdpt.detection import FeatureCache, GroundedDetectionLoss, class_scores, class_token_maps, detect
+from peft_sdpt.detection.devices import to_cpu, to_device
 from peft_sdpt.errors import InputError
 from tests.detection.test_loss import make_inputs, make_labels
-from tests.helpers.detectors import make_host
+from tests.helpers.detectors import attach, make_host, model_inputs
 from tests.helpers.pretend import pretend_gpu
 from tests.helpers.words import make_tokenizer
 
@@ -124,3 +125,41 @@ def test_detection_reads_its_results_once_for_any_number_of_images(syncs, images
     ours = [sync.kind for sync in syncs.of("peft_sdpt/")]
     # The sizes of the prompts; without a limit, the number of detections; and the results. For each prompt.
     assert ours == (["to the CPU", "to the CPU"] if limit else ["to the CPU", "item", "to the CPU"]) * 2
+
+
+def test_stored_features_are_found_without_the_pixels_of_the_device(syncs, tmp_path):
+    detector = attach(make_host()).train().to("pretend")
+    inputs = model_inputs()
+    cache = FeatureCache(tmp_path, detector)
+    found = []
+    for make in (to_device, lambda inputs, device: {name: value.to(device) for name, value in inputs.items()}):
+        there = make(inputs, torch.device("pretend"))
+        with torch.no_grad(), cache.used():
+            detector(**there)
+            syncs.clear()
+            detector(**there)
+        found.append([sync.kind for sync in syncs.of("detection/")])
+    read, features = "to the CPU", "to the device"
+    # First the prompts: their masks, which the model makes on the device, are part of their key. Then two levels of the
+    # pictures, whose pixels are read only if they are nowhere else.
+    assert found == [[read, features, features, features], [read, features, read, features, features]]
+
+
+def test_copies_that_are_made_together_are_exact(syncs):
+    values = [
+        torch.tensor([True, False, True]),
+        torch.tensor([[2**40 + 1], [-3]]),
+        torch.tensor(1 / 3, dtype=torch.float64),
+        torch.zeros(0, 4),
+        torch.randn(2, 3).bfloat16().T,
+        torch.randn(3, requires_grad=True),
+    ]
+    there = [value.detach().to("pretend") for value in values]
+    kept = torch.randn(2)
+    there.insert(2, to_device({"kept": [kept]}, torch.device("pretend"))["kept"][0])
+    syncs.clear()
+    *copies, last = to_cpu(there)
+    assert [sync.kind for sync in syncs] == ["to the CPU"]
+    assert copies.pop(2) is kept
+    for copy, value in zip([*copies, last], values, strict=True):
+        assert copy.dtype == value.dtype and not copy.requires_grad and torch.equal(copy, value)
