@@ -29,7 +29,7 @@ from peft_sdpt.detection import class_token_maps
 from peft_sdpt.detection import loss as loss_module
 from peft_sdpt.detection.loss import GroundedDetectionLoss
 from peft_sdpt.errors import InputError
-from tests.helpers.detectors import HOST_NAMES, make_host
+from tests.helpers.detectors import HOST_NAMES, make_host, moved
 from tests.helpers.patience import PATIENCE
 
 # Tokens of each class of each image's prompt: equal counts in different layouts, two sizes of prompt.
@@ -157,9 +157,10 @@ def loss_by_hand(config, outputs, labels, layouts, encoder_coefficient: float = 
 
 
 @pytest.mark.parametrize("encoder_coefficient", [1.0, 0.5, 0.0])
-def test_equals_the_loss_by_hand(case, encoder_coefficient):
+def test_equals_the_loss_by_hand(case, encoder_coefficient, device):
     config, outputs, labels = case
-    result = GroundedDetectionLoss(config, encoder_coefficient=encoder_coefficient)(outputs, labels)
+    loss = GroundedDetectionLoss(config, encoder_coefficient=encoder_coefficient)
+    result = loss(moved(outputs, device), moved(labels, device))
     expected = loss_by_hand(config, outputs, labels, LAYOUTS, encoder_coefficient)
     assert result.shape == () and result.item() == pytest.approx(expected, rel=1e-4)
 
@@ -344,13 +345,13 @@ def test_images_without_boxes(host, classes):
 
 
 @pytest.mark.parametrize("label", [-1, 2, 100])
-def test_class_labels_out_of_range(case, label):
+def test_class_labels_out_of_range(case, label, device):
     """Without the check, -1 is the last class, and the number of classes is an IndexError within transformers."""
     config, outputs, labels = case[0], case[1], copy.deepcopy(case[2])
     image = next(i for i, each in enumerate(labels) if len(each["boxes"]))
     labels[image]["class_labels"][-1] = label
     with pytest.raises(InputError, match=rf"labels\[{image}\]: class label {label} must be from 0 to 1, .* 2 phrases"):
-        GroundedDetectionLoss(config)(outputs, labels)
+        GroundedDetectionLoss(config)(moved(outputs, device), moved(labels, device))
 
 
 def test_labels_of_other_precision(case):
@@ -404,14 +405,14 @@ def test_more_boxes_than_queries(host):
 
 @pytest.mark.parametrize("stage", ["logits", "enc_outputs_class"])
 @pytest.mark.parametrize("token", [0, 2], ids=["separator", "word"])
-def test_nan_stays_visible(case, stage, token):
+def test_nan_stays_visible(case, stage, token, device):
     config, outputs, labels = case
     broken = copy.copy(outputs)
     broken[stage] = outputs[stage].clone()
     broken[stage][1, 3, token] = float("nan")
     loss = GroundedDetectionLoss(config)
-    assert loss(outputs, labels).isfinite()
-    assert loss(broken, labels).isnan()
+    assert loss(moved(outputs, device), moved(labels, device)).isfinite()
+    assert loss(moved(broken, device), moved(labels, device)).isnan()
 
 
 def test_autocast(host):

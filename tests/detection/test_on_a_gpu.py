@@ -14,7 +14,7 @@ from peft_sdpt.detection import FeatureCache, GroundedDetectionLoss, class_score
 from peft_sdpt.detection.devices import to_cpu, to_device
 from peft_sdpt.errors import InputError
 from tests.detection.test_loss import make_inputs, make_labels
-from tests.helpers.detectors import attach, make_host, model_inputs
+from tests.helpers.detectors import HOST_NAMES, acting, attach, make_host, model_inputs, moved
 from tests.helpers.pretend import pretend_gpu
 from tests.helpers.words import make_tokenizer
 
@@ -29,17 +29,6 @@ def syncs():
 def processor(tmp_path):
     images = GroundingDinoImageProcessorPil(size={"shortest_edge": 64, "longest_edge": 128})
     return GroundingDinoProcessor(images, make_tokenizer(tmp_path))
-
-
-def moved(value, device="pretend"):
-    """Tensors in lists and dicts, on the device. Outputs of a model are changed in place."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().to(device)
-    if isinstance(value, dict):
-        for name, part in value.items():
-            value[name] = moved(part, device)
-        return value
-    return [moved(part, device) for part in value] if isinstance(value, list | tuple) else value
 
 
 def batch(images: int):
@@ -163,3 +152,40 @@ def test_copies_that_are_made_together_are_exact(syncs):
     assert copies.pop(2) is kept
     for copy, value in zip([*copies, last], values, strict=True):
         assert copy.dtype == value.dtype and not copy.requires_grad and torch.equal(copy, value)
+
+
+@pytest.mark.parametrize("name", HOST_NAMES)
+def test_a_detector_trains_on_a_gpu_as_on_the_cpu(name, gpu):
+    """Outputs, loss and gradients. In double precision, since a GPU may round products of float32 to fewer bits."""
+    detector = attach(make_host(name)).double().train()
+    inputs = make_inputs([[1, 3], [2, 2], [3, 1]])
+    inputs["pixel_values"] = inputs["pixel_values"].double()
+    labels = make_labels([[1, 0], [], [1, 1, 0]])
+    results = []
+    for device in ("cpu", gpu):
+        detector.zero_grad()
+        detector.to(device)
+        outputs = detector(**to_device(inputs, torch.device(device)))
+        loss = GroundedDetectionLoss(detector.config)(outputs, to_device(labels, torch.device(device)))
+        loss.backward()
+        gradients = [parameter.grad for parameter in detector.parameters() if parameter.requires_grad]
+        assert len(gradients) == 4 and all(gradient.device.type == torch.device(device).type for gradient in gradients)
+        results.append([value.detach().cpu() for value in (outputs.logits, outputs.pred_boxes, loss, *gradients)])
+    for here, there in zip(*results, strict=True):
+        torch.testing.assert_close(there, here, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", HOST_NAMES)
+def test_mixed_adapters_on_a_gpu_are_those_of_the_cpu(name, gpu):
+    detector = attach(make_host(name)).double().eval()
+    detector.add_adapter("other", acting(num_virtual_tokens=2))
+    inputs = {name: value.double() if name == "pixel_values" else value for name, value in model_inputs(3).items()}
+    names = ["other", "__base__", "default"]
+    results = []
+    for device in ("cpu", gpu):
+        detector.to(device)
+        with torch.no_grad():
+            outputs = detector(**to_device(inputs, torch.device(device)), adapter_names=names)
+        results.append([outputs.logits.cpu(), outputs.pred_boxes.cpu()])
+    for here, there in zip(*results, strict=True):
+        torch.testing.assert_close(there, here, rtol=1e-6, atol=1e-6)
