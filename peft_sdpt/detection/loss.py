@@ -120,7 +120,7 @@ class GroundedDetectionLoss:
         num_boxes = mean_boxes_per_process(labels) if num_items_in_batch is None else num_items_in_batch
         sizes = [len(label["boxes"]) for label in labels]
         classes = torch.cat([label["class_labels"] for label in labels])
-        # The phrases in the prompt of the image of each object.
+        # For each object, the phrase numbers of the prompt of its image.
         own = torch.cat([row.expand(size, -1) for row, size in zip(phrases, sizes, strict=True)])
         targets = _Targets(own == classes[:, None] + 1, torch.cat([label["boxes"] for label in labels]), sizes)
         wrong_class = (classes < 0) | (classes >= own.amax(1))
@@ -192,7 +192,9 @@ def generalised_iou(first: Tensor, second: Tensor) -> Tensor:
     (low, high), (other_low, other_high) = _corners(first), _corners(second)
 
     def area(low: Tensor, high: Tensor) -> Tensor:
-        return (high - low).clamp(min=0).prod(-1)
+        width, height = (high - low).clamp(min=0).unbind(-1)
+        # The gradient of `prod` would wait for the GPU, to count zeros.
+        return width * height
 
     inside = area(torch.maximum(low, other_low), torch.minimum(high, other_high))
     union = area(low, high) + area(other_low, other_high) - inside

@@ -79,6 +79,19 @@ def test_the_loss_reads_once_and_uploads_once_for_any_number_of_images(syncs, im
     assert all(outputs[name].grad.cpu().isfinite().all() for name in leaves)
 
 
+def test_the_gradient_of_the_loss_waits_for_nothing():
+    """Seen by the profiler on the CPU. PyTorch computes some gradients in another way for the pretend GPU."""
+    config, outputs, labels = batch(4)
+    for name in ("logits", "pred_boxes", "enc_outputs_class", "enc_outputs_coord_logits"):
+        outputs[name].requires_grad_()
+    loss = GroundedDetectionLoss(config)(outputs, labels)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        loss.backward()
+    ran = {event.name for event in profile.events()}
+    assert "aten::mul" in ran
+    assert not ran & {"aten::item", "aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select"}
+
+
 def test_wrong_labels_on_a_gpu_are_named(syncs):
     config, outputs, labels = batch(4)
     labels[3]["class_labels"][1] = 1

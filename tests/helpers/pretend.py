@@ -10,7 +10,8 @@ operation that makes the CPU wait for the device is noted, with the line that as
     assert not syncs.of("peft_sdpt/")
 
 Results equal those of the CPU, up to rounding where code looks at the type of the device. `model.to("cpu")` brings a
-model back.
+model back. A few functions of PyTorch, for instance the gradient of `prod`, do not wait for tensors of a subclass such
+as these, so their waits are not noted. `torch.profiler` shows them on the CPU.
 
 PyTorch has room for one backend that is written in Python. The first use registers it for the whole process. It says
 that it is not available, so other tests in the process see no accelerator. PyTorch would prefer it to a real GPU, so
