@@ -32,10 +32,12 @@ settings.register_profile("thorough", settings.get_profile("few"), max_examples=
 settings.load_profile("few")
 
 
+# The devices of the tests with the fixture `device`.
 CUDA = [pytest.param("cuda", marks=pytest.mark.cuda)] if torch.cuda.is_available() else []
+DEVICES = [os.environ["TEST_DEVICE"]] if "TEST_DEVICE" in os.environ else ["cpu", *CUDA]
 
 
-@pytest.fixture(params=[device] if (device := os.environ.get("TEST_DEVICE")) else ["cpu", *CUDA])
+@pytest.fixture(params=DEVICES)
 def device(request):
     with pretend_gpu() if request.param == "pretend" else nullcontext():
         yield torch.device(request.param)

@@ -167,7 +167,7 @@ class Setup:
 
 
 class StepResult(NamedTuple):
-    """What is to be known about an optimizer step, on the device: reading it waits for the GPU.
+    """Results of an optimizer step. The numbers stay on the device until they are read, because reading waits for it.
 
     Attributes:
         step: Number of the step.
@@ -420,7 +420,7 @@ def remaining_steps(setup: Setup, training: Training) -> Iterator[list[tuple]]:
 
 
 def train_step(setup: Setup, training: Training, loss_function: GroundedDetectionLoss, batches: list[tuple]) -> None:
-    """Take one optimizer step. Its results come into `training.unread`."""
+    """Take one optimizer step, and add its results to `training.unread`."""
     args, accelerator = setup.args, setup.accelerator
     # The boxes of all batches of the step, so that the losses add up to the loss of one large batch.
     num_boxes = mean_boxes_per_process([label for _, labels in batches for label in labels])
@@ -432,8 +432,8 @@ def train_step(setup: Setup, training: Training, loss_function: GroundedDetectio
             inputs = to_device(pad_small_images(inputs, setup.detector.config), accelerator.device)
             outputs = setup.model(**inputs)
             loss = loss_function(outputs, to_device(labels, accelerator.device), num_boxes)
-            # The loss has just waited for the GPU, so that the results of the step before are there. At the end of a
-            # step, the GPU would have nothing to do while they are read.
+            # The loss has just waited for the GPU, so the results of the step before are ready. If they were read at
+            # the end of their step, the GPU would be idle meanwhile.
             read_results(setup, training)
             accelerator.backward(loss)
         step_loss += loss.detach()
@@ -458,10 +458,10 @@ def train_step(setup: Setup, training: Training, loss_function: GroundedDetectio
 
 
 def read_results(setup: Setup, training: Training) -> None:
-    """Read the results of steps: note their losses, send them to the trackers, and check that they are finite.
+    """Check that the results of the last steps are finite, and add their losses to the progress and the trackers.
 
-    Steps are read in the middle of the next one, and before anything is saved. So prompts that are not finite get into
-    no checkpoint.
+    A step is read in the middle of the next step, or before anything is saved. So no checkpoint has prompts that are
+    not finite.
 
     Raises:
         InputError: The boxes or gradients of a step are not finite.

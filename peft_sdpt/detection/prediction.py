@@ -121,8 +121,7 @@ def _detect(
     inputs = to_device(pad_small_images(pixels, model.config), device)
     for chunk in chunks:
         prompt = class_prompt([class_names[i] for i in chunk])
-        text = tokenizer([prompt] * len(sizes), padding=True, return_tensors="pt")
-        text = to_device(text, device)
+        text = to_device(tokenizer([prompt] * len(sizes), padding=True, return_tensors="pt"), device)
         outputs = model(**inputs, **text)
         token_maps = class_token_maps(text["input_ids"], outputs.logits.shape[-1])
         scores = torch.stack(class_scores(outputs.logits.float(), token_maps)).flatten(1)

@@ -9,6 +9,7 @@ import torch
 from accelerate import PartialState
 
 from peft_sdpt.commands import train
+from tests.helpers.main_job import reset_accelerate
 from tests.helpers.pretend import pretend_gpu
 
 
@@ -25,6 +26,8 @@ def on_a_gpu(monkeypatch):
     monkeypatch.setattr(train, "make_accelerator", make_accelerator)
     with pretend_gpu() as syncs:
         yield syncs
+    # Accelerate would keep the device for the tests after this one.
+    reset_accelerate()
 
 
 def test_steps_wait_for_the_gpu_in_their_loss_only(main_job, small_task, tmp_path, on_a_gpu, monkeypatch):
