@@ -331,6 +331,14 @@ def read_max_text_len(args: argparse.Namespace, base_model: str) -> int:
         return load_base_config(base_model).max_text_len
 
 
+def check_class_names(class_names: list[str]) -> None:
+    """Raise an `InputError` if two names make the same prompt, because both would get the same scores."""
+    for phrase, number in Counter(class_prompt([name]) for name in class_names).items():
+        if number > 1:
+            name = shorten(phrase.removesuffix("."), MAX_QUOTED)
+            raise InputError(f"class names: {name} is given {number} times.")
+
+
 def prepare_results(args: argparse.Namespace, base_model: str, adapters: list[SavedAdapter]) -> list[Results]:
     """Load everything for detecting with each adapter, or with the base model if there are no adapters."""
     max_text_len = read_max_text_len(args, base_model)
@@ -347,10 +355,7 @@ def prepare_results(args: argparse.Namespace, base_model: str, adapters: list[Sa
         processor = load_processor(adapter, base_model)
         if not class_names:
             raise InputError(f"{adapter.source if adapter else '--class_names'}: has no class name.")
-        for phrase, number in Counter(class_prompt([name]) for name in class_names).items():
-            if number > 1:
-                name = shorten(phrase.removesuffix("."), MAX_QUOTED)
-                raise InputError(f"class names: {name} is given {number} times.")
+        check_class_names(class_names)
         chunks = split_classes(class_names, processor.tokenizer, max_text_len)
         suggested = read_threshold(adapter) if adapter else None
         threshold = next(t for t in (args.threshold, suggested, DEFAULT_THRESHOLD) if t is not None)

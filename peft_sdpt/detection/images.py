@@ -32,6 +32,8 @@ else:
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 WRITABLE_SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
 HEIF_SUFFIXES = {".heic", ".heics", ".heif", ".heifs", ".hif"}
+# The formats to read from strangers. Pillow knows more, and runs another program to read some of them.
+READABLE_FORMATS = tuple(name for name in (*FORMATS, "HEIF") if name in Image.OPEN)
 VIDEO_SUFFIXES = {".3gp", ".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".webm", ".wmv"}
 # The suffixes of the images in a folder.
 SUFFIXES = WRITABLE_SUFFIXES | (HEIF_SUFFIXES if READS_HEIF else set())

@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypedDict
 
 import torch
@@ -125,28 +125,62 @@ def _detect(
         _check_finite(outputs, names)
         all_scores = class_scores(outputs.logits.float(), class_token_maps(text["input_ids"], outputs.logits.shape[-1]))
         for image, scores in enumerate(all_scores):
-            width, height = sizes[image]
-            scores = scores.flatten()
             best_scores[image] = max(best_scores[image], scores.max().item())
-            # Scores are selected before they are sorted and before boxes are computed, because LVIS has a million pairs
-            # of query and class.
-            pairs = (scores >= threshold).nonzero().squeeze(1)
-            if max_detections is not None and len(pairs) > max_detections:
-                pairs = pairs[scores[pairs].topk(max_detections).indices]
-            query, label = pairs // len(chunk), pairs % len(chunk)
-            centre_x, centre_y, w, h = outputs.pred_boxes[image, query].float().unbind(-1)
-            x0, x1 = (((centre_x + side * w / 2) * width).clamp(0, width) for side in (-1, 1))
-            y0, y1 = (((centre_y + side * h / 2) * height).clamp(0, height) for side in (-1, 1))
-            boxes = torch.stack([x0, y0, x1 - x0, y1 - y0], dim=-1)
-            found[image].append((boxes.cpu(), scores[pairs].cpu(), torch.tensor(chunk)[label.cpu()]))
-    results: list[Detections] = []
-    for parts, best_score in zip(found, best_scores, strict=True):
-        boxes, scores, labels = (torch.cat(values) for values in zip(*parts, strict=True))
-        order = scores.argsort(descending=True, stable=True)[:max_detections]
-        results.append(
-            {"boxes": boxes[order], "scores": scores[order], "labels": labels[order], "best_score": best_score}
-        )
-    return results
+            found[image].append(
+                select(scores, outputs.pred_boxes[image], sizes[image], chunk, threshold, max_detections)
+            )
+    return [join(parts, best, max_detections) for parts, best in zip(found, best_scores, strict=True)]
+
+
+def select(
+    scores: Tensor,
+    pred_boxes: Tensor,
+    size: tuple[int, int],
+    labels: Sequence[int],
+    threshold: float,
+    max_detections: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Select the detections of one image from the output of a detector for one prompt.
+
+    Args:
+        scores: Scores of shape (queries, classes of the prompt).
+        pred_boxes: Boxes of shape (queries, 4): centre, width and height relative to the image.
+        size: (width, height) of the image in pixels.
+        labels: Class index of each class of the prompt.
+        threshold, max_detections: As in `detect`.
+
+    Returns:
+        The boxes, scores and labels of `Detections`, on the CPU. They are not sorted.
+    """
+    width, height = size
+    scores = scores.flatten()
+    # Scores are selected before they are sorted and before boxes are computed, because LVIS has a million pairs of
+    # query and class.
+    pairs = (scores >= threshold).nonzero().squeeze(1)
+    if max_detections is not None and len(pairs) > max_detections:
+        pairs = pairs[scores[pairs].topk(max_detections).indices]
+    query, label = pairs // len(labels), pairs % len(labels)
+    centre_x, centre_y, w, h = pred_boxes[query].float().unbind(-1)
+    x0, x1 = (((centre_x + side * w / 2) * width).clamp(0, width) for side in (-1, 1))
+    y0, y1 = (((centre_y + side * h / 2) * height).clamp(0, height) for side in (-1, 1))
+    boxes = torch.stack([x0, y0, x1 - x0, y1 - y0], dim=-1)
+    return boxes.cpu(), scores[pairs].cpu(), torch.tensor(labels)[label.cpu()]
+
+
+def join(parts: Sequence[tuple[Tensor, Tensor, Tensor]], best_score: float, limit: int | None) -> Detections:
+    """Join what `select` returned for the prompts of one image.
+
+    Args:
+        parts: The boxes, scores and labels of each prompt.
+        best_score: The best score in the image.
+        limit: Maximum number of detections. None for no limit.
+
+    Returns:
+        The detections, sorted by score.
+    """
+    boxes, scores, labels = (torch.cat(values) for values in zip(*parts, strict=True))
+    order = scores.argsort(descending=True, stable=True)[:limit]
+    return {"boxes": boxes[order], "scores": scores[order], "labels": labels[order], "best_score": best_score}
 
 
 def _check_finite(outputs: Any, names: list[str]) -> None:
