@@ -616,11 +616,6 @@ def run(args: argparse.Namespace, model_name_or_path: str) -> None:
     journal = Journal(args.output_dir)
     with claim_output_dir(args.output_dir, accelerator, None):
         done = from_main_process(accelerator, lambda: prepare_journal(args, settings, batches, journal, results))
-        if not journal.has_plan():
-            raise InputError(
-                f"--output_dir {args.output_dir}: the main process has written files there that process "
-                f"{accelerator.process_index} does not see; use a folder that all machines share."
-            )
         to_do = [number for number in range(len(batches)) if number not in done]
         mine = to_do[accelerator.process_index :: accelerator.num_processes]
         run_alone(

@@ -919,12 +919,6 @@ def test_pictures_that_cannot_be_read_are_named_once(run, many, adapters, tmp_pa
     assert names == ["a1.png", "a2.png", "b/a1.png", "b/a2.png", "b/a3.png"]
 
 
-def test_machines_must_share_the_folder(refused, many, adapters, monkeypatch):
-    monkeypatch.setattr(command.Journal, "has_plan", lambda self: False)
-    message = "the main process has written files there that process 0 does not see; use a folder that all machines"
-    refused(message, many, "--adapter", adapters[0])
-
-
 @pytest.mark.slow
 def test_two_processes_finish_what_one_began(run, many, adapters, tmp_path, killed_after):
     """The images are divided. The files are those of one process, bit for bit."""
