@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -189,7 +189,7 @@ class Detector:
         self.adapters = {adapter.name: adapter for adapter in adapters}
         self._model, self._accelerator = model, accelerator
         self._batcher: Batcher[Question, Detections | InputError] = Batcher(
-            self._answer, lambda question: question.shape, max_batch_size, max_wait
+            self._answer, self._key, max_batch_size, max_wait
         )
         self._decoders = ThreadPoolExecutor(NUM_DECODERS, "images")
         # Tokenizers fail if two threads call them at once.
@@ -200,6 +200,11 @@ class Detector:
         async with self._batcher.running():
             yield
         self._decoders.shutdown()
+
+    @staticmethod
+    def _key(question: Question) -> Hashable:
+        """Rows with the same key share a batch."""
+        return question.shape
 
     def _answer(self, questions: list[Question]) -> list[Detections | InputError]:
         with self._accelerator.autocast():
@@ -221,7 +226,7 @@ class Detector:
         parts, best_score = [], 0.0
         for found in await asyncio.gather(*map(self._batcher, questions)):
             if isinstance(found, InputError):
-                raise found
+                raise HTTPException(500, str(found))  # the fault of the adapter, not of the client
             parts.append((found["boxes"], found["scores"], found["labels"]))
             best_score = max(best_score, found["best_score"])
         detections = join(parts, best_score, MAX_DETECTIONS)

@@ -81,8 +81,9 @@ RESULTS_FILE = "detections.json"
 MAX_NAME_BYTES = 255
 # Arguments of the library whose flag has another name.
 RENAMED = {"adapters": "adapter", "source": "adapter"}
-# A process that is done waits for the slowest one. Without a limit, a process would wait for ever for one that is gone.
-LONGEST_WAIT = timedelta(days=30)
+# A process that is done waits so long for the slowest one. The default, ten minutes on GPUs, is too short for machines of
+# different speed.
+LONGEST_WAIT = timedelta(days=1)
 
 
 def parse_args(description: str | None, model_name_or_path: str) -> argparse.Namespace:

@@ -97,7 +97,12 @@ def make_questions(
 
 @torch.no_grad()
 def answer(
-    model: nn.Module, tokenizer: Any, questions: Sequence[Question], max_detections: int | None = None
+    model: nn.Module,
+    tokenizer: Any,
+    questions: Sequence[Question],
+    max_detections: int | None = None,
+    *,
+    by_name: bool = True,
 ) -> list[Detections | InputError]:
     """Detect in one batch, for each row with its own adapter and classes.
 
@@ -108,6 +113,7 @@ def answer(
         tokenizer: A tokenizer of the detector, which pads the prompts.
         questions: The rows. Their pixels have one shape.
         max_detections: Maximum number of detections per row. None for no limit.
+        by_name: Whether each row uses the adapter that it names. False for the active adapter of the model.
 
     Returns:
         The detections of each row. If the outputs of a row are not finite, an `InputError` in their place, so that the
@@ -115,17 +121,17 @@ def answer(
     """
     device = next(model.parameters()).device
     config: Any = model.config
-    names = questions[0].pixels
-    pixels = {name: torch.stack([question.pixels[name] for question in questions]).to(device) for name in names}
+    stacked = {name: [question.pixels[name] for question in questions] for name in questions[0].pixels}
+    pixels = {name: torch.stack(values).to(device) for name, values in stacked.items()}
     text = tokenizer.pad([dict(question.tokens) for question in questions], return_tensors="pt")
-    adapters = [question.adapter for question in questions]
-    outputs = model(**pad_small_images(pixels, config), **text.to(device), adapter_names=adapters)
+    names = {"adapter_names": [question.adapter for question in questions]} if by_name else {}
+    outputs = model(**pad_small_images(pixels, config), **text.to(device), **names)
     # Read from the device once, instead of several times for each row.
     logits, boxes = outputs.logits.float().cpu(), outputs.pred_boxes.float().cpu()
     finite = (logits.flatten(1).amax(1) + boxes.flatten(1).sum(1)).isfinite().tolist()
     if not all(finite) and len(questions) > 1:
         # Such a row can spoil the others of its batch.
-        return [answer(model, tokenizer, [question], max_detections)[0] for question in questions]
+        return [answer(model, tokenizer, [question], max_detections, by_name=by_name)[0] for question in questions]
     all_scores = class_scores(logits, class_token_maps(text["input_ids"].cpu(), logits.shape[-1]))
     answers: list[Detections | InputError] = []
     for row, question in enumerate(questions):

@@ -351,7 +351,7 @@ def test_an_adapter_whose_scores_are_not_finite_fails_alone(server, loaded):
                 parameter.copy_(values)
     # Those in the batch are then detected one by one.
     assert calls == [["adapter0", "adapter1"], ["adapter0"], ["adapter1"]]
-    assert good.status_code == 200 and bad.status_code == 422
+    assert good.status_code == 200 and bad.status_code == 500
     assert "image: the scores or boxes are not finite" in bad.json()["detail"]
 
 
