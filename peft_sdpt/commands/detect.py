@@ -81,8 +81,8 @@ RESULTS_FILE = "detections.json"
 MAX_NAME_BYTES = 255
 # Arguments of the library whose flag has another name.
 RENAMED = {"adapters": "adapter", "source": "adapter"}
-# A process that is done waits so long for the slowest one. The default, ten minutes on GPUs, is too short for machines of
-# different speed.
+# A process that is done waits so long for the slowest one. The default, ten minutes on GPUs, is too short for machines
+# of different speed.
 LONGEST_WAIT = timedelta(days=1)
 
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -917,6 +918,30 @@ def test_pictures_that_cannot_be_read_are_named_once(run, many, adapters, tmp_pa
     assert capsys.readouterr().err.count(f"skipped: {many / 'a3.png'}: cannot be opened") == 1
     names = [image["file_name"] for image in read(tmp_path / "out")["images"]]
     assert names == ["a1.png", "a2.png", "b/a1.png", "b/a2.png", "b/a3.png"]
+
+
+def test_results_are_not_held_in_memory(tmp_path):
+    """Writing the COCO file of a large run takes the memory of one batch."""
+    box = [0.123456789, 1.123456789, 20.123456789, 30.123456789]
+    found = {"best_score": 0.9, "full": False, "boxes": [box] * 500, "scores": [0.9] * 500, "labels": [0] * 500}
+    image = {"file_name": "a.png", "width": 100, "height": 100, "source": "/a.png", "found": [found]}
+    journal = command.Journal(tmp_path)
+    journal.start({}, [])
+    results = command.Results("", tmp_path, None, ["dog"], [[0]], 0.5)
+    tracemalloc.start()
+    try:
+        for batch in range(50):
+            journal.add(batch, [image])
+        results.write(journal, 0)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    size = (tmp_path / "detections.json").stat().st_size
+    assert size > 4_000_000 and peak < size / 4
+    written = read(tmp_path)
+    assert [image["id"] for image in written["images"]] == [*range(1, 51)]
+    assert [a["id"] for a in written["annotations"]] == [*range(1, 25_001)]
+    assert results.summary().startswith("50 images, 25,000 objects (dog: 25000).")
 
 
 @pytest.mark.slow
