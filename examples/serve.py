@@ -188,9 +188,7 @@ class Detector:
     ) -> None:
         self.adapters = {adapter.name: adapter for adapter in adapters}
         self._model, self._accelerator = model, accelerator
-        self._batcher: Batcher[Question, Detections | InputError] = Batcher(
-            self._answer, self._key, max_batch_size, max_wait
-        )
+        self._batcher = Batcher(self._answer, self._key, max_batch_size, max_wait)
         self._decoders = ThreadPoolExecutor(NUM_DECODERS, "images")
         # Tokenizers fail if two threads call them at once.
         self._tokenizing = threading.Lock()

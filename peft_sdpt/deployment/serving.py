@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 from PIL import Image
@@ -19,9 +19,6 @@ from ..detection.grounding import class_prompt, class_scores, class_token_maps
 from ..detection.pixels import pad_small_images, process_images
 from ..detection.prediction import Detections, join, select
 from ..errors import InputError
-
-Item = TypeVar("Item")
-Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -144,13 +141,13 @@ def answer(
 
 
 @dataclass(eq=False)
-class _Waiting(Generic[Item, Answer]):
-    item: Item
-    future: asyncio.Future[Answer]
+class _Waiting:
+    item: Any
+    future: asyncio.Future
     since: float
 
 
-class Batcher(Generic[Item, Answer]):
+class Batcher:
     """Collects items that concurrent tasks ask about, and handles them in batches.
 
     A batch has items with one key. It starts when the thread is free, and the batch is full or its first item has
@@ -166,21 +163,21 @@ class Batcher(Generic[Item, Answer]):
 
     def __init__(
         self,
-        run: Callable[[list[Item]], Sequence[Answer]],
-        key: Callable[[Item], Hashable],
+        run: Callable[[list[Any]], Sequence[Any]],
+        key: Callable[[Any], Hashable],
         max_batch_size: int,
         max_wait: float,
     ) -> None:
         self._run, self._key = run, key
         self._max_batch_size, self._max_wait = max_batch_size, max_wait
-        self._waiting: list[_Waiting[Item, Answer]] = []
+        self._waiting: list[_Waiting] = []
         self._changed = asyncio.Event()
         self._closing = False
 
-    async def __call__(self, item: Item) -> Answer:
+    async def __call__(self, item: Any) -> Any:
         """Return the answer for an item. The task waits until its batch is done."""
         loop = asyncio.get_running_loop()
-        waiting: _Waiting[Item, Answer] = _Waiting(item, loop.create_future(), loop.time())
+        waiting: _Waiting = _Waiting(item, loop.create_future(), loop.time())
         self._waiting.append(waiting)
         self._changed.set()
         return await waiting.future
@@ -212,7 +209,7 @@ class Batcher(Generic[Item, Answer]):
                     if not waiting.future.done():
                         waiting.future.set_result(found)
 
-    async def _next_batch(self) -> list[_Waiting[Item, Answer]]:
+    async def _next_batch(self) -> list[_Waiting]:
         """Wait for the next batch. It is empty if no item waits and none will come."""
         loop = asyncio.get_running_loop()
         while True:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import psutil
 import torch
@@ -15,8 +15,6 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from ..errors import InputError
-
-Result = TypeVar("Result")
 
 
 def make_accelerator(mixed_precision: str | None = None, **options: Any) -> Accelerator:
@@ -54,7 +52,7 @@ def make_accelerator(mixed_precision: str | None = None, **options: Any) -> Acce
     return accelerator
 
 
-def from_main_process(accelerator: Accelerator, function: Callable[[], Result]) -> Result:
+def from_main_process(accelerator: Accelerator, function: Callable[[], Any]) -> Any:
     """Call a function in the main process only. All processes of a launch call this together.
 
     Args:
