@@ -43,7 +43,6 @@ from peft_sdpt.detection.decoding import opened
 from peft_sdpt.detection.grounding import clean_name
 from peft_sdpt.detection.images import READABLE_FORMATS
 from peft_sdpt.detection.prediction import DEFAULT_THRESHOLD, join
-from peft_sdpt.detection.saved_adapter import MAX_CLASS_NAME
 from peft_sdpt.downloads import limit_waiting
 from peft_sdpt.errors import hint, one_line_errors
 from peft_sdpt.training import make_accelerator
@@ -60,6 +59,8 @@ except ImportError:
 # Largest size of a request in bytes, and of its image in pixels. A small file can have very many pixels.
 MAX_BYTES = 32 * 2**20
 MAX_PIXELS = 64_000_000
+# Largest number of letters of all classes of a request. A prompt has at most 256 tokens.
+MAX_LETTERS = 4000
 # Largest number of detections in an answer. With a threshold of 0, each pair of query and class is a detection.
 MAX_DETECTIONS = 1000
 # Number of images that are decoded and resized at the same time.
@@ -257,10 +258,10 @@ class Detector:
     ) -> tuple[list[str], list[list[int]], list[dict[str, list[int]]]]:
         """Write the prompt of the classes of a request. A client may not ask for more than one prompt."""
         max_text_len = self._model.config.max_text_len
+        letters = sum(map(len, classes))
+        if letters > MAX_LETTERS:
+            raise InputError(f"classes: may have at most {MAX_LETTERS:,} letters in all, got {letters:,}.")
         class_names = [clean_name(name) for text in classes for name in split_caption(text)]
-        longest = max(class_names, key=len)
-        if len(longest) > MAX_CLASS_NAME:
-            raise InputError(f"classes: a name may have at most {MAX_CLASS_NAME:,} letters, got {quoted(longest)}.")
         # Each class has at least two tokens, a word and a full stop.
         if len(class_names) <= max_text_len // 2:
             check_class_names(class_names)
@@ -318,6 +319,10 @@ def make_app(detector: Detector, max_requests: int) -> FastAPI:
     async def bad_request(_: Request, error: RequestValidationError) -> JSONResponse:
         problems = [f"{problem['loc'][-1]}: {problem['msg']}" for problem in error.errors()]
         return JSONResponse({"detail": enumerated(problems) + "."}, 422)
+
+    @app.exception_handler(Exception)
+    async def failed(_: Request, error: Exception) -> JSONResponse:
+        return JSONResponse({"detail": "the server failed; its log has the reason."}, 500)
 
     @app.get("/health")
     async def health() -> dict[str, str]:

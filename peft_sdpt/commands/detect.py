@@ -444,10 +444,13 @@ def settings_of(
         for path, name in batch:
             images.update(f"{as_text(os.path.abspath(path))}\0{name}\n".encode())
         images.update(b"\n")
-    weights = [hashlib.sha256((adapter.folder / FILES[1]).read_bytes()).hexdigest() for adapter in adapters]
+    digests = []
+    for adapter in adapters:
+        content = b"".join((adapter.folder / name).read_bytes() for name in FILES[:2])  # the config and the weights
+        digests.append([adapter.name, hashlib.sha256(content).hexdigest()[:16]])
     return {
         "--model_name_or_path": base_model,
-        "--adapter": [[adapter.name, digest[:16]] for adapter, digest in zip(adapters, weights, strict=True)],
+        "--adapter": digests,
         "--class_names": [result.class_names for result in results],
         "--threshold": [result.threshold for result in results],
         "the image size": [dict(result.processor.image_processor.size) for result in results],
@@ -618,10 +621,8 @@ def run(args: argparse.Namespace, model_name_or_path: str) -> None:
     with claim_output_dir(args.output_dir, accelerator, None):
         done = from_main_process(accelerator, lambda: prepare_journal(args, settings, batches, journal, results))
         to_do = [number for number in range(len(batches)) if number not in done]
-        mine = to_do[accelerator.process_index :: accelerator.num_processes]
-        run_alone(
-            args, accelerator, base_model, adapters, {number: batches[number] for number in mine}, results, journal
-        )
+        mine = {number: batches[number] for number in to_do[accelerator.process_index :: accelerator.num_processes]}
+        run_alone(args, accelerator, base_model, adapters, mine, len(batches), results, journal)
 
 
 def run_alone(
@@ -630,6 +631,7 @@ def run_alone(
     base_model: str,
     adapters: list[SavedAdapter],
     batches_to_do: dict[int, Batch],
+    num_batches: int,
     results: list[Results],
     journal: Journal,
 ) -> None:
@@ -655,8 +657,15 @@ def run_alone(
     if not accelerator.is_main_process:
         return
     for file in map(Path, files):
-        if file.exists():
+        if file.exists():  # a process without images has none
             journal.read(file)
+    # The file system of a cluster may show the files of other machines late.
+    if missing := {*range(num_batches)} - journal.done():
+        number = counted(len(missing), "batch", "batches")
+        raise InputError(
+            f"--output_dir {args.output_dir}: the results of {number} are not there; "
+            "the same command with --resume goes on."
+        )
     write_results(results, journal)
     journal.remove()
     for result in results:

@@ -920,6 +920,13 @@ def test_pictures_that_cannot_be_read_are_named_once(run, many, adapters, tmp_pa
     assert names == ["a1.png", "a2.png", "b/a1.png", "b/a2.png", "b/a3.png"]
 
 
+def test_results_that_are_missing_at_the_end_are_noticed(refused, many, adapters, monkeypatch):
+    """As on a network file system that does not yet show the file of another machine."""
+    monkeypatch.setattr(command.Journal, "add", lambda *_: None)
+    flags = (many, "--adapter", adapters[0], *BATCHES)
+    refused("the results of 4 batches are not there; the same command with --resume goes on.", *flags, loads=True)
+
+
 def test_results_are_not_held_in_memory(tmp_path):
     """Writing the COCO file of a large run takes the memory of one batch."""
     box = [0.123456789, 1.123456789, 20.123456789, 30.123456789]

@@ -265,7 +265,9 @@ REFUSED = {
     "empty name": (422, "has no word for a prompt", noise(1), {"classes": " "}),
     "unknown letter": (422, "the tokenizer knows no word of '☃'", noise(1), {"classes": "☃"}),
     "twice": (422, "class names: dog is given 2 times.", noise(1), {"classes": ["dog", "Dog "]}),
-    "long name": (422, "classes: a name may have at most 1,000 letters, got", noise(1), {"classes": "a" * 100_000}),
+    "long name": (422, "classes: may have at most 4,000 letters in all, got 5,000.", noise(1), {"classes": "a" * 5000}),
+    # An expression that searches the end of a phrase would take hours.
+    "spaces": (422, "letters in all, got 900,003.", noise(1), {"classes": "a" + " " * 900_000 + "b."}),
     "long word": (422, "tokens, but a prompt takes at most 254", noise(1), {"classes": "qzx " * 240}),
     "many names": (
         422,
@@ -353,6 +355,26 @@ def test_an_adapter_whose_scores_are_not_finite_fails_alone(server, loaded):
     assert calls == [["adapter0", "adapter1"], ["adapter0"], ["adapter1"]]
     assert good.status_code == 200 and bad.status_code == 500
     assert "image: the scores or boxes are not finite" in bad.json()["detail"]
+
+
+def test_an_error_of_the_model_does_not_end_the_server(server, monkeypatch):
+    """For instance if a GPU has no memory left."""
+    real, failures = serve.answer, [RuntimeError("out of memory")]
+
+    def failing(*args):
+        if failures:
+            raise failures.pop()
+        return real(*args)
+
+    monkeypatch.setattr(serve, "answer", failing)
+
+    async def clients():
+        async with server() as (client, _):
+            return await post(client, noise(1), adapter="day"), await post(client, noise(1), adapter="day")
+
+    failed, good = asyncio.run(clients())
+    assert failed.status_code == 500 and failed.json() == {"detail": "the server failed; its log has the reason."}
+    assert good.status_code == 200
 
 
 # ---- the command
