@@ -1,12 +1,18 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""All tests run with one thread. Fixtures that several folders use."""
+"""All tests run with one thread. Fixtures that several folders use.
+
+Tests with the fixture `device` run on the CPU, and on a GPU where there is one. TEST_DEVICE=pretend runs them on the
+pretend GPU of `tests/helpers/pretend.py` instead.
+"""
 
 from __future__ import annotations
 
 import gc
+import os
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -15,6 +21,7 @@ from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
 from tests.helpers.hub import serve, use
+from tests.helpers.pretend import pretend_gpu
 
 torch.set_num_threads(1)
 # Every run tries the same examples, a few hundred in each file. `--hypothesis-profile` chooses another profile.
@@ -23,6 +30,29 @@ settings.register_profile(
 )
 settings.register_profile("thorough", settings.get_profile("few"), max_examples=5000, derandomize=False)
 settings.load_profile("few")
+
+
+# The devices of the tests with the fixture `device`.
+CUDA = [pytest.param("cuda", marks=pytest.mark.cuda)] if torch.cuda.is_available() else []
+DEVICES = [os.environ["TEST_DEVICE"]] if "TEST_DEVICE" in os.environ else ["cpu", *CUDA]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    with pretend_gpu() if request.param == "pretend" else nullcontext():
+        yield torch.device(request.param)
+
+
+@pytest.fixture(params=CUDA or ["pretend"])
+def gpu(request):
+    """A GPU, pretend or real, for comparisons with the CPU."""
+    with nullcontext() if CUDA else pretend_gpu():
+        yield torch.device(request.param)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("cuda") and not CUDA:
+        pytest.skip("there is no GPU")
 
 
 def pytest_collection_finish() -> None:

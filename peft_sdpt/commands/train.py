@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -67,6 +67,7 @@ from ..detection import (
     suggest_thresholds,
     write_adapter,
 )
+from ..detection.devices import to_cpu, to_device
 from ..detection.formats import matching_split
 from ..detection.prediction import DEFAULT_THRESHOLD
 from ..detection.saved_adapter import THRESHOLD_FILE
@@ -165,9 +166,27 @@ class Setup:
         return {"threshold": threshold, "licence": self.licence, "source": source}
 
 
+class StepResult(NamedTuple):
+    """Results of an optimizer step. The numbers stay on the device until they are read, because reading waits for it.
+
+    Attributes:
+        step: Number of the step.
+        numbers: Scalars: the loss, whether boxes and gradients are finite, and with tracking the norms of the prompts.
+        learning_rates: Learning rates after the step.
+    """
+
+    step: int
+    numbers: dict[str, torch.Tensor]
+    learning_rates: list[float]
+
+
 @dataclass
 class Training:
-    """The objects that train the adapter of a `Setup`."""
+    """The objects that train the adapter of a `Setup`.
+
+    Attributes:
+        unread: Results of steps that `read_results` has not read yet.
+    """
 
     samples: TrainingSamples
     loader: DataLoader
@@ -178,6 +197,7 @@ class Training:
     checkpoints: Checkpoints
     steps_per_epoch: int
     max_steps: int
+    unread: list[StepResult] = field(default_factory=list)
 
 
 # ---- prepare
@@ -289,7 +309,10 @@ def prepare_training(setup: Setup) -> Training:
             f"--lora_learning_rate {args.lora_learning_rate}: --adapter {args.adapter} has no LoRA to train."
         )
     optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay)
-    setup.model, optimizer, loader = accelerator.prepare(detector, optimizer, loader)
+    # `train_step` moves the batches, so that the features of their images can be looked up by the pixels on the CPU.
+    setup.model, optimizer, loader = accelerator.prepare(
+        detector, optimizer, loader, device_placement=[True, True, False]
+    )
     # Not prepared by Accelerate, so that it counts optimizer steps for any number of processes.
     scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.num_warmup_steps, max_steps)
     average = AveragedModel(trained, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay)) if args.ema_decay else None
@@ -355,21 +378,24 @@ def train(setup: Setup, training: Training) -> list[str]:
     with Interruption(accelerator) as interruption, bar, stored_features:
         start = time.perf_counter()
         for batches in remaining_steps(setup, training):
-            loss = train_step(setup, training, loss_function, batches)
+            train_step(setup, training, loss_function, batches)
             progress.step += 1
-            progress.losses.append(loss)
+            stopped = interruption.asked_for()
+            checkpoint_due = stopped or (checkpointing_steps and progress.step % checkpointing_steps == 0)
+            validation_due = progress.step % validation_steps == 0
+            # Nothing is saved before the results of all steps are read, which checks that they are finite.
+            if checkpoint_due or validation_due or progress.step == training.max_steps:
+                read_results(setup, training)
             progress.seconds += time.perf_counter() - start
             bar.update()
-            bar.set_postfix(loss=f"{loss:.3f}")
-            if args.with_tracking:
-                log_step(setup, loss, training.scheduler.get_last_lr())
-            stopped = interruption.asked_for()
-            if stopped or (checkpointing_steps and progress.step % checkpointing_steps == 0):
+            if progress.losses:
+                bar.set_postfix(loss=f"{progress.losses[-1]:.3f}")
+            if checkpoint_due:
                 training.checkpoints.save(progress.step)
             if stopped:
                 done = f"stopped after step {progress.step} of {training.max_steps}"
                 raise KeyboardInterrupt(f"{done}; resume by --resume_from_checkpoint latest")
-            if progress.step % validation_steps == 0:
+            if validation_due:
                 validate(setup, training)
             start = time.perf_counter()
     # Saved before the last validation, which may fail. The report adds what the validation suggests.
@@ -388,38 +414,68 @@ def remaining_steps(setup: Setup, training: Training) -> Iterator[list[tuple]]:
     except InputError:
         # With several processes, the others wait in the middle of a step and cannot take part in a checkpoint.
         if setup.accelerator.num_processes == 1 and setup.progress.step:
+            read_results(setup, training)
             training.checkpoints.save(setup.progress.step)
         raise
 
 
-def train_step(setup: Setup, training: Training, loss_function: GroundedDetectionLoss, batches: list[tuple]) -> float:
-    """Take one optimizer step. Returns the loss of the batches of all processes as if they were one batch."""
+def train_step(setup: Setup, training: Training, loss_function: GroundedDetectionLoss, batches: list[tuple]) -> None:
+    """Take one optimizer step, and add its results to `training.unread`."""
     args, accelerator = setup.args, setup.accelerator
-    number = setup.progress.step + 1
     # The boxes of all batches of the step, so that the losses add up to the loss of one large batch.
     num_boxes = mean_boxes_per_process([label for _, labels in batches for label in labels])
     step_loss = torch.zeros((), device=accelerator.device)
+    finite_boxes = torch.ones((), dtype=torch.bool, device=accelerator.device)
     for index, (inputs, labels) in enumerate(batches, 1):
         # Processes exchange gradients only once per step.
         with nullcontext() if index == len(batches) else accelerator.no_sync(setup.model):
-            outputs = setup.model(**pad_small_images(inputs, setup.detector.config))
-            if not outputs.pred_boxes.isfinite().all():
-                raise InputError(f"the boxes are not finite any more at step {number}: lower {rate_flags(training)}.")
-            loss = loss_function(outputs, labels, num_boxes)
+            inputs = to_device(pad_small_images(inputs, setup.detector.config), accelerator.device)
+            outputs = setup.model(**inputs)
+            loss = loss_function(outputs, to_device(labels, accelerator.device), num_boxes)
+            # The loss has just waited for the GPU, so the results of the step before are ready. If they were read at
+            # the end of their step, the GPU would be idle meanwhile.
+            read_results(setup, training)
             accelerator.backward(loss)
         step_loss += loss.detach()
+        finite_boxes &= outputs.pred_boxes.isfinite().all()
     norm = accelerator.clip_grad_norm_(setup.model.parameters(), args.max_grad_norm)
-    # Checked before the step, so that no checkpoint has prompts that are not finite. With fp16, the gradient scaler
-    # skips such steps.
-    if accelerator.scaler is None and not norm.isfinite():
-        raise InputError(f"the gradients are not finite any more at step {number}: lower {rate_flags(training)}.")
     training.optimizer.step()
     training.optimizer.zero_grad()
     if not accelerator.optimizer_step_was_skipped:
         training.scheduler.step()
         if training.average:
             training.average.update_parameters(training.trained)
-    return accelerator.reduce(step_loss, reduction="mean").item()
+    numbers = {
+        # The loss of the batches of all processes as if they were one batch.
+        "loss": accelerator.reduce(step_loss, reduction="mean"),
+        "finite_boxes": finite_boxes,
+        # With fp16, the gradient scaler skips steps whose gradients are not finite.
+        "finite_gradients": norm.isfinite() if accelerator.scaler is None else torch.ones_like(finite_boxes),
+    }
+    if args.with_tracking:
+        numbers |= prompt_norms(setup.detector)
+    training.unread.append(StepResult(setup.progress.step + 1, numbers, training.scheduler.get_last_lr()))
+
+
+def read_results(setup: Setup, training: Training) -> None:
+    """Check that the results of the last steps are finite, and add their losses to the progress and the trackers.
+
+    A step is read in the middle of the next step, or before anything is saved. So no checkpoint has prompts that are
+    not finite.
+
+    Raises:
+        InputError: The boxes or gradients of a step are not finite.
+    """
+    unread, training.unread = training.unread, []
+    for step, numbers, learning_rates in unread:
+        values = {name: value.item() for name, value in zip(numbers, to_cpu(list(numbers.values())), strict=True)}
+        for name in ("boxes", "gradients"):
+            if not values.pop(f"finite_{name}"):
+                raise InputError(f"the {name} are not finite any more at step {step}: lower {rate_flags(training)}.")
+        setup.progress.losses.append(values["loss"])
+        if setup.args.with_tracking:
+            values |= dict(zip(("learning_rate", "lora_learning_rate"), learning_rates, strict=False))
+            setup.accelerator.log(values, step=step)
 
 
 def rate_flags(training: Training) -> str:
@@ -455,16 +511,15 @@ def save(setup: Setup, training: Training, folder: Path, card: dict[str, Any], r
         return save_adapter(folder, setup.detector, setup.processor, class_names, results, **card)
 
 
-def log_step(setup: Setup, loss: float, learning_rates: list[float]) -> None:
-    """Send the loss, the learning rates and the mean norm of the prompts of each layer to the trackers."""
-    values = {"loss": loss}
-    values |= dict(zip(("learning_rate", "lora_learning_rate"), learning_rates, strict=False))
-    layers = [module for module in setup.detector.modules() if isinstance(module, SDPTLayer)]
+def prompt_norms(detector: nn.Module) -> dict[str, torch.Tensor]:
+    """Compute the mean norm of the trained prompts of each layer."""
+    layers = [module for module in detector.modules() if isinstance(module, SDPTLayer)]
+    norms = {}
     for index, layer in enumerate(layers):
         trained = [prompts for prompts in layer.sdpt_prompts.values() if prompts.requires_grad]
-        norms = [prompts.detach().norm(dim=-1).flatten() for prompts in trained]
-        values[f"prompt_norm/layer_{index}"] = torch.cat(norms).mean().item()
-    setup.accelerator.log(values, step=setup.progress.step)
+        flat = [prompts.detach().norm(dim=-1).flatten() for prompts in trained]
+        norms[f"prompt_norm/layer_{index}"] = torch.cat(flat).mean()
+    return norms
 
 
 # ---- evaluate

@@ -15,9 +15,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ..detection.devices import to_cpu, to_device
 from ..detection.grounding import class_prompt, class_scores, class_token_maps
 from ..detection.pixels import pad_small_images, process_images
-from ..detection.prediction import Detections, join, select
+from ..detection.prediction import Detections, in_pixels, join
 from ..errors import InputError
 
 
@@ -116,28 +117,33 @@ def answer(
         The detections of each row. If the outputs of a row are not finite, an `InputError` in their place, so that the
         other rows have their detections.
     """
-    device = next(model.parameters()).device
     config: Any = model.config
     stacked = {name: [question.pixels[name] for question in questions] for name in questions[0].pixels}
-    pixels = {name: torch.stack(values).to(device) for name, values in stacked.items()}
+    pixels = pad_small_images({name: torch.stack(values) for name, values in stacked.items()}, config)
     text = tokenizer.pad([dict(question.tokens) for question in questions], return_tensors="pt")
     names = {"adapter_names": [question.adapter for question in questions]} if by_name else {}
-    outputs = model(**pad_small_images(pixels, config), **text.to(device), **names)
-    # Read from the device once, instead of several times for each row.
-    logits, boxes = outputs.logits.float().cpu(), outputs.pred_boxes.float().cpu()
+    outputs = model(**to_device({**pixels, **text}, next(model.parameters()).device), **names)
+    logits, boxes = to_cpu([outputs.logits.float(), outputs.pred_boxes.float()])
     finite = (logits.flatten(1).amax(1) + boxes.flatten(1).sum(1)).isfinite().tolist()
     if not all(finite) and len(questions) > 1:
         # Such a row can spoil the others of its batch.
         return [answer(model, tokenizer, [question], max_detections, by_name=by_name)[0] for question in questions]
-    all_scores = class_scores(logits, class_token_maps(text["input_ids"].cpu(), logits.shape[-1]))
-    answers: list[Detections | InputError] = []
-    for row, question in enumerate(questions):
-        if not finite[row]:
-            answers.append(InputError("image: the scores or boxes are not finite; the weights may be damaged."))
-            continue
-        found = select(all_scores[row], boxes[row], question.size, question.labels, question.threshold, max_detections)
-        answers.append(join([found], all_scores[row].max().item(), max_detections))
-    return answers
+    if not all(finite):
+        return [InputError("image: the scores or boxes are not finite; the weights may be damaged.")]
+    all_scores = class_scores(logits, class_token_maps(text["input_ids"], logits.shape[-1]))
+    return [
+        _select(scores, boxes[row], question, max_detections)
+        for row, (scores, question) in enumerate(zip(all_scores, questions, strict=True))
+    ]
+
+
+def _select(scores: Tensor, boxes: Tensor, question: Question, max_detections: int | None) -> Detections:
+    """Return the detections of a row from its scores (queries, classes) and its boxes (queries, 4)."""
+    classes = len(question.labels)
+    pairs = (scores.flatten() >= question.threshold).nonzero().squeeze(1)
+    found = in_pixels(boxes[pairs // classes], question.size)
+    labels = torch.tensor(question.labels)[pairs % classes]
+    return join([(found, scores.flatten()[pairs], labels)], scores.max().item(), max_detections)
 
 
 @dataclass(eq=False)

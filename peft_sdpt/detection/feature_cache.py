@@ -39,6 +39,7 @@ from transformers.modeling_outputs import BackboneOutput, BaseModelOutput
 
 from ..errors import InputError
 from ..files import UNFINISHED, check_writable, whole_file
+from .devices import to_cpu
 from .prediction import evaluation_mode
 
 # Unfinished entries older than this many seconds come from killed processes. Writing takes far less than a second. If
@@ -164,7 +165,8 @@ class _Stored:
         """Return the key of each row."""
         autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
         common = [self.module_key, torch.__version__, transformers.__version__, device.type, str(autocast), str(names)]
-        tensors = [value.cpu() for value in arguments if torch.is_tensor(value)]
+        # Pixels are hashed where they came from, not copied back from the device.
+        tensors = to_cpu([value for value in arguments if torch.is_tensor(value)])
         common += [repr(value) for value in arguments if not torch.is_tensor(value)]
         return [_digest([*common, *(tensor[row] for tensor in tensors)]) for row in range(len(tensors[0]))]
 

@@ -13,6 +13,7 @@ score a class by its own tokens.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -214,13 +215,32 @@ def class_token_maps(input_ids: Tensor, num_tokens: int | None = None) -> list[T
         For each prompt, a boolean tensor of shape (number of its classes, num_tokens). Its rows are in the order of
         the classes in the prompt.
     """
-    is_border = torch.isin(input_ids, input_ids.new_tensor(BORDER_TOKEN_IDS))
+    phrases = phrase_numbers(input_ids, num_tokens)
+    # The numbers of phrases are read once for all prompts, because each read waits for the GPU.
+    counts = phrases.amax(dim=1).tolist()
+    numbers = torch.arange(1, max(counts, default=0) + 1, device=phrases.device)
+    maps = phrases[:, None] == numbers[:, None]
+    return [token_map[:count] for token_map, count in zip(maps, counts, strict=True)]
+
+
+def phrase_numbers(input_ids: Tensor, num_tokens: int | None = None) -> Tensor:
+    """Number the phrases of prompts from 1. This does not wait for the GPU.
+
+    Args:
+        input_ids: Token ids of shape (B, L).
+        num_tokens: Width of the result. None for L.
+
+    Returns:
+        For each token, the number of its phrase, shape (B, num_tokens). 0 for separators and padding.
+    """
+    # Compared one by one, because a tensor of the ids would have to be copied to the device.
+    is_border = functools.reduce(torch.logical_or, [input_ids == border for border in BORDER_TOKEN_IDS])
     # A phrase starts at each word token after a border. The sum numbers the phrases from 1.
     starts = ~is_border & torch.cat([is_border.new_ones(len(input_ids), 1), is_border[:, :-1]], dim=1)
-    phrase = starts.cumsum(dim=1).masked_fill(is_border, 0)
+    phrases = starts.cumsum(dim=1).masked_fill(is_border, 0)
     if num_tokens is not None:
-        phrase = torch.nn.functional.pad(phrase, (0, num_tokens - phrase.shape[1]))
-    return [row == torch.arange(1, int(row.max()) + 1, device=row.device)[:, None] for row in phrase]
+        phrases = torch.nn.functional.pad(phrases, (0, num_tokens - phrases.shape[1]))
+    return phrases
 
 
 def class_scores(logits: Tensor, token_maps: Sequence[Tensor]) -> list[Tensor]:

@@ -22,6 +22,7 @@ from ..errors import InputError, hint
 from ..training.interruption import make_worker_init_fn
 from ..wording import quoted
 from .data import DetectionSplit
+from .devices import to_cpu, to_device
 from .grounding import class_prompt, class_scores, class_token_maps, split_classes
 from .pixels import num_positions, pad_small_images, process_images
 
@@ -117,61 +118,51 @@ def _detect(
     # For each image, the boxes, scores and labels of each chunk.
     found: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in sizes]
     device = next(model.parameters()).device
-    inputs = pad_small_images(pixels.to(device), model.config)
+    inputs = to_device(pad_small_images(pixels, model.config), device)
     for chunk in chunks:
         prompt = class_prompt([class_names[i] for i in chunk])
-        text = tokenizer([prompt] * len(sizes), padding=True, return_tensors="pt").to(device)
+        text = to_device(tokenizer([prompt] * len(sizes), padding=True, return_tensors="pt"), device)
         outputs = model(**inputs, **text)
-        _check_finite(outputs, names)
-        all_scores = class_scores(outputs.logits.float(), class_token_maps(text["input_ids"], outputs.logits.shape[-1]))
-        for image, scores in enumerate(all_scores):
-            best_scores[image] = max(best_scores[image], scores.max().item())
-            found[image].append(
-                select(scores, outputs.pred_boxes[image], sizes[image], chunk, threshold, max_detections)
-            )
+        token_maps = class_token_maps(text["input_ids"], outputs.logits.shape[-1])
+        scores = torch.stack(class_scores(outputs.logits.float(), token_maps)).flatten(1)
+        # Pairs of query and class are selected on the device, because LVIS has a million of them.
+        limit = int((scores >= threshold).sum(1).max()) if max_detections is None else max_detections
+        pairs = scores.topk(min(limit, scores.shape[1]), dim=1).indices.sort(dim=1).values
+        query = (pairs // len(chunk))[..., None].expand(-1, -1, 4)
+        boxes = outputs.pred_boxes.float().gather(1, query)
+        # Everything is copied together, because each copy waits for the GPU.
+        sums, best, *columns = to_cpu([_sums(outputs), scores.amax(1), boxes, scores.gather(1, pairs), pairs])
+        _check_finite(sums, names, outputs.logits.dtype)
+        for image, (box, score, pair) in enumerate(zip(*columns, strict=True)):
+            best_scores[image] = max(best_scores[image], best[image].item())
+            is_found = score >= threshold
+            label = torch.tensor(chunk)[pair[is_found] % len(chunk)]
+            found[image].append((in_pixels(box[is_found], sizes[image]), score[is_found], label))
     return [join(parts, best, max_detections) for parts, best in zip(found, best_scores, strict=True)]
 
 
-def select(
-    scores: Tensor,
-    pred_boxes: Tensor,
-    size: tuple[int, int],
-    labels: Sequence[int],
-    threshold: float,
-    max_detections: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Select the detections of one image from the output of a detector for one prompt.
+def in_pixels(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Convert boxes of a detector to those of `Detections`.
 
     Args:
-        scores: Scores of shape (queries, classes of the prompt).
-        pred_boxes: Boxes of shape (queries, 4): centre, width and height relative to the image.
+        boxes: Shape (n, 4): centre, width and height relative to the image.
         size: (width, height) of the image in pixels.
-        labels: Class index of each class of the prompt.
-        threshold, max_detections: As in `detect`.
 
     Returns:
-        The boxes, scores and labels of `Detections`, on the CPU. They are not sorted.
+        Shape (n, 4): x, y, width and height in pixels. Boxes are cut at the border of the image.
     """
     width, height = size
-    scores = scores.flatten()
-    # Scores are selected before they are sorted and before boxes are computed, because LVIS has a million pairs of
-    # query and class.
-    pairs = (scores >= threshold).nonzero().squeeze(1)
-    if max_detections is not None and len(pairs) > max_detections:
-        pairs = pairs[scores[pairs].topk(max_detections).indices]
-    query, label = pairs // len(labels), pairs % len(labels)
-    centre_x, centre_y, w, h = pred_boxes[query].float().unbind(-1)
+    centre_x, centre_y, w, h = boxes.unbind(-1)
     x0, x1 = (((centre_x + side * w / 2) * width).clamp(0, width) for side in (-1, 1))
     y0, y1 = (((centre_y + side * h / 2) * height).clamp(0, height) for side in (-1, 1))
-    boxes = torch.stack([x0, y0, x1 - x0, y1 - y0], dim=-1)
-    return boxes.cpu(), scores[pairs].cpu(), torch.tensor(labels)[label.cpu()]
+    return torch.stack([x0, y0, x1 - x0, y1 - y0], dim=-1)
 
 
 def join(parts: Sequence[tuple[Tensor, Tensor, Tensor]], best_score: float, limit: int | None) -> Detections:
-    """Join what `select` returned for the prompts of one image.
+    """Join the detections with several prompts in one image.
 
     Args:
-        parts: The boxes, scores and labels of each prompt.
+        parts: The boxes, scores and labels with each prompt.
         best_score: The best score in the image.
         limit: Maximum number of detections. None for no limit.
 
@@ -183,15 +174,19 @@ def join(parts: Sequence[tuple[Tensor, Tensor, Tensor]], best_score: float, limi
     return {"boxes": boxes[order], "scores": scores[order], "labels": labels[order], "best_score": best_score}
 
 
-def _check_finite(outputs: Any, names: list[str]) -> None:
-    """Raise an `InputError` if a logit or a box is not finite. The logits of padding are -inf."""
-    # The maximum is NaN if a logit is NaN, and infinite if a logit is infinite. With the sum, the device is read once.
-    sums = outputs.logits.flatten(1).amax(1).float() + outputs.pred_boxes.flatten(1).float().sum(1)
+def _sums(outputs: Any) -> Tensor:
+    """Return a number per image that is finite if all logits and boxes are. The logits of padding are -inf."""
+    # The maximum is NaN if a logit is NaN, and infinite if a logit is infinite.
+    return outputs.logits.flatten(1).amax(1).float() + outputs.pred_boxes.flatten(1).float().sum(1)
+
+
+def _check_finite(sums: Tensor, names: list[str], dtype: torch.dtype) -> None:
+    """Raise an `InputError` if a result of `_sums`, which a model of this dtype gave, is not finite."""
     is_finite = sums.isfinite().tolist()
     if not all(is_finite):
         raise InputError(
             f"{names[is_finite.index(False)]}: the scores or boxes are not finite. The weights may be damaged, or too "
-            f"large for {str(outputs.logits.dtype).removeprefix('torch.')}."
+            f"large for {str(dtype).removeprefix('torch.')}."
         )
 
 

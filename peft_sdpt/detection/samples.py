@@ -174,6 +174,8 @@ class TrainingSamples(Dataset[Sample]):
             collate_fn=self.collate,
             num_workers=num_workers,
             worker_init_fn=make_worker_init_fn(num_workers),
+            # From pinned memory, batches can be copied to a GPU while it works.
+            pin_memory=torch.cuda.is_available(),
             # Starting a loader draws from its generator. The default one also drives dropout, and a resumed run would
             # draw from it once more.
             generator=torch.Generator(),

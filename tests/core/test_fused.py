@@ -71,10 +71,10 @@ WAYS_AND_HOSTS = [
 
 @pytest.mark.parametrize("masks", ["both", "image", "text", "none"])
 @pytest.mark.parametrize(("name", "dtype", "variant", "gates"), WAYS_AND_HOSTS, ids=str)
-def test_outputs_and_gradients_are_those_of_the_eager_way(name, dtype, variant, gates, masks, way, counted):
+def test_outputs_and_gradients_are_those_of_the_eager_way(name, dtype, variant, gates, masks, way, counted, device):
     results = []
-    for layer in fused_and_eager(name, dtype, **VARIANTS[variant], **gates):
-        image, text, *rest = make_inputs(dtype, masks=masks)
+    for layer in fused_and_eager(name, dtype, device=device, **VARIANTS[variant], **gates):
+        image, text, *rest = make_inputs(dtype, masks=masks, device=device)
         image.requires_grad_(), text.requires_grad_()
         found = outputs(layer, image, text, *rest)
         generator = torch.Generator().manual_seed(3)
@@ -92,11 +92,11 @@ def test_no_weights_are_returned(way):
     assert image_weights is None and text_weights is None
 
 
-def test_padded_rows(way):
+def test_padded_rows(way, device):
     """A sample without any text, or without any image: what the host gives, and where that is NaN anything."""
     for variant in ({}, {"image_attends_prompts": False}, GATED):
-        fused, eager = fused_and_eager(**variant)
-        image, text, image_mask, text_mask = make_inputs()
+        fused, eager = fused_and_eager(device=device, **variant)
+        image, text, image_mask, text_mask = make_inputs(device=device)
         image_mask[0], text_mask[1] = True, True
         for one, other in zip(
             outputs(fused, image, text, image_mask, text_mask),
@@ -108,10 +108,10 @@ def test_padded_rows(way):
 
 
 @with_and_without_gates
-def test_padding_may_come_first(way, gates, monkeypatch):
+def test_padding_may_come_first(way, gates, monkeypatch, device):
     """Whole chunks of padding, before any token and after."""
-    fused, eager = fused_and_eager(**gates)
-    image, text, image_mask, text_mask = make_inputs()
+    fused, eager = fused_and_eager(device=device, **gates)
+    image, text, image_mask, text_mask = make_inputs(device=device)
     if gates:  # the base model needs a token of each modality
         image_mask[:, :4], text_mask[:, :1] = True, True
         if way == "many chunks":
@@ -130,15 +130,16 @@ def test_padding_may_come_first(way, gates, monkeypatch):
 
 @pytest.mark.parametrize("other", [{"prompt_gate": None}, GATED], ids=["published", "gated"])
 @with_and_without_gates
-def test_mixed_adapters(way, gates, other):
+def test_mixed_adapters(way, gates, other, device):
     fused, eager = fused_and_eager(**gates)
     for layer in (fused, eager):
         torch.manual_seed(5)
         layer.update_layer("other", SDPTConfig(num_virtual_tokens=2, attn_implementation="fused", **other))
-    names = ["default", "__base__", "other"]
+        layer.to(device)
+    names, inputs = ["default", "__base__", "other"], make_inputs(device=device)
     for one, other in zip(
-        (x for pair in fused(*make_inputs(), adapter_names=names) for x in pair[:1]),
-        (x for pair in eager(*make_inputs(), adapter_names=names) for x in pair[:1]),
+        (x for pair in fused(*inputs, adapter_names=names) for x in pair[:1]),
+        (x for pair in eager(*inputs, adapter_names=names) for x in pair[:1]),
         strict=True,
     ):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-10)

@@ -74,7 +74,7 @@ def tokens_of(layer: SDPTLayer, name: str) -> torch.Tensor:
     weights = [projection.weight for projection in layer.projections]
     if prompts.shape[-1] == len(weights[0]):
         return prompts
-    factor, _ = scipy.linalg.polar(torch.cat(weights, dim=1).double().numpy())
+    factor, _ = scipy.linalg.polar(torch.cat(weights, dim=1).double().cpu().numpy())
     return prompts @ torch.from_numpy(factor).to(prompts).T
 
 
@@ -156,9 +156,9 @@ def with_gradients(function, layer, inputs, parameters):
 @pytest.mark.parametrize("masks", ["both", "none"])
 @pytest.mark.parametrize("groups", [None, [1, 3]], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_prompts_add_what_the_formula_says(variant, groups, masks, way, no_choice):
-    layer = make_layer(**VARIANTS[variant], prompt_groups=groups, **way)
-    inputs = make_inputs(masks=masks)
+def test_prompts_add_what_the_formula_says(variant, groups, masks, way, no_choice, device):
+    layer = make_layer(**VARIANTS[variant], prompt_groups=groups, device=device, **way)
+    inputs = make_inputs(masks=masks, device=device)
     parameters = [layer.sdpt_prompts["default"], layer.sdpt_gates["default"]]
     expected = with_gradients(lambda *inputs: formula(layer, *inputs), layer, inputs, parameters)
     for training in (False, True):
@@ -175,9 +175,9 @@ def test_prompts_add_what_the_formula_says(variant, groups, masks, way, no_choic
     assert all(branch[0].abs().max() > 0.05 for branch in (of_image, of_text) if branch is not None)
 
 
-def test_mm_grounding_dino_adds_the_same(way):
-    layer = make_layer("mm_grounding_dino", **way)
-    close(outputs(layer, *make_inputs()), formula(layer, *make_inputs()))
+def test_mm_grounding_dino_adds_the_same(way, device):
+    layer, inputs = make_layer("mm_grounding_dino", device=device, **way), make_inputs(device=device)
+    close(outputs(layer, *inputs), formula(layer, *inputs))
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
@@ -226,15 +226,15 @@ def test_gradcheck(way, no_choice):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision(dtype, way, no_choice):
-    exact = make_layer(dtype=torch.float32, prompt_groups=[1, 3], **way).double()
-    inputs = make_inputs()
+def test_half_precision(dtype, way, no_choice, device):
+    exact = make_layer(dtype=torch.float32, prompt_groups=[1, 3], device=device, **way).double()
+    inputs = make_inputs(device=device)
     expected = formula(exact, *inputs)
     bare = [out for out, _ in exact.base_layer(*inputs)]
-    layer = make_layer(dtype=torch.float32, prompt_groups=[1, 3], **way)
+    layer = make_layer(dtype=torch.float32, prompt_groups=[1, 3], device=device, **way)
     layer.base_layer.to(dtype)
     assert layer.sdpt_gates["default"].dtype == torch.float32
-    found = outputs(layer, *make_inputs(dtype))
+    found = outputs(layer, *make_inputs(dtype, device=device))
     for low, full, without in zip(found, expected, bare, strict=True):
         error = (low - full).abs().max()
         assert low.dtype == dtype and error < 0.03 * full.abs().max() and error < 0.1 * (full - without).abs().max()

@@ -26,7 +26,7 @@ def tokens_of(layer: SDPTLayer) -> torch.Tensor:
     if prompts.shape[-1] == WIDTH:
         return prompts
     weights = [layer.base_layer.vision_proj.weight, layer.base_layer.text_proj.weight]
-    factor, _ = scipy.linalg.polar(torch.cat(weights, dim=1).double().numpy())
+    factor, _ = scipy.linalg.polar(torch.cat(weights, dim=1).double().cpu().numpy())
     return prompts @ torch.from_numpy(factor).to(prompts).T
 
 
@@ -47,7 +47,7 @@ def append_and_drop(layer: SDPTLayer, image, text, image_mask, text_mask):
     if image_mask is not None:
         image_mask = F.pad(image_mask, (0, N), value=False)
     if text_mask is None:
-        text_mask = torch.zeros(batch, NL, dtype=torch.bool)
+        text_mask = torch.zeros(batch, NL, dtype=torch.bool, device=text.device)
     # The released masking hides the text-side prompts from the image.
     text_mask = F.pad(text_mask, (0, N), value=not config.image_attends_prompts)
     (image_out, image_weights), (text_out, text_weights) = attention(
@@ -77,9 +77,9 @@ def gradients(run, layer, inputs):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("name", HOST_NAMES)
-def test_equals_append_and_drop(name, dtype, variant):
-    layer = make_layer(name, dtype, **VARIANTS[variant])
-    inputs = make_inputs(dtype)
+def test_equals_append_and_drop(name, dtype, variant, device):
+    layer = make_layer(name, dtype, device=device, **VARIANTS[variant])
+    inputs = make_inputs(dtype, device=device)
     for result, expected in zip(flat(layer(*inputs)), flat(append_and_drop(layer, *inputs)), strict=True):
         torch.testing.assert_close(result, expected, rtol=0, atol=TOLERANCE[dtype])
     bare = flat(layer.base_layer(*inputs))
@@ -87,9 +87,9 @@ def test_equals_append_and_drop(name, dtype, variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_gradients_equal_append_and_drop(variant):
-    layer = make_layer(**VARIANTS[variant])
-    inputs = make_inputs()
+def test_gradients_equal_append_and_drop(variant, device):
+    layer = make_layer(device=device, **VARIANTS[variant])
+    inputs = make_inputs(device=device)
 
     def reference(*inputs):
         return append_and_drop(layer, *inputs)
@@ -101,9 +101,9 @@ def test_gradients_equal_append_and_drop(variant):
 
 @pytest.mark.parametrize("masks", ["none", "image", "text"])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_any_masks_and_batch_size(batch, masks):
-    layer = make_layer()
-    inputs = make_inputs(batch=batch, masks=masks)
+def test_any_masks_and_batch_size(batch, masks, device):
+    layer = make_layer(device=device)
+    inputs = make_inputs(batch=batch, masks=masks, device=device)
     for result, expected in zip(flat(layer(*inputs)), flat(append_and_drop(layer, *inputs)), strict=True):
         torch.testing.assert_close(result, expected, rtol=0, atol=1e-10)
 
@@ -118,8 +118,8 @@ def test_logits_beyond_the_clamps():
         torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-10)
 
 
-def test_fully_padded_text_is_finite_because_prompts_are_seen():
-    layer, (image, text, image_mask, text_mask) = make_layer(), make_inputs()
+def test_fully_padded_text_is_finite_because_prompts_are_seen(device):
+    layer, (image, text, image_mask, text_mask) = make_layer(device=device), make_inputs(device=device)
     text_mask[1] = True
     outputs = flat(layer(image, text, image_mask, text_mask))
     assert all(output.isfinite().all() for output in outputs)

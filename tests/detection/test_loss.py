@@ -8,6 +8,7 @@ import math
 import multiprocessing
 import os
 import socket
+from unittest import mock
 
 import pytest
 import torch
@@ -15,13 +16,20 @@ from accelerate import PartialState
 from peft import get_peft_model
 from torch import nn
 from transformers import Trainer, TrainingArguments
-from transformers.loss.loss_grounding_dino import GroundingDinoForObjectDetectionLoss, GroundingDinoImageLoss
+from transformers.image_transforms import center_to_corners_format
+from transformers.loss.loss_for_object_detection import generalized_box_iou
+from transformers.loss.loss_grounding_dino import (
+    GroundingDinoForObjectDetectionLoss,
+    GroundingDinoHungarianMatcher,
+    GroundingDinoImageLoss,
+)
 
 from peft_sdpt import SDPTConfig
+from peft_sdpt.detection import class_token_maps
 from peft_sdpt.detection import loss as loss_module
 from peft_sdpt.detection.loss import GroundedDetectionLoss
 from peft_sdpt.errors import InputError
-from tests.helpers.detectors import HOST_NAMES, make_host
+from tests.helpers.detectors import HOST_NAMES, make_host, moved
 from tests.helpers.patience import PATIENCE
 
 # Tokens of each class of each image's prompt: equal counts in different layouts, two sizes of prompt.
@@ -149,9 +157,10 @@ def loss_by_hand(config, outputs, labels, layouts, encoder_coefficient: float = 
 
 
 @pytest.mark.parametrize("encoder_coefficient", [1.0, 0.5, 0.0])
-def test_equals_the_loss_by_hand(case, encoder_coefficient):
+def test_equals_the_loss_by_hand(case, encoder_coefficient, device):
     config, outputs, labels = case
-    result = GroundedDetectionLoss(config, encoder_coefficient=encoder_coefficient)(outputs, labels)
+    loss = GroundedDetectionLoss(config, encoder_coefficient=encoder_coefficient)
+    result = loss(moved(outputs, device), moved(labels, device))
     expected = loss_by_hand(config, outputs, labels, LAYOUTS, encoder_coefficient)
     assert result.shape == () and result.item() == pytest.approx(expected, rel=1e-4)
 
@@ -177,10 +186,10 @@ def test_class_coefficient(case):
 
 def one_hots(config, outputs, labels):
     """Our one-hot labels, transformers' own as a call yet to be made, and those by hand."""
-    loss = GroundedDetectionLoss(config, encoder_coefficient=0)
     stage = {"logits": outputs.logits, "pred_boxes": outputs.pred_boxes}
-    stage["label_maps"] = loss_module.class_token_maps(outputs.input_ids, outputs.logits.shape[-1])
-    matches = loss.set_loss.matcher(stage, labels)
+    stage["label_maps"] = class_token_maps(outputs.input_ids, outputs.logits.shape[-1])
+    matcher = GroundingDinoHungarianMatcher(config.class_cost, config.bbox_cost, config.giou_cost)
+    matches = matcher(stage, labels)
     expected = torch.zeros_like(outputs.logits)
     for image, (queries, boxes) in enumerate(matches):
         for query, box in zip(queries.tolist(), boxes.tolist(), strict=True):
@@ -191,9 +200,15 @@ def one_hots(config, outputs, labels):
                     phrase += index == 1012
                 elif phrase == wanted:
                     expected[image, query, token] = 1
-    ours = loss.set_loss._get_target_classes_one_hot(stage, labels, matches)
-    theirs = GroundingDinoImageLoss(loss.set_loss.matcher, config.focal_alpha, ["labels"])
-    return ours, lambda: theirs._get_target_classes_one_hot(stage, labels, matches), expected
+    with mock.patch.object(loss_module, "sigmoid_focal_loss", wraps=loss_module.sigmoid_focal_loss) as focal_loss:
+        GroundedDetectionLoss(config, encoder_coefficient=0)(outputs, labels)
+    (_, ours, _), _ = focal_loss.call_args
+    theirs = GroundingDinoImageLoss(matcher, config.focal_alpha, ["labels"])
+    return (
+        ours.view_as(outputs.logits),
+        lambda: theirs._get_target_classes_one_hot(stage, labels, matches),
+        expected,
+    )
 
 
 def test_labels_of_equal_counts_in_different_layouts(case):
@@ -218,7 +233,7 @@ def decoder_loss_of_transformers(config, outputs, labels):
     config = copy.deepcopy(config)
     config.two_stage = False
     logits, ids = outputs.logits, outputs.input_ids
-    maps = tuple(m.long() for m in loss_module.class_token_maps(ids, logits.shape[-1]))
+    maps = tuple(m.long() for m in class_token_maps(ids, logits.shape[-1]))
     mask = nn.functional.pad(ids != 0, (0, logits.shape[-1] - ids.shape[1]))[:, None].expand_as(logits)
     return GroundingDinoForObjectDetectionLoss(logits, labels, logits.device, outputs.pred_boxes, config, maps, mask)[0]
 
@@ -231,11 +246,31 @@ def test_decoder_term_is_that_of_transformers_image_by_image_but_not_in_a_batch(
     total = 0.0
     for image in range(3):
         single = one(outputs, labels, image)
-        torch.testing.assert_close(loss(*single), decoder_loss_of_transformers(config, *single))
+        predicted = [single[0][name].requires_grad_() for name in ("logits", "pred_boxes")]
+        mine, theirs = loss(*single), decoder_loss_of_transformers(config, *single)
+        torch.testing.assert_close(mine, theirs)
+        gradients = [torch.autograd.grad(each, predicted) for each in (mine, theirs)]
+        torch.testing.assert_close(*gradients)
         total += loss(*single) * len(labels[image]["boxes"])
     batch = loss(outputs, labels)
     torch.testing.assert_close(batch, total / 6)
     assert (batch - decoder_loss_of_transformers(config, outputs, labels)).abs() > 1e-3
+
+
+def test_matches_those_that_transformers_matches(host):
+    """Many objects, images without any, and more objects than queries."""
+    for seed, classes in enumerate([[[0, 1] * 4, [], [1, 0, 1]], [[], [], []], [[1], [0] * 5, [1] * 6]]):
+        with torch.no_grad():
+            outputs = host(**make_inputs(LAYOUTS, seed))
+        ours, _, expected = one_hots(host.config, outputs, make_labels(classes, seed))
+        assert torch.equal(ours, expected)
+
+
+def test_generalised_iou_is_that_of_transformers():
+    first, second = (torch.cat([label["boxes"] for label in make_labels([[0] * 9], seed)]) for seed in (3, 4))
+    expected = generalized_box_iou(center_to_corners_format(first), center_to_corners_format(second))
+    assert torch.equal(loss_module.generalised_iou(first[:, None], second), expected)
+    assert torch.equal(loss_module.generalised_iou(first, second), expected.diag())
 
 
 # ---- the encoder's term
@@ -257,7 +292,7 @@ def test_encoder_term_reaches_prompts_and_that_of_transformers_does_not(host):
         logits.device,
         boxes,
         host.config,
-        tuple(m.long() for m in loss_module.class_token_maps(outputs.input_ids, logits.shape[-1])),
+        tuple(m.long() for m in class_token_maps(outputs.input_ids, logits.shape[-1])),
         logits != float("-inf"),
         encoder_logits=outputs.encoder_logits,
         encoder_pred_boxes=outputs.encoder_pred_boxes,
@@ -310,13 +345,13 @@ def test_images_without_boxes(host, classes):
 
 
 @pytest.mark.parametrize("label", [-1, 2, 100])
-def test_class_labels_out_of_range(case, label):
+def test_class_labels_out_of_range(case, label, device):
     """Without the check, -1 is the last class, and the number of classes is an IndexError within transformers."""
     config, outputs, labels = case[0], case[1], copy.deepcopy(case[2])
     image = next(i for i, each in enumerate(labels) if len(each["boxes"]))
     labels[image]["class_labels"][-1] = label
     with pytest.raises(InputError, match=rf"labels\[{image}\]: class label {label} must be from 0 to 1, .* 2 phrases"):
-        GroundedDetectionLoss(config)(outputs, labels)
+        GroundedDetectionLoss(config)(moved(outputs, device), moved(labels, device))
 
 
 def test_labels_of_other_precision(case):
@@ -370,14 +405,14 @@ def test_more_boxes_than_queries(host):
 
 @pytest.mark.parametrize("stage", ["logits", "enc_outputs_class"])
 @pytest.mark.parametrize("token", [0, 2], ids=["separator", "word"])
-def test_nan_stays_visible(case, stage, token):
+def test_nan_stays_visible(case, stage, token, device):
     config, outputs, labels = case
     broken = copy.copy(outputs)
     broken[stage] = outputs[stage].clone()
     broken[stage][1, 3, token] = float("nan")
     loss = GroundedDetectionLoss(config)
-    assert loss(outputs, labels).isfinite()
-    assert loss(broken, labels).isnan()
+    assert loss(moved(outputs, device), moved(labels, device)).isfinite()
+    assert loss(moved(broken, device), moved(labels, device)).isnan()
 
 
 def test_autocast(host):

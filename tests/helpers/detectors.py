@@ -9,6 +9,7 @@ and nothing is dropped at random.
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -159,6 +160,18 @@ def model_inputs(batch: int = 2, *, padding: int = 0, seed: int = 0) -> dict[str
         "attention_mask": mask,
         "token_type_ids": torch.zeros_like(ids),
     }
+
+
+def moved(value, device: torch.device | str = "pretend"):
+    """A copy of the outputs of a model, or of labels, on a device."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to(device)
+    if isinstance(value, dict):
+        value = copy.copy(value)
+        for name, part in value.items():
+            value[name] = moved(part, device)
+        return value
+    return [moved(part, device) for part in value] if isinstance(value, list | tuple) else value
 
 
 # Fusion layers of a host that `make_host` makes.

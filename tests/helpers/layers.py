@@ -28,6 +28,7 @@ def make_layer(
     name: str = "grounding_dino",
     dtype: torch.dtype = torch.float64,
     host: dict | None = None,
+    device: torch.device | str = "cpu",
     **cfg,
 ) -> SDPTLayer:
     """A layer with one adapter without gates, and frozen projections as PEFT leaves them."""
@@ -37,10 +38,12 @@ def make_layer(
     config = SDPTConfig(**{"num_virtual_tokens": N, "prompt_gate": None, "attn_implementation": "eager", **cfg})
     layer = SDPTLayer(attention, GROUNDING_DINO, "default", config)
     assert layer.sdpt_prompts["default"].dtype == dtype
-    return layer
+    return layer.to(device)
 
 
-def make_inputs(dtype: torch.dtype = torch.float64, batch: int = 3, masks: str = "both"):
+def make_inputs(
+    dtype: torch.dtype = torch.float64, batch: int = 3, masks: str = "both", device: torch.device | str = "cpu"
+):
     """Image tokens, text tokens and the two masks (True = padding), different for each sample."""
     generator = torch.Generator().manual_seed(2)
     image = torch.randn(batch, NV, D_MODEL, generator=generator).to(dtype)
@@ -48,8 +51,8 @@ def make_inputs(dtype: torch.dtype = torch.float64, batch: int = 3, masks: str =
     image_mask = torch.arange(NV)[None] >= torch.tensor([NV, NV - 2, NV - 1])[:batch, None]
     text_mask = torch.arange(NL)[None] >= torch.tensor([NL - 2, NL, NL - 3])[:batch, None]
     return (
-        image,
-        text,
-        image_mask if masks in ("both", "image") else None,
-        text_mask if masks in ("both", "text") else None,
+        image.to(device),
+        text.to(device),
+        image_mask.to(device) if masks in ("both", "image") else None,
+        text_mask.to(device) if masks in ("both", "text") else None,
     )
