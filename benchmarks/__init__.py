@@ -4,6 +4,7 @@
 
 python -m benchmarks.speed
 python -m benchmarks.transfer
+python -m benchmarks.serving
 """
 
 from pathlib import Path

@@ -186,7 +186,8 @@ def whole_file(file: str | os.PathLike, *, durable: bool = True) -> Iterator[Pat
         InputError: The file cannot be written.
     """
     file = Path(file)
-    unfinished = file.with_name(f"{file.name}.{secrets.token_hex(8)}{UNFINISHED}")
+    # The name of the file itself may have the greatest length that a file system allows.
+    unfinished = file.with_name(f"{secrets.token_hex(8)}{UNFINISHED}")
     try:
         with _writing(file):
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -199,6 +200,13 @@ def whole_file(file: str | os.PathLike, *, durable: bool = True) -> Iterator[Pat
         # Remove the file that an error or Ctrl-C left.
         with contextlib.suppress(OSError):
             unfinished.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: str | os.PathLike) -> None:
+    """Remove the files that killed processes have left in `whole_file`. No other process may write to the folder."""
+    for file in Path(folder).glob(f"*{UNFINISHED}"):
+        if re.fullmatch(r"[0-9a-f]{16}", file.stem) and file.is_file():
+            file.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

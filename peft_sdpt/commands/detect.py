@@ -10,24 +10,31 @@ The command writes each image with its boxes drawn, under the name of the image,
 whose annotations have a `score`. Folders are searched with their subfolders, and the results have the same subfolders.
 Several adapters are loaded on one base model. Each adapter detects in every image, and has its own folder of results.
 Photos with an EXIF orientation are turned upright first, and the boxes are in pixels of the upright image.
+
+`accelerate launch -m peft_sdpt.commands.detect` divides the images among several processes. `--resume` goes on with a
+run that was killed.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import io
 import json
 import math
 import os
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -59,11 +66,14 @@ from ..detection.images import (
     watch,
 )
 from ..detection.prediction import DEFAULT_THRESHOLD
+from ..detection.saved_adapter import FILES
 from ..downloads import limit_waiting
 from ..errors import InputError, hint, one_line_errors
-from ..files import check_writable, only_writer, output_folder, read_json, whole_files
+from ..files import check_writable, output_folder, read_json, remove_leftovers, whole_file
+from ..training import claim_output_dir, from_main_process, make_accelerator
 from ..wording import MAX_QUOTED, counted, enumerated, printable, quoted, shorten, shown_path
 from . import print_any_name
+from .detect_journal import Journal, write_list
 from .train_arguments import BASE_MODEL
 
 RESULTS_FILE = "detections.json"
@@ -71,6 +81,9 @@ RESULTS_FILE = "detections.json"
 MAX_NAME_BYTES = 255
 # Arguments of the library whose flag has another name.
 RENAMED = {"adapters": "adapter", "source": "adapter"}
+# A process that is done waits so long for the slowest one. The default, ten minutes on GPUs, is too short for machines
+# of different speed.
+LONGEST_WAIT = timedelta(days=1)
 
 
 def parse_args(description: str | None, model_name_or_path: str) -> argparse.Namespace:
@@ -118,6 +131,12 @@ def parse_args(description: str | None, model_name_or_path: str) -> argparse.Nam
         "--watch", action="store_true", help="Keep looking for new images in the folders, until Ctrl-C."
     )
     parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="Go on with a run that was interrupted or killed. The flags and images must be those of that run. The "
+        "number of processes may differ. If there is nothing to resume, the command starts from the beginning.",
+    )
+    parser.add_argument(
         "--skip_bad_images", action="store_true", help="Skip files that cannot be opened as images, with a message."
     )
     return parser.parse_args()
@@ -128,6 +147,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise InputError(f"--threshold {args.threshold}: must be at least 0 and below 1.")
     if args.batch_size < 1:
         raise InputError(f"--batch_size {args.batch_size}: must be at least 1.")
+    if args.watch and args.resume:
+        raise InputError("--resume: cannot be used with --watch.")
     for path in args.inputs:
         if not os.path.exists(path):  # `Path.exists` raises an error for a name that is too long
             raise InputError(f"{shown_path(path)}: no such image or folder.")
@@ -147,10 +168,12 @@ class Results:
         chunks: Class indices of each prompt, from `split_classes`.
         threshold: Lowest score of a detection.
         suggested: The threshold that the adapter suggests. None if it suggests none.
-        images, annotations: Entries of the COCO file. All ids start at 1. The id of a category is its index in
-            `class_names` plus 1.
+        num_images: Number of images in the COCO file.
+        found: Number of objects of each class, by index.
+        empty: Names and best scores of the images in which nothing was found.
         full: Names of the images in which all queries of the detector found an object.
-        earlier: Names of the images that an earlier run wrote into the folder, and that may be replaced.
+        ours: Names of the images that an earlier run wrote into the folder, and that may be replaced. None if they are
+            not known yet.
     """
 
     name: str
@@ -160,61 +183,96 @@ class Results:
     chunks: list[list[int]]
     threshold: float
     suggested: float | None = None
-    images: list[dict] = field(default_factory=list)
-    annotations: list[dict] = field(default_factory=list)
+    num_images: int = 0
+    found: Counter[int] = field(default_factory=Counter)
+    empty: list[tuple[str, float]] = field(default_factory=list)
     full: list[str] = field(default_factory=list)
-    earlier: set[str] = field(default_factory=set)
+    ours: set[str] | None = None
 
-    def __post_init__(self) -> None:
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-            coco = read_json(self.folder / RESULTS_FILE)
-            self.earlier = {image["file_name"] for image in coco["images"]}
-
-    def check_free(self, name: str) -> None:
+    def check_free(self, name: str, journal: Journal) -> None:
         """Raise an `InputError` if a result would replace a file that this command did not write."""
-        if os.path.lexists(self.folder / name) and name not in self.earlier:
+        if os.path.lexists(self.folder / name) and name not in self.find_ours(journal):
             raise InputError(f"--output_dir: {self.folder / name} exists, and this command did not write it.")
 
-    def add(self, source: Path, name: str, image: Image.Image, detections: Detections, num_queries: int) -> None:
-        """Write an image with its boxes, and add them to the entries of the COCO file.
+    def find_ours(self, journal: Journal) -> set[str]:
+        """Return the names of the images that an earlier run wrote, or may have written before it was killed."""
+        if self.ours is None:
+            self.ours = journal.planned_names()
+            with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+                self.ours |= {image["file_name"] for image in read_json(self.folder / RESULTS_FILE)["images"]}
+        return self.ours
+
+    def write_image(self, name: str, image: Image.Image, detections: Detections) -> None:
+        """Write an image with its boxes.
 
         Args:
-            source: Path of the image.
             name: Path of the file to write, relative to the folder of the results.
             image: The image, RGB.
             detections: Its detections.
-            num_queries: Number of queries of the detector.
         """
         drawn = draw_detections(image, detections, self.class_names, threshold=0.0)  # all of them score enough
         # Properties of the source file, such as a compression for black and white, may not suit the new image.
         drawn.info.clear()
-        self.check_free(name)
         file = self.folder / name
         # Encoded in memory, because Pillow 12 raises no error if the disk is full and only a part of a JPEG is written.
         encoded = io.BytesIO()
         encoded.name = file.name  # Pillow takes the format from the suffix
         drawn.save(encoded, quality=95)
-        with whole_files(file.parent) as folder:
-            (folder / file.name).write_bytes(encoded.getvalue())
-        width, height = image.size
-        entry = {"id": len(self.images) + 1, "file_name": name, "width": width, "height": height}
-        origin = as_text(os.path.abspath(source))
-        self.images.append({**entry, "source": origin, "best_score": detections["best_score"]})
-        columns = (detections["boxes"].tolist(), detections["scores"].tolist(), detections["labels"].tolist())
-        for box, score, label in zip(*columns, strict=True):
-            self.annotations.append(
-                {
-                    "id": len(self.annotations) + 1,
-                    "image_id": entry["id"],
+        with whole_file(file) as unfinished:
+            unfinished.write_bytes(encoded.getvalue())
+
+    def write(self, journal: Journal, number: int) -> None:
+        """Write the COCO file, one entry after the other, and count what is in it.
+
+        The ids of images, annotations and categories start at 1. The id of a category is its index in `class_names`
+        plus 1.
+
+        Args:
+            journal: What was found in all images.
+            number: Number of this adapter in the journal.
+        """
+        self.num_images, self.found, self.empty, self.full = 0, Counter(), [], []
+        categories = [{"id": i, "name": name} for i, name in enumerate(self.class_names, 1)]
+        with (
+            whole_file(self.folder / RESULTS_FILE) as unfinished,
+            open(unfinished, "w", encoding="utf-8") as file,
+        ):
+            file.write('{"images": ')
+            write_list(file, self._images(journal, number))
+            file.write(', "annotations": ')
+            write_list(file, self._annotations(journal, number))
+            file.write(f', "categories": {json.dumps(categories)}}}\n')
+
+    def _images(self, journal: Journal, number: int) -> Iterator[dict[str, Any]]:
+        for entry in journal.images():
+            self.num_images += 1
+            found = entry["found"][number]
+            if not found["scores"]:
+                self.empty.append((entry["file_name"], found["best_score"]))
+            if found["full"]:
+                self.full.append(printable(entry["file_name"]))
+            yield {
+                "id": self.num_images,
+                **{name: entry[name] for name in ("file_name", "width", "height", "source")},
+                "best_score": found["best_score"],
+            }
+
+    def _annotations(self, journal: Journal, number: int) -> Iterator[dict[str, Any]]:
+        annotation = 0
+        for image, entry in enumerate(journal.images(), 1):
+            found = entry["found"][number]
+            for box, score, label in zip(found["boxes"], found["scores"], found["labels"], strict=True):
+                annotation += 1
+                self.found[label] += 1
+                yield {
+                    "id": annotation,
+                    "image_id": image,
                     "category_id": label + 1,
                     "bbox": box,
                     "area": box[2] * box[3],
                     "score": score,
                     "iscrowd": 0,
                 }
-            )
-        if uses_all_queries(detections, self.chunks, num_queries):
-            self.full.append(printable(name))
 
     def introduction(self) -> str:
         """Say which classes are looked for, with which threshold."""
@@ -225,19 +283,19 @@ class Results:
 
     def summary(self) -> str:
         """Say in one line what was found."""
-        names = (self.class_names[annotation["category_id"] - 1] for annotation in self.annotations)
-        per_class = [f"{shorten(name, MAX_QUOTED)}: {number}" for name, number in Counter(names).most_common()]
-        objects = counted(len(self.annotations), "object") + (f" ({enumerated(per_class)})" if per_class else "")
-        text = f"{counted(len(self.images), 'image')}, {objects}."
-        found_in = {annotation["image_id"] for annotation in self.annotations}
-        empty = sorted((i for i in self.images if i["id"] not in found_in), key=lambda i: -i["best_score"])
-        if empty:
+        per_class = [
+            f"{shorten(self.class_names[label], MAX_QUOTED)}: {count}" for label, count in self.found.most_common()
+        ]
+        objects = counted(self.found.total(), "object") + (f" ({enumerated(per_class)})" if per_class else "")
+        text = f"{counted(self.num_images, 'image')}, {objects}."
+        if self.empty:
             # Scores are rounded down, so that none looks like the threshold.
             best = [
-                f"{printable(image['file_name'])} {math.floor(image['best_score'] * 1000) / 1000}" for image in empty
+                f"{printable(name)} {math.floor(score * 1000) / 1000}"
+                for name, score in sorted(self.empty, key=lambda image: -image[1])
             ]
-            text += f" Nothing was found in {counted(len(empty), 'image')} ({self._threshold()}), where the best "
-            text += f"{'score is' if len(empty) == 1 else 'scores are'}: {enumerated(best)}."
+            text += f" Nothing was found in {counted(len(self.empty), 'image')} ({self._threshold()}), where the best "
+            text += f"{'score is' if len(self.empty) == 1 else 'scores are'}: {enumerated(best)}."
         return self._named(f"{text} Results: {self.folder}")
 
     def _threshold(self) -> str:
@@ -249,16 +307,6 @@ class Results:
 
     def _named(self, text: str) -> str:
         return f"{self.name}: {text}" if self.name else text
-
-    def write(self) -> None:
-        """Write the COCO file."""
-        coco = {
-            "images": self.images,
-            "annotations": self.annotations,
-            "categories": [{"id": i, "name": name} for i, name in enumerate(self.class_names, 1)],
-        }
-        with whole_files(self.folder) as folder:
-            (folder / RESULTS_FILE).write_text(json.dumps(coco) + "\n")
 
 
 def uses_all_queries(detections: Detections, chunks: list[list[int]], num_queries: int) -> bool:
@@ -331,6 +379,14 @@ def read_max_text_len(args: argparse.Namespace, base_model: str) -> int:
         return load_base_config(base_model).max_text_len
 
 
+def check_class_names(class_names: list[str]) -> None:
+    """Raise an `InputError` if two names make the same prompt, because both would get the same scores."""
+    for phrase, number in Counter(class_prompt([name]) for name in class_names).items():
+        if number > 1:
+            name = shorten(phrase.removesuffix("."), MAX_QUOTED)
+            raise InputError(f"class names: {name} is given {number} times.")
+
+
 def prepare_results(args: argparse.Namespace, base_model: str, adapters: list[SavedAdapter]) -> list[Results]:
     """Load everything for detecting with each adapter, or with the base model if there are no adapters."""
     max_text_len = read_max_text_len(args, base_model)
@@ -347,10 +403,7 @@ def prepare_results(args: argparse.Namespace, base_model: str, adapters: list[Sa
         processor = load_processor(adapter, base_model)
         if not class_names:
             raise InputError(f"{adapter.source if adapter else '--class_names'}: has no class name.")
-        for phrase, number in Counter(class_prompt([name]) for name in class_names).items():
-            if number > 1:
-                name = shorten(phrase.removesuffix("."), MAX_QUOTED)
-                raise InputError(f"class names: {name} is given {number} times.")
+        check_class_names(class_names)
         chunks = split_classes(class_names, processor.tokenizer, max_text_len)
         suggested = read_threshold(adapter) if adapter else None
         threshold = next(t for t in (args.threshold, suggested, DEFAULT_THRESHOLD) if t is not None)
@@ -360,103 +413,261 @@ def prepare_results(args: argparse.Namespace, base_model: str, adapters: list[Sa
     return results
 
 
-def make_folders(args: argparse.Namespace, paths: list[Path], results: list[Results]) -> None:
+# The images of one batch: the path of each one, and the name of its result.
+Batch = list[tuple[Path, str]]
+
+
+def plan(args: argparse.Namespace) -> list[Batch]:
+    """Find the images, and divide them into batches.
+
+    A batch depends only on the images and the batch size. So the results are the same for any number of processes, and
+    for runs that were resumed.
+    """
+    sizes = find_images(args.inputs, args.skip_bad_images, args.output_dir)
+    folders, taken = absolute_folders(args.inputs), set[str]()
+    return [
+        [(path, free_name(relative_name(path, folders), taken)) for path, _ in batch]
+        for batch in batches(sizes.items(), args.batch_size, lambda size: size)
+    ]
+
+
+def settings_of(
+    args: argparse.Namespace,
+    base_model: str,
+    adapters: list[SavedAdapter],
+    results: list[Results],
+    batches: list[Batch],
+) -> dict[str, Any]:
+    """Return what the results depend on, by flag. A run can be resumed only with the same values."""
+    images = hashlib.sha256()
+    for batch in batches:
+        for path, name in batch:
+            images.update(f"{as_text(os.path.abspath(path))}\0{name}\n".encode())
+        images.update(b"\n")
+    digests = []
+    for adapter in adapters:
+        content = b"".join((adapter.folder / name).read_bytes() for name in FILES[:2])  # the config and the weights
+        digests.append([adapter.name, hashlib.sha256(content).hexdigest()[:16]])
+    return {
+        "--model_name_or_path": base_model,
+        "--adapter": digests,
+        "--class_names": [result.class_names for result in results],
+        "--threshold": [result.threshold for result in results],
+        "the image size": [dict(result.processor.image_processor.size) for result in results],
+        "--batch_size": args.batch_size,
+        "the digest of the list of images": images.hexdigest()[:16],
+    }
+
+
+def prepare_folders(args: argparse.Namespace, names: list[str], sources: set[Path], results: list[Results]) -> None:
     """Make the folders of the results, unless they exist, and check that they can be written.
 
     Args:
         args: The flags.
-        paths: The images, unless `--watch` looks for them.
+        names: Names of the images to write, unless `--watch` looks for them.
+        sources: Folders of the input images.
         results: The results.
 
     Raises:
         InputError: A folder cannot be written, or a result could replace an input.
     """
-    sources = {path.resolve() for path in ({path.parent for path in paths} or args.inputs)}
-    inputs = absolute_folders(args.inputs)
-    subfolders = {relative_name(path, inputs).parent for path in paths} | {Path()}
+    sources = {path.resolve() for path in sources}
+    subfolders = {Path(name).parent for name in names} | {Path()}
     for result in results:
         for folder in (result.folder / subfolder for subfolder in subfolders):
             target = folder.resolve()
             # With --watch, a result in a watched folder would be a new image.
             if target in sources or (args.watch and any(target in source.parents for source in sources)):
                 raise InputError(f"--output_dir: {folder} has the input images, which would be overwritten.")
-        for name in {as_text(relative_name(path, inputs)) for path in paths}:
-            result.check_free(name)
+            remove_leftovers(folder)
         check_writable(result.folder, "output_dir")
 
 
-def detect_all(args: argparse.Namespace, paths: list[Path], model: Any, results: list[Results]) -> None:
-    """Detect in all images, and write the results.
+def prepare_journal(
+    args: argparse.Namespace, settings: dict[str, Any], batches: list[Batch], journal: Journal, results: list[Results]
+) -> set[int]:
+    """Check the folders of the results, and begin or resume a run. Returns the numbers of the batches that are done."""
+    names = [name for batch in batches for _, name in batch]
+    prepare_folders(args, names, {path.parent for batch in batches for path, _ in batch} or {*args.inputs}, results)
+    if args.resume and journal.has_plan():
+        journal.resume(settings)
+        done = journal.done()
+        print(f"resuming: {sum(len(batches[number]) for number in done)} of {counted(len(names), 'image')} are done")
+        return done
+    for result in results:
+        if args.watch:
+            result.find_ours(journal)  # before the journal of the earlier run is removed
+        for name in names:
+            result.check_free(name, journal)
+    journal.start(settings, names)
+    return set()
+
+
+def detect_batch(
+    args: argparse.Namespace,
+    model: Any,
+    results: list[Results],
+    images: list[tuple[Path, Image.Image]],
+    names: list[str],
+) -> list[dict[str, Any]]:
+    """Detect in images of one size, and write the images with their boxes.
 
     Args:
         args: The flags.
-        paths: The images, unless `--watch` looks for them.
         model: The base model, with the adapters in the order of `results`.
-        results: The results to add to.
+        results: The results of each adapter.
+        images: The images with their paths.
+        names: Names of the images to write.
+
+    Returns:
+        The entry of each image for the journal.
     """
-    taken: set[str] = set()
-    num_written = None
-    folders = absolute_folders(args.inputs)
-    looks = watch(args.inputs, args.output_dir) if args.watch else [read_images(paths, args.skip_bad_images)]
-    bar = tqdm(total=None if args.watch else len(paths), desc="watching" if args.watch else "detecting", unit="image")
+    entries: list[dict[str, Any]] = []
+    for (path, image), name in zip(images, names, strict=True):
+        source = as_text(os.path.abspath(path))
+        entries.append({"file_name": name, "width": image.width, "height": image.height, "source": source, "found": []})
+    for number, result in enumerate(results):
+        if args.adapter:
+            model.set_adapter(f"adapter{number}")
+        with hint(f"images[0] is {shown_path(images[0][0])}."):
+            found = detect(
+                model,
+                result.processor,
+                [image for _, image in images],
+                result.class_names,
+                result.chunks,
+                threshold=result.threshold,
+                max_detections=None,
+            )
+        for (_, image), entry, detections in zip(images, entries, found, strict=True):
+            result.write_image(entry["file_name"], image, detections)
+            entry["found"].append(
+                {
+                    "best_score": detections["best_score"],
+                    "full": uses_all_queries(detections, result.chunks, model.config.num_queries),
+                    **{name: detections[name].tolist() for name in ("boxes", "scores", "labels")},
+                }
+            )
+    return entries
+
+
+def detect_planned(
+    args: argparse.Namespace,
+    batches_to_do: dict[int, Batch],
+    model: Any,
+    results: list[Results],
+    journal: Journal,
+    show_progress: bool,
+) -> None:
+    """Detect in the images of some batches, and write the results and the journal."""
+    total = sum(map(len, batches_to_do.values()))
     try:
-        for images in looks:
-            for batch in batches(images, args.batch_size):
-                names = [free_name(relative_name(path, folders), taken) for path, _ in batch]
-                pictures = [image for _, image in batch]
-                for number, result in enumerate(results):
-                    if args.adapter:
-                        model.set_adapter(f"adapter{number}")
-                    with hint(f"images[0] is {shown_path(batch[0][0])}."):
-                        found = detect(
-                            model,
-                            result.processor,
-                            pictures,
-                            result.class_names,
-                            result.chunks,
-                            threshold=result.threshold,
-                            max_detections=None,
-                        )
-                    for (path, image), name, detections in zip(batch, names, found, strict=True):
-                        result.add(path, name, image, detections, model.config.num_queries)
+        with tqdm(total=total, desc="detecting", unit="image", disable=not show_progress) as bar:
+            for number, batch in batches_to_do.items():
+                names = dict(batch)
+                entries = []
+                images = read_images([*names], args.skip_bad_images)
+                # An image may have been replaced by one of another size.
+                for group in batches(images, args.batch_size, lambda image: image.size):
+                    entries += detect_batch(args, model, results, group, [names[path] for path, _ in group])
+                journal.add(number, entries)
                 bar.update(len(batch))
-            # With --watch, results are written after the first look, so that the file always exists, and after each
-            # look with new images.
-            if len(taken) != num_written:
-                num_written = len(taken)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("stopped; the same command with --resume goes on.") from None
+
+
+def detect_new(args: argparse.Namespace, model: Any, results: list[Results], journal: Journal) -> None:
+    """Detect in the images that come into the folders, until Ctrl-C."""
+    taken: set[str] = set()
+    folders = absolute_folders(args.inputs)
+    number, num_written = 0, -1
+    with tqdm(desc="watching", unit="image") as bar:
+        for images in watch(args.inputs, args.output_dir):
+            for group in batches(images, args.batch_size, lambda image: image.size):
+                names = [free_name(relative_name(path, folders), taken) for path, _ in group]
                 for result in results:
-                    result.write()
-    finally:
-        bar.close()
-        # Also after an error or Ctrl-C, so that the next run knows which images it may replace.
-        if len(taken) != num_written and taken:
-            for result in results:
-                result.write()
+                    for name in names:
+                        result.check_free(name, journal)
+                journal.add(number, detect_batch(args, model, results, group, names))
+                number += 1
+                bar.update(len(group))
+            # Results are written after the first look, so that the file always exists, and after each look with new
+            # images.
+            if number != num_written:
+                num_written = number
+                write_results(results, journal)
+
+
+def write_results(results: list[Results], journal: Journal) -> None:
+    """Write the COCO file of each adapter."""
+    for number, result in enumerate(results):
+        result.write(journal, number)
 
 
 def run(args: argparse.Namespace, model_name_or_path: str) -> None:
     limit_waiting()
     # All input is checked before the weights are loaded.
     check_args(args)
-    paths = [] if args.watch else find_images(args.inputs, args.skip_bad_images, args.output_dir)
+    accelerator = make_accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)])
+    if args.watch and accelerator.num_processes > 1:
+        raise InputError(f"--watch: needs one process, but {accelerator.num_processes} were started.")
+    batches = [] if args.watch else from_main_process(accelerator, lambda: plan(args))
     adapters = find_adapters(args)
     with hint("Choose one by --model_name_or_path."):
         base_model = args.model_name_or_path or (common_base_model(adapters) if adapters else model_name_or_path)
     results = prepare_results(args, base_model, adapters)
-    make_folders(args, paths, results)
-    with only_writer(args.output_dir, "output_dir"):
-        run_alone(args, paths, base_model, adapters, results)
+    settings = settings_of(args, base_model, adapters, results, batches)
+    journal = Journal(args.output_dir)
+    with claim_output_dir(args.output_dir, accelerator, None):
+        done = from_main_process(accelerator, lambda: prepare_journal(args, settings, batches, journal, results))
+        to_do = [number for number in range(len(batches)) if number not in done]
+        mine = {number: batches[number] for number in to_do[accelerator.process_index :: accelerator.num_processes]}
+        run_alone(args, accelerator, base_model, adapters, mine, len(batches), results, journal)
 
 
 def run_alone(
-    args: argparse.Namespace, paths: list[Path], base_model: str, adapters: list[SavedAdapter], results: list[Results]
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    base_model: str,
+    adapters: list[SavedAdapter],
+    batches_to_do: dict[int, Batch],
+    num_batches: int,
+    results: list[Results],
+    journal: Journal,
 ) -> None:
     """Detect, while no other command writes to the output folder."""
-    for result in results:
-        print(result.introduction())
+    if accelerator.is_main_process:
+        for result in results:
+            print(result.introduction())
 
-    model: Any = load_detector(base_model, adapters).to(Accelerator().device)
-    detect_all(args, paths, model, results)
+    model: Any = load_detector(base_model, adapters).to(accelerator.device)
+    finished = False
+    try:
+        if args.watch:
+            detect_new(args, model, results, journal)
+        else:
+            detect_planned(args, batches_to_do, model, results, journal, accelerator.is_main_process)
+        finished = True
+    finally:
+        # What is done so far can be used already. With several processes, the others are still at work.
+        if not finished and accelerator.num_processes == 1 and journal.done():
+            write_results(results, journal)
+    # Each process waits here for the others.
+    files = gather_object([str(journal.file)])
+    if not accelerator.is_main_process:
+        return
+    for file in map(Path, files):
+        if file.exists():  # a process without images has none
+            journal.read(file)
+    # The file system of a cluster may show the files of other machines late.
+    if missing := {*range(num_batches)} - journal.done():
+        number = counted(len(missing), "batch", "batches")
+        raise InputError(
+            f"--output_dir {args.output_dir}: the results of {number} are not there; "
+            "the same command with --resume goes on."
+        )
+    write_results(results, journal)
+    journal.remove()
     for result in results:
         print(result.summary())
         if result.full:

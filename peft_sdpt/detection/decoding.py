@@ -25,7 +25,10 @@ Size = tuple[int, int]
 
 
 def read_image(
-    source: str | Path | IO[bytes], where: str | None = None, turn: Callable[[Size, int], bool] | None = None
+    source: str | Path | IO[bytes],
+    where: str | None = None,
+    turn: Callable[[Size, int], bool] | None = None,
+    formats: tuple[str, ...] | None = None,
 ) -> Image.Image:
     """Read an image as RGB with 8 bits per channel.
 
@@ -37,6 +40,7 @@ def read_image(
         where: Name of the image for error messages. None for `source`.
         turn: Takes the stored (width, height) and the EXIF orientation, and returns whether to rotate and mirror the
             image as the orientation says. None to do so always, as viewers do.
+        formats: Names of the formats that may be read, as in `PIL.Image.open`. None for all that Pillow knows.
 
     Returns:
         The image.
@@ -45,7 +49,7 @@ def read_image(
         InputError: The file is not an image, is damaged, has values whose range is not known, or is too oblong for a
             detector.
     """
-    with opened(source, str(source) if where is None else where) as image:
+    with opened(source, str(source) if where is None else where, formats) as image:
         orientation = orientation_of(image)
         is_deep = image.mode == "F" or image.mode.startswith("I")
         pixels = _eight_bits(image) if is_deep else image
@@ -56,14 +60,14 @@ def read_image(
 
 
 @contextmanager
-def opened(source: str | Path | IO[bytes], where: str) -> Iterator[Image.Image]:
-    """Open an image and read its header only.
+def opened(source: str | Path | IO[bytes], where: str, formats: tuple[str, ...] | None = None) -> Iterator[Image.Image]:
+    """Open an image and read its header only. The arguments are those of `read_image`.
 
     Raises:
         InputError: As in `read_image`, also if the code in this context reads the pixels and they are damaged.
     """
     try:
-        with Image.open(source) as image:
+        with Image.open(source, formats=formats) as image:
             if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
                 raise ValueError(f"{image.width} x {image.height} pixels are too oblong for a detector")
             yield image

@@ -8,16 +8,19 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import TypeVar
 
 from PIL import Image
 from tqdm.auto import tqdm
 
 from ..errors import InputError, hint
 from ..wording import counted, enumerated, shown_path
-from .decoding import opened, read_image
+from .decoding import Size, opened, orientation_of, read_image, shown_size
+
+Item = TypeVar("Item")
 
 # Phones store photos as HEIC. The package that reads them is optional, because its wheels contain code under the GPL.
 try:
@@ -32,6 +35,8 @@ else:
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 WRITABLE_SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
 HEIF_SUFFIXES = {".heic", ".heics", ".heif", ".heifs", ".hif"}
+# The formats to read from strangers. Pillow knows more, and runs another program to read some of them.
+READABLE_FORMATS = tuple(name for name in (*FORMATS, "HEIF") if name in Image.OPEN)
 VIDEO_SUFFIXES = {".3gp", ".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".webm", ".wmv"}
 # The suffixes of the images in a folder.
 SUFFIXES = WRITABLE_SUFFIXES | (HEIF_SUFFIXES if READS_HEIF else set())
@@ -150,7 +155,7 @@ def has_several_frames(image: Image.Image) -> bool:
     return image.format not in ("MPO", "PSD") and getattr(image, "is_animated", False)
 
 
-def find_images(inputs: list[Path], skip_bad_images: bool, without: Path | None = None) -> list[Path]:
+def find_images(inputs: list[Path], skip_bad_images: bool, without: Path | None = None) -> dict[Path, Size]:
     """Find all images in files and folders, each once, and check their headers.
 
     Notes about files that are not read, and about images of which only the first frame is read, go to stderr.
@@ -159,6 +164,9 @@ def find_images(inputs: list[Path], skip_bad_images: bool, without: Path | None 
         inputs: Files and folders. Folders are searched with their subfolders.
         skip_bad_images: Whether to skip files that are not images, instead of raising.
         without: A subfolder that is not searched.
+
+    Returns:
+        The (width, height) of each image as it is shown. The order is that of the inputs.
 
     Raises:
         InputError: A folder has no images, a file is not an image, or no image is left.
@@ -174,13 +182,15 @@ def find_images(inputs: list[Path], skip_bad_images: bool, without: Path | None 
         others += not_images
     if others:
         note_on_stderr(passed_over(once(others), folders))
-    good, animated = [], []
+    good: dict[Path, Size] = {}
+    animated = []
     for path in once(paths):
         try:
             with needs_heif(path), opened(path, shown_path(path)) as image:
                 if has_several_frames(image):
                     animated.append(shown_path(relative_name(path, folders)))
-            good.append(path)
+                size = shown_size(image.size, orientation_of(image))
+            good[path] = size
         except InputError as error:
             skip_or_raise(error, skip_bad_images)
     if not good:
@@ -298,17 +308,24 @@ def watch(folders: list[Path], without: Path | None = None) -> Iterator[Iterator
             print(f"skipped: {shown_path(path)} cannot be opened as an image.", file=sys.stderr)
 
 
-def batches(images: Iterable[tuple[Path, Image.Image]], size: int) -> Iterator[list[tuple[Path, Image.Image]]]:
-    """Group consecutive images of the same size into batches of at most `size`.
+def batches(
+    items: Iterable[tuple[Path, Item]], batch_size: int, size_of: Callable[[Item], Size]
+) -> Iterator[list[tuple[Path, Item]]]:
+    """Group consecutive images of the same size into batches.
 
     Images of different sizes would be padded, and padding changes the scores of a detector. The detections in an image
     must not depend on the other images in its batch.
+
+    Args:
+        items: The path of each image, and the image or something else that tells its size.
+        batch_size: Maximum number of images in a batch.
+        size_of: Returns the (width, height) of an item.
     """
-    batch: list[tuple[Path, Image.Image]] = []
-    for path, image in images:
-        if batch and (len(batch) == size or image.size != batch[0][1].size):
+    batch: list[tuple[Path, Item]] = []
+    for path, item in items:
+        if batch and (len(batch) == batch_size or size_of(item) != size_of(batch[0][1])):
             yield batch
             batch = []
-        batch.append((path, image))
+        batch.append((path, item))
     if batch:
         yield batch

@@ -237,7 +237,8 @@ def load_splits(
         The splits by name, in the given order.
 
     Raises:
-        InputError: A split cannot be read, an image does not open, or a split has no objects.
+        InputError: A split cannot be read, an image does not open, a split has no objects, or the processes have read
+            different data.
     """
     source = _find(dataset_name, bbox_format, class_names_file, class_names_column, allow_outside_images)
     read = {}
@@ -248,6 +249,8 @@ def load_splits(
     data = _with_names(read, dataset_name, class_names_file)
     for line in _notes(read, data):
         accelerator.print(line)
+    if accelerator.num_processes > 1:
+        _check_same(dataset_name, data)
     for split, images in data.items():
         mine = range(accelerator.process_index, len(images), accelerator.num_processes)
         problems = check_images(images, mine, cores_per_process(accelerator), not accelerator.is_local_main_process)
@@ -264,6 +267,18 @@ def load_splits(
             raise InputError(f"{dataset_name}: split {quoted(split)} has no objects left.")
     _decide_orientations(read, accelerator)
     return data
+
+
+def _check_same(dataset_name: str, splits: dict[str, DetectionSplit]) -> None:
+    """Raise an `InputError` in all processes if machines of the launch have different copies of a data set."""
+    fingerprints = gather_object([{split: data.fingerprint() for split, data in splits.items()}])
+    for process, others in enumerate(fingerprints):
+        for split, fingerprint in others.items():
+            if fingerprint != fingerprints[0][split]:
+                raise InputError(
+                    f"{dataset_name}: process {process} has read another split {quoted(split)} than the main process; "
+                    "all machines need the same data set."
+                )
 
 
 def _decide_orientations(splits: dict[str, DetectionSplit], accelerator: Accelerator) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypedDict
 
 import torch
@@ -136,20 +136,42 @@ def _detect(
         for image, (box, score, pair) in enumerate(zip(*columns, strict=True)):
             best_scores[image] = max(best_scores[image], best[image].item())
             is_found = score >= threshold
-            width, height = sizes[image]
-            centre_x, centre_y, w, h = box[is_found].unbind(-1)
-            x0, x1 = (((centre_x + side * w / 2) * width).clamp(0, width) for side in (-1, 1))
-            y0, y1 = (((centre_y + side * h / 2) * height).clamp(0, height) for side in (-1, 1))
             label = torch.tensor(chunk)[pair[is_found] % len(chunk)]
-            found[image].append((torch.stack([x0, y0, x1 - x0, y1 - y0], dim=-1), score[is_found], label))
-    results: list[Detections] = []
-    for parts, best_score in zip(found, best_scores, strict=True):
-        boxes, scores, labels = (torch.cat(values) for values in zip(*parts, strict=True))
-        order = scores.argsort(descending=True, stable=True)[:max_detections]
-        results.append(
-            {"boxes": boxes[order], "scores": scores[order], "labels": labels[order], "best_score": best_score}
-        )
-    return results
+            found[image].append((in_pixels(box[is_found], sizes[image]), score[is_found], label))
+    return [join(parts, best, max_detections) for parts, best in zip(found, best_scores, strict=True)]
+
+
+def in_pixels(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Convert boxes of a detector to those of `Detections`.
+
+    Args:
+        boxes: Shape (n, 4): centre, width and height relative to the image.
+        size: (width, height) of the image in pixels.
+
+    Returns:
+        Shape (n, 4): x, y, width and height in pixels. Boxes are cut at the border of the image.
+    """
+    width, height = size
+    centre_x, centre_y, w, h = boxes.unbind(-1)
+    x0, x1 = (((centre_x + side * w / 2) * width).clamp(0, width) for side in (-1, 1))
+    y0, y1 = (((centre_y + side * h / 2) * height).clamp(0, height) for side in (-1, 1))
+    return torch.stack([x0, y0, x1 - x0, y1 - y0], dim=-1)
+
+
+def join(parts: Sequence[tuple[Tensor, Tensor, Tensor]], best_score: float, limit: int | None) -> Detections:
+    """Join the detections with several prompts in one image.
+
+    Args:
+        parts: The boxes, scores and labels with each prompt.
+        best_score: The best score in the image.
+        limit: Maximum number of detections. None for no limit.
+
+    Returns:
+        The detections, sorted by score.
+    """
+    boxes, scores, labels = (torch.cat(values) for values in zip(*parts, strict=True))
+    order = scores.argsort(descending=True, stable=True)[:limit]
+    return {"boxes": boxes[order], "scores": scores[order], "labels": labels[order], "best_score": best_score}
 
 
 def _sums(outputs: Any) -> Tensor:

@@ -5,7 +5,7 @@
 from .averaging import LORA_LEARNING_RATE, averaged, parameter_groups, trained_parameters
 from .checkpoints import Checkpoints, Progress, claim_output_dir, latest
 from .interruption import Interruption, make_worker_init_fn
-from .launch import cores_per_process, make_accelerator
+from .launch import cores_per_process, from_main_process, make_accelerator
 from .pushing import prepare_push, push
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "averaged",
     "claim_output_dir",
     "cores_per_process",
+    "from_main_process",
     "latest",
     "make_accelerator",
     "make_worker_init_fn",

@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -284,8 +285,8 @@ def claim_output_dir(output_dir: Path, accelerator: Accelerator, resuming: bool 
             in the folder are then left as they are.
 
     Raises:
-        InputError: The folder cannot be written, another command is writing to it, or it has checkpoints and the run
-            trains without resuming. All processes raise it.
+        InputError: The folder cannot be written, another command is writing to it, machines of the launch do not share
+            it, or it has checkpoints and the run trains without resuming. All processes raise it.
     """
     with contextlib.ExitStack() as claim:
         problem: list[str] = []
@@ -303,7 +304,29 @@ def claim_output_dir(output_dir: Path, accelerator: Accelerator, resuming: bool 
         (problem,) = broadcast_object_list([problem])
         if problem:
             raise InputError(problem[0])
+        if accelerator.num_processes > 1:
+            _check_shared(output_dir, accelerator)
         yield
+
+
+def _check_shared(output_dir: Path, accelerator: Accelerator) -> None:
+    """Raise an `InputError` in all processes if one of them does not see the files of the main process in a folder.
+
+    Every process writes a part of a checkpoint, and reads the files that the main process writes.
+    """
+    (name,) = broadcast_object_list([f"{secrets.token_hex(8)}{UNFINISHED}"])
+    if accelerator.is_main_process:
+        (output_dir / name).touch()
+    accelerator.wait_for_everyone()
+    blind = [] if (output_dir / name).exists() else [accelerator.process_index]
+    blind = gather_object(blind)
+    if accelerator.is_main_process:
+        (output_dir / name).unlink()
+    if blind:
+        raise InputError(
+            f"output_dir={str(output_dir)!r}: process {blind[0]} does not see the files of the main process there; "
+            "choose a folder that all machines share."
+        )
 
 
 def remove_unfinished(folder: Path) -> None:

@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import psutil
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 from ..errors import InputError
 
@@ -48,6 +50,32 @@ def make_accelerator(mixed_precision: str | None = None, **options: Any) -> Acce
         )
     use_all_cores(accelerator)
     return accelerator
+
+
+def from_main_process(accelerator: Accelerator, function: Callable[[], Any]) -> Any:
+    """Call a function in the main process only. All processes of a launch call this together.
+
+    Args:
+        accelerator: The accelerator of the launch.
+        function: The function. Its result can be pickled.
+
+    Returns:
+        Its result, in all processes.
+
+    Raises:
+        InputError: The function raised it. All processes raise it.
+    """
+    result: Any = None
+    problem: str | None = None
+    if accelerator.is_main_process:
+        try:
+            result = function()
+        except InputError as error:
+            problem = str(error)
+    result, problem = broadcast_object_list([result, problem])
+    if problem is not None:
+        raise InputError(problem)
+    return result
 
 
 def use_all_cores(accelerator: Accelerator) -> None:

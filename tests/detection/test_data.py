@@ -11,6 +11,7 @@ import random
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -25,6 +26,7 @@ from peft_sdpt.detection import (
     has_split,
     load_split,
     load_splits,
+    loading,
     match_classes,
 )
 from peft_sdpt.detection.formats import coco as coco_format
@@ -845,6 +847,22 @@ def test_names_are_given_after_the_classes_are_matched(folder, coco):
     put(folder / "val.json", {**coco, "categories": [{"id": 90, "name": "white  CELL"}, {"id": 3, "name": "Dog"}]})
     splits = load_splits(str(folder), ["train", "val"], Accelerator())
     assert splits["val"].class_names == ["White Cell", "dog", "cat"] and splits["val"].labels == [[1], [0, 1], []]
+
+
+def test_machines_with_different_copies_of_a_data_set(folder, coco, monkeypatch):
+    """As two processes see it, of which the second has fewer images in its copy."""
+    put(folder / "train.json", coco)
+    mine = load_split(str(folder), "train")
+    fingerprints = [{"train": data.fingerprint()} for data in (mine, mine.subset([0]))]
+    process = SimpleNamespace(num_processes=2, process_index=0, is_local_main_process=False, print=lambda _: None)
+    monkeypatch.setattr(loading, "gather_object", lambda own: own + fingerprints[1:])
+    with pytest.raises(
+        InputError, match="process 1 has read another split 'train' than the main process; all machines"
+    ):
+        load_splits(str(folder), ["train"], process)
+    # Equal copies. The objects that this process gathers later are images that it cannot open, of which it has none.
+    monkeypatch.setattr(loading, "gather_object", lambda own: 2 * own)
+    assert load_splits(str(folder), ["train"], process)["train"].fingerprint() == mine.fingerprint()
 
 
 def test_line_breaks_in_names(folder, coco):

@@ -9,9 +9,11 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -31,8 +33,8 @@ from peft_sdpt.detection.saved_adapter import common_base_model, find_adapter, l
 from peft_sdpt.files import only_writer
 from tests.helpers.detectors import ROOT, acting
 from tests.helpers.disk import file_size_limit
-from tests.helpers.main_job import HOST
-from tests.helpers.patience import wait_until
+from tests.helpers.main_job import HOST, Killed, launched
+from tests.helpers.patience import PATIENCE, wait_until
 
 NAMES = ["grinning face", "dog", "red apple"]
 # Low, because noise is what the tests' pictures show.
@@ -410,7 +412,7 @@ def test_kinds_of_pictures(suffix, mode, tmp_path):
     results = command.Results("", tmp_path, None, ["dog"], [[0]], 0.5)
     found = {"boxes": torch.tensor([[5.0, 5.0, 60.0, 40.0]]), "scores": torch.ones(1), "labels": torch.tensor([0])}
     name = command.free_name(Path(f"out{suffix}"), set())
-    results.add(file, name, images.read_image(file, str(file)), {**found, "best_score": 1.0}, 900)
+    results.write_image(name, images.read_image(file, str(file)), {**found, "best_score": 1.0})
     assert name == f"out{suffix}" + (".jpg" if suffix.lower() in images.HEIF_SUFFIXES else "")
     with Image.open(tmp_path / name) as written:
         assert written.size == (120, 90)
@@ -784,6 +786,191 @@ def test_a_host_of_another_kind(refused, photos, tmp_path):
     refused(message, photos, "--model_name_or_path", tmp_path, "--class_names", "dog")
 
 
+# ---- several processes, and runs that go on
+
+
+@pytest.fixture
+def many(tmp_path):
+    """A folder with six pictures, which make batches of two, one, two and one."""
+    folder = tmp_path / "many"
+    (folder / "b").mkdir(parents=True)
+    for seed, (name, size) in enumerate({"a1.png": (120, 90), "a2.png": (120, 90), "a3.png": (90, 120)}.items()):
+        noise(seed, *size).save(folder / name)
+        noise(10 + seed, *size).save(folder / "b" / name)
+    return folder
+
+
+BATCHES = ("--batch_size", 2)
+
+
+@pytest.fixture
+def killed_after(monkeypatch):
+    """Kill runs after a number of calls of the model. Returns the number of calls so far."""
+
+    def killed_after(number: int) -> list[int]:
+        calls: list[int] = []
+
+        def counted(model, processor, pictures, *args, **kwargs):
+            if len(calls) == number:
+                raise Killed
+            calls.append(len(pictures))
+            return prediction.detect(model, processor, pictures, *args, **kwargs)
+
+        monkeypatch.setattr(command, "detect", counted)
+        return calls
+
+    return killed_after
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_killed_run_goes_on_where_it_stopped(run, many, adapters, tmp_path, killed_after, capsys):
+    """It ends with the same files, bit for bit, as a run that was not killed."""
+    flags = (many, "--adapter", *adapters, *BATCHES)
+    assert run(*flags, output=tmp_path / "whole") == 0
+    out = tmp_path / "out"
+    killed_after(3)  # in the second batch, between the two adapters
+    with pytest.raises(Killed):
+        run(*flags)
+    # As SIGKILL leaves it: a line that is cut off, a file that was not renamed, and no COCO file.
+    (lines,) = (out / "detections.unfinished").glob("*.jsonl")
+    lines.write_bytes(lines.read_bytes() + b'{"batch": 1, "images": [{"file_na')
+    (out / "one" / f"{'0f' * 8}.unfinished").write_text("half")
+    for name in ("one", "two"):
+        (out / name / "detections.json").unlink()
+    calls = killed_after(4)
+    with pytest.raises(Killed):
+        run(*flags, "--resume")
+    assert calls == [1, 1, 2, 2]
+    capsys.readouterr()
+    calls = killed_after(-1)
+    assert run(*flags, "--resume") == 0
+    assert calls == [1, 1]
+    assert "resuming: 5 of 6 images are done\n" in capsys.readouterr().out
+    assert contents(out) == contents(tmp_path / "whole")
+    assert len(read(out / "one")["images"]) == 6
+
+
+def test_a_stopped_run_has_a_file_with_what_is_done(run, many, adapters, tmp_path, killed_after):
+    """Without --resume, the next run starts from the beginning, and may replace the images. So does one with nothing to
+    resume."""
+    flags = (many, "--adapter", adapters[0], *BATCHES)
+    killed_after(2)
+    with pytest.raises(Killed):
+        run(*flags)
+    names = [image["file_name"] for image in read(tmp_path / "out")["images"]]
+    assert names == ["a1.png", "a2.png", "a3.png"]
+    (tmp_path / "out" / "detections.json").unlink()
+    for more in ((), ("--resume",)):
+        calls = killed_after(-1)
+        assert run(*flags, *more) == 0
+        assert calls == [2, 1, 2, 1] and len(read(tmp_path / "out")["images"]) == 6
+        assert not (tmp_path / "out" / "detections.unfinished").exists()
+
+
+def test_ctrl_c_says_how_to_go_on(run, many, adapters, monkeypatch, capsys):
+    monkeypatch.setattr(command, "detect", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    assert run(many, "--adapter", adapters[0]) == 130
+    assert capsys.readouterr().err.endswith("detect.py: stopped; the same command with --resume goes on.\n")
+
+
+def test_only_the_same_run_is_resumed(refused, run, many, adapters, tmp_path, killed_after):
+    killed_after(1)
+    flags = (many, "--adapter", adapters[0], *BATCHES)
+    with pytest.raises(Killed):
+        run(*flags)
+    out = tmp_path / "out"
+    (out / "detections.json").unlink()
+    other = shutil.copytree(adapters[0], tmp_path / "other" / "one")
+    before = contents(out)
+
+    def differs(what: str, *more) -> None:
+        refused(f"--resume: {what}", *flags, "--resume", *more)
+        assert contents(out) == before
+
+    differs("--threshold is [0.5], but was [0.02] in the unfinished run in ", "--threshold", 0.5)
+    differs("--class_names is [['dog']], but was [['grinning face', 'dog', 'red apple']]", "--class_names", "dog")
+    differs("--batch_size is 1, but was 2", "--batch_size", 1)
+    differs("--adapter is [['new', '", "--adapter", f"new={adapters[0]}")
+    differs("--adapter is [['one', '", "--adapter", f"one={adapters[0]}", adapters[1])
+    save_adapter(other, 5)
+    differs("--adapter is [['one', '", "--adapter", other)
+    differs("cannot be used with --watch.", "--watch")
+    noise(0).save(many / "new.png")
+    differs("the digest of the list of images is '")
+    (many / "new.png").unlink()
+    for text, message in (("{", "not JSON"), ("[]", "is damaged"), ('{"settings": 1}', "is damaged")):
+        (out / "detections.unfinished" / "plan.json").write_text(text)
+        refused(f"plan.json: {message}", *flags, "--resume")
+
+
+def test_pictures_that_cannot_be_read_are_named_once(run, many, adapters, tmp_path, killed_after, capsys):
+    """The flag may be added when a run goes on."""
+    (many / "a3.png").write_bytes((many / "a3.png").read_bytes()[:3000])
+    flags = (many, "--adapter", adapters[0], *BATCHES)
+    assert run(*flags) == 2
+    assert f"{many / 'a3.png'}: cannot be opened as an image" in capsys.readouterr().err
+    calls = killed_after(-1)
+    assert run(*flags, "--resume", "--skip_bad_images") == 0
+    assert calls == [2, 1]
+    assert capsys.readouterr().err.count(f"skipped: {many / 'a3.png'}: cannot be opened") == 1
+    names = [image["file_name"] for image in read(tmp_path / "out")["images"]]
+    assert names == ["a1.png", "a2.png", "b/a1.png", "b/a2.png", "b/a3.png"]
+
+
+def test_results_that_are_missing_at_the_end_are_noticed(refused, many, adapters, monkeypatch):
+    """As on a network file system that does not yet show the file of another machine."""
+    monkeypatch.setattr(command.Journal, "add", lambda *_: None)
+    flags = (many, "--adapter", adapters[0], *BATCHES)
+    refused("the results of 4 batches are not there; the same command with --resume goes on.", *flags, loads=True)
+
+
+def test_results_are_not_held_in_memory(tmp_path):
+    """Writing the COCO file of a large run takes the memory of one batch."""
+    box = [0.123456789, 1.123456789, 20.123456789, 30.123456789]
+    found = {"best_score": 0.9, "full": False, "boxes": [box] * 200, "scores": [0.9] * 200, "labels": [0] * 200}
+    image = {"file_name": "a.png", "width": 100, "height": 100, "source": "/a.png", "found": [found]}
+    journal = command.Journal(tmp_path)
+    journal.start({}, [])
+    results = command.Results("", tmp_path, None, ["dog"], [[0]], 0.5)
+    tracemalloc.start()
+    try:
+        for batch in range(50):
+            journal.add(batch, [image])
+        results.write(journal, 0)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    size = (tmp_path / "detections.json").stat().st_size
+    assert size > 1_000_000 and peak < size / 4
+    written = read(tmp_path)
+    assert [image["id"] for image in written["images"]] == [*range(1, 51)]
+    assert [a["id"] for a in written["annotations"]] == [*range(1, 10_001)]
+    assert results.summary().startswith("50 images, 10,000 objects (dog: 10000).")
+
+
+@pytest.mark.slow
+def test_two_processes_finish_what_one_began(run, many, adapters, tmp_path, killed_after):
+    """The images are divided. The files are those of one process, bit for bit."""
+    flags = (many, "--adapter", adapters[0], *BATCHES)
+    assert run(*flags, output=tmp_path / "whole") == 0
+    killed_after(1)
+    with pytest.raises(Killed):
+        run(*flags)
+    script = ROOT / "examples" / "detect.py"
+    options = ("--output_dir", tmp_path / "out", "--threshold", THRESHOLD, "--resume")
+    command = ("-m", "torch.distributed.run", "--nproc_per_node", 2, script, *flags, *options)
+    process = launched(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    out, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, err
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    # One process reports.
+    assert out.count("resuming: 2 of 6 images are done") == out.count("6 images, ") == out.count("looking for") == 1
+    assert err.count("detecting:   0%") == 1
+
+
 # ---- trust
 
 
@@ -797,9 +984,10 @@ def test_a_really_full_disk_leaves_no_part_of_a_picture(run, tmp_path, adapters,
     with file_size_limit(9000):
         assert run(photos, "--adapter", adapters[0], "--batch_size", 1, threshold=0.99) == 2
     error = capsys.readouterr().err
-    assert error.strip().splitlines()[-1] == f"detect.py: {out}: cannot be written ([Errno 27] File too large)."
+    last = error.strip().splitlines()[-1]
+    assert last == f"detect.py: {out / f'b{suffix}'}: cannot be written ([Errno 27] File too large)."
     assert "Traceback" not in error
-    assert names_of(out) == ["a.png", "detections.json"]
+    assert names_of(out) == ["a.png", "detections.json", "detections.unfinished"]
     assert [image["file_name"] for image in read(out)["images"]] == ["a.png"]
     # The disk has free space again.
     assert run(photos, "--adapter", adapters[0]) == 0

@@ -29,7 +29,9 @@ from transformers import AutoModelForZeroShotObjectDetection
 import demo
 import detect
 import pretrain_host
+import serve as serve_script
 import train_detection
+from benchmarks import serving
 from benchmarks.speed import __main__ as speed
 from benchmarks.speed import kept
 from benchmarks.transfer import __main__ as transfer
@@ -51,7 +53,9 @@ SCRIPTS = {
     "examples/train_detection.py": train_detection,
     "examples/detect.py": detect,
     "examples/demo.py": demo,
+    "examples/serve.py": serve_script,
     "examples/pretrain_host.py": pretrain_host,
+    "-m benchmarks.serving": serving,
     "-m benchmarks.speed": speed,
     "-m benchmarks.speed.kept": kept,
     "-m benchmarks.transfer": transfer,
@@ -72,7 +76,11 @@ OTHER_COMMANDS = (
     "sphinx-build",
     "python -m build",
     "twine check",
+    "curl",
 )
+
+# Of pytest and of SLURM.
+OTHER_FLAGS = {"--help", "--hypothesis-profile", "--nodes", "--ntasks-per-node", "--signal"}
 
 
 @dataclass
@@ -247,7 +255,7 @@ def test_flags_in_the_text_exist(monkeypatch):
         known |= set(parser._option_string_actions)
     for page in PAGES:
         used = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", prose(page)))
-        assert used <= known | {"--help", "--hypothesis-profile"}, named(page)  # the latter belongs to pytest
+        assert used <= known | OTHER_FLAGS, named(page)
 
 
 # ---- messages

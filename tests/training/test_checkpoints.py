@@ -6,7 +6,9 @@ import json
 import os
 import random
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -343,6 +345,23 @@ def test_an_output_folder_is_claimed_by_one_run_at_a_time(tmp_path):
                 ):
                     pytest.fail("must not be entered")
         assert names(folder) == set()
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_machines_of_a_launch_share_the_output_folder(tmp_path, monkeypatch, shared):
+    """As the second process of a launch sees it. The files of the main process come with the broadcasts."""
+    received = iter([[[]], ["0123456789abcdef.unfinished"]])
+    monkeypatch.setattr(checkpoints, "broadcast_object_list", lambda _: next(received))
+    monkeypatch.setattr(checkpoints, "gather_object", lambda values: values)
+    if shared:
+        (tmp_path / "0123456789abcdef.unfinished").touch()
+    process = SimpleNamespace(num_processes=2, process_index=1, is_main_process=False, wait_for_everyone=lambda: None)
+    message = rf"^output_dir='{tmp_path}': process 1 does not see the files of the main process there; choose a folder"
+    with (
+        nullcontext() if shared else pytest.raises(InputError, match=message),
+        claim_output_dir(tmp_path, process, None),
+    ):
+        assert shared
 
 
 def test_what_a_killed_run_left_is_removed_by_the_next_that_trains(tmp_path):
