@@ -685,6 +685,23 @@ def test_compiles_without_graph_breaks():
         torch.testing.assert_close(result, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_exports_the_fused_attention(strict):
+    """Without `strict`, fake tensors take the place of weights, and are no reason to call the projections."""
+    changes = {"attn_implementation": "fused", "prompt_gate": "zero", "init_weights": False}
+    layer, inputs = make_layer(dtype=torch.float32, **changes), make_inputs(torch.float32)
+    with torch.no_grad():
+        program = torch.export.export(layer, inputs, strict=strict)
+        (image, _), (text, _) = layer(*inputs)
+        (found_image, _), (found_text, _) = program.module()(*inputs)
+    assert torch.allclose(found_image, image, atol=1e-6) and torch.allclose(found_text, text, atol=1e-6)
+    calls = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert sum("scaled_dot_product_attention" in call for call in calls) == 2
+    # The tokens and the prompts of the text, and what text tokens read. No projection of image tokens.
+    linear = [node for node in program.graph.nodes if "linear" in str(node.target)]
+    assert linear and not any(NV in node.meta["val"].shape[:-1] for node in linear)
+
+
 def test_exports():
     layer, inputs = make_layer(dtype=torch.float32), make_inputs(torch.float32)
     program = torch.export.export(layer, inputs)
