@@ -30,6 +30,7 @@ import demo
 import detect
 import pretrain_host
 import train_detection
+from benchmarks.gpu_check import __main__ as gpu_check
 from benchmarks.speed import __main__ as speed
 from benchmarks.speed import kept
 from benchmarks.transfer import __main__ as transfer
@@ -52,6 +53,7 @@ SCRIPTS = {
     "examples/detect.py": detect,
     "examples/demo.py": demo,
     "examples/pretrain_host.py": pretrain_host,
+    "-m benchmarks.gpu_check": gpu_check,
     "-m benchmarks.speed": speed,
     "-m benchmarks.speed.kept": kept,
     "-m benchmarks.transfer": transfer,
@@ -60,6 +62,7 @@ SCRIPTS = {
 OTHER_COMMANDS = (
     "python -m venv",
     ". .venv/bin/activate",
+    "pip download",
     "pip install",
     "python -m pytest",
     "ruff check",
