@@ -289,6 +289,12 @@ def synchronisations(run: Run) -> None:
                 len(found[method]) <= most,
                 f"{name} with {method} waits {len(found[method])} times, training {training}; {methods[0]}: {most}",
             )
+        if not training:
+            # An adapter that is trained, as in a validation: each call reads once whether its gates are zero.
+            model = METHODS["sdpt-gated"].attach(sharing_copy(host)).to(run.device).eval()
+            found = waits(torch.no_grad()(partial(model, **batch(run.device)[0])), run.device)
+            run.say(detector=name, training=training, trained=True, waits=dict(Counter(found)))
+            run.require(len(found) <= most + 1, f"{name}, trained, waits {len(found)} times in evaluation, host {most}")
 
 
 def waits(call: Callable[[], Any], device: str) -> list[str]:
@@ -310,7 +316,7 @@ def waits(call: Callable[[], Any], device: str) -> list[str]:
 
 
 def _evaluation(model: nn.Module, inputs: dict[str, torch.Tensor]) -> Callable[[], Any]:
-    # Frozen, as a loaded adapter is. Of one that is trained, each call reads whether its gates are zero.
+    # Frozen, as a loaded adapter is.
     return torch.no_grad()(partial(model.requires_grad_(False), **inputs))
 
 

@@ -72,7 +72,7 @@ def test_a_dry_run_passes_and_writes_all_that_is_measured(tmp_path, monkeypatch,
     assert len([row for row in layers if "dropout" in row]) == 2 * 4 * 2
     detectors = of("detectors")
     assert len(detectors) == 2 + 1 and "mixed_batch" in detectors[-1]
-    assert len(of("synchronisations", "training", "waits")) == 2 * 3 + 2 * 2
+    assert len(of("synchronisations", "training", "waits")) == 2 * 3 + 2 * 3
     assert all(row["saved_bytes"].keys() == {"bfloat16", "autocast"} for row in of("autocast"))
     assert all(row["launches"] > 0 for row in of("kernels", "kind", "way", "training"))
     for row in of("layers", "layer", "size", "tokens", "dtype", "batch", "dropout", "training"):
