@@ -54,8 +54,8 @@ from .running import Run
 # Limits for the largest error of outputs and gradients, relative to the largest value. An H100 and an H200 stay below
 # 3e-6, 2e-2 and 2e-3 with each way.
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}
-# In float64, a gradient and a difference quotient agree to 1e-9.
-DROPOUT_LIMIT = 1e-6
+# In float64, a gradient and a difference quotient agree to 2e-7 on a CPU.
+DROPOUT_LIMIT = 1e-5
 # For tiny detectors in float32 on two devices, relative to the largest value. An H100 stays below 1e-4.
 DETECTOR_LIMIT = 1e-3
 # For the loss in bfloat16 relative to float32.
