@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Benchmarks, to run from the root of the repository.
 
+python -m benchmarks.gpu_check
 python -m benchmarks.speed
 python -m benchmarks.transfer
 python -m benchmarks.serving

@@ -11,9 +11,11 @@ that saves it. Weights are not counted. The result is the same on every machine.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 import warnings
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import nn
@@ -53,26 +55,34 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def kept(model: nn.Module, inputs: dict[str, torch.Tensor]) -> Counter[str]:
-    """Return the bytes that one step stores for each part."""
-    entered, bytes_of, seen = [REST], Counter(), []
-    known = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+@contextlib.contextmanager
+def first_saves(known: Iterable[torch.Tensor], note: Callable[[int], None]) -> Iterator[None]:
+    """Call `note` with the size in bytes of each memory that autograd saves, once, apart from that of `known`."""
+    seen, kept_alive = {tensor.untyped_storage().data_ptr() for tensor in known}, []
 
     def save(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            known.add(storage.data_ptr())
-            seen.append(tensor)  # keeps its memory alive, which could otherwise be reused and counted again
-            bytes_of[entered[-1]] += storage.nbytes()
+        if storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            kept_alive.append(tensor)  # its memory could otherwise be reused and counted again
+            note(storage.nbytes())
         return tensor
 
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        yield
+
+
+def kept(model: nn.Module, inputs: dict[str, torch.Tensor]) -> Counter[str]:
+    """Return the bytes that one step stores for each part."""
+    entered, bytes_of = [REST], Counter()
     hooks = []
     for name, module in model.named_modules():
         part = next((part for pattern, part in PARTS.items() if re.search(pattern, name)), None)
         if part:
             hooks.append(module.register_forward_pre_hook(lambda *_, part=part: entered.append(part)))
             hooks.append(module.register_forward_hook(lambda *_: entered.pop() and None))
-    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+    weights = (*model.parameters(), *model.buffers())
+    with first_saves(weights, lambda size: bytes_of.update({entered[-1]: size})):
         GroundedDetectionLoss(model.config)(model(**inputs), labels(inputs))
     for hook in hooks:
         hook.remove()

@@ -33,7 +33,12 @@ Subject = Callable[[], Callable[[], Any]]
 
 
 def measure(
-    cell: Cell, repeats: int, device: str, dtype: torch.dtype, tick: Callable[[str], None] = lambda _: None
+    cell: Cell,
+    repeats: int,
+    device: str,
+    dtype: torch.dtype,
+    tick: Callable[[str], None] = lambda _: None,
+    seconds: float | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Measure time, memory and size of each method of a cell.
 
@@ -43,6 +48,7 @@ def measure(
         device: Device to measure on.
         dtype: Dtype of the base model.
         tick: Called with the name of a method before each of its calls.
+        seconds: Until then, quick cells get more rounds. None for `SECONDS`.
 
     Returns:
         For each method: `seconds` of each round; `trained`, the number of trained parameters; `saved_bytes`, the size
@@ -72,8 +78,8 @@ def measure(
             "peak_bytes": held + allocated(run, device),
         }
         gc.collect()
-    for name, seconds in in_turns(subjects, repeats, device, tick).items():
-        results[name]["seconds"] = seconds
+    for name, each in in_turns(subjects, repeats, device, tick, seconds).items():
+        results[name]["seconds"] = each
     return results
 
 
@@ -136,15 +142,20 @@ def _sizes(tensors: list[torch.Tensor]) -> dict[int, int]:
 
 
 def in_turns(
-    subjects: dict[str, Subject], repeats: int, device: str, tick: Callable[[str], None] = lambda _: None
+    subjects: dict[str, Subject],
+    repeats: int,
+    device: str,
+    tick: Callable[[str], None] = lambda _: None,
+    seconds: float | None = None,
 ) -> dict[str, list[float]]:
-    """Measure the seconds of each subject in rounds, so that disturbances affect all subjects.
+    """Measure the seconds of each subject in rounds, so that disturbances affect all subjects. See `measure`.
 
     Each round starts with a different subject, so that the order of the subjects changes.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in subjects}
+    seconds = SECONDS if seconds is None else seconds
+    measured: dict[str, list[float]] = {name: [] for name in subjects}
     names, begin, rounds = list(subjects), time.perf_counter(), 0
-    while rounds < repeats or (rounds < MOST_ROUNDS and time.perf_counter() - begin < SECONDS):
+    while rounds < repeats or (rounds < MOST_ROUNDS and time.perf_counter() - begin < seconds):
         first = rounds % len(names)
         for name in names[first:] + names[:first]:
             run = subjects[name]()
@@ -153,10 +164,10 @@ def in_turns(
             start = time.perf_counter()
             result = run()
             _wait(device)
-            seconds[name].append(time.perf_counter() - start)
+            measured[name].append(time.perf_counter() - start)
             del run, result
         rounds += 1
-    return seconds
+    return measured
 
 
 def _wait(device: str) -> None:

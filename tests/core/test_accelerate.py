@@ -32,30 +32,34 @@ def gradients(model):
     found = [p.grad for p in model.parameters() if p.requires_grad]
     return [g.full_tensor() if hasattr(g, "full_tensor") else g for g in found]
 
-expected_output = attach(FusionStack(), **CONFIG)(*inputs)
-expected = gradients(attach(FusionStack(), **CONFIG))
+def check(config):
+    expected_output = attach(FusionStack(), **config)(*inputs)
+    expected = gradients(attach(FusionStack(), **config))
 
-# Unused parameters would end this with an error in the second step.
-wrapped = DistributedDataParallel(attach(FusionStack(), **CONFIG), find_unused_parameters=False)
-for _ in range(2):
-    wrapped.zero_grad()
-    for one, other in zip(gradients(wrapped), expected, strict=True):
+    # Unused parameters would end this with an error in the second step.
+    wrapped = DistributedDataParallel(attach(FusionStack(), **config), find_unused_parameters=False)
+    for _ in range(2):
+        wrapped.zero_grad()
+        for one, other in zip(gradients(wrapped), expected, strict=True):
+            torch.testing.assert_close(one, other)
+
+    taken = []
+    peft_sdpt.inverse_cache.inverse_projection = lambda *a: taken.append(1) or take(*a)
+    model = attach(FusionStack(), **config)
+    for layer in model.base_model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    for _ in range(3):
+        assert torch.equal(model(*inputs), expected_output)
+    # Once when attached, once for the gathered weights: not in every forward.
+    assert len(taken) <= 8, len(taken)
+    for one, other in zip(gradients(model), expected, strict=True):
         torch.testing.assert_close(one, other)
 
-taken = []
 take = peft_sdpt.inverse_cache.inverse_projection
-peft_sdpt.inverse_cache.inverse_projection = lambda *a: taken.append(1) or take(*a)
-model = attach(FusionStack(), **CONFIG)
 mesh = init_device_mesh("cpu", (2,))
-for layer in model.base_model.model.layers:
-    fully_shard(layer, mesh=mesh)
-fully_shard(model, mesh=mesh)
-for _ in range(3):
-    assert torch.equal(model(*inputs), expected_output)
-# Once when attached, once for the gathered weights: not in every forward.
-assert len(taken) <= 8, len(taken)
-for one, other in zip(gradients(model), expected, strict=True):
-    torch.testing.assert_close(one, other)
+for config in CONFIGS:
+    check(config)
 
 host = FusionStack()
 for layer in host.layers:
@@ -71,10 +75,10 @@ print("all is well")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", [{}, {"lora_rank": 2, "lora_target_modules": ["head"]}], ids=str)
-def test_two_processes_with_ddp_and_with_fsdp2(config, tmp_path):
+def test_two_processes_with_ddp_and_with_fsdp2(tmp_path):
+    """Without and with LoRA."""
     script = tmp_path / "sharded.py"
-    script.write_text(f"CONFIG = {config}\n{SHARDED}")
+    script.write_text(f"CONFIGS = {[{}, {'lora_rank': 2, 'lora_target_modules': ['head']}]}\n{SHARDED}")
     code = "import runpy, sys; sys.argv[0] = 'torchrun'; runpy.run_module('torch.distributed.run', run_name='__main__')"
     flags = ["--standalone", "--nproc_per_node", "2", str(script), str(ROOT / "tests")]
     result = run_python(code, *flags)

@@ -38,10 +38,10 @@ def ctrl_c_is_heard():
 
 @pytest.fixture
 def main_job(tmp_path):
-    """Run the main job in this process, with `SHORT`; returns its exit code, 0 when it just returns."""
+    """Run the main job in this process, with `SHORT`; see `run_main_job`."""
 
-    def run(*flags) -> int:
-        return run_main_job("--output_dir", tmp_path / "out", *SHORT, *flags)
+    def run(*flags, charts: bool = False) -> int:
+        return run_main_job("--output_dir", tmp_path / "out", *SHORT, *flags, charts=charts)
 
     return run
 
@@ -52,7 +52,8 @@ def trained(made_once, small_task):
 
     def trained(*flags) -> Path:
         def run(out: Path) -> None:
-            assert run_main_job("--dataset_name", small_task, "--output_dir", out, *SHORT, *flags) == 0
+            run = ("--dataset_name", small_task, "--output_dir", out, *SHORT)
+            assert run_main_job(*run, *flags, charts=True) == 0
 
         return made_once("run-" + hashlib.sha256(repr(flags).encode()).hexdigest()[:12], run)
 

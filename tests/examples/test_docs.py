@@ -32,6 +32,7 @@ import pretrain_host
 import serve as serve_script
 import train_detection
 from benchmarks import serving
+from benchmarks.gpu_check import __main__ as gpu_check
 from benchmarks.speed import __main__ as speed
 from benchmarks.speed import kept
 from benchmarks.transfer import __main__ as transfer
@@ -56,6 +57,7 @@ SCRIPTS = {
     "examples/serve.py": serve_script,
     "examples/pretrain_host.py": pretrain_host,
     "-m benchmarks.serving": serving,
+    "-m benchmarks.gpu_check": gpu_check,
     "-m benchmarks.speed": speed,
     "-m benchmarks.speed.kept": kept,
     "-m benchmarks.transfer": transfer,
@@ -64,6 +66,7 @@ SCRIPTS = {
 OTHER_COMMANDS = (
     "python -m venv",
     ". .venv/bin/activate",
+    "pip download",
     "pip install",
     "python -m pytest",
     "ruff check",

@@ -71,7 +71,7 @@ def test_main_job_trains_measures_and_saves(main_job, trained, small_task, tmp_p
     assert not list(out.rglob("*.unfinished"))
 
     # The saved adapter gives the very numbers that were measured before saving.
-    assert main_job("--dataset_name", small_task, "--eval_only", "--adapter", out) == 0
+    assert main_job("--dataset_name", small_task, "--eval_only", "--adapter", out, charts=True) == 0
     again = json.loads((out / "eval_metrics.json").read_text())
     assert json.loads((out / "metrics.json").read_text()) == metrics
     assert again["before"] == metrics["before"] and again["after"] == metrics["after"]
@@ -428,7 +428,7 @@ def test_a_chart_that_fails_loses_nothing(main_job, small_task, tmp_path, monkey
     out.mkdir()
     (out / "eval_report.png").write_text("of an earlier run")
     monkeypatch.setattr(train_results, "draw_report", fail)
-    assert main_job("--dataset_name", small_task, "--eval_only") == 0
+    assert main_job("--dataset_name", small_task, "--eval_only", charts=True) == 0
     said = capsys.readouterr().out
     assert "eval_report.png could not be drawn: no such font \\x1b[31m\n" in said
     assert f"wrote eval_detections.png, eval_metrics.json in {out}\n" in said
@@ -451,7 +451,7 @@ def test_strange_names_and_oblong_photos_are_trained_measured_and_reported(main_
                     annotation["bbox"] = [4, 5, 30, 40]
 
         edit(own_task / f"{split}.json", change)
-    assert main_job("--dataset_name", own_task, *ONE_STEP) == 0
+    assert main_job("--dataset_name", own_task, *ONE_STEP, charts=True) == 0
     out, said = tmp_path / "out", capsys.readouterr().out
     name = json.loads((out / "class_names.json").read_text())[0]
     assert name == "monkey $0_{x}$ <b>|`"
@@ -543,7 +543,7 @@ def test_lora_trains_at_its_own_rate_and_is_a_part_of_the_adapter(main_job, trai
     assert metrics["args"]["lora_rank"] == 2 and metrics["args"]["lora_learning_rate"] == 0.01
     assert "| LoRA | rank 2" in (out / "README.md").read_text()
 
-    assert main_job("--dataset_name", small_task, "--eval_only", "--adapter", out) == 0
+    assert main_job("--dataset_name", small_task, "--eval_only", "--adapter", out, charts=True) == 0
     again = json.loads((out / "eval_metrics.json").read_text())
     assert again["before"] == metrics["before"] and again["after"] == metrics["after"]
 
@@ -859,6 +859,11 @@ def test_an_annotation_file_that_is_not_json_is_one_line(main_job, own_task, cap
     assert "train.json: not JSON" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
+def keep_one_image(coco):
+    del coco["images"][1:]
+    coco["annotations"] = [each for each in coco["annotations"] if each["image_id"] == coco["images"][0]["id"]]
+
+
 @pytest.mark.slow
 def test_a_vocabulary_as_large_as_that_of_lvis_takes_the_memory_of_one_prompt(small_task, tmp_path):
     """1203 classes against 300, which fill several prompts too: sampled in training, in chunks in evaluation."""
@@ -875,6 +880,8 @@ def test_a_vocabulary_as_large_as_that_of_lvis_takes_the_memory_of_one_prompt(sm
                 coco["categories"] += [{"id": 1000 + i, "name": " ".join(pair)} for i, pair in enumerate(pairs)]
 
             edit(file, enlarge)
+        # The four images of the test split are one batch. Those of the validation split would be another one like it.
+        edit(data / "val.json", keep_one_image)
         command = ("-c", PEAK_MEMORY, SCRIPT, "--dataset_name", data, "--max_train_steps", 1, "--output_dir", out)
         process = launched(command, stdout=subprocess.PIPE, text=True)
         peaks.append(int(process.communicate(timeout=PATIENCE)[0].strip().splitlines()[-1]))
@@ -898,10 +905,10 @@ KILLS = int(os.environ.get("KILLS", 3))
 @pytest.mark.slow
 def test_soak_killed_at_random_instants_it_ends_in_the_same_prompts(main_job, small_task, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # as in the processes that are killed
-    # Enough that none ends before it is killed.
-    steps = 10 + 8 * KILLS
+    # Enough that none ends before it is killed. The others of three kills are four steps and a second apart.
+    steps = 6 + 6 * KILLS
     run = (
-        *("--dataset_name", small_task, *SHORT, *EVERYTHING, "--max_train_steps", steps),
+        *("--dataset_name", small_task, *SHORT, *EVERYTHING, "--max_train_steps", steps, "--validation_steps", 8),
         *("--checkpointing_steps", 1, "--checkpoints_total_limit", 2, "--resume_from_checkpoint", "latest"),
         "--output_dir",
     )

@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from PIL import Image
 from safetensors.torch import load_file
 
 import train_detection
+from peft_sdpt.commands import train_results
 from tests.helpers.detectors import ROOT
 
 HOST = ROOT / "examples" / "host"
@@ -40,16 +42,26 @@ def reset_accelerate() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def run_main_job(*flags) -> int:
-    """Run the main job in this process. Returns its exit code, 0 when it just returns."""
+def run_main_job(*flags, charts: bool = False) -> int:
+    """Run the main job in this process. Returns its exit code, 0 when it just returns.
+
+    Drawing `report.png` takes a third of a short run, so without `charts` it is an empty picture.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train_detection.py", *map(str, flags)])
+        if not charts:
+            patch.setattr(train_results, "draw_report", draw_nothing)
         reset_accelerate()
         try:
             train_detection.main()
         except SystemExit as exit:
             return exit.code
         return 0
+
+
+def draw_nothing(record: dict, file: Path) -> None:
+    assert record.keys() >= {"curves", "precision_recall", "classes", "errors"}
+    Image.new("RGB", (1, 1)).save(file, format="PNG")
 
 
 def launched(command, **options) -> subprocess.Popen:
