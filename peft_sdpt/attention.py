@@ -152,7 +152,8 @@ def add_validity(logits: torch.Tensor, mask: torch.Tensor, num_prompts: int) -> 
 
 def append_prompts(tokens: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
     """Append prompts `(N, d)` to tokens `(B, L, d)`. Returns `(B, L + N, d)` in the dtype of `tokens`."""
-    return torch.cat([tokens, prompts.to(tokens.dtype).expand(len(tokens), -1, -1)], dim=1)
+    # Not `len`, which would fix the batch size of a program that `torch.export` makes.
+    return torch.cat([tokens, prompts.to(tokens.dtype).expand(tokens.shape[0], -1, -1)], dim=1)
 
 
 def append_zeros(positions: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
@@ -183,7 +184,7 @@ def extend_mask(mask: torch.Tensor | None, tokens: torch.Tensor, prompts: Prompt
     else:
         columns = (~columns).to(mask.dtype)
     columns = columns.view(len(columns), *[1] * (mask.dim() - 2), -1)
-    mask = mask.expand(len(tokens), *mask.shape[1:])
+    mask = mask.expand(tokens.shape[0], *mask.shape[1:])
     return torch.cat([mask, columns.expand(*mask.shape[:-1], -1)], dim=-1)
 
 

@@ -157,7 +157,7 @@ def _added(side: SideInput, mask_function: MaskFunction) -> torch.Tensor | None:
     """Return what the masks of a side and its prompts add to the logits, `(B, 1, 1, L + N)`, or None."""
     if side.mask is None and side.prompt_mask is None:
         return None
-    nothing = side.tokens.new_zeros(len(side.tokens), 1, 1, side.length)
+    nothing = side.tokens.new_zeros(side.tokens.shape[0], 1, 1, side.length)
     return mask_logits(nothing, side, mask_function).to(side.tokens.dtype)
 
 
