@@ -30,6 +30,7 @@ import demo
 import detect
 import pretrain_host
 import train_detection
+from benchmarks import deployment
 from benchmarks.speed import __main__ as speed
 from benchmarks.speed import kept
 from benchmarks.transfer import __main__ as transfer
@@ -52,6 +53,7 @@ SCRIPTS = {
     "examples/detect.py": detect,
     "examples/demo.py": demo,
     "examples/pretrain_host.py": pretrain_host,
+    "-m benchmarks.deployment": deployment,
     "-m benchmarks.speed": speed,
     "-m benchmarks.speed.kept": kept,
     "-m benchmarks.transfer": transfer,
