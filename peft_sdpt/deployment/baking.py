@@ -247,4 +247,4 @@ def _merged(layer: SDPTLoraLayer, memo: dict[int, Any]) -> nn.Module:
         merged = merged + change.to(merged.dtype)
     # A new parameter, because the copied one may be tied to another module.
     linear.weight = nn.Parameter(merged.to(weight.dtype))
-    return linear  # type: ignore[no-any-return] # a linear layer
+    return linear
