@@ -8,9 +8,10 @@ import copy
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from PIL import Image
@@ -29,7 +30,8 @@ DESCRIPTION = "detector.json"
 SUFFIX = ".pt2"
 
 
-class SavedProgram(NamedTuple):
+@dataclass(frozen=True)
+class SavedProgram:
     """What `export_program` has written.
 
     Attributes:
@@ -121,11 +123,9 @@ def export_program(
 
     The program takes keyword arguments and returns a dict. Their batch size B may differ from call to call.
 
-    | argument | shape |
-    |---|---|
-    | `pixel_values` | (B, 3, height, width), as the processor makes them |
-    | `pixel_mask` | (B, height, width), int64, 1 on the image and 0 on padding |
-    | `input_ids`, `token_type_ids`, `attention_mask` | (B, L), int64; only without `class_names` |
+    - `pixel_values`: (B, 3, height, width), as the processor makes them.
+    - `pixel_mask`: (B, height, width), int64, 1 on the image and 0 on padding.
+    - `input_ids`, `token_type_ids` and `attention_mask`: (B, L), int64; only without `class_names`.
 
     With `class_names`, `scores` (B, queries, number of classes) are those of `peft_sdpt.detection.class_scores`. The
     text model runs once, now, and is not in the file. Without, `logits` (B, queries, tokens) are those of the
