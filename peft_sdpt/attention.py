@@ -164,7 +164,8 @@ def append_prompts(tokens: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
         tokens: `(B, L, d)`.
         prompts: `(N, d)`, or `(B, N, d)` if each sample has its own.
     """
-    return torch.cat([tokens, prompts.to(tokens.dtype).expand(len(tokens), -1, -1)], dim=1)
+    # Not `len`, which would fix the batch size of a program that `torch.export` makes.
+    return torch.cat([tokens, prompts.to(tokens.dtype).expand(tokens.shape[0], -1, -1)], dim=1)
 
 
 def append_zeros(positions: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
@@ -200,7 +201,7 @@ def extend_mask(mask: torch.Tensor | None, tokens: torch.Tensor, prompts: Prompt
     else:
         columns = (~columns).to(mask.dtype)
     columns = columns.view(len(columns), *[1] * (mask.dim() - 2), -1)
-    mask = mask.expand(len(tokens), *mask.shape[1:])
+    mask = mask.expand(tokens.shape[0], *mask.shape[1:])
     return torch.cat([mask, columns.expand(*mask.shape[:-1], -1)], dim=-1)
 
 

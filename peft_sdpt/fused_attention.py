@@ -133,7 +133,7 @@ def fused_bi_attention(
         prompts = image_tokens.new_empty(0, image_tokens.shape[-1]) if image.prompts is None else image.prompts
         image_out, read, total = _BothDirections.apply(
             image_tokens,
-            prompts.to(dtype).expand(len(image_tokens), -1, -1),
+            prompts.to(dtype).expand(image_tokens.shape[0], -1, -1),
             keys_of_image,
             values_of_image,
             text_bias,
@@ -160,7 +160,7 @@ def _added(side: SideInput, mask_function: MaskFunction, dtype: torch.dtype) -> 
     """Return what the masks of a side and its prompts add to logits of a dtype, `(B, 1, 1, L + N)`, or None."""
     if side.mask is None and side.prompt_mask is None:
         return None
-    nothing = side.tokens.new_zeros(len(side.tokens), 1, 1, side.length)
+    nothing = side.tokens.new_zeros(side.tokens.shape[0], 1, 1, side.length)
     return mask_logits(nothing, side, mask_function).to(dtype)
 
 
@@ -332,7 +332,7 @@ class _BothDirections(torch.autograd.Function):
             # State of the text's softmax over the image tokens and prompts so far: maximum, sum, and what was read.
             top = shared.keys.new_full((*keys.shape[:2], text_length), -torch.inf, dtype=shared.exact)
             total, dropped_total = torch.zeros_like(top), torch.zeros_like(top)
-            read = top.new_zeros(len(keys), keys.shape[1] * text_length, keys.shape[-1])
+            read = top.new_zeros(keys.shape[0], keys.shape[1] * text_length, keys.shape[-1])
             for begin, end, tokens in shared.chunks():
                 logits = shared.logits(tokens)
                 if begin < image.shape[1]:

@@ -31,7 +31,7 @@ import detect
 import pretrain_host
 import serve as serve_script
 import train_detection
-from benchmarks import serving
+from benchmarks import deployment, serving
 from benchmarks.gpu_check import __main__ as gpu_check
 from benchmarks.speed import __main__ as speed
 from benchmarks.speed import kept
@@ -58,6 +58,7 @@ SCRIPTS = {
     "examples/pretrain_host.py": pretrain_host,
     "-m benchmarks.serving": serving,
     "-m benchmarks.gpu_check": gpu_check,
+    "-m benchmarks.deployment": deployment,
     "-m benchmarks.speed": speed,
     "-m benchmarks.speed.kept": kept,
     "-m benchmarks.transfer": transfer,
