@@ -201,7 +201,8 @@ def _baked(layer: SDPTLayer, memo: dict[int, Any]) -> nn.Module:
         memo: The memo of `deepcopy`.
     """
     fusion_layer = copy.deepcopy(layer.base_layer, memo)
-    _, active, scales, _ = activation(layer)
+    state = activation(layer)
+    active, scales = state.active, state.scales
     names = [name for name in active if name in layer.sdpt_prompts and _has_effect(layer, name, scales[name])]
     was_training, layer.training = layer.training, False  # without the dropout of prompts
     try:
@@ -228,7 +229,8 @@ def _merged(layer: SDPTLoraLayer, memo: dict[int, Any]) -> nn.Module:
         InputError: The weight is quantised.
     """
     linear: Any = copy.deepcopy(layer.get_base_layer(), memo)
-    _, active, scales, _ = activation(layer)
+    state = activation(layer)
+    active, scales = state.active, state.scales
     changes = [
         layer.sdpt_lora_B[name] @ layer.sdpt_lora_A[name] * (layer.sdpt_lora_scaling[name] * scales[name])
         for name in active
