@@ -327,10 +327,10 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
                 names = [name for name in names if name not in silent]
         if choice is not None:
             num_samples = len(self.fusion_host.bind(args, kwargs)[self.fusion_host.arguments[0]])
-            if len(choice.places) != num_samples:
+            if choice.places.shape[0] != num_samples:
                 raise ValueError(
                     "Length of `adapter_names` should be the same as the number of inputs, but got "
-                    f"{len(choice.places)} and {num_samples} respectively."
+                    f"{choice.places.shape[0]} and {num_samples} respectively."
                 )
         prompts = self.input_prompts(names, choice, scales)
         if all(side.tokens is None and side.gated is None for side in prompts):

@@ -117,7 +117,7 @@ class SDPTLoraLayer(nn.Module, BaseTunerLayer):
             for name in names:
                 result = result + self._change(x, self.sdpt_lora_A[name], self.sdpt_lora_B[name]) * scalings[name]
             return result.to(dtype)
-        num_samples = len(choice.places)
+        num_samples = choice.places.shape[0]
         if len(x) == 1:
             # Prompts of a fusion layer, which all samples share before this layer.
             x, result = x.expand(num_samples, *x.shape[1:]), result.expand(num_samples, *result.shape[1:])
