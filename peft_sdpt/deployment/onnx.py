@@ -213,7 +213,9 @@ def detector_config(model: nn.Module) -> Any:
         InputError: The model is of another kind, quantised, sharded, or on the meta device.
     """
     config = getattr(model, "config", None)
-    if not isinstance(config, TRAINED) or not any(name.endswith("bbox_embed") for name, _ in model.named_modules()):
+    if not isinstance(config, TRAINED) or not any(
+        name.split(".")[-1] == "class_embed" for name, _ in model.named_modules()
+    ):
         kind = getattr(config, "model_type", None) or type(model).__name__
         raise InputError(
             f"model={quoted(kind)}: must be a Grounding DINO, MM Grounding DINO or LLMDet of transformers with its "
@@ -291,7 +293,7 @@ class _FixedText(nn.Module):
 
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.encoder: Any = encoder
         self.num_prompts = 0
         self.prompt = 0
 
@@ -315,9 +317,8 @@ class _FixedText(nn.Module):
     def forward(self, vision_features: Tensor, **inputs: Any) -> Any:
         for name in _TEXT:
             text = getattr(self, f"{name}{self.prompt}")
-            inputs[name] = text.expand(
-                vision_features.shape[0], *text.shape[1:]
-            )  # `len` would be exported as a constant
+            # `len` would be exported as a constant.
+            inputs[name] = text.expand(vision_features.shape[0], *text.shape[1:])
         return self.encoder(vision_features=vision_features, **inputs)
 
 
@@ -360,7 +361,8 @@ class _ExportableOperators(TorchFunctionMode):
             return torch.stack([torch.stack([torch.full((), size, **kwargs) for size in row]) for row in args[0]])
         if func is torch.linspace and isinstance(args[2], torch.SymInt):
             # Grounding DINO only takes steps of 1.
-            return torch.arange(args[2], **kwargs) + args[0]
+            steps: Any = args[2]
+            return torch.arange(steps, **kwargs) + args[0]
         if func is Tensor.split and isinstance(args[1], list):
             # ONNX has sequences of tensors for this, which few engines know.
             starts = [sum(args[1][:index]) for index in range(len(args[1]))]
@@ -379,10 +381,10 @@ def _pad_always(host: nn.Module) -> None:
     The code of transformers asks first whether a size needs padding, and the answer for the example would be exported.
     Padding by nothing changes nothing.
     """
-    padding = {SwinPatchEmbeddings: _pad_pixels, SwinPatchMerging: _pad_pairs, SwinLayer: _pad_windows}
+    padding: dict[type, Any] = {SwinPatchEmbeddings: _pad_pixels, SwinPatchMerging: _pad_pairs, SwinLayer: _pad_windows}
     for module in host.modules():
         if type(module) in padding:
-            module.maybe_pad = types.MethodType(padding[type(module)], module)  # type: ignore[assignment] # of a copy
+            module.maybe_pad = types.MethodType(padding[type(module)], module)
 
 
 def _missing(size: int, multiple: int) -> int:
