@@ -382,7 +382,8 @@ def _pad_always(host: nn.Module) -> None:
     Padding by nothing changes nothing.
     """
     padding: dict[type, Any] = {SwinPatchEmbeddings: _pad_pixels, SwinPatchMerging: _pad_pairs, SwinLayer: _pad_windows}
-    for module in host.modules():
+    modules: Iterator[Any] = host.modules()
+    for module in modules:
         if type(module) in padding:
             module.maybe_pad = types.MethodType(padding[type(module)], module)
 
