@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers.models.swin.modeling_swin import SwinLayer, SwinPatchEmbeddings, SwinPatchMerging
@@ -115,7 +116,7 @@ def export_onnx(
         What was written.
 
     Raises:
-        InputError: The model is of another kind, quantised, or on the meta device, the classes cannot be read, the file
+        InputError: The model cannot be exported, see `detector_config`, the classes cannot be read, the file
             cannot be written, `fixed_size` is too small, or the outputs differ by more than 0.001.
         MissingExtraError: A package of the extra `onnx` is not installed.
     """
@@ -210,7 +211,8 @@ def detector_config(model: nn.Module) -> Any:
     """Return the config of a model that can be exported.
 
     Raises:
-        InputError: The model is of another kind, quantised, sharded, or on the meta device.
+        InputError: The model is of another kind, quantised, sharded, on the meta device, or has adapters of another
+            tuner only.
     """
     config = getattr(model, "config", None)
     if not isinstance(config, TRAINED) or not any(
@@ -220,6 +222,10 @@ def detector_config(model: nn.Module) -> Any:
         raise InputError(
             f"model={quoted(kind)}: must be a Grounding DINO, MM Grounding DINO or LLMDet of transformers with its "
             "heads, as AutoModelForZeroShotObjectDetection loads it; other base models cannot be exported to ONNX."
+        )
+    if isinstance(model, PeftModel) and not has_prompts(model):
+        raise InputError(
+            "model: has adapters of another tuner only; merge them with merge_and_unload before the export."
         )
     parameters = list(model.parameters())
     if any(parameter.is_meta for parameter in parameters):
@@ -366,13 +372,15 @@ class _ExportableOperators(TorchFunctionMode):
         if func is Tensor.split and isinstance(args[1], list):
             # ONNX has sequences of tensors for this, which few engines know.
             starts = [sum(args[1][:index]) for index in range(len(args[1]))]
-            dim = kwargs.get("dim", 0)
+            dim = kwargs.get("dim", args[2] if len(args) > 2 else 0)
             return tuple(args[0].narrow(dim, start, size) for start, size in zip(starts, args[1], strict=True))
         return func(*args, **kwargs)
 
 
 def _has_symbols(rows: Any) -> bool:
-    return isinstance(rows, list) and any(isinstance(size, torch.SymInt) for row in rows for size in row)
+    """Return whether this is a list of sizes of feature maps, (height, width), that may vary."""
+    is_table = isinstance(rows, list) and all(isinstance(row, tuple) for row in rows)
+    return is_table and any(isinstance(size, torch.SymInt) for row in rows for size in row)
 
 
 def _pad_always(host: nn.Module) -> None:

@@ -15,6 +15,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from torch import nn
 from transformers import AutoProcessor
@@ -411,6 +412,7 @@ def test_models_that_cannot_be_exported(bare, processor, tmp_path):
         (nn.Linear(2, 2), "model='Linear': must be a Grounding DINO"),
         (bare.model, "with its heads"),
         (meta, "is on the meta device"),
+        (get_peft_model(make_detector("grounding_dino"), LoraConfig(target_modules=["fc1"])), "merge_and_unload"),
         (int8, "is quantised or sharded"),
     ):
         with pytest.raises(InputError, match=message):
