@@ -25,7 +25,7 @@ from transformers.models.swin.modeling_swin import SwinLayer, SwinPatchEmbedding
 
 from ..detection.base_models import TRAINED
 from ..detection.grounding import class_prompt, class_scores, class_token_maps, split_classes
-from ..detection.pixels import num_positions, pad_small_images
+from ..detection.pixels import num_positions, pad_small_images, strides_of
 from ..detection.prediction import DEFAULT_THRESHOLD
 from ..errors import InputError, MissingExtraError
 from ..files import check_writable, whole_file
@@ -348,10 +348,13 @@ def _blank(config: Any) -> dict[str, Tensor]:
 def _example(config: Any, fixed_size: tuple[int, int] | None) -> dict[str, Tensor]:
     """Return random pixels of two images, with padding in the second one."""
     generator = torch.Generator().manual_seed(0)
-    height, width = fixed_size or _blank(config)["pixel_values"].shape[-2:]
-    if fixed_size is None:
-        # Odd sizes, whose feature maps need padding in all stages, and that differ from each other.
-        height, width = height + 11, width + 43
+    if fixed_size:
+        height, width = fixed_size
+    else:
+        # A feature map with one row or column would be exported as a constant. The coarsest one has 3 by 4 positions.
+        coarsest = strides_of(config)[-1]
+        smallest = _blank(config)["pixel_values"].shape[-1]
+        height, width = max(3 * coarsest, smallest) - 5, max(4 * coarsest, smallest) - 9
     pixels = torch.randn(2, 3, height, width, generator=generator)
     mask = torch.ones(2, height, width, dtype=torch.long)
     mask[1, :, width - width // 8 :] = 0
