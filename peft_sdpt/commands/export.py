@@ -89,7 +89,7 @@ def describe(exported: ExportedDetector) -> str:
     lines = [f"{shown_path(exported.path)}: {exported.num_bytes / 1e6:.1f} MB, opset {exported.opset}"]
     for kind, values in (("inputs", exported.inputs), ("outputs", exported.outputs)):
         lines.append(f"{kind}: " + ", ".join(f"{name} ({', '.join(map(str, dims))})" for name, dims in values.items()))
-    lines.append(f"largest difference to PyTorch: {exported.difference:.1e}")
+    lines.append(f"largest difference to PyTorch, in 95% of the queries: {exported.difference:.1e}")
     return "\n".join(lines)
 
 

@@ -185,15 +185,17 @@ def any_size(saved, tmp_path_factory):
 
 @pytest.mark.slow
 def test_the_command_exports_a_saved_adapter(any_size):
-    assert (any_size.err, any_size.code) == ("", 0)
+    assert any_size.code == 0
+    # Apart from the progress bar of transformers, nothing is printed to stderr.
+    assert all("Loading weights" in line for line in any_size.err.splitlines() if line)
     lines = any_size.out.splitlines()
-    assert lines[0] == "exporting 3 classes: red cat, dog and house. This takes minutes."
+    assert lines[0] == "exporting 3 classes: red cat, dog, house. This takes minutes."
     assert lines[1].startswith(f"{any_size.file}: 0.") and lines[1].endswith(" MB, opset 18")
     assert lines[2:4] == [
         "inputs: pixel_values (batch, 3, height, width), pixel_mask (batch, height, width)",
         "outputs: scores (batch, 6, 3), boxes (batch, 6, 4)",
     ]
-    assert lines[4].startswith("largest difference to PyTorch: ") and len(lines) == 5
+    assert lines[4].startswith("largest difference to PyTorch, in 95% of the queries: ") and len(lines) == 5
 
 
 @pytest.mark.slow
@@ -319,8 +321,8 @@ def test_the_model_stays_as_it_was(several_prompts):
 def test_what_is_said_of_the_file(several_prompts):
     exported = several_prompts.exported
     assert exported.prompts == [
-        "cat. dog. red house. bird. horse. cow. old man. fish. tree. table. lamp. door. shoe. hat.",
-        "boat. plane. bed.",
+        "cat. dog. red house. bird. horse. cow. old man. fish. tree. table. lamp. door. shoe.",
+        "hat. boat. plane. bed.",
     ]
     assert exported.path == several_prompts.file
     assert exported.num_bytes == several_prompts.file.stat().st_size
