@@ -1,6 +1,9 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""The commands `sdpt-train` and `sdpt-detect`. The scripts in `examples/` run them with a small base model."""
+"""The commands `sdpt-train`, `sdpt-detect` and `sdpt-export`.
+
+The scripts in `examples/` run them with a small base model.
+"""
 
 import io
 import sys
@@ -28,4 +31,11 @@ def sdpt_detect() -> None:
     """Run the installed command `sdpt-detect`. Without the extra `detection`, it ends with one line."""
     with one_line_errors("sdpt-detect"):
         from .detect import main
+    main()
+
+
+def sdpt_export() -> None:
+    """Run the installed command `sdpt-export`. Without the extra `onnx`, it ends with one line."""
+    with one_line_errors("sdpt-export"):
+        from .export import main
     main()

@@ -379,6 +379,29 @@ def read_max_text_len(args: argparse.Namespace, base_model: str) -> int:
         return load_base_config(base_model).max_text_len
 
 
+def choose_class_names(given: list[str] | None, adapter: SavedAdapter | None) -> list[str]:
+    """Return the classes to detect.
+
+    Args:
+        given: The names or captions of `--class_names`. None for the classes that the adapter was trained on.
+        adapter: The adapter. None for the base model.
+
+    Raises:
+        InputError: There are no names, or a name is given twice.
+    """
+    if given:
+        class_names = [clean_name(name) for text in given for name in split_caption(text)]
+    elif adapter:
+        with hint("Pass --class_names."):
+            class_names = read_class_names(adapter)
+    else:
+        raise InputError("--class_names: is needed without an --adapter that has class names.")
+    if not class_names:
+        raise InputError(f"{adapter.source if adapter else '--class_names'}: has no class name.")
+    check_class_names(class_names)
+    return class_names
+
+
 def check_class_names(class_names: list[str]) -> None:
     """Raise an `InputError` if two names make the same prompt, because both would get the same scores."""
     for phrase, number in Counter(class_prompt([name]) for name in class_names).items():
@@ -393,17 +416,8 @@ def prepare_results(args: argparse.Namespace, base_model: str, adapters: list[Sa
     results = []
     detectors: list[SavedAdapter | None] = [*adapters] or [None]
     for adapter in detectors:
-        if args.class_names:
-            class_names = [clean_name(name) for text in args.class_names for name in split_caption(text)]
-        elif adapter:
-            with hint("Pass --class_names."):
-                class_names = read_class_names(adapter)
-        else:
-            raise InputError("--class_names: is needed without an --adapter that has class names.")
+        class_names = choose_class_names(args.class_names, adapter)
         processor = load_processor(adapter, base_model)
-        if not class_names:
-            raise InputError(f"{adapter.source if adapter else '--class_names'}: has no class name.")
-        check_class_names(class_names)
         chunks = split_classes(class_names, processor.tokenizer, max_text_len)
         suggested = read_threshold(adapter) if adapter else None
         threshold = next(t for t in (args.threshold, suggested, DEFAULT_THRESHOLD) if t is not None)

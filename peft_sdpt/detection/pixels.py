@@ -51,7 +51,7 @@ def num_positions(height: int, width: int, config: Any) -> int:
         The number of positions. It is the length of the sequence that the encoder sees.
     """
     # Each feature map has half the size of the one before, rounded up.
-    return sum(-(-height // stride) * -(-width // stride) for stride in _strides(config))
+    return sum(-(-height // stride) * -(-width // stride) for stride in strides_of(config))
 
 
 def pad_small_images(inputs: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
@@ -76,7 +76,7 @@ def pad_small_images(inputs: Mapping[str, Tensor], config: Any) -> dict[str, Ten
     if not getattr(config, "two_stage", False):
         return inputs
     batch, _, old_height, old_width = inputs["pixel_values"].shape
-    height, width, step = old_height, old_width, _strides(config)[0]
+    height, width, step = old_height, old_width, strides_of(config)[0]
     while num_positions(height, width, config) < config.num_queries:
         # One more row or column of the finest feature map, on the shorter side.
         if height <= width:
@@ -94,7 +94,7 @@ def pad_small_images(inputs: Mapping[str, Tensor], config: Any) -> dict[str, Ten
     return inputs
 
 
-def _strides(config: Any) -> list[int]:
+def strides_of(config: Any) -> list[int]:
     """Return the stride of each feature map in pixels, the finest first."""
     backbone = config.backbone_config
     strides = list(STRIDES)

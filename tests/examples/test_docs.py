@@ -28,6 +28,8 @@ from transformers import AutoModelForZeroShotObjectDetection
 
 import demo
 import detect
+import detect_onnx
+import export_onnx
 import pretrain_host
 import serve as serve_script
 import train_detection
@@ -38,6 +40,7 @@ from benchmarks.speed import kept
 from benchmarks.transfer import __main__ as transfer
 from peft_sdpt import SDPTConfig, SDPTLayer
 from peft_sdpt.commands import detect as detect_command
+from peft_sdpt.commands import export as export_command
 from peft_sdpt.commands import train
 from peft_sdpt.hosts import HOSTS
 from tests.helpers.detectors import ROOT, attach, make_host, run
@@ -53,6 +56,8 @@ DIRECTIVES = ("{toctree}", "{eval-rst}")
 SCRIPTS = {
     "examples/train_detection.py": train_detection,
     "examples/detect.py": detect,
+    "examples/detect_onnx.py": detect_onnx,
+    "examples/export_onnx.py": export_onnx,
     "examples/demo.py": demo,
     "examples/serve.py": serve_script,
     "examples/pretrain_host.py": pretrain_host,
@@ -208,7 +213,7 @@ def parse(module, arguments: list[str], monkeypatch) -> argparse.Namespace:
 
 def parse_args(module) -> argparse.Namespace:
     """Return the arguments that a script would run with."""
-    command = {train_detection: train, detect: detect_command}.get(module)
+    command = {train_detection: train, detect: detect_command, export_onnx: export_command}.get(module)
     if command is None:
         return module.parse_args()
     seen = []
