@@ -116,9 +116,8 @@ def export_onnx(
         What was written.
 
     Raises:
-        InputError: The model cannot be exported, see `detector_config`, the classes cannot be read, the file
-            cannot be written, `fixed_size` is too small, or the outputs of more than 5% of the queries differ by more
-            than 0.001.
+        InputError: The model cannot be exported, see `detector_config`, the classes cannot be read, the file cannot be
+            written, `fixed_size` is too small, or more than 5% of the queries differ by more than 0.001.
         MissingExtraError: A package of the extra `onnx` is not installed.
     """
     path = Path(path)

@@ -20,6 +20,7 @@ from PIL import Image
 from torch import nn
 from transformers import AutoProcessor
 
+import detect_onnx
 import export_onnx as export_script
 from peft_sdpt.deployment import onnx as exporting
 from peft_sdpt.deployment.onnx import export_onnx
@@ -152,11 +153,11 @@ def assert_unchanged(before, after) -> None:
 
 @pytest.fixture(scope="module")
 def saved(processor, tmp_path_factory):
-    """An eager adapter of MM Grounding DINO, in a folder beside its base model."""
+    """An adapter of MM Grounding DINO, in a folder beside its base model."""
     folder = tmp_path_factory.mktemp("saved")
     make_detector("mm_grounding_dino").save_pretrained(folder / "base")
     processor.save_pretrained(folder / "base")
-    model = make_tuned("mm_grounding_dino", "eager")
+    model = make_tuned("mm_grounding_dino", "gated")
     model.peft_config["default"].base_model_name_or_path = str(folder / "base")
     model.save_pretrained(folder / "adapter")
     (folder / "adapter" / "class_names.json").write_text(json.dumps(NAMES))
@@ -178,9 +179,14 @@ def run_command(*arguments) -> tuple[str, str, int]:
 
 @pytest.fixture(scope="module")
 def any_size(saved, tmp_path_factory):
-    file = tmp_path_factory.mktemp("onnx") / "detector.onnx"
-    out, err, code = run_command("--adapter", saved.adapter, "--output", file)
-    return SimpleNamespace(file=file, model=saved.model, out=out, err=err, code=code)
+    """The only export of the tests, because it takes a minute."""
+    export = exporting._export
+    programs = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exporting, "_export", lambda *args: programs.append(export(*args)) or programs[0])
+        file = tmp_path_factory.mktemp("onnx") / "detector.onnx"
+        out, err, code = run_command("--adapter", saved.adapter, "--output", file)
+    return SimpleNamespace(file=file, model=saved.model, out=out, err=err, code=code, program=programs[0])
 
 
 @pytest.mark.slow
@@ -286,85 +292,58 @@ def test_the_script_without_pytorch_detects_the_same(any_size, processor, photos
             assert each["box"] == pytest.approx(box, abs=200 * TOLERANCE)
 
 
-# ---- a file of a fixed size, with several prompts
-
-
-@pytest.fixture(scope="module")
-def several_prompts(processor, tmp_path_factory):
-    """Two active adapters, and classes that do not fit into one prompt."""
-    model = make_tuned("grounding_dino", "several").train()
+@pytest.mark.slow
+def test_what_is_said_of_the_file_and_the_model_stays_as_it_was(any_size, processor, tmp_path, monkeypatch):
+    monkeypatch.setattr(exporting, "_export", lambda *args: any_size.program)
+    model = any_size.model.train()
     before = state(model)
-    programs = []
-    export = exporting._export
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exporting, "_export", lambda *args: programs.append(export(*args)) or programs[0])
-        file = tmp_path_factory.mktemp("onnx") / "prompts.onnx"
-        exported = export_onnx(model, processor, MANY, file, fixed_size=(40, 56))
-    return SimpleNamespace(
-        before=before, after=state(model), model=model.eval(), exported=exported, file=file, program=programs[0]
-    )
-
-
-@pytest.mark.slow
-def test_several_prompts_and_adapters(several_prompts, processor):
-    for batch in (1, 3):
-        inputs = images(batch, 40, 56, seed=batch)
-        assert_same(several_prompts.file, several_prompts.model, processor, MANY, inputs)
-
-
-@pytest.mark.slow
-def test_the_model_stays_as_it_was(several_prompts):
-    assert_unchanged(several_prompts.before, several_prompts.after)
-
-
-@pytest.mark.slow
-def test_what_is_said_of_the_file(several_prompts):
-    exported = several_prompts.exported
-    assert exported.prompts == [
-        "cat. dog. red house. bird. horse. cow. old man. fish. tree. table. lamp. door. shoe.",
-        "hat. boat. plane. bed.",
-    ]
-    assert exported.path == several_prompts.file
-    assert exported.num_bytes == several_prompts.file.stat().st_size
-    model = onnx.load(several_prompts.file)
-    assert exported.opset == next(each.version for each in model.opset_import if not each.domain)
-    assert exported.inputs == {"pixel_values": ["batch", 3, 40, 56], "pixel_mask": ["batch", 40, 56]}
-    assert exported.outputs == {"scores": ["batch", 12, len(MANY)], "boxes": ["batch", 12, 4]}
+    exported = export_onnx(model, processor, NAMES, tmp_path / "d.onnx")
+    assert_unchanged(before, state(model))
+    model.eval()
+    assert exported.path == tmp_path / "d.onnx"
+    assert exported.num_bytes == exported.path.stat().st_size
+    opset = next(each.version for each in onnx.load(exported.path).opset_import if not each.domain)
+    assert exported.opset == opset == 18
+    assert exported.prompts == ["red cat. dog. house."]
     assert 0 < exported.difference < TOLERANCE
 
 
 @pytest.mark.slow
-def test_the_image_is_encoded_once_for_all_prompts(several_prompts):
-    graph = onnx.load(several_prompts.file).graph
-    # The patches of Swin, and one projection for each of the two feature maps.
-    assert sum(node.op_type == "Conv" for node in graph.node) == 3
-
-
-@pytest.mark.slow
-def test_a_fixed_size_without_pytorch(several_prompts, processor, photos):
-    for file, found in zip(photos, detections_alone(several_prompts.file, photos), strict=True):
-        assert len(found) == 12 * len(MANY)
-        image = Image.open(file)
-        ratio = min(40 / image.height, 56 / image.width)
-        small = image.resize((int(image.width * ratio), int(image.height * ratio)), Image.Resampling.BILINEAR)
-        inputs = dict(processor.image_processor(small, do_resize=False, return_tensors="pt"))
-        margin = (0, 56 - small.width, 0, 40 - small.height)
-        inputs = {name: nn.functional.pad(tensor, margin) for name, tensor in inputs.items()}
-        scores, _ = scores_and_boxes(several_prompts.model, processor, MANY, inputs)
-        assert [each["score"] for each in found] == pytest.approx(
-            scores.flatten().sort(descending=True).values.tolist(), abs=TOLERANCE
-        )
-
-
-@pytest.mark.slow
-def test_a_file_that_differs_is_not_written(several_prompts, processor, tmp_path, monkeypatch):
+def test_a_file_that_differs_is_not_written(any_size, processor, tmp_path, monkeypatch):
     """The check compares with the model, so a fault in the export cannot go unseen."""
     corners = exporting._corners
-    monkeypatch.setattr(exporting, "_export", lambda *args: several_prompts.program)
+    monkeypatch.setattr(exporting, "_export", lambda *args: any_size.program)
     monkeypatch.setattr(exporting, "_corners", lambda boxes: corners(boxes) + 0.01)
     with pytest.raises(InputError, match=r"differ from those of the model by 1\.0e-02"):
-        export_onnx(several_prompts.model, processor, MANY, tmp_path / "d.onnx", fixed_size=(40, 56))
+        export_onnx(any_size.model, processor, NAMES, tmp_path / "d.onnx")
     assert not list(tmp_path.iterdir())
+
+
+@torch.no_grad()
+def test_images_are_encoded_once_for_several_prompts(processor):
+    model = make_detector("grounding_dino")
+    calls = []
+    model.model.backbone.register_forward_hook(lambda *_: calls.append(1))
+    fixed = exporting._FixedDetector(model, processor.tokenizer, ["dog.", "cat.", "tree."], [[0], [1], [2]])
+    calls.clear()
+    for seed in range(2):
+        fixed(**images(1, 40, 56, seed=seed))
+    assert len(calls) == 2
+
+
+def test_a_fixed_size_is_padded_by_the_script(photos, processor):
+    metadata = exporting._preparation(processor.image_processor, (40, 56))
+    for file in photos:
+        image = Image.open(file)
+        found = detect_onnx.prepare(image, metadata)
+        ratio = min(40 / image.height, 56 / image.width)
+        width, height = int(image.width * ratio), int(image.height * ratio)
+        small = image.resize((width, height), Image.Resampling.BILINEAR)
+        inputs = processor.image_processor(small, do_resize=False, return_tensors="pt")
+        for name, values in found.items():
+            assert values.shape[-2:] == (40, 56)
+            expected = nn.functional.pad(inputs[name], (0, 56 - width, 0, 40 - height))
+            torch.testing.assert_close(torch.from_numpy(values), expected, rtol=0, atol=1e-5)
 
 
 # ---- wrong input
