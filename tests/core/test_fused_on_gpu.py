@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import peft_sdpt.fused_attention
 from peft_sdpt.attention import GatedPrompts, Side, SideInput, add_validity, bi_attention
 from peft_sdpt.fused_attention import fused_bi_attention
+from tests.helpers.pretend import pretend_gpu
 
 # Operations that only look at memory in another way, or reserve it.
 VIEWS = {"view", "expand", "transpose", "slice", "unsqueeze", "permute", "_unsafe_view", "detach", "select", "squeeze"}
@@ -132,6 +133,19 @@ def test_training_stores_the_image_tokens_once(autocast, gated):
     assert of_image == [length * 256 * element]
     # The logits are larger than the image tokens, so none of them is stored.
     assert length * 4 * text_length >= length * 256
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_training_on_a_gpu_stores_no_logits(dtype, gated):
+    """The bias of the image's queries gets gradients. As a mask of `scaled_dot_product_attention`, it is expanded."""
+    sizes, length, text_length = (16, 16, 64, 4), 500, 40
+    with pretend_gpu():
+        image, text, _ = make_inputs(sizes, 1, length, text_length, gated, "pretend", dtype)
+        sides = [Side(*(module.to("pretend") for module in side)) for side in make_sides(sizes, dtype=dtype)]
+        found = stored(lambda: fused_bi_attention(image, text, *sides, **options(sizes)))
+    of_image = length * 16 * dtype.itemsize
+    assert [size for _, size in found if size >= of_image] == [of_image]
 
 
 @pytest.mark.parametrize("gated", [False, True])
