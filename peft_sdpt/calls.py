@@ -50,8 +50,7 @@ class Choice(NamedTuple):
             adapter_names: For each sample, the adapter to use, or `"__base__"`.
             device: The device of the places.
         """
-        adapters = tuple(name for name in dict.fromkeys(adapter_names) if name != BASE)
-        return cls(adapters, _places([adapter_names], [adapters], device)[0])
+        return _choices(adapter_names, (), device)[0]
 
     def uses(self, adapter: str) -> torch.Tensor:
         """Return which samples use an adapter, `(B,)`, bool."""
@@ -67,14 +66,16 @@ class Choice(NamedTuple):
         return torch.stack([*(tensors.get(name, zeros) for name in self.adapters), zeros])[self.places]
 
 
-def _places(
-    adapter_names: Sequence[Sequence[str]], adapters: Sequence[Sequence[str]], device: torch.device
-) -> torch.Tensor:
-    """Return indices into lists of adapters, one row for each list, in one copy to the device."""
-    places = [{name: place for place, name in enumerate(each)} for each in adapters]
-    rows = [[place.get(name, len(place)) for name in names] for names, place in zip(adapter_names, places, strict=True)]
+def _choices(adapter_names: Sequence[str], all_adapters: Sequence[str], device: torch.device) -> tuple[Choice, Choice]:
+    """Return choices among the adapters that the samples use, and among all adapters, in one copy to the device."""
+    used = tuple(name for name in dict.fromkeys(adapter_names) if name != BASE)
+    rows = []
+    for adapters in (used, all_adapters):
+        place = {name: number for number, name in enumerate(adapters)}
+        rows.append([place.get(name, len(place)) for name in adapter_names])
     # A copy that blocks would wait for the GPU.
-    return torch.tensor(rows, device="cpu").to(device, non_blocking=True)
+    places = torch.tensor(rows, device="cpu").to(device, non_blocking=True)
+    return Choice(used, places[0]), Choice(tuple(all_adapters), places[1])
 
 
 class Activation(NamedTuple):
@@ -129,17 +130,22 @@ def calling(
         silent: What `read_gates` of `layer.py` has read for this call.
     """
     compiling = torch.compiler.is_compiling()
-    choice = among_all = None
-    if adapter_names is not None:
-        used = tuple(name for name in dict.fromkeys(adapter_names) if name != BASE)
-        device = next((layer.device_of_adapters for layer in layers), torch.device("cpu"))
-        rows = _places([adapter_names] * 2, [used, adapters], device)
-        choice, among_all = Choice(used, rows[0]), Choice(tuple(adapters), rows[1])
+    choices: dict[torch.device, tuple[Choice | None, Choice | None]] = {}
+    for device in {layer.device_of_adapters for layer in layers}:
+        choices[device] = (None, None) if adapter_names is None else _choices(adapter_names, adapters, device)
     names: dict[int, Sequence[str]] = {}
     with nullcontext() if compiling else SWITCHING:
-        notes = (
-            {} if compiling else {id(layer): _state_of(layer, choice, silent.get(id(layer), {})) for layer in layers}
-        )
+        notes: dict[int, Activation] = {}
+        if not compiling:
+            for layer in layers:
+                choice = choices[layer.device_of_adapters][0]
+                notes[id(layer)] = Activation(
+                    not layer.disable_adapters,
+                    tuple(layer.active_adapters),
+                    dict(layer.sdpt_scale),
+                    choice,
+                    silent.get(id(layer), {}),
+                )
         if adapter_names is not None:
             for module in copied:
                 names[id(module)] = [name if name in module._adapters else BASE for name in adapter_names]
@@ -147,7 +153,7 @@ def calling(
                     module.register_forward_pre_hook(_pass_names_on, with_kwargs=True)
                 module.sdpt_call_names = names[id(module)]
             for layer in layers:
-                layer.sdpt_call, layer.sdpt_compiled_call = choice, among_all
+                layer.sdpt_call, layer.sdpt_compiled_call = choices[layer.device_of_adapters]
     token = None if compiling else _CALL.set(_Call(notes, names, adapter_names is not None))
     try:
         yield
@@ -159,11 +165,6 @@ def calling(
                 module.sdpt_call_names = None
             for layer in layers:
                 layer.sdpt_call = layer.sdpt_compiled_call = None
-
-
-def _state_of(layer: Any, choice: Choice | None, silent: Mapping[str, bool]) -> Activation:
-    active, scales = tuple(layer.active_adapters), dict(layer.sdpt_scale)
-    return Activation(not layer.disable_adapters, active, scales, choice, silent)
 
 
 def activation(layer: Any, adapter_names: Sequence[str] | None = None) -> Activation:

@@ -61,6 +61,7 @@ def fused_bi_attention(
     token by the same number, which a softmax does not depend on.
 
     No tensor of the size of the logits is stored for the backward pass, except dropout masks of one byte per weight.
+    Compiled code may store logits, because the compiler sees that the backward pass computes them again.
     Where it is faster, the two directions are two calls of `torch.nn.functional.scaled_dot_product_attention`; see
     `_kernels_pay`. Otherwise, and with dropout, they share their logits in `_BothDirections`.
 
@@ -287,7 +288,7 @@ def _keep(weights: torch.Tensor, dropout: float) -> torch.Tensor | None:
 
 
 def _drop(weights: torch.Tensor, keep: torch.Tensor | None, dropout: float) -> torch.Tensor:
-    return weights if keep is None else weights * keep * (1 / (1 - dropout))
+    return weights if keep is None else weights * keep * (1 / (1 - dropout) if dropout < 1 else 0)
 
 
 def _add_product(total: torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> None:

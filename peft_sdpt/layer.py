@@ -29,6 +29,7 @@ from .weights import (
     device_and_dtype,
     is_adapted,
     is_of_inference_mode,
+    is_sharded,
     is_trained,
     refuse_adapted,
 )
@@ -90,7 +91,7 @@ def read_gates(layers: Iterable[Any], adapters: Collection[str]) -> dict[int, di
     gates = {
         key: each
         for key, each in gates.items()
-        if _reading_waits(each) and not each.is_meta and _is_read_in_each_call(each)
+        if _reading_waits(each) and not each.is_meta and not is_sharded(each) and _is_read_in_each_call(each)
     }
     read: dict[int, dict[str, bool]] = {}
     if gates:
@@ -390,7 +391,7 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
             scales: Factor of the gates of each adapter. None for those that `set_scale` has set.
 
         Returns:
-            Prompts of each side, with tokens `(sum of N, d)`, or `(B, N, d)` for a batch of adapters of one kind.
+            Prompts of each side, with tokens `(sum of N, d)`, or `(B, sum of N, d)` with a choice.
 
         Raises:
             ValueError: Another tuner's adapter acts on a projection, or a base model that was made in inference mode is
@@ -442,89 +443,73 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
         scales: Mapping[str, float],
         projections: Sequence[nn.Linear],
     ) -> list[Prompts]:
-        sources: dict[str, torch.Tensor] = {name: self.sdpt_prompts[name] for name in names}
-        by_sample = choice is not None and len({self._kind(name) for name in names}) == 1
-        if by_sample:
-            assert choice is not None
-            # One set of tokens for each sample, however many adapters there are.
-            sources = {names[0]: choice.take(sources)}
-        tokens = {
-            name: F.dropout(self._tokens(name, source), self.sdpt_config[name].prompt_dropout, self.training)
-            for name, source in sources.items()
-        }
-        prompts = []
+        # With a choice, each sample takes one set of tokens from adapters of one kind, however many there are.
+        kinds = [[name] for name in names] if choice is None else self._kinds(names)
+        tokens = []
+        for kind in kinds:
+            prompts: torch.Tensor = self.sdpt_prompts[kind[0]]
+            if choice is not None:
+                prompts = choice.take({name: self.sdpt_prompts[name] for name in kind})
+            dropout = self.sdpt_config[kind[0]].prompt_dropout
+            tokens.append(F.dropout(self._tokens(kind[0], prompts), dropout, self.training))
+        sides = []
         for place, projection in enumerate(projections):
             side = place if self.side is None else self.side
-            visible = [
-                name
-                for name in sources
-                if self.sdpt_fixed[name].image_attends_prompts or side != self.fusion_host.image_reads
-            ]
-            parts = {
-                name: to_input_space(
-                    # In independent mode, each side has its own set.
-                    tokens[name] if self.sdpt_prompts[name].dim() == 2 else tokens[name].select(-3, side),
-                    self.sdpt_inverses[self.sdpt_fixed[name].inverses[place]],
-                    bias_of(projection),
-                )
-                for name in visible
-            }
-            plain = [name for name in visible if name not in self.sdpt_gates]
-            together = torch.cat([parts[name] for name in plain]) if plain else None
-            mask = None
-            if together is not None and choice is not None:
-                mask = self._hidden(choice, names if by_sample else plain, together, by_sample)
-            gated = {name: parts[name] for name in visible if name in self.sdpt_gates}
-            prompts.append(Prompts(together, mask, self._gated(gated, names, side, choice, by_sample, scales)))
-        return prompts
+            plain: list[tuple[list[str], torch.Tensor]] = []
+            gated: list[tuple[list[str], torch.Tensor]] = []
+            for kind, each in zip(kinds, tokens, strict=True):
+                fixed = self.sdpt_fixed[kind[0]]
+                if side == self.fusion_host.image_reads and not fixed.image_attends_prompts:
+                    continue
+                if self.sdpt_prompts[kind[0]].dim() == 3:
+                    each = each.select(-3, side)  # in independent mode, each side has its own set
+                part = to_input_space(each, self.sdpt_inverses[fixed.inverses[place]], bias_of(projection))
+                (gated if kind[0] in self.sdpt_gates else plain).append((kind, part))
+            sides.append(self._together(plain, gated, side, choice, scales))
+        return sides
 
-    def _kind(self, name: str) -> tuple[Any, ...]:
-        """Return what adapters must have in common if each sample of a batch takes its own tokens."""
-        tokens, gates = self.sdpt_prompts[name], self.sdpt_gates.get(name)
-        dropout = self.sdpt_config[name].prompt_dropout
-        return self.sdpt_fixed[name], dropout, tokens.shape, tokens.dtype, None if gates is None else gates.shape
+    def _kinds(self, names: Sequence[str]) -> list[list[str]]:
+        """Group adapters by everything that their tokens must have in common to take turns in a batch."""
+        kinds: dict[Any, list[str]] = {}
+        for name in names:
+            prompts, gates = self.sdpt_prompts[name], self.sdpt_gates.get(name)
+            shapes = tuple(prompts.shape), None if gates is None else tuple(gates.shape)
+            kind = self.sdpt_fixed[name], self.sdpt_config[name].prompt_dropout, shapes, prompts.dtype
+            kinds.setdefault(kind, []).append(name)
+        return list(kinds.values())
 
-    def _gated(
+    def _together(
         self,
-        parts: dict[str, torch.Tensor],
-        names: Sequence[str],
+        plain: Sequence[tuple[list[str], torch.Tensor]],
+        gated: Sequence[tuple[list[str], torch.Tensor]],
         side: int,
         choice: Choice | None,
-        by_sample: bool,
         scales: Mapping[str, float],
-    ) -> GatedPrompts | None:
-        """Put the gated prompts of a side together, with a group for each adapter, or several if it has them.
+    ) -> Prompts:
+        """Put the prompts of a side together. Each kind of gated prompts is a group, or several if it has them.
 
         Args:
-            parts: Prompts by adapter name; those of all samples under the first name with `by_sample`.
-            names: Names of all adapters.
+            plain, gated: Adapters of one kind, and their prompts in the input space, `(N, d)` or `(B, N, d)`.
         """
-        if not parts:
-            return None
-        gates = {}
-        for name in names if by_sample else parts:
-            gate = self.gate_factors(name, scales[name])
-            # Without a row for a side that is hidden. The row of the other one is then the only row.
-            gates[name] = gate[min(side, len(gate) - 1)]
-        sizes = tuple(size for name in parts for size in self.sdpt_fixed[name].group_sizes)
-        if by_sample:
-            assert choice is not None
-            return GatedPrompts(parts[names[0]], sizes, choice.take(gates))
-        factors = [
-            gate[None] if choice is None else gate * choice.uses(name)[:, None, None] for name, gate in gates.items()
-        ]
-        return GatedPrompts(torch.cat(list(parts.values())), sizes, torch.cat(factors, dim=1))
-
-    def _hidden(self, choice: Choice, owners: Sequence[str], prompts: torch.Tensor, by_sample: bool) -> torch.Tensor:
-        """Return a mask `(B, N)` that is True if a prompt does not belong to the adapter of the sample."""
-        uses = torch.stack([choice.uses(name) for name in owners], dim=1)
-        if by_sample:
-            return ~uses.any(1, keepdim=True).expand(-1, prompts.shape[-2])
-        hidden = [
-            ~used[:, None].expand(-1, self.sdpt_prompts[name].shape[-2])
-            for name, used in zip(owners, uses.unbind(1), strict=True)
-        ]
-        return torch.cat(hidden, dim=1)
+        tokens = mask = of_gates = None
+        if plain:
+            tokens = torch.cat([part for _, part in plain], dim=-2)
+            if choice is not None:
+                hidden = []
+                for kind, part in plain:
+                    uses = torch.stack([choice.uses(name) for name in kind]).any(0)
+                    hidden.append(~uses[:, None].expand(-1, part.shape[-2]))
+                mask = torch.cat(hidden, dim=1)
+        if gated:
+            gates = []
+            for kind, _ in gated:
+                factors = {name: self.gate_factors(name, scales[name]) for name in kind}
+                # Without a row for a side that is hidden. The row of the other one is then the only row.
+                rows = {name: factor[min(side, len(factor) - 1)] for name, factor in factors.items()}
+                gates.append(rows[kind[0]][None] if choice is None else choice.take(rows))
+            sizes = tuple(size for kind, _ in gated for size in self.sdpt_fixed[kind[0]].group_sizes)
+            of_gates = GatedPrompts(torch.cat([part for _, part in gated], dim=-2), sizes, torch.cat(gates, dim=1))
+        return Prompts(tokens, mask, of_gates)
 
     @property
     def device_of_adapters(self) -> torch.device:

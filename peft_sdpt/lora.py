@@ -145,7 +145,7 @@ class SDPTLoraLayer(nn.Module, BaseTunerLayer):
     @property
     def device_of_adapters(self) -> torch.device:
         """The device of the matrices."""
-        return next(iter(self.sdpt_lora_A.values())).device
+        return device_and_dtype(self.get_base_layer())[0]  # type: ignore[arg-type] # acts like `nn.Linear`
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
         """Multiply the LoRA part of an adapter by `scale`."""

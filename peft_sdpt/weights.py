@@ -147,6 +147,11 @@ def _is_plain(stored: Any) -> bool:
     return type(stored) in (torch.Tensor, nn.Parameter, FakeTensor) and not hasattr(stored, "ds_id")
 
 
+def is_sharded(parameter: torch.Tensor) -> bool:
+    """Return whether FSDP2 or DeepSpeed ZeRO-3 has sharded a parameter. Its module gathers it for its forward."""
+    return hasattr(parameter, "full_tensor") or hasattr(parameter, "ds_id")
+
+
 def is_trained(projection: nn.Linear) -> bool:
     """Return whether a training step may change the weight of a projection."""
     return bool(getattr(_stored(projection), "requires_grad", False))

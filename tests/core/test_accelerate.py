@@ -51,12 +51,19 @@ def check(config):
     fully_shard(model, mesh=mesh)
     for _ in range(3):
         assert torch.equal(model(*inputs), expected_output)
+    # As on a GPU, where the gates of all layers would be read before they are gathered.
+    peft_sdpt.layer._reading_waits = lambda tensor: True
+    for gradients_on in (True, False):
+        with torch.set_grad_enabled(gradients_on):
+            assert torch.equal(model(*inputs), expected_output)
+    peft_sdpt.layer._reading_waits = waits
     # Once when attached, once for the gathered weights: not in every forward.
     assert len(taken) <= 8, len(taken)
     for one, other in zip(gradients(model), expected, strict=True):
         torch.testing.assert_close(one, other)
 
 take = peft_sdpt.inverse_cache.inverse_projection
+waits = peft_sdpt.layer._reading_waits
 mesh = init_device_mesh("cpu", (2,))
 for config in CONFIGS:
     check(config)

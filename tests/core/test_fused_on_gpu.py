@@ -131,8 +131,7 @@ def test_training_stores_the_image_tokens_once(autocast, gated):
     element = 2 if autocast else 4
     of_image = [size for dtype, size in found if size >= length * 256 * element]
     assert of_image == [length * 256 * element]
-    # The logits are larger than the image tokens, so none of them is stored.
-    assert length * 4 * text_length >= length * 256
+    # The logits, `length * 4 * text_length`, are not smaller than the image tokens, so none of them is stored.
 
 
 @pytest.mark.parametrize("gated", [False, True])

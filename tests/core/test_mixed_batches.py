@@ -7,9 +7,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+from torch.utils._pytree import tree_map
 
 import peft_sdpt.calls
 from peft_sdpt import SDPTLayer
+from peft_sdpt.calls import Choice
 from tests.helpers.detectors import (
     HOST_NAMES,
     PUBLISHED,
@@ -82,6 +84,38 @@ def test_adapters_of_one_kind_add_the_keys_of_one(monkeypatch):
         model(*INPUTS, adapter_names=["default", "b", "c"])
     assert [side.gated.tokens.shape for side in seen[0]] == [(3, 4, 32), (3, 4, 32)]
     assert all(side.gated.sizes == (4,) and side.gated.gates.shape[:2] == (3, 1) for side in seen[0])
+
+
+def test_adapters_of_several_kinds_add_the_keys_of_one_of_each():
+    model = three_adapters(FusionStack(), *KINDS["sizes"])
+    layer = next(module for module in model.modules() if isinstance(module, SDPTLayer))
+    choice = Choice.of(["b", "c", "default"], torch.device("cpu"))
+    for side in layer.input_prompts(["b", "c", "default"], choice):
+        assert side.gated.tokens.shape == (3, 7 + 4, 32) and side.gated.sizes == (7, 4)
+
+
+@pytest.mark.parametrize("kind", ["one kind", "no gates", "sizes", "LoRA", "ranks of LoRA"])
+def test_a_damaged_adapter_does_not_spoil_other_samples(kind):
+    model = three_adapters(FusionStack(), *KINDS[kind])
+    names = ["default", "b", "c"]
+    with torch.no_grad():
+        expected = model(*INPUTS, adapter_names=names)
+        for name, parameter in model.named_parameters():
+            if name.endswith(".b"):
+                parameter.fill_(torch.nan)
+        found = model(*INPUTS, adapter_names=names)
+    assert found[1].isnan().all()
+    assert torch.equal(found[[0, 2]], expected[[0, 2]])
+
+
+def test_a_layer_whose_adapters_were_deleted(monkeypatch):
+    """PEFT leaves the layer in the model, without adapters."""
+    model = three_adapters(FusionStack(), {"lora_rank": 2, "lora_target_modules": ["head"]}, {}, {})
+    names = ["b", "__base__", "c"]
+    with torch.no_grad():
+        expected = model(*INPUTS, adapter_names=names)
+        model.delete_adapter("default")
+        assert torch.equal(model(*INPUTS, adapter_names=names), expected)
 
 
 @pytest.mark.parametrize("kind", ["one kind", "gates", "LoRA", "ranks of LoRA"])
@@ -162,8 +196,8 @@ def test_a_mixed_batch_uploads_its_names_once(name, syncs, monkeypatch):
     model.to("pretend")
     inputs = there(model_inputs())
     uploads = []
-    real = peft_sdpt.calls._places
-    monkeypatch.setattr(peft_sdpt.calls, "_places", lambda *args: uploads.append(args) or real(*args))
+    real = peft_sdpt.calls._choices
+    monkeypatch.setattr(peft_sdpt.calls, "_choices", lambda *args: uploads.append(args) or real(*args))
     with torch.no_grad():
         model(**inputs, adapter_names=names)
         syncs.clear()
@@ -173,6 +207,23 @@ def test_a_mixed_batch_uploads_its_names_once(name, syncs, monkeypatch):
     assert len(uploads) == 1
     model.to("cpu")
     torch.testing.assert_close(run(model, adapter_names=names), expected)
+
+
+@pytest.mark.parametrize("first", ["cpu", "pretend"])
+def test_layers_on_several_devices(first, syncs):
+    model = three_adapters(FusionStack(), *KINDS["LoRA"])
+    stack = model.get_base_model()
+    names = ["b", "__base__", "c"]
+    with torch.no_grad():
+        expected = model(*INPUTS, adapter_names=names)
+        other = "pretend" if first == "cpu" else "cpu"
+        stack.layers[0].to(first), stack.layers[1].to(other), stack.head.to(first)
+        for part in (*stack.layers, stack.head):
+            device = part.device_of_adapters
+            part.register_forward_pre_hook(lambda _, args, device=device: tuple(x.to(device) for x in args))
+            part.register_forward_hook(lambda _, args, out: tree_map(lambda x: None if x is None else x.cpu(), out))
+        found = model(*INPUTS, adapter_names=names)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("adapters", ["acting", "silent"])
