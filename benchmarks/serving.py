@@ -8,7 +8,7 @@
 Clients on this machine send images over HTTP, each one its next image after the answer to the last. The adapter of each
 request is drawn at random. Three servers on the same model take turns in each round: batches of mixed adapters, batches
 of one adapter each, for which the model switches adapters, and no batches. The ratios are those of the same round. The
-table has their median over the rounds.
+table has their median over the rounds, with quartiles in brackets.
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ import time
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from peft import get_peft_model
 from PIL import Image
+from torch import nn
 
 from examples import serve
 from peft_sdpt import SDPTConfig
@@ -37,6 +39,7 @@ from peft_sdpt.training import make_accelerator
 
 from . import EXAMPLES
 from .results import Help, device_name
+from .speed.measuring import quartiles
 
 try:
     import httpx
@@ -49,6 +52,17 @@ CLASSES = ["grinning face", "dog", "red apple", "tea cup"]
 MIXED, SWITCHING, SINGLE = "mixed adapters", "one adapter per batch", "no batches"
 
 
+class ActiveAdapter(nn.Module):
+    """Calls a model with its active adapter, without the names of adapters in the call."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.config = model, model.config
+
+    def forward(self, adapter_names: list[str], **inputs: Any) -> Any:
+        return self.model(**inputs)
+
+
 class Switching(serve.Detector):
     """Puts only requests for one adapter into a batch, and makes this adapter the active one."""
 
@@ -57,9 +71,10 @@ class Switching(serve.Detector):
         return question.shape, question.adapter
 
     def _answer(self, questions: list[Question]) -> list[Detections | InputError]:
-        self._model.set_adapter(questions[0].adapter)
+        # Frozen, because prompts that may be trained are projected anew in each call.
+        self._model.set_adapter(questions[0].adapter, inference_mode=True)
         with self._accelerator.autocast():
-            return answer(self._model, self._tokenizer, questions, serve.MAX_DETECTIONS, by_name=False)
+            return answer(ActiveAdapter(self._model), self._tokenizer, questions, serve.MAX_DETECTIONS)
 
 
 def parse_args() -> argparse.Namespace:
@@ -70,17 +85,21 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--image_size", type=int, default=96, help="Width and height of the images in pixels.")
     parser.add_argument("--rounds", type=int, default=5, help="Number of rounds.")
     parser.add_argument("--requests", type=int, default=64, help="Number of requests per server and round.")
-    return parser.parse_args()
+    args = parser.parse_args()
+    for name, value in vars(args).items():
+        if value < 1:
+            parser.error(f"--{name} {value}: must be at least 1")
+    return args
 
 
 def make_adapters(folder: Path, number: int, image_size: int) -> list[Path]:
-    """Save adapters with random prompts, which take as much time as trained ones."""
+    """Save adapters with random prompts and gates. Gates of a new adapter are zero, which would skip the prompts."""
     processor = load_processor(None, HOST)
     set_image_size(processor, image_size)
     folders = [folder / f"adapter-{index}" for index in range(number)]
     for seed, each in enumerate(folders):
         torch.manual_seed(seed)
-        save_adapter(each, get_peft_model(load_base_model(HOST), SDPTConfig()), processor, CLASSES)
+        save_adapter(each, get_peft_model(load_base_model(HOST), SDPTConfig(init_weights=False)), processor, CLASSES)
     return folders
 
 
@@ -158,7 +177,8 @@ def report(results: dict[str, list[tuple[float, float, float]]]) -> None:
     for name, rounds in results.items():
         rate, median, slow = (statistics.median(values) for values in zip(*rounds, strict=True))
         ratios = [one[0] / other[0] for one, other in zip(rounds, results[SWITCHING], strict=True)]
-        ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        low, middle, high = quartiles(ratios)
+        ratio = f"{middle:.2f} ({low:.2f} to {high:.2f})"
         print(f"| {name} | {rate:.1f} | {median * 1000:.0f} ms | {slow * 1000:.0f} ms | {ratio} |")
 
 

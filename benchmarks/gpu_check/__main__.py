@@ -6,9 +6,10 @@
 
 The results of fusion layers are compared with float64, and those of detectors with the CPU. Then time, memory and
 kernels are measured. Each section fails alone, and is stopped when its budget of seconds is used up. Results are JSON
-lines in docs/gpu-<name of the GPU>.jsonl, and the last line of each section says how it ended. The exit code is 1 if a
-section did not pass. Without a GPU, or with `--dry`, the same code runs on the CPU with tiny shapes, and writes no file
-unless `--output` names one. The command needs the extra `benchmarks`.
+lines in docs/gpu-<name of the GPU>.jsonl, with the strings "inf" and "nan" for numbers that are not finite. The last
+line of each section says how it ended. The exit code is 1 if a section did not pass. Without a GPU, or with `--dry`,
+the same code runs on the CPU with tiny shapes, and writes no file unless `--output` names one. The command needs the
+extra `benchmarks`.
 """
 
 from __future__ import annotations
@@ -72,9 +73,9 @@ def output_of(args: argparse.Namespace) -> Path | None:
     return DOCS / f"gpu-{re.sub('[^a-z0-9]+', '-', name).strip('-')}.jsonl"
 
 
-def check(args: argparse.Namespace) -> bool:
-    """Run the sections. Returns whether all passed."""
-    output, begin = output_of(args), time.perf_counter()
+def check(args: argparse.Namespace, output: Path | None) -> bool:
+    """Run the sections, and write their results into a file. Returns whether all passed."""
+    begin = time.perf_counter()
     with contextlib.nullcontext() if output is None else output.open("w", encoding="utf-8") as file:
         run = Run("cpu" if args.dry else "cuda", args.dry, file)
         chosen = [section for section in SECTIONS if section.name in args.only]
@@ -95,10 +96,11 @@ def main() -> None:
     if not args.dry and not torch.cuda.is_available():
         print("torch sees no GPU here, so this is a dry run on the CPU with tiny shapes.")
         args.dry = True
+    output = output_of(args)
     try:
-        passed = check(args)
+        passed = check(args, output)
     except OSError as error:
-        print(f"benchmarks.gpu_check: --output {args.output}: {error}.", file=sys.stderr)
+        print(f"benchmarks.gpu_check: --output {output}: {error.strerror or error}.", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("benchmarks.gpu_check: interrupted.", file=sys.stderr)

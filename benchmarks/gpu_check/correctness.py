@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -78,9 +79,11 @@ def exact_products() -> Iterator[None]:
 
 
 def error(found: torch.Tensor, true: torch.Tensor) -> float:
-    """Return the largest error relative to the largest true value."""
+    """Return the largest error relative to the largest true value. It is inf if a value is not finite."""
     true = true.detach().double().cpu()
-    return ((found.detach().double().cpu() - true).abs().max() / true.abs().max().clamp_min(1e-12)).item()
+    largest = ((found.detach().double().cpu() - true).abs().max() / true.abs().max().clamp_min(1e-12)).item()
+    # The maximum of several errors would leave out a nan.
+    return largest if math.isfinite(largest) else math.inf
 
 
 # ---- layers
@@ -204,7 +207,8 @@ def _to(device: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
 
 def flat(outputs: Any) -> torch.Tensor:
     """Return class logits and boxes. Logits of padding are -inf."""
-    logits = outputs.logits.float().nan_to_num(neginf=0.0)
+    logits = outputs.logits.float()
+    logits = logits.masked_fill(logits.isneginf(), 0.0)
     return torch.cat([logits.flatten(), outputs.pred_boxes.float().flatten()])
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import math
 import signal
 import time
 import traceback
@@ -40,16 +41,24 @@ class Run:
     faults: list[str] = field(default_factory=list)
 
     def say(self, **row: Any) -> None:
-        """Print a row of results, and write it into the file."""
+        """Print a row of results, and write it into the file. JSON has no nan and inf, so they are strings there."""
         print(f"{self.section}: " + ", ".join(f"{name} {_short(value)}" for name, value in row.items()), flush=True)
         if self.file is not None:
-            self.file.write(json.dumps({"section": self.section, **row}) + "\n")
+            self.file.write(json.dumps(_for_json({"section": self.section, **row}), allow_nan=False) + "\n")
             self.file.flush()
 
     def require(self, ok: bool, fault: str) -> None:
         """Let the current section fail at its end unless `ok`."""
         if not ok:
             self.faults.append(fault)
+
+
+def _for_json(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {name: _for_json(part) for name, part in value.items()}
+    return [_for_json(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def _short(value: Any) -> str:

@@ -24,6 +24,7 @@ import io
 import json
 import math
 import os
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -73,7 +74,7 @@ from ..files import check_writable, output_folder, read_json, remove_leftovers, 
 from ..training import claim_output_dir, from_main_process, make_accelerator
 from ..wording import MAX_QUOTED, counted, enumerated, printable, quoted, shorten, shown_path
 from . import print_any_name
-from .detect_journal import Journal, write_list
+from .detect_journal import Journal, PlannedImage, write_list
 from .train_arguments import BASE_MODEL
 
 RESULTS_FILE = "detections.json"
@@ -84,6 +85,8 @@ RENAMED = {"adapters": "adapter", "source": "adapter"}
 # A process that is done waits so long for the slowest one. The default, ten minutes on GPUs, is too short for machines
 # of different speed.
 LONGEST_WAIT = timedelta(days=1)
+# Largest part of the time that --watch spends on writing the COCO file again and again.
+MAX_WRITING = 0.1
 
 
 def parse_args(description: str | None, model_name_or_path: str) -> argparse.Namespace:
@@ -427,8 +430,8 @@ def prepare_results(args: argparse.Namespace, base_model: str, adapters: list[Sa
     return results
 
 
-# The images of one batch: the path of each one, and the name of its result.
-Batch = list[tuple[Path, str]]
+# The images of one batch: the path of each one, and what the journal has of it.
+Batch = list[tuple[Path, PlannedImage]]
 
 
 def plan(args: argparse.Namespace) -> list[Batch]:
@@ -440,24 +443,23 @@ def plan(args: argparse.Namespace) -> list[Batch]:
     sizes = find_images(args.inputs, args.skip_bad_images, args.output_dir)
     folders, taken = absolute_folders(args.inputs), set[str]()
     return [
-        [(path, free_name(relative_name(path, folders), taken)) for path, _ in batch]
+        [
+            (path, PlannedImage(source_of(path), free_name(relative_name(path, folders), taken), *size))
+            for path, size in batch
+        ]
         for batch in batches(sizes.items(), args.batch_size, lambda size: size)
     ]
 
 
+def source_of(path: Path) -> str:
+    """Return the absolute path of an image as text."""
+    return as_text(os.path.abspath(path))
+
+
 def settings_of(
-    args: argparse.Namespace,
-    base_model: str,
-    adapters: list[SavedAdapter],
-    results: list[Results],
-    batches: list[Batch],
+    args: argparse.Namespace, base_model: str, adapters: list[SavedAdapter], results: list[Results]
 ) -> dict[str, Any]:
-    """Return what the results depend on, by flag. A run can be resumed only with the same values."""
-    images = hashlib.sha256()
-    for batch in batches:
-        for path, name in batch:
-            images.update(f"{as_text(os.path.abspath(path))}\0{name}\n".encode())
-        images.update(b"\n")
+    """Return what the results depend on besides the images, by flag. A run can be resumed only with the same values."""
     digests = []
     for adapter in adapters:
         content = b"".join((adapter.folder / name).read_bytes() for name in FILES[:2])  # the config and the weights
@@ -469,7 +471,6 @@ def settings_of(
         "--threshold": [result.threshold for result in results],
         "the image size": [dict(result.processor.image_processor.size) for result in results],
         "--batch_size": args.batch_size,
-        "the digest of the list of images": images.hexdigest()[:16],
     }
 
 
@@ -501,10 +502,11 @@ def prepare_journal(
     args: argparse.Namespace, settings: dict[str, Any], batches: list[Batch], journal: Journal, results: list[Results]
 ) -> set[int]:
     """Check the folders of the results, and begin or resume a run. Returns the numbers of the batches that are done."""
-    names = [name for batch in batches for _, name in batch]
+    images = [image for batch in batches for _, image in batch]
+    names = [image.name for image in images]
     prepare_folders(args, names, {path.parent for batch in batches for path, _ in batch} or {*args.inputs}, results)
     if args.resume and journal.has_plan():
-        journal.resume(settings)
+        journal.resume(settings, images)
         done = journal.done()
         print(f"resuming: {sum(len(batches[number]) for number in done)} of {counted(len(names), 'image')} are done")
         return done
@@ -513,7 +515,7 @@ def prepare_journal(
             result.find_ours(journal)  # before the journal of the earlier run is removed
         for name in names:
             result.check_free(name, journal)
-    journal.start(settings, names)
+    journal.start(settings, images)
     return set()
 
 
@@ -538,8 +540,8 @@ def detect_batch(
     """
     entries: list[dict[str, Any]] = []
     for (path, image), name in zip(images, names, strict=True):
-        source = as_text(os.path.abspath(path))
-        entries.append({"file_name": name, "width": image.width, "height": image.height, "source": source, "found": []})
+        size = {"width": image.width, "height": image.height}
+        entries.append({"file_name": name, **size, "source": source_of(path), "found": []})
     for number, result in enumerate(results):
         if args.adapter:
             model.set_adapter(f"adapter{number}")
@@ -578,7 +580,7 @@ def detect_planned(
     try:
         with tqdm(total=total, desc="detecting", unit="image", disable=not show_progress) as bar:
             for number, batch in batches_to_do.items():
-                names = dict(batch)
+                names = {path: image.name for path, image in batch}
                 entries = []
                 images = read_images([*names], args.skip_bad_images)
                 # An image may have been replaced by one of another size.
@@ -594,7 +596,7 @@ def detect_new(args: argparse.Namespace, model: Any, results: list[Results], jou
     """Detect in the images that come into the folders, until Ctrl-C."""
     taken: set[str] = set()
     folders = absolute_folders(args.inputs)
-    number, num_written = 0, -1
+    number, num_written, next_writing = 0, -1, -math.inf
     with tqdm(desc="watching", unit="image") as bar:
         for images in watch(args.inputs, args.output_dir):
             for group in batches(images, args.batch_size, lambda image: image.size):
@@ -605,11 +607,14 @@ def detect_new(args: argparse.Namespace, model: Any, results: list[Results], jou
                 journal.add(number, detect_batch(args, model, results, group, names))
                 number += 1
                 bar.update(len(group))
-            # Results are written after the first look, so that the file always exists, and after each look with new
-            # images.
-            if number != num_written:
+            # Results are written after the first look, so that the file always exists, and then after looks with new
+            # images. Each time takes longer than the time before, so a look may leave it to a later one.
+            begin = time.monotonic()
+            if number != num_written and begin >= next_writing:
                 num_written = number
                 write_results(results, journal)
+                end = time.monotonic()
+                next_writing = end + (end - begin) / MAX_WRITING
 
 
 def write_results(results: list[Results], journal: Journal) -> None:
@@ -630,7 +635,7 @@ def run(args: argparse.Namespace, model_name_or_path: str) -> None:
     with hint("Choose one by --model_name_or_path."):
         base_model = args.model_name_or_path or (common_base_model(adapters) if adapters else model_name_or_path)
     results = prepare_results(args, base_model, adapters)
-    settings = settings_of(args, base_model, adapters, results, batches)
+    settings = settings_of(args, base_model, adapters, results)
     journal = Journal(args.output_dir)
     with claim_output_dir(args.output_dir, accelerator, None):
         done = from_main_process(accelerator, lambda: prepare_journal(args, settings, batches, journal, results))

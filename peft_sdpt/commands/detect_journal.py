@@ -15,17 +15,32 @@ import os
 import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from ..errors import InputError, hint
 from ..files import read_json, whole_file, write_problem
-from ..wording import quoted
+from ..wording import quoted, shown_path
 
 FOLDER = "detections.unfinished"
 PLAN = "plan.json"
 LINES = ".jsonl"
 # Sentence for errors of `--resume`.
 START_ANEW = "Without --resume, the command starts from the beginning."
+
+
+class PlannedImage(NamedTuple):
+    """An image of a detection.
+
+    Attributes:
+        source: Absolute path of the image, as text.
+        name: Name of the image to write.
+        width, height: Size in pixels.
+    """
+
+    source: str
+    name: str
+    width: int
+    height: int
 
 
 class Journal:
@@ -48,40 +63,60 @@ class Journal:
 
     def planned_names(self) -> set[str]:
         """Return the names of the images that an unfinished run may have written."""
-        with contextlib.suppress(InputError, TypeError, KeyError):
-            return {str(name) for name in read_json(self.folder / PLAN)["names"]}
+        with contextlib.suppress(InputError, TypeError, KeyError, ValueError):
+            return {str(name) for _, name, *_ in read_json(self.folder / PLAN)["images"]}
         return set()
 
-    def start(self, settings: Mapping[str, Any], names: list[str]) -> None:
+    def start(self, settings: Mapping[str, Any], images: list[PlannedImage]) -> None:
         """Forget an unfinished run, and begin a new one.
 
         Args:
             settings: What the results depend on, by flag.
-            names: Names of the images to write.
+            images: The images, in the order of the batches.
         """
         self.remove()
         with whole_file(self.folder / PLAN) as unfinished:
-            unfinished.write_text(json.dumps({"settings": settings, "names": names}))
+            unfinished.write_text(json.dumps({"settings": settings, "images": images}))
 
-    def resume(self, settings: Mapping[str, Any]) -> None:
-        """Go on with the unfinished run.
+    def resume(self, settings: Mapping[str, Any], images: list[PlannedImage]) -> None:
+        """Go on with the unfinished run. The arguments are those of `start`.
 
         Raises:
-            InputError: Its settings are others, or a file of the journal cannot be read.
+            InputError: Its settings or images are others, or a file of the journal cannot be read.
         """
         with hint(START_ANEW):
             plan = read_json(self.folder / PLAN)
-            before = plan.get("settings") if isinstance(plan, dict) else None
-            if not isinstance(before, dict):
-                raise InputError(f"{self.folder / PLAN}: is damaged.")
+            try:
+                before, images_before = dict(plan["settings"]), [PlannedImage(*image) for image in plan["images"]]
+            except (TypeError, KeyError, ValueError):
+                raise InputError(f"{self.folder / PLAN}: is damaged.") from None
             for name, value in json.loads(json.dumps(settings)).items():
                 if before.get(name) != value:
                     raise InputError(
                         f"--resume: {name} is {quoted(value)}, but was {quoted(before.get(name))} in the unfinished "
                         f"run in {self.folder.parent}."
                     )
+            self._compare(images_before, images)
             for file in sorted(self.folder.glob(f"*{LINES}")):
                 self.read(file)
+
+    def _compare(self, before: list[PlannedImage], now: list[PlannedImage]) -> None:
+        """Raise an `InputError` that names the first image that was added, is missing or has changed."""
+        run = f"the unfinished run in {self.folder.parent}"
+        sources_before, sources = ({image.source for image in images} for images in (before, now))
+        for image in now:
+            if image.source not in sources_before:
+                raise InputError(f"--resume: {shown_path(image.source)} was added; {run} did not have this image.")
+        for image in before:
+            if image.source not in sources:
+                raise InputError(f"--resume: {shown_path(image.source)}, an image of {run}, is missing.")
+        for old, new in zip(before, now, strict=False):
+            path = shown_path(new.source)
+            if (old.source, old.name) != (new.source, new.name):
+                raise InputError(f"--resume: {path} has another place in the order of the images than in {run}.")
+            if old != new:
+                size, size_before = f"{new.width} x {new.height}", f"{old.width} x {old.height}"
+                raise InputError(f"--resume: {path} has changed: it has {size} pixels, but had {size_before} in {run}.")
 
     def read(self, file: Path) -> None:
         """Find the finished batches in a file. A last line that is cut off is left out."""

@@ -309,10 +309,10 @@ def prepare_training(setup: Setup) -> Training:
             f"--lora_learning_rate {args.lora_learning_rate}: --adapter {args.adapter} has no LoRA to train."
         )
     optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay)
-    # `train_step` moves the batches, so that the features of their images can be looked up by the pixels on the CPU.
-    setup.model, optimizer, loader = accelerator.prepare(
-        detector, optimizer, loader, device_placement=[True, True, False]
-    )
+    setup.model, optimizer, loader = accelerator.prepare(detector, optimizer, loader)
+    # The loader does not move the batches. `train_step` does, so that the features of their images can be looked up by
+    # the pixels on the CPU. DeepSpeed refuses the argument `device_placement` of `prepare`.
+    loader.device = None
     # Not prepared by Accelerate, so that it counts optimizer steps for any number of processes.
     scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.num_warmup_steps, max_steps)
     average = AveragedModel(trained, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay)) if args.ema_decay else None

@@ -204,11 +204,10 @@ def _baked(layer: SDPTLayer, memo: dict[int, Any]) -> nn.Module:
     state = activation(layer)
     active, scales = state.active, state.scales
     names = [name for name in active if name in layer.sdpt_prompts and _has_effect(layer, name, scales[name])]
-    was_training, layer.training = layer.training, False  # without the dropout of prompts
-    try:
-        prompts = layer.input_prompts(names, scales=scales)
-    finally:
-        layer.training = was_training
+    # Without the dropout of prompts. It is a copy, because other threads may train or call the layer.
+    quiet = copy.copy(layer)
+    quiet.training = False
+    prompts = quiet.input_prompts(names, scales=scales)
     if all(side.tokens is None and side.gated is None for side in prompts):
         return fusion_layer
     eager = any(layer.sdpt_config[name].attn_implementation == "eager" for name in names)

@@ -99,8 +99,6 @@ def answer(
     tokenizer: Any,
     questions: Sequence[Question],
     max_detections: int | None = None,
-    *,
-    by_name: bool = True,
 ) -> list[Detections | InputError]:
     """Detect in one batch, for each row with its own adapter and classes.
 
@@ -111,7 +109,6 @@ def answer(
         tokenizer: A tokenizer of the detector, which pads the prompts.
         questions: The rows. Their pixels have one shape.
         max_detections: Maximum number of detections per row. None for no limit.
-        by_name: Whether each row uses the adapter that it names. False for the active adapter of the model.
 
     Returns:
         The detections of each row. If the outputs of a row are not finite, an `InputError` in their place, so that the
@@ -121,13 +118,13 @@ def answer(
     stacked = {name: [question.pixels[name] for question in questions] for name in questions[0].pixels}
     pixels = pad_small_images({name: torch.stack(values) for name, values in stacked.items()}, config)
     text = tokenizer.pad([dict(question.tokens) for question in questions], return_tensors="pt")
-    names = {"adapter_names": [question.adapter for question in questions]} if by_name else {}
-    outputs = model(**to_device({**pixels, **text}, next(model.parameters()).device), **names)
+    names = [question.adapter for question in questions]
+    outputs = model(**to_device({**pixels, **text}, next(model.parameters()).device), adapter_names=names)
     logits, boxes = to_cpu([outputs.logits.float(), outputs.pred_boxes.float()])
     finite = (logits.flatten(1).amax(1) + boxes.flatten(1).sum(1)).isfinite().tolist()
     if not all(finite) and len(questions) > 1:
         # Such a row can spoil the others of its batch.
-        return [answer(model, tokenizer, [question], max_detections, by_name=by_name)[0] for question in questions]
+        return [answer(model, tokenizer, [question], max_detections)[0] for question in questions]
     if not all(finite):
         return [InputError("image: the scores or boxes are not finite; the weights may be damaged.")]
     all_scores = class_scores(logits, class_token_maps(text["input_ids"], logits.shape[-1]))
@@ -149,6 +146,7 @@ def _select(scores: Tensor, boxes: Tensor, question: Question, max_detections: i
 @dataclass(eq=False)
 class _Waiting:
     item: Any
+    key: Hashable
     future: asyncio.Future
     since: float
 
@@ -162,9 +160,12 @@ class Batcher:
     Args:
         run: Takes the items of a batch, and returns an answer for each. It runs in a thread of its own, one batch at a
             time. If it raises an error, all items of the batch get this error.
-        key: Returns the key of an item.
+        key: Returns the key of an item. If it raises an error, the task that asks about the item gets this error.
         max_batch_size: Maximum number of items in a batch, at least 1.
         max_wait: Longest time that an item waits for others while the thread is free, in seconds.
+
+    Raises:
+        InputError: `max_batch_size` or `max_wait` is not allowed.
     """
 
     def __init__(
@@ -174,29 +175,46 @@ class Batcher:
         max_batch_size: int,
         max_wait: float,
     ) -> None:
+        if not isinstance(max_batch_size, int) or max_batch_size < 1:
+            raise InputError(f"max_batch_size={max_batch_size!r}: must be a whole number of at least 1.")
+        if not max_wait >= 0:  # nan is not either
+            raise InputError(f"max_wait={max_wait!r}: must be at least 0 seconds.")
         self._run, self._key = run, key
         self._max_batch_size, self._max_wait = max_batch_size, max_wait
         self._waiting: list[_Waiting] = []
         self._changed = asyncio.Event()
-        self._closing = False
+        self._is_open = False
 
     async def __call__(self, item: Any) -> Any:
-        """Return the answer for an item. The task waits until its batch is done."""
+        """Return the answer for an item. The task waits until its batch is done.
+
+        Raises:
+            RuntimeError: The call is not within `running`, or `run` has returned a wrong number of answers.
+        """
+        if not self._is_open:
+            raise RuntimeError("a Batcher answers only within `async with batcher.running()`.")
         loop = asyncio.get_running_loop()
-        waiting: _Waiting = _Waiting(item, loop.create_future(), loop.time())
+        waiting: _Waiting = _Waiting(item, self._key(item), loop.create_future(), loop.time())
         self._waiting.append(waiting)
         self._changed.set()
         return await waiting.future
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Handle items in this context. At its end, the items that still wait are handled."""
+        """Handle items in this context. At its end, the items that still wait are handled, and others are refused.
+
+        Raises:
+            RuntimeError: It runs already.
+        """
+        if self._is_open:
+            raise RuntimeError("a Batcher can only run once at a time.")
+        self._is_open = True
         with ThreadPoolExecutor(1, "batches") as thread:
             task = asyncio.create_task(self._work(thread))
             try:
                 yield
             finally:
-                self._closing = True
+                self._is_open = False
                 self._changed.set()
                 await task
 
@@ -205,7 +223,7 @@ class Batcher:
         while batch := await self._next_batch():
             items = [waiting.item for waiting in batch]
             try:
-                answers = await loop.run_in_executor(thread, self._run, items)
+                answers = await loop.run_in_executor(thread, self._answers, items)
             except Exception as error:  # belongs to the tasks that asked; this one goes on
                 for waiting in batch:
                     if not waiting.future.done():
@@ -214,6 +232,16 @@ class Batcher:
                 for waiting, found in zip(batch, answers, strict=True):
                     if not waiting.future.done():
                         waiting.future.set_result(found)
+
+    def _answers(self, items: list[Any]) -> list[Any]:
+        """Return an answer for each item. Runs in the thread."""
+        try:
+            answers = list(self._run(items))
+        except StopIteration as error:  # which a future cannot hold
+            raise RuntimeError("run: raised StopIteration.") from error
+        if len(answers) != len(items):
+            raise RuntimeError(f"run: must return an answer for each of {len(items)} items; returned {len(answers)}.")
+        return answers
 
     async def _next_batch(self) -> list[_Waiting]:
         """Wait for the next batch. It is empty if no item waits and none will come."""
@@ -224,14 +252,13 @@ class Batcher:
             timer = None
             if self._waiting:
                 first = self._waiting[0]
-                key = self._key(first.item)
-                batch = [each for each in self._waiting if self._key(each.item) == key][: self._max_batch_size]
+                batch = [each for each in self._waiting if each.key == first.key][: self._max_batch_size]
                 left = first.since + self._max_wait - loop.time()
-                if len(batch) == self._max_batch_size or left <= 0 or self._closing:
+                if len(batch) == self._max_batch_size or left <= 0 or not self._is_open:
                     self._waiting = [each for each in self._waiting if each not in batch]
                     return batch
                 timer = loop.call_later(left, self._changed.set)
-            elif self._closing:
+            elif not self._is_open:
                 return []
             self._changed.clear()
             await self._changed.wait()

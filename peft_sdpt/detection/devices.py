@@ -18,7 +18,8 @@ def to_cpu(tensors: Sequence[Tensor]) -> list[Tensor]:
         tensors: Tensors on one device, of any shapes and dtypes.
 
     Returns:
-        The tensors, without gradients. Those that `to_device` made are not copied: their sources are returned.
+        The tensors, without gradients. For a tensor that `to_device` made, this is the tensor on the CPU that it was
+        copied from, without a new copy.
     """
     known = {id(tensor): tensor.source for tensor in tensors if hasattr(tensor, "source")}
     rest = [tensor.detach() for tensor in tensors if id(tensor) not in known]
@@ -35,11 +36,12 @@ def to_device(values: Any, device: torch.device) -> Any:
     """Copy inputs or labels to a device.
 
     Args:
-        values: A tensor, or tensors in dicts and lists. Each tensor must not be changed later.
+        values: A tensor, or tensors in dicts and lists.
         device: The device.
 
     Returns:
-        The same in plain dicts and lists. `to_cpu` gives back the tensors without a copy.
+        The same in plain dicts and lists. Change neither the tensors in `values` nor the returned ones later: `to_cpu`
+        takes both for equal. It gives back the tensor in `values` for the returned one.
     """
     if isinstance(values, Mapping):
         return {name: to_device(value, device) for name, value in values.items()}

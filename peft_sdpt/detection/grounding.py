@@ -30,8 +30,9 @@ BORDER_TOKEN_IDS = (101, 102, 1012, 1029, 0)
 # at least two letters, so not in t-shirt.
 HUMPS = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 HYPHENS = re.compile(r"(?<=[^\W\d_]{2})-(?=[^\W\d_]{2})")
-# A full stop that ends a phrase in a prompt.
-PHRASE_END = re.compile(r"\s*\.(?:\s+|$)")
+# A full stop that ends a phrase in a prompt. It has no spaces before it, because looking for them takes quadratic time
+# in a long row of spaces.
+PHRASE_END = re.compile(r"\.(?:\s+|$)")
 
 
 def class_prompt(class_names: Sequence[str]) -> str:

@@ -5,8 +5,10 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,7 +32,10 @@ def command(monkeypatch, *arguments) -> int:
 
 
 def rows_of(file) -> list[dict]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    def refuse(constant):
+        raise ValueError(f"{constant} is not JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def endings(rows: list[dict]) -> dict[str, dict]:
@@ -137,6 +142,34 @@ def wrong_compiler(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda model, **_: lambda **inputs: off(model(**inputs)))
 
 
+def last_is_nan(tensors):
+    return [*tensors[:-1], torch.full_like(tensors[-1], float("nan"))]
+
+
+def poisoned_gradients(monkeypatch):
+    """The last gradient of the compiled layer, of the replica, and of the second detector of each pair is nan."""
+    real = correctness.gradients_of
+
+    def gradients_of(model, call, inputs):
+        found = real(model, call, inputs)
+        return found if call is model else last_is_nan(found)
+
+    monkeypatch.setattr(correctness, "gradients_of", gradients_of)
+    real_results, calls = correctness._results, []
+
+    def results(name, config, device):
+        calls.append(name)
+        found = real_results(name, config, device)
+        return found if len(calls) % 2 else {**found, "gradients": last_is_nan(found["gradients"])}
+
+    monkeypatch.setattr(correctness, "_results", results)
+
+
+def poisoned_outputs(monkeypatch):
+    """The last output of the compiled layer is nan."""
+    monkeypatch.setattr(torch, "compile", lambda model, **_: lambda **inputs: last_is_nan(model(**inputs)))
+
+
 @pytest.mark.parametrize(
     ("fault", "sections"),
     [
@@ -146,6 +179,8 @@ def wrong_compiler(monkeypatch):
         (many_casts, ["autocast"]),
         (wrong_replicas, ["distributed"]),
         (wrong_compiler, ["compiled", "compiled_training", "cuda_graphs"]),
+        (poisoned_gradients, ["detectors", "distributed", "compiled_training"]),
+        (poisoned_outputs, ["compiled", "compiled_dynamic", "cuda_graphs"]),
     ],
 )
 def test_a_wrong_result_fails_its_section_and_the_others_go_on(fault, sections, tmp_path, monkeypatch, capsys):
@@ -179,7 +214,7 @@ def test_a_section_that_breaks_or_takes_too_long_ends_alone(tmp_path, monkeypatc
         Section("endless", endless, 0.02),
         Section("wrong_and_endless", wrong_and_endless, 0.02),
         Section("broken", broken, 60),
-        Section("good", lambda run: run.say(error=0.5), 60),
+        Section("good", lambda run: run.say(error=0.5, errors=[float("inf"), {"nan": float("nan")}]), 60),
     ]
     monkeypatch.setattr(gpu_check, "SECTIONS", sections)
     assert command(monkeypatch, "--dry", "--output", tmp_path / "it.jsonl") == 1
@@ -189,7 +224,14 @@ def test_a_section_that_breaks_or_takes_too_long_ends_alone(tmp_path, monkeypatc
     assert ends["endless"]["error"] == "it took longer than its budget of 0.4 s"
     assert ends["wrong_and_endless"]["faults"] == ["wrong"]
     assert ends["broken"]["error"] == "RuntimeError: CUDA error: out of luck" and "broken" in ends["broken"]["trace"]
-    assert {"section": "good", "error": 0.5} in rows
+    assert {"section": "good", "error": 0.5, "errors": ["inf", {"nan": "nan"}]} in rows
+
+
+def test_logits_of_padding_are_left_out_and_others_that_are_not_finite_are_not():
+    logits = torch.tensor([1.0, -torch.inf, torch.nan, torch.inf])
+    found = correctness.flat(SimpleNamespace(logits=logits, pred_boxes=torch.zeros(1)))
+    assert torch.equal(found.isfinite(), torch.tensor([True, True, False, False, True])) and found[1] == 0
+    assert correctness.error(found, found) == math.inf
 
 
 def test_correctness_comes_first_and_all_budgets_are_within_eight_minutes():
@@ -242,3 +284,10 @@ def test_results_go_into_the_docs_only_after_a_whole_run_on_a_gpu(monkeypatch, t
 def test_bad_flags(arguments, message, monkeypatch, capsys):
     assert command(monkeypatch, *arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_default_file_that_cannot_be_written_is_named(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(gpu_check, "output_of", lambda args: tmp_path / "nowhere" / "gpu.jsonl")
+    assert command(monkeypatch, "--dry") == 2
+    message = f"benchmarks.gpu_check: --output {tmp_path / 'nowhere' / 'gpu.jsonl'}: No such file or directory.\n"
+    assert capsys.readouterr().err == message

@@ -175,6 +175,25 @@ def test_several_active_adapters_and_scales(prompt_gate):
     assert {len(buffer) for name, buffer in layer.named_buffers() if "prompts" in name} == {6}
 
 
+def test_a_model_in_training_is_not_written(monkeypatch):
+    """Other threads may train it."""
+    model = attach(make_host(), prompt_dropout=0.5).train()
+    layers = [module for module in model.modules() if isinstance(module, SDPTLayer)]
+    before, written = [{**layer.__dict__} for layer in layers], []
+    real = SDPTLayer.__setattr__
+
+    def noted(layer, name, value):
+        if any(layer is each for each in layers):
+            written.append(name)
+        real(layer, name, value)
+
+    monkeypatch.setattr(SDPTLayer, "__setattr__", noted)
+    baked = bake(model)
+    assert not written and [layer.__dict__ for layer in layers] == before
+    # Without the dropout of prompts.
+    assert torch.equal(run(baked), run(model.eval()))
+
+
 def test_an_adapter_of_scale_zero_is_the_base_model():
     model = attach(make_host(), lora_rank=2)
     moved(model)
@@ -273,6 +292,21 @@ def test_lora_on_quantised_weights_is_refused():
         bake(model)
 
 
+def outside_of_fusion_layers(baked):
+    """As on the page of the docs."""
+    fusion = {part for layer in baked.modules() if isinstance(layer, BakedFusionLayer) for part in layer.modules()}
+    return lambda module, name: isinstance(module, nn.Linear) and module not in fusion
+
+
+@every_host
+def test_int8_leaves_out_the_fusion_layers_of_every_base_model(case):
+    baked = bake(attach(case.make()))
+    suits = outside_of_fusion_layers(baked)
+    for name in (*case.layers, *case.shared):
+        linear = [part for part in baked.get_submodule(name).modules() if isinstance(part, nn.Linear)]
+        assert linear and not [part for part in linear if suits(part, name)]
+
+
 @pytest.mark.parametrize("kind", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"])
 def test_int8(kind):
     """What the page says of torchao."""
@@ -280,13 +314,9 @@ def test_int8(kind):
 
     model = attach(make_host())
     baked = bake(model)
-    quantization.quantize_(
-        baked,
-        getattr(quantization, kind)(),
-        filter_fn=lambda module, name: isinstance(module, nn.Linear) and "fusion_layer" not in name,
-    )
+    quantization.quantize_(baked, getattr(quantization, kind)(), filter_fn=outside_of_fusion_layers(baked))
     quantised = {name for name, parameter in baked.named_parameters() if type(parameter) is not nn.Parameter}
-    assert len(quantised) > 20 and not [name for name in quantised if "fusion_layer" in name]
+    assert len(quantised) > 20
     fusion = [baked.get_submodule(name) for name in LAYERS]
     assert all(map(is_plain_linear, (part for layer in fusion for part in layer.children())))
     difference = (run(baked).nan_to_num(neginf=0) - run(model).nan_to_num(neginf=0)).abs().mean()

@@ -10,6 +10,7 @@ import threading
 import pytest
 
 from peft_sdpt.deployment.serving import Batcher
+from peft_sdpt.errors import InputError
 
 
 class Handler:
@@ -119,3 +120,74 @@ def test_what_waits_at_the_end_is_answered(handler):
         return await asyncio.gather(*tasks)
 
     assert asyncio.run(clients()) == [0, 2, 4]
+
+
+def without_hanging(client) -> None:
+    asyncio.run(asyncio.wait_for(client(), 60))
+
+
+def no_answer(items: list[int]) -> list[int]:
+    return next(iter([]))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda items: items[1:], "run: must return an answer for each of 2 items; returned 1."),
+        (lambda items: [*items, 0], "run: must return an answer for each of 2 items; returned 3."),
+        (lambda items: None, "'NoneType' object is not iterable"),
+        (no_answer, "run: raised StopIteration."),
+    ],
+)
+def test_answers_that_are_wrong_belong_to_their_batch(wrong, message):
+    async def clients() -> None:
+        batcher = Batcher(lambda items: items if 3 in items else wrong(items), lambda _: None, 2, 0.0)
+        async with batcher.running():
+            errors = await asyncio.gather(batcher(1), batcher(2), return_exceptions=True)
+            assert [str(error) for error in errors] == [message] * 2
+            assert await batcher(3) == 3
+
+    without_hanging(clients)
+
+
+def test_an_item_without_a_key_gets_the_error_alone(handler):
+    async def clients() -> None:
+        batcher = Batcher(handler, lambda number: 1 // number, 2, 0.0)
+        async with batcher.running():
+            bad, good = await asyncio.gather(batcher(0), batcher(1), return_exceptions=True)
+            assert isinstance(bad, ZeroDivisionError) and good == 2
+
+    without_hanging(clients)
+
+
+def test_nothing_is_asked_of_a_batcher_that_does_not_run(handler):
+    async def clients() -> None:
+        batcher = Batcher(handler, lambda _: None, 2, 0.0)
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="only within"):
+                await batcher(1)
+            async with batcher.running():
+                assert await batcher(1) == 2
+                with pytest.raises(RuntimeError, match="only run once at a time"):
+                    async with batcher.running():
+                        pass
+                assert await batcher(2) == 4
+        with pytest.raises(RuntimeError, match="only within"):
+            await batcher(1)
+
+    without_hanging(clients)
+
+
+@pytest.mark.parametrize(
+    ("size", "wait", "message"),
+    [
+        (0, 0.0, "max_batch_size=0: must be a whole number of at least 1."),
+        (2.5, 0.0, "max_batch_size=2.5: must be a whole number of at least 1."),
+        (1, -1.0, "max_wait=-1.0: must be at least 0 seconds."),
+        (1, float("nan"), "max_wait=nan: must be at least 0 seconds."),
+    ],
+)
+def test_bad_arguments_of_a_batcher(size, wait, message, handler):
+    with pytest.raises(InputError) as error:
+        Batcher(handler, lambda _: None, size, wait)
+    assert str(error.value) == message

@@ -4,6 +4,7 @@
 
 import itertools
 import random
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ from transformers.models.grounding_dino.image_processing_pil_grounding_dino impo
 from transformers.models.grounding_dino.modeling_grounding_dino import build_label_maps
 
 from peft_sdpt.detection.grounding import (
+    PHRASE_END,
     class_prompt,
     class_scores,
     class_token_maps,
@@ -72,6 +74,23 @@ def test_class_prompt(names, prompt):
 )
 def test_split_caption(text, names):
     assert split_caption(text) == names
+
+
+def test_phrases_of_any_text():
+    """A full stop ends a phrase together with the spaces around it."""
+    for text in map("".join, itertools.product("a. \n,", repeat=6)):
+        stripped = text.strip()
+        is_prompt = stripped.endswith(".") or " . " in text
+        phrases = re.split(r"\s*\.(?:\s+|$)", stripped) if is_prompt else [text]
+        names = [name.strip() for phrase in phrases for name in re.split(r"[,\n]", phrase)]
+        assert split_caption(text) == ([name for name in names if name] or [text])
+
+
+def test_spaces_are_looked_at_once():
+    text = f"cat{' ' * 1000}dog  . owl."
+    # Looking for a full stop after the spaces would look at all that follow, from each space.
+    assert not [place for place in range(len(text)) if text[place] != "." and PHRASE_END.match(text, place)]
+    assert split_caption(text) == [f"cat{' ' * 1000}dog", "owl"]
 
 
 @pytest.mark.parametrize("name", ["cat . dog . person .", "cat. dog."])

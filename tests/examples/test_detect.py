@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Detecting with saved adapters, run as a user runs it."""
 
+import argparse
 import contextlib
 import dataclasses
 import io
@@ -15,6 +16,7 @@ import threading
 import time
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -630,6 +632,35 @@ def test_watching_ends_with_everything_written(run, photos, adapters, tmp_path, 
     assert names_of(tmp_path / "out") == [*names, "detections.json"]
 
 
+def test_a_long_watch_seldom_writes_its_file(tmp_path, monkeypatch):
+    """The file is written completely each time, which takes longer and longer."""
+    clock, looks, done, written = [0.0], 400, [], []
+    journal = SimpleNamespace(add=lambda number, entries: done.append(number))
+
+    def watch(*_):
+        for number in range(looks):
+            clock[0] += 1.0
+            yield iter([(tmp_path / f"{number}.png", SimpleNamespace(size=(8, 8)))] if number < looks - 100 else [])
+
+    def write(results, journal):
+        written.append((len(done), clock[0]))
+        clock[0] += 0.01 * len(done)
+
+    monkeypatch.setattr(command, "watch", watch)
+    monkeypatch.setattr(command, "detect_batch", lambda *_: [])
+    monkeypatch.setattr(command, "write_results", write)
+    monkeypatch.setattr(command, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    command.detect_new(
+        argparse.Namespace(inputs=[tmp_path], output_dir=tmp_path / "out", batch_size=4), None, [], journal
+    )
+    # In the beginning, after each look.
+    assert [number for number, _ in written[:8]] == [1, 2, 3, 4, 5, 6, 7, 8]
+    seconds = sum(0.01 * number for number, _ in written)
+    assert seconds < 0.1 * clock[0] and len(written) > 20
+    # After looks without new images, it has all of them.
+    assert written[-1][0] == len(done) == 300
+
+
 def test_watching_an_empty_folder(run, adapters, tmp_path, monkeypatch):
     (tmp_path / "camera").mkdir()
     monkeypatch.setattr(images.time, "sleep", lambda _: signal.raise_signal(signal.SIGINT))
@@ -898,10 +929,24 @@ def test_only_the_same_run_is_resumed(refused, run, many, adapters, tmp_path, ki
     save_adapter(other, 5)
     differs("--adapter is [['one', '", "--adapter", other)
     differs("cannot be used with --watch.", "--watch")
-    noise(0).save(many / "new.png")
-    differs("the digest of the list of images is '")
-    (many / "new.png").unlink()
-    for text, message in (("{", "not JSON"), ("[]", "is damaged"), ('{"settings": 1}', "is damaged")):
+    noise(0).save(many / "a2-new.png")
+    differs(f"{many / 'a2-new.png'} was added; the unfinished run in {out} did not have this image.")
+    (many / "a2-new.png").rename(tmp_path / "a2-new.png")
+    (many / "b" / "a1.png").rename(tmp_path / "a1.png")
+    differs(f"{many / 'b' / 'a1.png'}, an image of the unfinished run in {out}, is missing.")
+    (tmp_path / "a1.png").rename(many / "b" / "a1.png")
+    content = (many / "a3.png").read_bytes()
+    noise(0, 100, 100).save(many / "a3.png")
+    differs(f"{many / 'a3.png'} has changed: it has 100 x 100 pixels, but had 90 x 120 in the unfinished run in {out}.")
+    (many / "a3.png").write_bytes(content)
+    refused(f"--resume: {many / 'a2.png'} has another place in the order", many / "a2.png", *flags, "--resume")
+    for text, message in (
+        ("{", "not JSON"),
+        ("[]", "is damaged"),
+        ('{"settings": 1, "images": []}', "is damaged"),
+        ('{"settings": {}}', "is damaged"),
+        ('{"settings": {}, "images": [["a.png", "a.png"]]}', "is damaged"),
+    ):
         (out / "detections.unfinished" / "plan.json").write_text(text)
         refused(f"plan.json: {message}", *flags, "--resume")
 

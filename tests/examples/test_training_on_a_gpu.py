@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 
 from peft_sdpt.commands import train
 from tests.helpers.main_job import reset_accelerate
@@ -41,6 +41,12 @@ def test_steps_wait_for_the_gpu_in_their_loss_only(main_job, small_task, tmp_pat
         ends.append(len(on_a_gpu))
         assert not of_loop
 
+    def prepare(accelerator, *objects, device_placement=None):
+        assert device_placement is None  # DeepSpeed refuses it
+        return real_prepare(accelerator, *objects)
+
+    real_prepare = Accelerator.prepare
+    monkeypatch.setattr(Accelerator, "prepare", prepare)
     monkeypatch.setattr(train, "train_step", noted)
     flags = ("--max_train_steps", 3, "--per_device_train_batch_size", 2, "--image_size", 128, "--with_tracking")
     assert main_job("--dataset_name", small_task, *flags, "--validation_steps", 9) == 0
