@@ -11,15 +11,30 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 
 import numpy as np
 import onnxruntime
 from PIL import Image, ImageOps
 
 
+def read_image(file: str) -> Image.Image:
+    """Read an image upright, as RGB with 8 bits per channel."""
+    image = ImageOps.exif_transpose(Image.open(file))
+    if image.mode == "F" or image.mode.startswith("I"):
+        # Pillow would cut values of more than 8 bits off at 255.
+        if Image.open(file).format != "PNG":
+            raise ValueError("has more than 8 bits per channel; convert it to 8 bits")
+        image = Image.fromarray((np.asarray(image, dtype=np.float32) / 65535 * 255).round().astype(np.uint8))
+    return image.convert("RGB")
+
+
 def load(path: str) -> tuple[onnxruntime.InferenceSession, dict]:
     """Load an ONNX file and its metadata."""
-    session = onnxruntime.InferenceSession(path)
+    try:
+        session = onnxruntime.InferenceSession(path)
+    except Exception as error:  # ONNX Runtime has many kinds of errors
+        raise SystemExit(f"{path}: cannot be loaded as an ONNX file ({str(error).splitlines()[0]})") from None
     metadata = session.get_modelmeta().custom_metadata_map
     return session, {key: json.loads(value) for key, value in metadata.items()}
 
@@ -82,12 +97,24 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    if args.threshold is not None and not 0 <= args.threshold < 1:
+        raise SystemExit(f"--threshold {args.threshold}: must be at least 0 and below 1")
     session, metadata = load(args.model)
+    failed = False
     for file in args.images:
-        image = ImageOps.exif_transpose(Image.open(file)).convert("RGB")
-        for detection in detect(session, metadata, image, args.threshold):
+        try:
+            image = read_image(file)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            print(f"{file}: cannot be read ({error})", file=sys.stderr)
+            failed = True
+            continue
+        found = detect(session, metadata, image, args.threshold)
+        for detection in found:
             left, top, right, bottom = (round(edge) for edge in detection["box"])
             print(f"{file}: {detection['name']} {detection['score']:.2f} ({left}, {top}, {right}, {bottom})")
+        if not found:
+            print(f"{file}: no objects")
+    sys.exit(failed)
 
 
 if __name__ == "__main__":
