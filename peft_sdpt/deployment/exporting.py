@@ -84,14 +84,14 @@ def export_detector(
     fixed_size: tuple[int, int] | None,
     threshold: float,
     check: bool,
-    in_float32: bool,
+    device: str | None = None,
 ) -> ExportedDetector:
     """Export a detector with `torch.export`, write it as a file, and compare it with the model.
 
     Args:
         save: It is called with the exported program, example inputs, metadata, and a file, and writes the file. It
             returns what the file computes, as a function.
-        in_float32: Whether to export in float32 on the CPU, instead of in the dtype and on the device of the model.
+        device: The device of the example inputs and of the exported program. None for that of the model.
         model, processor, class_names, path, fixed_size, threshold, check: See `export_program`.
 
     Returns:
@@ -105,7 +105,7 @@ def export_detector(
     chunks = check_export(config, processor, class_names, path, fixed_size=fixed_size, threshold=threshold)
     names = None if class_names is None else list(class_names)
     prompts = [class_prompt([names[index] for index in chunk]) for chunk in chunks] if names else []
-    host: Any = _plain_copy(model, in_float32)
+    host: Any = _plain_copy(model, device)
     tokenizer = processor.tokenizer
     detector = FixedDetector(host, tokenizer, prompts, chunks) if prompts else TokenDetector(host)
     examples = [_example(config, fixed_size)]
@@ -116,7 +116,7 @@ def export_detector(
         text = tokenizer(_EXAMPLE_TEXTS, padding=True, return_tensors="pt")
         for images in examples:
             images.update({name: tokens[: len(images["pixel_mask"])] for name, tokens in text.items()})
-    examples = [_as_inputs(host, images) for images in examples]
+    examples = [_moved(images, host.device) for images in examples]
     program = export_graph(detector, examples[0], fixed_size)
     metadata = {
         "class_names": names,
@@ -130,7 +130,7 @@ def export_detector(
     with whole_file(path) as file:
         run = save(program, examples[0], metadata, file)
         if check:
-            reference = TokenDetector(_plain_copy(model, in_float32))
+            reference = TokenDetector(_plain_copy(model, device))
             expect = functools.partial(_scores_and_boxes, reference, tokenizer, prompts) if prompts else reference
             difference = max(_difference(expect(**inputs), run(inputs)) for inputs in examples)
             if not difference <= MAX_DIFFERENCE:  # NaN is not either
@@ -235,20 +235,16 @@ def detector_config(model: nn.Module) -> Any:
     return config
 
 
-def _plain_copy(model: nn.Module, in_float32: bool = True) -> nn.Module:
-    """Return a copy of a detector with the prompts of its active adapters in it, by default in float32 on the CPU."""
+def _plain_copy(model: nn.Module, device: str | None = None) -> nn.Module:
+    """Return a copy of a detector in float32, with the prompts of its active adapters in it."""
     plain = bake(model) if has_prompts(model) else copy.deepcopy(getattr(model, "_orig_mod", model))
-    if in_float32:
-        plain.float().cpu()
-    return plain.eval().requires_grad_(False)
+    if device is not None:
+        plain.to(device)
+    return plain.float().eval().requires_grad_(False)
 
 
-def _as_inputs(host: Any, inputs: Tensors) -> dict[str, Tensor]:
-    """Return inputs on the device of a detector and in its dtype."""
-    return {
-        name: tensor.to(host.device, host.dtype if tensor.is_floating_point() else None)
-        for name, tensor in inputs.items()
-    }
+def _moved(inputs: Tensors, device: torch.device) -> dict[str, Tensor]:
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
 class TokenDetector(nn.Module):
@@ -318,7 +314,7 @@ class FixedDetector(nn.Module):
             self.host.model.encoder.prompt = index
             input_ids = getattr(self, f"input_ids{index}").expand(pixel_values.shape[0], -1)
             outputs = self.host(pixel_values=pixel_values, pixel_mask=pixel_mask, input_ids=input_ids)
-            all_scores.append(outputs.logits.float().sigmoid() @ getattr(self, f"class_weights{index}"))
+            all_scores.append(outputs.logits.sigmoid() @ getattr(self, f"class_weights{index}"))
             all_boxes.append(_corners(outputs.pred_boxes))
         return {"scores": torch.cat(all_scores, dim=1), "boxes": torch.cat(all_boxes, dim=1)}
 
@@ -326,9 +322,11 @@ class FixedDetector(nn.Module):
 class _SharedBackbone(nn.Module):
     """The image backbone of a detector, which encodes the images once for all prompts."""
 
-    def __init__(self, backbone: nn.Module) -> None:
+    def __init__(self, backbone: Any) -> None:
         super().__init__()
         self.backbone = backbone
+        # The detector calls it for feature maps that are coarser than those of the backbone.
+        self.position_embedding = backbone.position_embedding
         self.forget()
 
     def forget(self) -> None:
@@ -364,7 +362,7 @@ class _FixedText(nn.Module):
         seen: dict[str, Any] = {}
         handle = self.encoder.register_forward_pre_hook(lambda _, args, inputs: seen.update(inputs), with_kwargs=True)
         try:
-            host(**_as_inputs(host, {"input_ids": input_ids, **_blank(host.config)}))
+            host(**_moved({"input_ids": input_ids, **_blank(host.config)}, host.device))
         finally:
             handle.remove()
         # All layers of the encoder compute the same embedding of the positions.
@@ -553,7 +551,7 @@ def _difference(expected: Tensors, found: Tensors) -> float:
     as they are between two attention kernels of PyTorch. A fault in the export changes all queries.
     """
     first, second = (
-        torch.cat([each["scores"] if "scores" in each else each["logits"].sigmoid(), each["boxes"]], dim=-1).float()
+        torch.cat([each["scores"] if "scores" in each else each["logits"].sigmoid(), each["boxes"]], dim=-1)
         for each in (expected, found)
     )
     return float((first - second).abs().amax(-1).flatten().quantile(0.95, interpolation="higher"))

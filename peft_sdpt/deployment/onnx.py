@@ -88,7 +88,7 @@ def export_onnx(
         fixed_size=fixed_size,
         threshold=threshold,
         check=check,
-        in_float32=True,
+        device="cpu",
     )
     return dataclasses.replace(exported, opset=OPSET)
 

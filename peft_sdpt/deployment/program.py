@@ -37,6 +37,7 @@ def export_program(
 ) -> ExportedDetector:
     """Write a detector as a file that `torch.export.load` reads, without peft_sdpt, PEFT and transformers.
 
+    It is exported in float32, on the device of the model. `torch.autocast` around a call computes in half precision.
     Inputs, outputs and metadata are those of `peft_sdpt.deployment.onnx.export_onnx`. The program takes `pixel_values`
     and `pixel_mask` as keyword arguments and returns a dict with `scores` and `boxes`. The file has the metadata as
     JSON in the extra file `detector.json`.
@@ -47,7 +48,7 @@ def export_program(
 
     Args:
         model: A Grounding DINO, MM Grounding DINO or LLMDet of transformers, or a `PeftModel` of one. It stays
-            unchanged. The program runs on its device and in its dtype.
+            unchanged.
         processor: Its processor, which has a `tokenizer` and an `image_processor`.
         class_names: Names of the classes. They set the order of the scores. None if the program takes tokens.
         path: The file to write, `.pt2`. Its folder must exist.
@@ -75,7 +76,6 @@ def export_program(
         fixed_size=fixed_size,
         threshold=threshold,
         check=check,
-        in_float32=False,
     )
 
 

@@ -27,6 +27,7 @@ from peft_sdpt.deployment import onnx as conversion
 from peft_sdpt.detection import class_prompt, class_scores, class_token_maps, detect, split_classes
 from peft_sdpt.errors import InputError, MissingExtraError
 from tests.helpers.detectors import HOST_NAMES, PUBLISHED, ROOT, acting, attach, make_host, run_python
+from tests.helpers.pretend import pretend_gpu
 from tests.helpers.programs import alone
 from tests.helpers.tiny import omdet_turbo
 
@@ -45,8 +46,8 @@ def processor():
 
 
 def make_detector(name: str) -> nn.Module:
-    """A tiny detector with the vocabulary of the processor."""
-    host = make_host(name, layers=1)
+    """A tiny detector with the vocabulary of the processor, and a feature map more than its backbone, as real ones."""
+    host = make_host(name, layers=1, num_feature_levels=3, d_model=64)
     torch.manual_seed(5)
     host.model.text_backbone.set_input_embeddings(nn.Embedding(6400, 16))
     host.config.text_config.vocab_size = 6400
@@ -125,6 +126,25 @@ def test_fixed_text_changes_nothing(name, kind, processor):
             fixed(**inputs).values(), scores_and_boxes(model, processor, MANY, inputs), strict=True
         ):
             torch.testing.assert_close(output, expected, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_program_is_made_on_the_device_of_the_model(processor):
+    """In PyTorch, before `torch.export`, which needs a real device."""
+    model = make_tuned("grounding_dino", "gated")
+    inputs = images(2, 51, 90)
+    expected = scores_and_boxes(model, processor, ["dog", "cat"], inputs)
+    host = exporting._plain_copy(model)
+    with pretend_gpu():
+        model.to("pretend")
+        inputs = exporting._moved(inputs, host.to("pretend").device)
+        fixed = exporting.FixedDetector(host, processor.tokenizer, ["dog. cat."], [[0, 1]])
+        reference = exporting._scores_and_boxes(
+            exporting.TokenDetector(model), processor.tokenizer, ["dog. cat."], **inputs
+        )
+        for outputs in (fixed(**inputs), reference):
+            for found, wanted in zip(outputs.values(), expected, strict=True):
+                torch.testing.assert_close(found.cpu(), wanted, rtol=0, atol=1e-5)
 
 
 def test_half_precision_is_exported_in_float32(processor):

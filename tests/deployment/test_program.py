@@ -65,22 +65,25 @@ def test_any_text_and_any_size_in_a_process_with_pytorch_alone(model, processor,
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_several_prompts_in_the_dtype_of_the_model_for_a_fixed_size(model, processor, tmp_path):
-    names = [f"cell {letter}" for letter in "abcdefghijklmnop"]
+def test_a_fixed_size_and_half_precision(model, processor, tmp_path):
     half = bake(model).bfloat16()
-    exported = export_program(half, processor, names, tmp_path / "detector.pt2", fixed_size=(64, 96), threshold=0.4)
+    options = {"fixed_size": (64, 96), "threshold": 0.4}
+    exported = export_program(half, processor, ["red cell", "platelet"], tmp_path / "detector.pt2", **options)
     assert exported.inputs == {"pixel_values": ["batch", 3, 64, 96], "pixel_mask": ["batch", 64, 96]}
-    assert exported.outputs == {"scores": ["batch", 12, 16], "boxes": ["batch", 12, 4]}
-    assert len(exported.prompts) == 2 and exported.difference < 1e-3
+    assert exported.outputs == {"scores": ["batch", 6, 2], "boxes": ["batch", 6, 4]}
+    assert exported.prompts == ["red cell. platelet."] and exported.difference < 1e-4
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
     files = {"detector.json": ""}
     program = torch.export.load(exported.path, extra_files=files).module()
     metadata = json.loads(files["detector.json"])
-    assert metadata["prompts"] == exported.prompts and metadata["threshold"] == 0.4
+    assert metadata["class_names"] == ["red cell", "platelet"] and metadata["threshold"] == 0.4
     assert metadata["image_size"] == {"max_height": 64, "max_width": 96}
     images = pixels(3, 64, 96)
-    outputs = program(pixel_values=images["pixel_values"].bfloat16(), pixel_mask=images["pixel_mask"])
-    assert outputs["scores"].shape == (3, 12, 16) and outputs["boxes"].dtype == torch.bfloat16
+    outputs, expected = (
+        program(**images),
+        half.float()(**images, **processor.tokenizer(exported.prompts * 3, return_tensors="pt")),
+    )
+    torch.testing.assert_close(outputs["boxes"], corners(expected.pred_boxes), rtol=0, atol=1e-4)
     with pytest.raises(RuntimeError, match="64"):
         program(**pixels(1, 64, 64))
     # No paths of this machine are in the file.
