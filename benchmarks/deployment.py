@@ -33,7 +33,7 @@ from torch import nn
 from transformers import AutoProcessor
 
 from peft_sdpt import SDPTConfig
-from peft_sdpt.deployment import bake, export_program
+from peft_sdpt.deployment import ExportedDetector, bake, export_onnx, export_program
 from peft_sdpt.deployment.baking import BakedFusionLayer
 from peft_sdpt.detection import average_precision, class_prompt, detect_split, load_base_model, load_split
 
@@ -135,7 +135,7 @@ class Ways:
             return self._with_text(model), bytes_of(model)
         if name == "program":
             file = self.folder / "detector.pt2"
-            size = export_program(self.model, self.processor, CLASSES, file, image_size=self.size).num_bytes
+            size = self._export(export_program, file)
             program = torch.export.load(file).module()
             mask = torch.ones(1, *self.size, dtype=torch.long, device=self.model.device)
             return lambda pixel_values: program(pixel_values=pixel_values, pixel_mask=mask), size
@@ -152,19 +152,20 @@ class Ways:
     def _onnx(self) -> tuple[Callable[..., Any], int]:
         import onnxruntime
 
-        # Imported here, because it needs the extra `onnx`.
-        from peft_sdpt.deployment.onnx import export_onnx
-
         file = self.folder / "detector.onnx"
-        export_onnx(self.model, self.processor, CLASSES, file, fixed_size=self.size, check=False)
+        size = self._export(export_onnx, file)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
         mask = np.ones((1, *self.size), dtype=np.int64)
         return (
             lambda pixel_values: session.run(None, {"pixel_values": pixel_values.numpy(), "pixel_mask": mask}),
-            file.stat().st_size,
+            size,
         )
+
+    def _export(self, export: Callable[..., ExportedDetector], file: Path) -> int:
+        """Write a file for images of one size. Returns the bytes of the file."""
+        return export(self.model, self.processor, CLASSES, file, fixed_size=self.size, check=False).num_bytes
 
 
 def bytes_of(model: nn.Module) -> int:

@@ -1,15 +1,15 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""Export a detector for fixed classes as one ONNX file, which runs without PyTorch.
+"""Export a detector for fixed classes as one file: ONNX, which runs without PyTorch, or a program of PyTorch.
 
     python examples/export_onnx.py --adapter my-adapter --output detector.onnx
-    python examples/export_onnx.py --class_names "red apple" pear --output detector.onnx
+    python examples/export_onnx.py --class_names "red apple" pear --output detector.pt2
 
 The file has the base model, the adapter, and the text of the classes. Its metadata tell how images are prepared. The
-script runs the file in ONNX Runtime and prints by how much it differs from PyTorch.
+script runs the file and prints by how much it differs from the model.
 
 Without an adapter, the small base model in `examples/host` is exported. The rest of the code is in
-`peft_sdpt/deployment/onnx.py` and `peft_sdpt/commands/export.py`, which is installed as `sdpt-export`.
+`peft_sdpt/deployment/` and `peft_sdpt/commands/export.py`, which is installed as `sdpt-export`.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def sdpt_detect() -> None:
 
 
 def sdpt_export() -> None:
-    """Run the installed command `sdpt-export`. Without the extra `onnx`, it ends with one line."""
+    """Run the installed command `sdpt-export`. Without the extra `detection`, it ends with one line."""
     with one_line_errors("sdpt-export"):
         from .export import main
     main()

@@ -1,12 +1,12 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""Export a detector for fixed classes as one ONNX file, which runs without PyTorch.
+"""Export a detector for fixed classes as one file: ONNX, which runs without PyTorch, or a program of PyTorch.
 
     sdpt-export --adapter my-adapter --output detector.onnx
-    sdpt-export --class_names "red apple" pear --output detector.onnx
+    sdpt-export --class_names "red apple" pear --output detector.pt2
 
 The file has the base model, the adapter, and the text of the classes. Its metadata tell how images are prepared. The
-command runs the file in ONNX Runtime and prints by how much it differs from PyTorch.
+command runs the file and prints by how much it differs from the model.
 """
 
 from __future__ import annotations
@@ -14,16 +14,19 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..deployment.onnx import ExportedDetector, check_export, export_onnx
+from ..deployment import ExportedDetector, export_onnx, export_program
+from ..deployment.exporting import check_export
+from ..deployment.onnx import check_packages
 from ..detection import common_base_model, find_adapter, load_base_config, load_detector, load_processor, read_threshold
 from ..detection.prediction import DEFAULT_THRESHOLD
 from ..downloads import limit_waiting
-from ..errors import hint, one_line_errors
+from ..errors import InputError, hint, one_line_errors
 from ..wording import counted, enumerated, shown_path
 from . import print_any_name
 from .detect import choose_class_names
 from .train_arguments import BASE_MODEL
 
+EXPORTS = {".onnx": export_onnx, ".pt2": export_program}
 # Arguments of the library whose flag has another name.
 RENAMED = {"adapters": "adapter", "source": "adapter", "path": "output"}
 
@@ -47,7 +50,10 @@ def parse_args(description: str | None, model_name_or_path: str) -> argparse.Nam
         "classes that the adapter was trained on.",
     )
     parser.add_argument(
-        "--output", type=Path, default=Path("detector.onnx"), help="The file to write. Default: detector.onnx."
+        "--output",
+        type=Path,
+        default=Path("detector.onnx"),
+        help="The file to write, .onnx or .pt2. Default: detector.onnx.",
     )
     parser.add_argument(
         "--fixed_size",
@@ -67,6 +73,11 @@ def parse_args(description: str | None, model_name_or_path: str) -> argparse.Nam
 
 def run(args: argparse.Namespace, model_name_or_path: str) -> None:
     limit_waiting()
+    export = EXPORTS.get(args.output.suffix)
+    if export is None:
+        raise InputError(f"path={shown_path(args.output)}: must end with {' or '.join(EXPORTS)}.")
+    if export is export_onnx:
+        check_packages()
     adapter = find_adapter(args.adapter) if args.adapter else None
     with hint("Choose one by --model_name_or_path."):
         base_model = args.model_name_or_path or (common_base_model([adapter]) if adapter else model_name_or_path)
@@ -80,13 +91,14 @@ def run(args: argparse.Namespace, model_name_or_path: str) -> None:
     check_export(load_base_config(base_model), processor, class_names, args.output, **options)
     model = load_detector(base_model, [adapter] if adapter else [])
     print(f"exporting {counted(len(class_names), 'class', 'classes')}: {enumerated(class_names)}. This takes minutes.")
-    exported = export_onnx(model, processor, class_names, args.output, **options)
+    exported = export(model, processor, class_names, args.output, **options)
     print(describe(exported))
 
 
 def describe(exported: ExportedDetector) -> str:
     """Say in a few lines what was written."""
-    lines = [f"{shown_path(exported.path)}: {exported.num_bytes / 1e6:.1f} MB, opset {exported.opset}"]
+    opset = f", opset {exported.opset}" if exported.opset else ""
+    lines = [f"{shown_path(exported.path)}: {exported.num_bytes / 1e6:.1f} MB{opset}"]
     for kind, values in (("inputs", exported.inputs), ("outputs", exported.outputs)):
         lines.append(f"{kind}: " + ", ".join(f"{name} ({', '.join(map(str, dims))})" for name, dims in values.items()))
     lines.append(f"largest difference to PyTorch, in 95% of the queries: {exported.difference:.1e}")

@@ -3,6 +3,8 @@
 """Takes a tuned detector out of PEFT: a plain PyTorch model, an exported program, and ONNX."""
 
 from .baking import BakedFusionLayer, bake
-from .program import SavedProgram, export_program
+from .exporting import ExportedDetector
+from .onnx import export_onnx
+from .program import export_program
 
-__all__ = ["BakedFusionLayer", "SavedProgram", "bake", "export_program"]
+__all__ = ["BakedFusionLayer", "ExportedDetector", "bake", "export_onnx", "export_program"]

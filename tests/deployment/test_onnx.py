@@ -22,11 +22,13 @@ from transformers import AutoProcessor
 
 import detect_onnx
 import export_onnx as export_script
-from peft_sdpt.deployment import onnx as exporting
-from peft_sdpt.deployment.onnx import export_onnx
+from peft_sdpt.deployment import export_onnx, export_program, exporting
+from peft_sdpt.deployment import onnx as conversion
 from peft_sdpt.detection import class_prompt, class_scores, class_token_maps, detect, split_classes
 from peft_sdpt.errors import InputError, MissingExtraError
 from tests.helpers.detectors import HOST_NAMES, PUBLISHED, ROOT, acting, attach, make_host, run_python
+from tests.helpers.pretend import pretend_gpu
+from tests.helpers.programs import alone
 from tests.helpers.tiny import omdet_turbo
 
 NAMES = ["red cat", "dog", "house"]
@@ -44,8 +46,8 @@ def processor():
 
 
 def make_detector(name: str) -> nn.Module:
-    """A tiny detector with the vocabulary of the processor."""
-    host = make_host(name, layers=1)
+    """A tiny detector with the vocabulary of the processor, and a feature map more than its backbone, as real ones."""
+    host = make_host(name, layers=1, num_feature_levels=3, d_model=64)
     torch.manual_seed(5)
     host.model.text_backbone.set_input_embeddings(nn.Embedding(6400, 16))
     host.config.text_config.vocab_size = 6400
@@ -116,12 +118,33 @@ def test_fixed_text_changes_nothing(name, kind, processor):
     prompts = [class_prompt([MANY[index] for index in chunk]) for chunk in chunks]
     assert len(prompts) > 1
     before = state(model)
-    fixed = exporting._FixedDetector(exporting._plain_copy(model), processor.tokenizer, prompts, chunks)
+    fixed = exporting.FixedDetector(exporting._plain_copy(model), processor.tokenizer, prompts, chunks)
     exporting._pad_always(fixed)
     assert_unchanged(before, state(model))
     for inputs in (images(2, 51, 90), images(1, 64, 64)):
-        for output, expected in zip(fixed(**inputs), scores_and_boxes(model, processor, MANY, inputs), strict=True):
+        for output, expected in zip(
+            fixed(**inputs).values(), scores_and_boxes(model, processor, MANY, inputs), strict=True
+        ):
             torch.testing.assert_close(output, expected, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_program_is_made_on_the_device_of_the_model(processor):
+    """In PyTorch, before `torch.export`, which needs a real device."""
+    model = make_tuned("grounding_dino", "gated")
+    inputs = images(2, 51, 90)
+    expected = scores_and_boxes(model, processor, ["dog", "cat"], inputs)
+    host = exporting._plain_copy(model)
+    with pretend_gpu():
+        model.to("pretend")
+        inputs = exporting._moved(inputs, host.to("pretend").device)
+        fixed = exporting.FixedDetector(host, processor.tokenizer, ["dog. cat."], [[0, 1]])
+        reference = exporting._scores_and_boxes(
+            exporting.TokenDetector(model), processor.tokenizer, ["dog. cat."], **inputs
+        )
+        for outputs in (fixed(**inputs), reference):
+            for found, wanted in zip(outputs.values(), expected, strict=True):
+                torch.testing.assert_close(found.cpu(), wanted, rtol=0, atol=1e-5)
 
 
 def test_half_precision_is_exported_in_float32(processor):
@@ -148,7 +171,9 @@ def assert_unchanged(before, after) -> None:
             assert torch.equal(values, values_after)
 
 
-# ---- a file for any size, which the command writes
+# ---- files for any size, which the command writes
+
+SIZES = [(2, 64, 96), (1, 51, 133), (3, 128, 128), (2, 47, 34), (1, 16, 48)]
 
 
 @pytest.fixture(scope="module")
@@ -179,14 +204,26 @@ def run_command(*arguments) -> tuple[str, str, int]:
 
 @pytest.fixture(scope="module")
 def any_size(saved, tmp_path_factory):
-    """The only export of the tests, because it takes a minute."""
-    export = exporting._export
-    programs = []
+    """The only export of these tests, because it takes a minute."""
+    results = {}
+
+    def keep(module, name):
+        function = getattr(module, name)
+        patch.setattr(module, name, lambda *args: results.setdefault(name, function(*args)))
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exporting, "_export", lambda *args: programs.append(export(*args)) or programs[0])
+        keep(exporting, "export_graph")
+        keep(conversion, "_convert")
         file = tmp_path_factory.mktemp("onnx") / "detector.onnx"
         out, err, code = run_command("--adapter", saved.adapter, "--output", file)
-    return SimpleNamespace(file=file, model=saved.model, out=out, err=err, code=code, program=programs[0])
+    return SimpleNamespace(file=file, model=saved.model, out=out, err=err, code=code, results=results)
+
+
+@pytest.fixture
+def exported_before(any_size, monkeypatch):
+    """Takes the results of that export in further ones."""
+    monkeypatch.setattr(exporting, "export_graph", lambda *args: any_size.results["export_graph"])
+    monkeypatch.setattr(conversion, "_convert", lambda *args: any_size.results["_convert"])
 
 
 @pytest.mark.slow
@@ -196,7 +233,7 @@ def test_the_command_exports_a_saved_adapter(any_size):
     assert all("Loading weights" in line for line in any_size.err.splitlines() if line)
     lines = any_size.out.splitlines()
     assert lines[0] == "exporting 3 classes: red cat, dog, house. This takes minutes."
-    assert lines[1].startswith(f"{any_size.file}: 0.") and lines[1].endswith(" MB, opset 18")
+    assert lines[1].startswith(f"{any_size.file}: ") and lines[1].endswith(" MB, opset 18")
     assert lines[2:4] == [
         "inputs: pixel_values (batch, 3, height, width), pixel_mask (batch, height, width)",
         "outputs: scores (batch, 6, 3), boxes (batch, 6, 4)",
@@ -205,18 +242,17 @@ def test_the_command_exports_a_saved_adapter(any_size):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("batch", "height", "width"),
-    [(2, 64, 96), (1, 51, 133), (3, 128, 128), (2, 47, 34), (1, 16, 48)],
-    ids=lambda n: str(n),
-)
+@pytest.mark.parametrize(("batch", "height", "width"), SIZES)
 def test_sizes_and_batches_vary(any_size, processor, batch, height, width):
     assert_same(any_size.file, any_size.model, processor, NAMES, images(batch, height, width, seed=height))
 
 
 @pytest.mark.slow
 def test_metadata(any_size):
-    metadata = metadata_of(any_size.file)
+    assert_metadata(metadata_of(any_size.file))
+
+
+def assert_metadata(metadata: dict) -> None:
     assert metadata.pop("box_format").startswith("left, top, right, bottom")
     assert metadata.pop("peft_sdpt_version")
     assert metadata == {
@@ -228,6 +264,25 @@ def test_metadata(any_size):
         "image_std": [0.229, 0.224, 0.225],
         "rescale_factor": pytest.approx(1 / 255),
     }
+
+
+@pytest.mark.slow
+def test_the_command_writes_a_program_with_the_same_inputs_outputs_and_metadata(
+    exported_before, any_size, saved, processor, tmp_path
+):
+    """It is the same graph as in the ONNX file. It runs in a process with PyTorch alone."""
+    out, _, code = run_command("--adapter", saved.adapter, "--output", tmp_path / "detector.pt2")
+    assert code == 0
+    lines, lines_of_onnx = out.splitlines(), any_size.out.splitlines()
+    assert lines[1].startswith(f"{tmp_path / 'detector.pt2'}: ") and lines[1].endswith(" MB")
+    assert lines[2:4] == lines_of_onnx[2:4] and len(lines) == 5
+    inputs = [images(*size, seed=size[1]) for size in SIZES]
+    outputs, metadata, names = alone(tmp_path / "detector.pt2", inputs, tmp_path)
+    assert_metadata(metadata)
+    assert any("fusion_layer" in name for name in names) and not any("embeddings.word" in name for name in names)
+    for each, found in zip(inputs, outputs, strict=True):
+        expected = dict(zip(("scores", "boxes"), scores_and_boxes(saved.model, processor, NAMES, each), strict=True))
+        torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.slow
@@ -293,8 +348,7 @@ def test_the_script_without_pytorch_detects_the_same(any_size, processor, photos
 
 
 @pytest.mark.slow
-def test_what_is_said_of_the_file_and_the_model_stays_as_it_was(any_size, processor, tmp_path, monkeypatch):
-    monkeypatch.setattr(exporting, "_export", lambda *args: any_size.program)
+def test_what_is_said_of_the_file_and_the_model_stays_as_it_was(exported_before, any_size, processor, tmp_path):
     model = any_size.model.train()
     before = state(model)
     exported = export_onnx(model, processor, NAMES, tmp_path / "d.onnx")
@@ -309,13 +363,13 @@ def test_what_is_said_of_the_file_and_the_model_stays_as_it_was(any_size, proces
 
 
 @pytest.mark.slow
-def test_a_file_that_differs_is_not_written(any_size, processor, tmp_path, monkeypatch):
+def test_a_file_that_differs_is_not_written(exported_before, any_size, processor, tmp_path, monkeypatch):
     """The check compares with the model, so a fault in the export cannot go unseen."""
     corners = exporting._corners
-    monkeypatch.setattr(exporting, "_export", lambda *args: any_size.program)
     monkeypatch.setattr(exporting, "_corners", lambda boxes: corners(boxes) + 0.01)
-    with pytest.raises(InputError, match=r"differ from those of the model by 1\.0e-02"):
-        export_onnx(any_size.model, processor, NAMES, tmp_path / "d.onnx")
+    for export, name in ((export_onnx, "d.onnx"), (export_program, "d.pt2")):
+        with pytest.raises(InputError, match=r"differ from those of the model by 1\.0e-02"):
+            export(any_size.model, processor, NAMES, tmp_path / name)
     assert not list(tmp_path.iterdir())
 
 
@@ -324,7 +378,7 @@ def test_images_are_encoded_once_for_several_prompts(processor):
     model = make_detector("grounding_dino")
     calls = []
     model.model.backbone.register_forward_hook(lambda *_: calls.append(1))
-    fixed = exporting._FixedDetector(model, processor.tokenizer, ["dog.", "cat.", "tree."], [[0], [1], [2]])
+    fixed = exporting.FixedDetector(model, processor.tokenizer, ["dog.", "cat.", "tree."], [[0], [1], [2]])
     calls.clear()
     for seed in range(2):
         fixed(**images(1, 40, 56, seed=seed))
@@ -349,12 +403,15 @@ def test_a_fixed_size_is_padded_by_the_script(photos, processor):
 # ---- wrong input
 
 
-def test_the_command_names_flags(saved, tmp_path):
+def test_the_command_names_flags(saved, tmp_path, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("folder") / "d.onnx"
+    folder.mkdir()
     for arguments, message in (
         (["--adapter", tmp_path / "none"], f"--adapter {tmp_path / 'none'}: no such folder"),
         ([], "--class_names: is needed without an --adapter that has class names."),
         (["--adapter", saved.adapter, "--output", tmp_path / "no" / "d.onnx"], "--output "),
-        (["--adapter", saved.adapter, "--output", tmp_path], "is a folder"),
+        (["--adapter", saved.adapter, "--output", tmp_path / "d.pt"], "d.pt: must end with .onnx or .pt2"),
+        (["--adapter", saved.adapter, "--output", folder], "is a folder"),
         (["--adapter", saved.adapter, "--threshold", "1"], "--threshold 1.0: must be at least 0 and below 1."),
         (["--adapter", saved.adapter, "--fixed_size", "4", "4"], "--fixed_size 4x4: is too small"),
         (["--adapter", saved.adapter, "--class_names", "dog", "Dog"], "class names: dog is given 2 times."),
@@ -379,12 +436,21 @@ def bare():
         (["dög", "dog"], {}, "are the same tokens"),
         (["dog"], {"threshold": 2}, "threshold=2: must be at least 0 and below 1"),
         (["dog"], {"fixed_size": (0, 50)}, "fixed_size=0x50: is too small"),
+        (["dog"], {"fixed_size": (64,)}, r"fixed_size=\(64,\): must be a height and a width in pixels"),
     ],
 )
 def test_wrong_arguments(bare, processor, tmp_path, class_names, options, message):
-    with pytest.raises(InputError, match=message):
-        export_onnx(bare, processor, class_names, tmp_path / "d.onnx", **options)
+    for export, name in ((export_onnx, "d.onnx"), (export_program, "d.pt2")):
+        with pytest.raises(InputError, match=message):
+            export(bare, processor, class_names, tmp_path / name, **options)
     assert not list(tmp_path.iterdir())
+
+
+def test_only_programs_work_without_classes(bare, processor, tmp_path):
+    with pytest.raises(InputError, match="class_names: the list is empty"):
+        export_onnx(bare, processor, None, tmp_path / "d.onnx")
+    with pytest.raises(InputError, match=r"d\.onnx: must end with \.pt2"):
+        export_program(bare, processor, None, tmp_path / "d.onnx")
 
 
 def test_models_that_cannot_be_exported(bare, processor, tmp_path):
@@ -406,7 +472,7 @@ def test_models_that_cannot_be_exported(bare, processor, tmp_path):
 
 
 def test_missing_packages(bare, processor, tmp_path, monkeypatch):
-    find = exporting.find_spec
-    monkeypatch.setattr(exporting, "find_spec", lambda name: None if name == "onnxscript" else find(name))
+    find = conversion.find_spec
+    monkeypatch.setattr(conversion, "find_spec", lambda name: None if name == "onnxscript" else find(name))
     with pytest.raises(MissingExtraError, match=r"needs the package onnxscript: pip install peft_sdpt\[onnx\]"):
         export_onnx(bare, processor, NAMES, tmp_path / "d.onnx")
