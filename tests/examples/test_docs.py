@@ -68,6 +68,12 @@ SCRIPTS = {
     "-m benchmarks.speed.kept": kept,
     "-m benchmarks.transfer": transfer,
 }
+# What pip installs runs the same code.
+INSTALLED = {
+    "sdpt-train": "examples/train_detection.py",
+    "sdpt-detect": "examples/detect.py",
+    "sdpt-export": "examples/export_onnx.py",
+}
 # Starts of commands that are not ours; what they are given is not checked, but for the extras of `pip install`.
 OTHER_COMMANDS = (
     "python -m venv",
@@ -172,7 +178,9 @@ def hub(tmp_path_factory):
 
 def compile_fusion(model, compile=torch.compile):
     """`torch.compile` of what is ours, without a compiler: all of a detector takes a minute."""
-    for layer in (module for module in model.modules() if isinstance(module, SDPTLayer)):
+    # `module.compile()` compiles its method.
+    modules = getattr(model, "__self__", model).modules()
+    for layer in (module for module in modules if isinstance(module, SDPTLayer)):
         layer.forward = compile(layer.forward, backend="eager", fullgraph=True)
     return model
 
@@ -235,6 +243,8 @@ def test_commands_parse(page, monkeypatch, capsys):
                 if launcher:
                     launched = launcher().parse_args(words[1 + (words[0] == "accelerate") :])
                     words = ["python", launched.training_script, *launched.training_script_args]
+                if words[0] in INSTALLED:
+                    words = ["python", INSTALLED[words[0]], *words[1:]]
                 name = " ".join(words[1 : 3 if words[1:2] == ["-m"] else 2])
                 if words[0] == "python" and name.startswith(("examples/", "-m benchmarks")):
                     module = SCRIPTS[name]
