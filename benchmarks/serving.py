@@ -35,6 +35,7 @@ from examples import serve
 from peft_sdpt import SDPTConfig
 from peft_sdpt.deployment.serving import Question, answer
 from peft_sdpt.detection import Detections, InputError, load_base_model, load_processor, save_adapter, set_image_size
+from peft_sdpt.errors import one_line_errors
 from peft_sdpt.training import make_accelerator
 
 from . import EXAMPLES
@@ -85,11 +86,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--image_size", type=int, default=96, help="Width and height of the images in pixels.")
     parser.add_argument("--rounds", type=int, default=5, help="Number of rounds.")
     parser.add_argument("--requests", type=int, default=64, help="Number of requests per server and round.")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def check_args(args: argparse.Namespace) -> None:
     for name, value in vars(args).items():
         if value < 1:
-            parser.error(f"--{name} {value}: must be at least 1")
-    return args
+            raise InputError(f"--{name} {value}: must be at least 1.")
 
 
 def make_adapters(folder: Path, number: int, image_size: int) -> list[Path]:
@@ -183,7 +186,10 @@ def report(results: dict[str, list[tuple[float, float, float]]]) -> None:
 
 
 def main() -> None:
-    report(measure(parse_args()))
+    args = parse_args()
+    with one_line_errors("benchmarks.serving"):
+        check_args(args)
+        report(measure(args))
 
 
 if __name__ == "__main__":

@@ -62,4 +62,4 @@ def test_numbers_below_one_are_refused(flag, run, capsys):
     with pytest.raises(SystemExit) as end:
         run(f"--{flag}", 0)
     assert end.value.code == 2
-    assert capsys.readouterr().err.splitlines()[-1].endswith(f"error: --{flag} 0: must be at least 1")
+    assert capsys.readouterr().err == f"benchmarks.serving: --{flag} 0: must be at least 1.\n"
