@@ -84,7 +84,7 @@ def test_a_fixed_size_and_half_precision(model, processor, tmp_path):
         half.float()(**images, **processor.tokenizer(exported.prompts * 3, return_tensors="pt")),
     )
     torch.testing.assert_close(outputs["boxes"], corners(expected.pred_boxes), rtol=0, atol=1e-4)
-    with pytest.raises(RuntimeError, match="64"):
+    with pytest.raises((AssertionError, RuntimeError), match="96"):  # by version of PyTorch
         program(**pixels(1, 64, 64))
     # No paths of this machine are in the file.
     with zipfile.ZipFile(exported.path) as archive:
