@@ -178,8 +178,9 @@ def hub(tmp_path_factory):
 
 def compile_fusion(model, compile=torch.compile):
     """`torch.compile` of what is ours, without a compiler: all of a detector takes a minute."""
-    # `module.compile()` compiles its method.
-    modules = getattr(model, "__self__", model).modules()
+    # `module.compile()` compiles its method. Libraries compile functions when they are imported.
+    owner = getattr(model, "__self__", model)
+    modules = owner.modules() if isinstance(owner, torch.nn.Module) else ()
     for layer in (module for module in modules if isinstance(module, SDPTLayer)):
         layer.forward = compile(layer.forward, backend="eager", fullgraph=True)
     return model
