@@ -270,7 +270,7 @@ class SDPTModel(BaseTuner):
             raise ValueError(f"adapter_names must be a list with a name for each sample, got {quoted(adapter_names)}")
         # PEFT keeps the configs of another tuner beside ours. Its adapters act on all samples.
         ours = self._sdpt_adapters()
-        unknown = sorted(set(adapter_names) - {*ours, BASE})
+        unknown = sorted(map(str, set(adapter_names) - {*ours, BASE}))
         if unknown:
             raise ValueError(
                 f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. This model has the adapters "
