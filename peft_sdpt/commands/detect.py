@@ -513,18 +513,17 @@ def prepare_journal(
     images = [image for batch in batches for _, image in batch]
     names = [image.name for image in images]
     prepare_folders(args, names, {path.parent for batch in batches for path, _ in batch} or {*args.inputs}, results)
-    # Who removes a COCO file wants it to be made again.
-    if args.resume and journal.is_finished() and all((result.folder / RESULTS_FILE).is_file() for result in results):
-        journal.check_same(settings, images)
-        print(
-            f"the results of {counted(len(names), 'image')} in {args.output_dir} are complete; nothing is left to do."
-        )
-        return None
-    if args.resume and journal.is_unfinished():
+    if args.resume and journal.has_plan():
         journal.resume(settings, images)
-        done = journal.done()
-        print(f"resuming: {sum(len(batches[number]) for number in done)} of {counted(len(names), 'image')} are done")
-        return done
+        total = counted(len(names), "image")
+        if not journal.is_finished():
+            done = journal.done()
+            print(f"resuming: {sum(len(batches[number]) for number in done)} of {total} are done")
+            return done
+        # A user who removes a COCO file wants it made again.
+        if all((result.folder / RESULTS_FILE).is_file() for result in results):
+            print(f"the results of {total} in {args.output_dir} are complete; nothing is left to do.")
+            return None
     for result in results:
         if args.watch:
             result.find_ours(journal)  # before the journal of the earlier run is removed

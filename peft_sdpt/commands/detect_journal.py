@@ -63,13 +63,13 @@ class Journal:
         # Maps the number of each finished batch to its file and to the position in it.
         self._places: dict[int, tuple[Path, int]] = {}
 
-    def is_unfinished(self) -> bool:
-        """Return whether there is an unfinished run."""
-        return (self.folder / PLAN).is_file()
+    def has_plan(self) -> bool:
+        """Return whether there is an earlier run, finished or not."""
+        return (self.folder / PLAN).is_file() or self.is_finished()
 
     def is_finished(self) -> bool:
         """Return whether the last run is finished."""
-        return not self.is_unfinished() and self._finished.is_file()
+        return not (self.folder / PLAN).is_file() and self._finished.is_file()
 
     def planned_names(self) -> set[str]:
         """Return the names of the images that the last run may have written."""
@@ -92,7 +92,7 @@ class Journal:
         self._finished.unlink(missing_ok=True)
 
     def resume(self, settings: Mapping[str, Any], images: list[PlannedImage]) -> None:
-        """Go on with the unfinished run. The arguments are those of `start`.
+        """Go on with the last run, finished or not. The arguments are those of `start`.
 
         Raises:
             InputError: Its settings or images are others, or a file of the journal cannot be read.
@@ -101,11 +101,6 @@ class Journal:
             self._compare(settings, images)
             for file in sorted(self.folder.glob(f"*{LINES}")):
                 self.read(file)
-
-    def check_same(self, settings: Mapping[str, Any], images: list[PlannedImage]) -> None:
-        """Raise an `InputError` if the settings or images of the finished run are not these, as `resume` does."""
-        with hint(START_ANEW):
-            self._compare(settings, images)
 
     def _compare(self, settings: Mapping[str, Any], images: list[PlannedImage]) -> None:
         """Raise an `InputError` if the last run has other settings or images."""

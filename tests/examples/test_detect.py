@@ -731,7 +731,7 @@ def test_bad_inputs(refused, photos, adapters, tmp_path, monkeypatch, capsys, ru
     refused("has the input images", photos, *flags, output=photos)
     refused("has the input images", photos, "--watch", *flags, output=photos / ".." / photos.name)
     (tmp_path / "file").write_text("")
-    refused("file: cannot be written", photos, *flags, output=tmp_path / "file")
+    refused("file: is not a folder", photos, *flags, output=tmp_path / "file")
     (photos / "bad.jpg").write_text("no picture")
     refused("bad.jpg: cannot be opened as an image", photos, *flags)
     refused("none of them can be opened", photos / "bad.jpg", "--skip_bad_images", *flags)
@@ -901,6 +901,7 @@ def test_a_stopped_run_has_a_file_with_what_is_done(run, many, adapters, tmp_pat
         assert run(*flags, *more) == 0
         assert calls == [2, 1, 2, 1] and len(read(tmp_path / "out")["images"]) == 6
         assert not (tmp_path / "out" / "detections.unfinished").exists()
+        shutil.rmtree(tmp_path / "out")
 
 
 def test_a_finished_run_is_not_done_again(run, many, adapters, tmp_path, killed_after, monkeypatch, capsys):
@@ -927,6 +928,9 @@ def test_a_finished_run_is_not_done_again(run, many, adapters, tmp_path, killed_
         assert run(*flags, "--resume") == 2
         assert f"a2-new.png was added; the finished run in {out} did not have" in capsys.readouterr().err
         (many / "a2-new.png").unlink()
+        # Its results would be in the folder itself.
+        assert run(many, "--adapter", adapters[0], *BATCHES, "--resume") == 2
+        assert "--adapter is ['one'], but was ['one', 'two'] in the finished run" in capsys.readouterr().err
     assert contents(out) == before and not calls
     # Without a COCO file, or without --resume, everything is computed.
     (out / "two" / "detections.json").unlink()
