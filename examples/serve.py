@@ -66,7 +66,7 @@ MAX_LETTERS = 4000
 MAX_DETECTIONS = 1000
 # Number of images that are decoded and resized at the same time.
 NUM_DECODERS = 4
-# Longest time after Ctrl-C or SIGTERM that requests have to end, in seconds. A client can be slow, or stop to send.
+# Longest time after Ctrl-C or SIGTERM that requests have to end, in seconds. A client can be slow, or stop sending.
 MAX_ENDING = 30
 
 
