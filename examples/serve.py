@@ -18,7 +18,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import IO, Annotated, Any
 
@@ -46,13 +46,14 @@ from peft_sdpt.detection.prediction import DEFAULT_THRESHOLD, join
 from peft_sdpt.downloads import limit_waiting
 from peft_sdpt.errors import hint, one_line_errors
 from peft_sdpt.training import make_accelerator
-from peft_sdpt.wording import counted, enumerated, quoted
+from peft_sdpt.wording import MAX_QUOTED, counted, enumerated, printable, quoted
 
 try:
     import uvicorn
     from fastapi import FastAPI, Form, HTTPException, Query, Request, UploadFile
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse
+    from pydantic import BaseModel, ConfigDict, Field
 except ImportError:
     raise SystemExit("serve.py: needs FastAPI and Uvicorn: pip install peft_sdpt[serve]") from None
 
@@ -65,6 +66,8 @@ MAX_LETTERS = 4000
 MAX_DETECTIONS = 1000
 # Number of images that are decoded and resized at the same time.
 NUM_DECODERS = 4
+# Longest time after Ctrl-C or SIGTERM that requests have to end, in seconds. A client can be slow, or stop sending.
+MAX_ENDING = 30
 
 
 @dataclass(frozen=True)
@@ -166,7 +169,8 @@ def open_image(file: IO[bytes]) -> Image.Image:
         file.seek(0)
         return read_image(file, "image", formats=READABLE_FORMATS)
     except InputError as error:
-        raise HTTPException(415, str(error)) from None
+        # Pillow names a file without a path by its address.
+        raise HTTPException(415, str(error).replace(f" {file!r}", "")) from None
 
 
 class Detector:
@@ -196,8 +200,10 @@ class Detector:
 
     @asynccontextmanager
     async def running(self, _: FastAPI) -> AsyncIterator[None]:
-        async with self._batcher.running():
-            yield
+        # A second Ctrl-C cancels all tasks.
+        with suppress(asyncio.CancelledError):
+            async with self._batcher.running():
+                yield
         self._decoders.shutdown()
 
     @staticmethod
@@ -288,7 +294,12 @@ class Limits:
         if self.num_requests >= self.max_requests:
             busy = JSONResponse({"detail": "the server is busy; try again."}, 503, {"Retry-After": "1"})
             return await busy(scope, receive, send)
-        received = 0
+        received, answering = 0, False
+
+        async def noted(message: Any) -> None:
+            nonlocal answering
+            answering = True
+            await send(message)
 
         async def limited() -> Any:
             nonlocal received
@@ -301,9 +312,58 @@ class Limits:
 
         self.num_requests += 1
         try:
-            await self.app(scope, limited, send)
+            await self.app(scope, limited, noted)
+        except asyncio.CancelledError:
+            # Only the end of the server cancels a request. Uvicorn would print the traceback of a cancelled task.
+            if not answering:
+                await JSONResponse({"detail": "the server has ended."}, 503)(scope, receive, send)
         finally:
             self.num_requests -= 1
+
+
+class Options(BaseModel):
+    """What a request can say about the detection, in the address or in the form."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    adapter: str | None = Field(None, description="Name of the adapter. May be left out if there is one.")
+    classes: list[str] | None = Field(
+        None, description="Names of classes. Default: those that the adapter was trained on."
+    )
+    threshold: float | None = Field(
+        None, ge=0, lt=1, allow_inf_nan=False, description="Lowest score. Default: the one that the adapter suggests."
+    )
+
+
+class Fields(Options):
+    """The form of a request."""
+
+    image: UploadFile = Field(description="The image file.")
+
+
+# Errors of pydantic that need other words here, by their type.
+WORDING = {
+    "extra_forbidden": f"is unknown; the fields are {', '.join(Fields.model_fields)}",
+    "missing": "is missing",
+    # Only the image has a check of its own, which is whether it is a file.
+    "value_error": "must be a file",
+    "finite_number": "must be a number of at least 0 and below 1",
+}
+
+
+async def check_places(request: Request) -> None:
+    """Raise an `InputError` for a field that is given twice or is empty. All but one of its values would be ignored."""
+    query, form = request.query_params, await request.form()
+    for name in Fields.model_fields:
+        values = query.getlist(name), form.getlist(name)
+        number = sum(map(len, values))
+        if name == "classes":
+            if all(values):
+                raise InputError("classes: are given in the address and in the form; give all of them in one place.")
+        elif number > 1:
+            raise InputError(f"{name}: is given {number} times; give it once.")
+        elif "" in values[0] + values[1]:
+            raise InputError(f"{name}: is empty.")
 
 
 def make_app(detector: Detector, max_requests: int) -> FastAPI:
@@ -317,7 +377,13 @@ def make_app(detector: Detector, max_requests: int) -> FastAPI:
 
     @app.exception_handler(RequestValidationError)
     async def bad_request(_: Request, error: RequestValidationError) -> JSONResponse:
-        problems = [f"{problem['loc'][-1]}: {problem['msg']}" for problem in error.errors()]
+        problems = []
+        for problem in error.errors():
+            _, name, *_ = *problem["loc"], "request"
+            if problem["loc"] == ("query", "image"):
+                problems.append("image: must be in the form")
+            else:
+                problems.append(f"{printable(str(name), MAX_QUOTED)}: {WORDING.get(problem['type'], problem['msg'])}")
         return JSONResponse({"detail": enumerated(problems) + "."}, 422)
 
     @app.exception_handler(Exception)
@@ -337,24 +403,24 @@ def make_app(detector: Detector, max_requests: int) -> FastAPI:
 
     @app.post("/detect")
     async def detect(
-        image: UploadFile,
-        adapter: Annotated[
-            str | None, Query(description="Name of the adapter. May be left out if there is one.")
-        ] = None,
-        classes: Annotated[
-            list[str] | None, Form(description="Names of classes. Default: those that the adapter was trained on.")
-        ] = None,
-        threshold: Annotated[
-            float | None, Form(ge=0, lt=1, description="Lowest score. Default: the one that the adapter suggests.")
-        ] = None,
+        request: Request,
+        query: Annotated[Options, Query()],
+        form: Annotated[Fields, Form(media_type="multipart/form-data")],
     ) -> dict[str, Any]:
-        """Detect objects in an image. Boxes are x0, y0, x1, y1 in pixels of the upright image, the best first."""
+        """Detect objects in an image. Boxes are x0, y0, x1, y1 in pixels of the upright image, the best first.
+
+        `adapter`, `classes` and `threshold` may be in the address or in the form.
+        """
+        await check_places(request)
+        adapter, classes, threshold = (
+            getattr(form if getattr(query, name) is None else query, name) for name in Options.model_fields
+        )
         names = [*detector.adapters]
         if adapter is None and len(names) == 1:
             adapter = names[0]
         if adapter not in detector.adapters:
             raise HTTPException(404, f"adapter: must be one of {enumerated(names)}; got {quoted(adapter)}.")
-        return await detector.detect(detector.adapters[adapter], image.file, classes or [], threshold)
+        return await detector.detect(detector.adapters[adapter], form.image.file, classes or [], threshold)
 
     return app
 
@@ -368,7 +434,8 @@ def main() -> None:
         model, adapters = load(args, accelerator)
         detector = Detector(model, adapters, accelerator, args.max_batch_size, args.max_wait_ms / 1000)
         # Uvicorn stops at Ctrl-C and SIGTERM, after it has answered the requests that it has.
-        uvicorn.run(make_app(detector, args.max_requests), host=args.host, port=args.port)
+        app = make_app(detector, args.max_requests)
+        uvicorn.run(app, host=args.host, port=args.port, timeout_graceful_shutdown=MAX_ENDING)
 
 
 if __name__ == "__main__":

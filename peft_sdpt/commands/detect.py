@@ -74,7 +74,7 @@ from ..files import check_writable, output_folder, read_json, remove_leftovers, 
 from ..training import claim_output_dir, from_main_process, make_accelerator
 from ..wording import MAX_QUOTED, counted, enumerated, printable, quoted, shorten, shown_path
 from . import print_any_name
-from .detect_journal import Journal, PlannedImage, write_list
+from .detect_journal import WEIGHTS, Journal, PlannedImage, write_list
 from .train_arguments import BASE_MODEL
 
 RESULTS_FILE = "detections.json"
@@ -137,7 +137,8 @@ def parse_args(description: str | None, model_name_or_path: str) -> argparse.Nam
         "--resume",
         action="store_true",
         help="Go on with a run that was interrupted or killed. The flags and images must be those of that run. The "
-        "number of processes may differ. If there is nothing to resume, the command starts from the beginning.",
+        "number of processes may differ. If there is nothing to resume, the command starts from the beginning. If the "
+        "results are complete, it does nothing.",
     )
     parser.add_argument(
         "--skip_bad_images", action="store_true", help="Skip files that cannot be opened as images, with a message."
@@ -152,6 +153,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise InputError(f"--batch_size {args.batch_size}: must be at least 1.")
     if args.watch and args.resume:
         raise InputError("--resume: cannot be used with --watch.")
+    if os.path.lexists(args.output_dir) and not os.path.isdir(args.output_dir):
+        raise InputError(f"--output_dir {shown_path(args.output_dir)}: is not a folder.")
     for path in args.inputs:
         if not os.path.exists(path):  # `Path.exists` raises an error for a name that is too long
             raise InputError(f"{shown_path(path)}: no such image or folder.")
@@ -460,13 +463,14 @@ def settings_of(
     args: argparse.Namespace, base_model: str, adapters: list[SavedAdapter], results: list[Results]
 ) -> dict[str, Any]:
     """Return what the results depend on besides the images, by flag. A run can be resumed only with the same values."""
-    digests = []
+    digests = {}
     for adapter in adapters:
         content = b"".join((adapter.folder / name).read_bytes() for name in FILES[:2])  # the config and the weights
-        digests.append([adapter.name, hashlib.sha256(content).hexdigest()[:16]])
+        digests[adapter.name] = hashlib.sha256(content).hexdigest()[:16]
     return {
         "--model_name_or_path": base_model,
-        "--adapter": digests,
+        "--adapter": [*digests],
+        WEIGHTS: digests,
         "--class_names": [result.class_names for result in results],
         "--threshold": [result.threshold for result in results],
         "the image size": [dict(result.processor.image_processor.size) for result in results],
@@ -500,16 +504,26 @@ def prepare_folders(args: argparse.Namespace, names: list[str], sources: set[Pat
 
 def prepare_journal(
     args: argparse.Namespace, settings: dict[str, Any], batches: list[Batch], journal: Journal, results: list[Results]
-) -> set[int]:
-    """Check the folders of the results, and begin or resume a run. Returns the numbers of the batches that are done."""
+) -> set[int] | None:
+    """Check the folders of the results, and begin or resume a run.
+
+    Returns:
+        The numbers of the batches that are done. None if the results are complete.
+    """
     images = [image for batch in batches for _, image in batch]
     names = [image.name for image in images]
     prepare_folders(args, names, {path.parent for batch in batches for path, _ in batch} or {*args.inputs}, results)
     if args.resume and journal.has_plan():
         journal.resume(settings, images)
-        done = journal.done()
-        print(f"resuming: {sum(len(batches[number]) for number in done)} of {counted(len(names), 'image')} are done")
-        return done
+        total = counted(len(names), "image")
+        if not journal.is_finished():
+            done = journal.done()
+            print(f"resuming: {sum(len(batches[number]) for number in done)} of {total} are done")
+            return done
+        # A user who removes a COCO file wants it made again.
+        if all((result.folder / RESULTS_FILE).is_file() for result in results):
+            print(f"the results of {total} in {args.output_dir} are complete; nothing is left to do.")
+            return None
     for result in results:
         if args.watch:
             result.find_ours(journal)  # before the journal of the earlier run is removed
@@ -639,6 +653,8 @@ def run(args: argparse.Namespace, model_name_or_path: str) -> None:
     journal = Journal(args.output_dir)
     with claim_output_dir(args.output_dir, accelerator, None):
         done = from_main_process(accelerator, lambda: prepare_journal(args, settings, batches, journal, results))
+        if done is None:
+            return
         to_do = [number for number in range(len(batches)) if number not in done]
         mine = {number: batches[number] for number in to_do[accelerator.process_index :: accelerator.num_processes]}
         run_alone(args, accelerator, base_model, adapters, mine, len(batches), results, journal)
@@ -686,7 +702,7 @@ def run_alone(
             "the same command with --resume goes on."
         )
     write_results(results, journal)
-    journal.remove()
+    journal.finish()
     for result in results:
         print(result.summary())
         if result.full:

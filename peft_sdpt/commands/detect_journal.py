@@ -4,7 +4,7 @@
 
 Each process writes one line for each batch that it has finished into a file of its own. A line is complete or is not
 counted. At the end, the main process joins the lines of all files in the order of the images. Nothing but the place of
-each line is kept in memory.
+each line is kept in memory. The plan of a finished run stays beside its results, so that the run is not done again.
 """
 
 from __future__ import annotations
@@ -23,6 +23,11 @@ from ..wording import quoted, shown_path
 
 FOLDER = "detections.unfinished"
 PLAN = "plan.json"
+# The plan of the finished run whose results are in the output folder. The name does not end with `.json`, because the
+# folder may also be one of a data set, whose JSON files have annotations.
+FINISHED = ".detections.plan"
+# Setting with a digest of each adapter by name.
+WEIGHTS = "weights"
 LINES = ".jsonl"
 # Sentence for errors of `--resume`.
 START_ANEW = "Without --resume, the command starts from the beginning."
@@ -52,57 +57,74 @@ class Journal:
 
     def __init__(self, output_dir: Path) -> None:
         self.folder = output_dir / FOLDER
+        self._finished = output_dir / FINISHED
         # A name of its own for each process of each run, so that nothing is written after a line that is cut off.
         self.file = self.folder / f"{secrets.token_hex(8)}{LINES}"
         # Maps the number of each finished batch to its file and to the position in it.
         self._places: dict[int, tuple[Path, int]] = {}
 
     def has_plan(self) -> bool:
-        """Return whether there is an unfinished run."""
-        return (self.folder / PLAN).is_file()
+        """Return whether there is an earlier run, finished or not."""
+        return (self.folder / PLAN).is_file() or self.is_finished()
+
+    def is_finished(self) -> bool:
+        """Return whether the last run is finished."""
+        return not (self.folder / PLAN).is_file() and self._finished.is_file()
 
     def planned_names(self) -> set[str]:
-        """Return the names of the images that an unfinished run may have written."""
-        with contextlib.suppress(InputError, TypeError, KeyError, ValueError):
-            return {str(name) for _, name, *_ in read_json(self.folder / PLAN)["images"]}
-        return set()
+        """Return the names of the images that the last run may have written."""
+        names = set[str]()
+        for file in (self._finished, self.folder / PLAN):
+            with contextlib.suppress(InputError, TypeError, KeyError, ValueError):
+                names |= {str(name) for _, name, *_ in read_json(file)["images"]}
+        return names
 
     def start(self, settings: Mapping[str, Any], images: list[PlannedImage]) -> None:
-        """Forget an unfinished run, and begin a new one.
+        """Forget an earlier run, and begin a new one.
 
         Args:
             settings: What the results depend on, by flag.
             images: The images, in the order of the batches.
         """
-        self.remove()
+        self._remove_unfinished()
         with whole_file(self.folder / PLAN) as unfinished:
             unfinished.write_text(json.dumps({"settings": settings, "images": images}))
+        self._finished.unlink(missing_ok=True)
 
     def resume(self, settings: Mapping[str, Any], images: list[PlannedImage]) -> None:
-        """Go on with the unfinished run. The arguments are those of `start`.
+        """Go on with the last run, finished or not. The arguments are those of `start`.
 
         Raises:
             InputError: Its settings or images are others, or a file of the journal cannot be read.
         """
         with hint(START_ANEW):
-            plan = read_json(self.folder / PLAN)
-            try:
-                before, images_before = dict(plan["settings"]), [PlannedImage(*image) for image in plan["images"]]
-            except (TypeError, KeyError, ValueError):
-                raise InputError(f"{self.folder / PLAN}: is damaged.") from None
-            for name, value in json.loads(json.dumps(settings)).items():
-                if before.get(name) != value:
-                    raise InputError(
-                        f"--resume: {name} is {quoted(value)}, but was {quoted(before.get(name))} in the unfinished "
-                        f"run in {self.folder.parent}."
-                    )
-            self._compare(images_before, images)
+            self._compare(settings, images)
             for file in sorted(self.folder.glob(f"*{LINES}")):
                 self.read(file)
 
-    def _compare(self, before: list[PlannedImage], now: list[PlannedImage]) -> None:
+    def _compare(self, settings: Mapping[str, Any], images: list[PlannedImage]) -> None:
+        """Raise an `InputError` if the last run has other settings or images."""
+        file, kind = (self._finished, "finished") if self.is_finished() else (self.folder / PLAN, "unfinished")
+        run = f"the {kind} run in {self.folder.parent}"
+        plan = read_json(file)
+        try:
+            before, images_before = dict(plan["settings"]), [PlannedImage(*image) for image in plan["images"]]
+            weights_before = dict(before.pop(WEIGHTS))
+        except (TypeError, KeyError, ValueError):
+            raise InputError(f"{file}: is damaged.") from None
+        now = json.loads(json.dumps(settings))
+        weights = now.pop(WEIGHTS)
+        for name, value in now.items():
+            if before.get(name) != value:
+                raise InputError(f"--resume: {name} is {quoted(value)}, but was {quoted(before.get(name))} in {run}.")
+        for name, digest in weights.items():
+            if weights_before.get(name) != digest:
+                raise InputError(f"--resume: adapter {name} has other weights than in {run}.")
+        self._compare_images(images_before, images, run)
+
+    @staticmethod
+    def _compare_images(before: list[PlannedImage], now: list[PlannedImage], run: str) -> None:
         """Raise an `InputError` that names the first image that was added, is missing or has changed."""
-        run = f"the unfinished run in {self.folder.parent}"
         sources_before, sources = ({image.source for image in images} for images in (before, now))
         for image in now:
             if image.source not in sources_before:
@@ -167,8 +189,12 @@ class Journal:
                 files[file].seek(position)
                 yield from json.loads(files[file].readline())["images"]
 
-    def remove(self) -> None:
-        """Remove the journal."""
+    def finish(self) -> None:
+        """Keep the plan only, after the results are written."""
+        os.replace(self.folder / PLAN, self._finished)
+        self._remove_unfinished()
+
+    def _remove_unfinished(self) -> None:
         # The plan goes first: lines without a plan are nothing to resume.
         for file in (self.folder / PLAN, *self.folder.glob(f"*{LINES}")):
             file.unlink(missing_ok=True)

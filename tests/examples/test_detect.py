@@ -101,7 +101,8 @@ def read(folder: Path) -> dict:
 
 
 def names_of(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    """Names of the files, except the plan of a finished run, which is hidden."""
+    return sorted(path.name for path in folder.iterdir() if path.name != ".detections.plan")
 
 
 # ---- what is written
@@ -374,7 +375,8 @@ def test_a_file_of_the_user_is_never_replaced(refused, run, photos, adapters, tm
     """It is no input of this run, and not listed in the results of an earlier one."""
     flags = (photos, "--adapter", adapters[0])
     assert run(*flags) == 0 and run(*flags) == 0
-    (tmp_path / "out" / "detections.json").unlink()
+    for name in ("detections.json", ".detections.plan"):
+        (tmp_path / "out" / name).unlink()
     refused("exists, and this command did not write it", *flags)
 
 
@@ -729,7 +731,7 @@ def test_bad_inputs(refused, photos, adapters, tmp_path, monkeypatch, capsys, ru
     refused("has the input images", photos, *flags, output=photos)
     refused("has the input images", photos, "--watch", *flags, output=photos / ".." / photos.name)
     (tmp_path / "file").write_text("")
-    refused("file: cannot be written", photos, *flags, output=tmp_path / "file")
+    refused("file: is not a folder", photos, *flags, output=tmp_path / "file")
     (photos / "bad.jpg").write_text("no picture")
     refused("bad.jpg: cannot be opened as an image", photos, *flags)
     refused("none of them can be opened", photos / "bad.jpg", "--skip_bad_images", *flags)
@@ -899,6 +901,59 @@ def test_a_stopped_run_has_a_file_with_what_is_done(run, many, adapters, tmp_pat
         assert run(*flags, *more) == 0
         assert calls == [2, 1, 2, 1] and len(read(tmp_path / "out")["images"]) == 6
         assert not (tmp_path / "out" / "detections.unfinished").exists()
+        shutil.rmtree(tmp_path / "out")
+
+
+def test_a_finished_run_is_not_done_again(run, many, adapters, tmp_path, killed_after, monkeypatch, capsys):
+    """The command with --resume ends at once, and refuses other settings and images."""
+    flags = (many, "--adapter", *adapters, *BATCHES)
+    assert run(*flags, "--resume") == 0
+    out = tmp_path / "out"
+    before = contents(out)
+    calls = killed_after(-1)
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "load_detector", lambda *_: pytest.fail("loaded"))
+        capsys.readouterr()
+        assert run(*flags, "--resume") == 0
+        assert capsys.readouterr().out == f"the results of 6 images in {out} are complete; nothing is left to do.\n"
+        other = save_adapter(tmp_path / "other" / "one", 5)
+        for message, more in {
+            f"--threshold is [0.5, 0.5], but was [0.02, 0.02] in the finished run in {out}.": ("--threshold", 0.5),
+            f"adapter one has other weights than in the finished run in {out}.": ("--adapter", other, adapters[1]),
+        }.items():
+            assert run(*flags, "--resume", *more) == 2
+            error = capsys.readouterr().err.strip().splitlines()[-1]
+            assert error == f"detect.py: --resume: {message} Without --resume, the command starts from the beginning."
+        noise(0).save(many / "a2-new.png")
+        assert run(*flags, "--resume") == 2
+        assert f"a2-new.png was added; the finished run in {out} did not have" in capsys.readouterr().err
+        (many / "a2-new.png").unlink()
+        # Its results would be in the folder itself.
+        assert run(many, "--adapter", adapters[0], *BATCHES, "--resume") == 2
+        assert "--adapter is ['one'], but was ['one', 'two'] in the finished run" in capsys.readouterr().err
+    assert contents(out) == before and not calls
+    # Without a COCO file, or without --resume, everything is computed.
+    (out / "two" / "detections.json").unlink()
+    assert run(*flags, "--resume") == 0
+    assert len(calls) == 8 and contents(out) == before
+    # A run that was killed is not finished, although there are results of another one.
+    killed_after(1)
+    with pytest.raises(Killed):
+        run(*flags)
+    calls = killed_after(-1)
+    assert run(*flags, "--resume") == 0
+    assert len(calls) == 8 and contents(out) == before
+
+
+def test_an_output_that_is_a_file(refused, photos, adapters, tmp_path):
+    (tmp_path / "afile").touch()
+    refused(
+        f"--output_dir {tmp_path / 'afile'}: is not a folder.",
+        photos,
+        "--adapter",
+        adapters[0],
+        output=tmp_path / "afile",
+    )
 
 
 def test_ctrl_c_says_how_to_go_on(run, many, adapters, monkeypatch, capsys):
@@ -924,10 +979,10 @@ def test_only_the_same_run_is_resumed(refused, run, many, adapters, tmp_path, ki
     differs("--threshold is [0.5], but was [0.02] in the unfinished run in ", "--threshold", 0.5)
     differs("--class_names is [['dog']], but was [['grinning face', 'dog', 'red apple']]", "--class_names", "dog")
     differs("--batch_size is 1, but was 2", "--batch_size", 1)
-    differs("--adapter is [['new', '", "--adapter", f"new={adapters[0]}")
-    differs("--adapter is [['one', '", "--adapter", f"one={adapters[0]}", adapters[1])
+    differs("--adapter is ['new'], but was ['one'] in the", "--adapter", f"new={adapters[0]}")
+    differs("--adapter is ['one', 'two'], but was ['one'] in", "--adapter", adapters[0], adapters[1])
     save_adapter(other, 5)
-    differs("--adapter is [['one', '", "--adapter", other)
+    differs(f"adapter one has other weights than in the unfinished run in {out}.", "--adapter", other)
     differs("cannot be used with --watch.", "--watch")
     noise(0).save(many / "a2-new.png")
     differs(f"{many / 'a2-new.png'} was added; the unfinished run in {out} did not have this image.")

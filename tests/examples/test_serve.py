@@ -14,6 +14,7 @@ import socket
 import struct
 import sys
 import threading
+import time
 import zlib
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -148,7 +149,8 @@ def test_different_adapters_and_classes_in_one_batch(server, loaded):
     ]
 
     async def clients():
-        async with server() as (client, calls):
+        # A full batch, however long the images take.
+        async with server(max_batch_size=len(asked), max_wait=PATIENCE) as (client, calls):
             answers = await asyncio.gather(
                 *(post(client, image, adapter=name, threshold=THRESHOLD, **more) for name, image, more in asked)
             )
@@ -259,7 +261,10 @@ REFUSED = {
     "path": (404, "got '../night'.", noise(1), {"adapter": "../night"}),
     "no adapter": (404, "adapter: must be one of day, night, lora; got None.", noise(1), {"adapter": None}),
     "threshold": (422, "threshold: Input should be less than 1.", noise(1), {"threshold": 1}),
-    "nan": (422, "threshold: Input should be", noise(1), {"threshold": "nan"}),
+    "nan": (422, "threshold: must be a number of at least 0 and below 1.", noise(1), {"threshold": "nan"}),
+    "empty threshold": (422, "threshold: is empty.", noise(1), {"threshold": ""}),
+    "unknown field": (422, "treshold: is unknown; the fields are adapter, ", noise(1), {"treshold": 0.5}),
+    "two thresholds": (422, "threshold: is given 2 times; give it once.", noise(1), {"threshold": [0.5, 0.5]}),
     "word": (422, "threshold: Input should be a valid number", noise(1), {"threshold": "low\nhigh"}),
     "no word": (422, "has no word for a prompt", noise(1), {"classes": "..."}),
     "empty name": (422, "has no word for a prompt", noise(1), {"classes": " "}),
@@ -276,6 +281,40 @@ REFUSED = {
         {"classes": [f"w {n}" for n in range(300)]},
     ),
 }
+# By name: the message, the query, and the form.
+MISPLACED = {
+    "unknown in the query": ("foo: is unknown; the fields are adapter, classes, threshold, image.", "foo=1", {}),
+    "strange name": ("a b: is unknown; the fields are", "a%0Ab=1", {}),
+    "adapter twice": ("adapter: is given 2 times; give it once.", "", {"adapter": "night"}),
+    "threshold twice": ("threshold: is given 2 times; give it once.", "threshold=0.1", {"threshold": "0.1"}),
+    "image twice": ("image: is given 2 times; give it once.", "", {"image": [encoded(noise(1)), encoded(noise(2))]}),
+    "image in the query": ("image: must be in the form.", "image=a.png", {}),
+    "classes in both": ("classes: are given in the address and in the form;", "classes=dog", {"classes": "cat"}),
+    "empty in the query": ("threshold: ", "threshold=", {}),
+    "file as threshold": ("threshold: Input should be a valid number", "", {"threshold": b"0.5"}),
+    "file as classes": ("classes: Input should be a valid string", "", {"classes": [b"dog"]}),
+}
+
+
+def test_options_in_the_address_and_in_the_form(server):
+    """Both places give the same answer."""
+    options = {"adapter": "night", "classes": ["dog", "tea cup"], "threshold": "0.004"}
+
+    async def clients():
+        async with server(max_wait=0.0) as (client, _):
+            file = {"image": ("a.png", encoded(noise(1)))}
+            answers = [
+                await client.post("/detect", params=options, files=file),
+                await client.post("/detect", data=options, files=file),
+                await client.post(
+                    "/detect?adapter=night&threshold=0.004", data={"classes": "dog . tea cup ."}, files=file
+                ),
+            ]
+            return [answer.json() for answer in answers]
+
+    first, second, third = asyncio.run(clients())
+    assert first["adapter"] == "night" and first["threshold"] == 0.004 and {*first["labels"]} <= {"dog", "tea cup"}
+    assert first["labels"] and first == second == third
 
 
 def test_what_is_refused(server):
@@ -287,6 +326,14 @@ def test_what_is_refused(server):
             for name, (_, _, image, parts) in REFUSED.items():
                 answers[name] = await post(client, image, **{"adapter": "day", **parts})
             answers["no file"] = await client.post("/detect?adapter=day", data={"classes": "dog"})
+            for name, (_, query, form) in MISPLACED.items():
+                form = {"image": encoded(noise(1)), **form}
+                parts = [
+                    (field, ("a.png", value) if isinstance(value, bytes) else (None, value))
+                    for field, values in form.items()
+                    for value in (values if isinstance(values, list) else [values])
+                ]
+                answers[name] = await client.post(f"/detect?adapter=day&{query}", files=parts)
             answers["no form"] = await client.post("/detect?adapter=day", content=b"\xff" * 100)
             answers["text as file"] = await client.post("/detect?adapter=day", data={"image": "/etc/passwd"})
             broken = {"content-type": "multipart/form-data; boundary=x"}
@@ -298,8 +345,14 @@ def test_what_is_refused(server):
     for name, (status, message, _, _) in REFUSED.items():
         assert (name, answers[name].status_code) == (name, status)
         assert message in answers[name].json()["detail"]
+        assert " at 0x" not in answers[name].json()["detail"]
     for name in ("no file", "no form", "text as file", "broken form"):
         assert (name, answers[name].status_code) == (name, 422)
+    assert answers["no file"].json() == answers["no form"].json() == {"detail": "image: is missing."}
+    assert answers["text as file"].json() == {"detail": "image: must be a file."}
+    for name, (message, _, _) in MISPLACED.items():
+        assert (name, answers[name].status_code) == (name, 422)
+        assert message in answers[name].json()["detail"]
     for name, answer in answers.items():
         detail = answer.json()["detail"]
         assert isinstance(detail, str) and detail.isprintable() and len(detail) < 600, name
@@ -339,7 +392,8 @@ def test_an_adapter_whose_scores_are_not_finite_fails_alone(server, loaded):
     before = [parameter.detach().clone() for parameter in damaged]
 
     async def clients():
-        async with server() as (client, calls):
+        # A full batch, however long the images take.
+        async with server(max_batch_size=2, max_wait=PATIENCE) as (client, calls):
             answers = await asyncio.gather(*(post(client, noise(1), adapter=name) for name in ("day", "night")))
             return answers, calls
 
@@ -409,41 +463,75 @@ def test_bad_flags(run, offline, monkeypatch, message, flags):
     assert code == 2 and message in error and "Traceback" not in error
 
 
-def test_the_command_answers_what_it_has_before_it_ends(run, adapters, loaded, monkeypatch):
-    """A real server on a socket gets SIGTERM while it detects."""
+@pytest.fixture
+def port(loaded, monkeypatch):
+    """A free port, for servers that do not load the model again."""
     model, served, _ = loaded
     monkeypatch.setattr(serve, "load", lambda *_: (model, served))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def is_up(port: int) -> bool:
+    try:
+        return httpx.get(f"http://127.0.0.1:{port}/health", trust_env=False).status_code == 200
+    except httpx.ConnectError:
+        return False
+
+
+def test_the_command_answers_what_it_has_before_it_ends(run, adapters, loaded, port, monkeypatch):
+    """A real server on a socket gets SIGTERM while it detects."""
     real, answers, signals = serve.answer, [], []
 
     def interrupted(*args):
         os.kill(os.getpid(), signal.SIGTERM)
         return real(*args)
 
-    def is_up() -> bool:
-        try:
-            return client.get("/health").status_code == 200
-        except httpx.ConnectError:
-            return False
-
     def ask() -> None:
-        wait_until(is_up)
-        answers.append(post(client, noise(1), adapter="day", threshold=THRESHOLD))
+        wait_until(lambda: is_up(port))
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
+            answers.append(post(client, noise(1), adapter="day", threshold=THRESHOLD))
 
     monkeypatch.setattr(serve, "answer", interrupted)
     # Uvicorn raises the signal again when it has ended.
     before = signal.signal(signal.SIGTERM, lambda number, _: signals.append(number))
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
-            thread = threading.Thread(target=ask)
-            thread.start()
-            code, error = run("--adapter", adapters / "day", "--port", port)
-            thread.join()
+        thread = threading.Thread(target=ask)
+        thread.start()
+        code, error = run("--adapter", adapters / "day", "--port", port)
+        thread.join()
     finally:
         signal.signal(signal.SIGTERM, before)
     assert code == 0, error
     assert signals and [answer.status_code for answer in answers] == [200]
     monkeypatch.undo()
     assert_same(answers[0].json(), alone(loaded, "day", noise(1), CLASSES["day"], THRESHOLD))
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_slow_client_does_not_keep_the_server(run, adapters, port, monkeypatch, times):
+    """A client sends half of its request. One Ctrl-C ends the server after a while, and a second one at once."""
+    monkeypatch.setattr(serve, "MAX_ENDING", 1 if times == 1 else int(PATIENCE))
+    received = []
+
+    def ask() -> None:
+        wait_until(lambda: is_up(port))
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            client.sendall(
+                b"POST /detect?adapter=day HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n"
+                b"Content-Type: multipart/form-data; boundary=x\r\n\r\n--x\r\n"
+            )
+            time.sleep(0.5)
+            for _ in range(times):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(1)
+            received.append(client.recv(10_000))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    code, error = run("--adapter", adapters / "day", "--port", port)
+    thread.join()
+    assert code == 0 and "Traceback" not in error, error
+    if times == 1:
+        assert b" 503 " in received[0] and b"the server has ended." in received[0]
