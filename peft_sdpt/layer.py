@@ -445,25 +445,31 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
     ) -> list[Prompts]:
         # With a choice, each sample takes one set of tokens from adapters of one kind, however many there are.
         kinds = [[name] for name in names] if choice is None else self._kinds(names)
-        tokens = []
-        for kind in kinds:
-            prompts: torch.Tensor = self.sdpt_prompts[kind[0]]
-            if choice is not None:
-                prompts = choice.take({name: self.sdpt_prompts[name] for name in kind})
-            dropout = self.sdpt_config[kind[0]].prompt_dropout
-            tokens.append(F.dropout(self._tokens(kind[0], prompts), dropout, self.training))
+        tokens = {
+            name: F.dropout(
+                self._tokens(name, self.sdpt_prompts[name]), self.sdpt_config[name].prompt_dropout, self.training
+            )
+            for name in names
+        }
         sides = []
         for place, projection in enumerate(projections):
             side = place if self.side is None else self.side
             plain: list[tuple[list[str], torch.Tensor]] = []
             gated: list[tuple[list[str], torch.Tensor]] = []
-            for kind, each in zip(kinds, tokens, strict=True):
+            for kind in kinds:
                 fixed = self.sdpt_fixed[kind[0]]
                 if side == self.fusion_host.image_reads and not fixed.image_attends_prompts:
                     continue
-                if self.sdpt_prompts[kind[0]].dim() == 3:
-                    each = each.select(-3, side)  # in independent mode, each side has its own set
-                part = to_input_space(each, self.sdpt_inverses[fixed.inverses[place]], bias_of(projection))
+                parts = {
+                    name: to_input_space(
+                        # In independent mode, each side has its own set.
+                        tokens[name][side] if tokens[name].dim() == 3 else tokens[name],
+                        self.sdpt_inverses[fixed.inverses[place]],
+                        bias_of(projection),
+                    )
+                    for name in kind
+                }
+                part = parts[kind[0]] if choice is None else choice.take(parts)
                 (gated if kind[0] in self.sdpt_gates else plain).append((kind, part))
             sides.append(self._together(plain, gated, side, choice, scales))
         return sides

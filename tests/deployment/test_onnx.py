@@ -28,7 +28,7 @@ from peft_sdpt.detection import class_prompt, class_scores, class_token_maps, de
 from peft_sdpt.errors import InputError, MissingExtraError
 from tests.helpers.detectors import HOST_NAMES, PUBLISHED, ROOT, acting, attach, make_host, run_python
 from tests.helpers.pretend import pretend_gpu
-from tests.helpers.programs import alone
+from tests.helpers.programs import ON_DEMAND, alone
 from tests.helpers.tiny import omdet_turbo
 
 NAMES = ["red cat", "dog", "house"]
@@ -271,6 +271,7 @@ def assert_metadata(metadata: dict) -> None:
     }
 
 
+@ON_DEMAND
 @pytest.mark.slow
 def test_the_command_writes_a_program_with_the_same_inputs_outputs_and_metadata(
     exported_before, any_size, saved, processor, tmp_path

@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A detector as an exported program. Programs for fixed classes and images of any size are tested in test_onnx.py."""
 
-import json
 import zipfile
 
 import pytest
@@ -11,7 +10,7 @@ from transformers import AutoProcessor, BertModel, GroundingDinoForObjectDetecti
 
 from peft_sdpt.deployment import bake, export_program
 from tests.helpers.detectors import ROOT, attach, host_config, randomise
-from tests.helpers.programs import alone
+from tests.helpers.programs import ON_DEMAND, alone
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +39,7 @@ def pixels(batch, height, width):
     return {"pixel_values": torch.randn(batch, 3, height, width, generator=generator), "pixel_mask": mask}
 
 
+@ON_DEMAND
 @pytest.mark.slow
 @torch.no_grad()
 def test_any_text_and_any_size_in_a_process_with_pytorch_alone(model, processor, tmp_path):
@@ -65,7 +65,8 @@ def test_any_text_and_any_size_in_a_process_with_pytorch_alone(model, processor,
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_a_fixed_size_and_half_precision(model, processor, tmp_path):
+def test_a_fixed_size_in_a_process_with_pytorch_alone(model, processor, tmp_path):
+    """The model is in half precision, and the program in single precision."""
     half = bake(model).bfloat16()
     options = {"fixed_size": (64, 96), "threshold": 0.4}
     exported = export_program(half, processor, ["red cell", "platelet"], tmp_path / "detector.pt2", **options)
@@ -73,19 +74,14 @@ def test_a_fixed_size_and_half_precision(model, processor, tmp_path):
     assert exported.outputs == {"scores": ["batch", 6, 2], "boxes": ["batch", 6, 4]}
     assert exported.prompts == ["red cell. platelet."] and exported.difference < 1e-4
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
-    files = {"detector.json": ""}
-    program = torch.export.load(exported.path, extra_files=files).module()
-    metadata = json.loads(files["detector.json"])
+    images = pixels(3, 64, 96)
+    (outputs,), metadata, _ = alone(exported.path, [images], tmp_path)
     assert metadata["class_names"] == ["red cell", "platelet"] and metadata["threshold"] == 0.4
     assert metadata["image_size"] == {"max_height": 64, "max_width": 96}
-    images = pixels(3, 64, 96)
-    outputs, expected = (
-        program(**images),
-        half.float()(**images, **processor.tokenizer(exported.prompts * 3, return_tensors="pt")),
-    )
+    expected = half.float()(**images, **processor.tokenizer(exported.prompts * 3, return_tensors="pt"))
     torch.testing.assert_close(outputs["boxes"], corners(expected.pred_boxes), rtol=0, atol=1e-4)
     with pytest.raises((AssertionError, RuntimeError), match="96"):  # by version of PyTorch
-        program(**pixels(1, 64, 64))
+        torch.export.load(exported.path).module()(**pixels(1, 64, 64))
     # No paths of this machine are in the file.
     with zipfile.ZipFile(exported.path) as archive:
         assert not any(b"site-packages" in archive.read(name) for name in archive.namelist())

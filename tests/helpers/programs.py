@@ -3,13 +3,17 @@
 """Runs exported programs in a process that has only PyTorch."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from .detectors import run_python
 
+# Programs for images of any size take a minute to write and to load.
+ON_DEMAND = pytest.mark.skipif("EXPORTS" not in os.environ, reason="takes minutes; EXPORTS=all runs it")
 ALONE = """
 import sys
 class Missing:
