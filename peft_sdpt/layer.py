@@ -480,7 +480,7 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
         for name in names:
             prompts, gates = self.sdpt_prompts[name], self.sdpt_gates.get(name)
             shapes = tuple(prompts.shape), None if gates is None else tuple(gates.shape)
-            kind = self.sdpt_fixed[name], self.sdpt_config[name].prompt_dropout, shapes, prompts.dtype
+            kind = self.sdpt_fixed[name], shapes, prompts.dtype
             kinds.setdefault(kind, []).append(name)
         return list(kinds.values())
 

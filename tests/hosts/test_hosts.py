@@ -200,7 +200,8 @@ def test_a_mixed_batch_equals_each_adapter_alone(case, bare, prompt_gate):
         with torch.no_grad():
             mixed = case.outputs(model, {**case.inputs(0), "adapter_names": names})
         for sample, name in enumerate(names):
-            torch.testing.assert_close(mixed[sample], alone[name][sample], rtol=1e-5, atol=case.tolerance)
+            # Each sample has products of its own, which round differently in single precision.
+            torch.testing.assert_close(mixed[sample], alone[name][sample], rtol=0, atol=2 * case.tolerance)
 
 
 @every_host
