@@ -52,6 +52,18 @@ class Choice(NamedTuple):
         """
         return _choices(adapter_names, (), device)[0]
 
+    def check_length(self, num_inputs: int) -> None:
+        """Check that there is one adapter for each input.
+
+        Raises:
+            ValueError: Their numbers differ. The message is PEFT's own, because callers may look for it.
+        """
+        if self.places.shape[0] != num_inputs:
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{self.places.shape[0]} and {num_inputs} respectively."
+            )
+
     def uses(self, adapter: str) -> torch.Tensor:
         """Return which samples use an adapter, `(B,)`, bool."""
         return self.places == self.adapters.index(adapter)

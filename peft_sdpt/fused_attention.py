@@ -62,8 +62,9 @@ def fused_bi_attention(
 
     No tensor of the size of the logits is stored for the backward pass, except dropout masks of one byte per weight.
     Compiled code may store logits, because the compiler sees that the backward pass computes them again.
-    Where it is faster, the two directions are two calls of `torch.nn.functional.scaled_dot_product_attention`; see
-    `_kernels_pay`. Otherwise, and with dropout, they share their logits in `_BothDirections`.
+
+    Where `_kernels_pay`, the two directions are two calls of `torch.nn.functional.scaled_dot_product_attention`.
+    Otherwise, and with dropout, they share their logits in `_BothDirections`.
 
     Gated prompts of the text are further keys and values of the image, with a softmax of their own. The gate is a
     factor of their values. Text tokens read gated prompts of the image apart, because both are few.

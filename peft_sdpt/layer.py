@@ -327,12 +327,7 @@ class SDPTLayer(nn.Module, BaseTunerLayer):
             if not torch.is_grad_enabled():
                 names = [name for name in names if name not in silent]
         if choice is not None:
-            num_samples = len(self.fusion_host.bind(args, kwargs)[self.fusion_host.arguments[0]])
-            if choice.places.shape[0] != num_samples:
-                raise ValueError(
-                    "Length of `adapter_names` should be the same as the number of inputs, but got "
-                    f"{choice.places.shape[0]} and {num_samples} respectively."
-                )
+            choice.check_length(len(self.fusion_host.bind(args, kwargs)[self.fusion_host.arguments[0]]))
         prompts = self.input_prompts(names, choice, scales)
         if all(side.tokens is None and side.gated is None for side in prompts):
             return self.base_layer(*args, **kwargs)

@@ -117,16 +117,11 @@ class SDPTLoraLayer(nn.Module, BaseTunerLayer):
             for name in names:
                 result = result + self._change(x, self.sdpt_lora_A[name], self.sdpt_lora_B[name]) * scalings[name]
             return result.to(dtype)
-        num_samples = choice.places.shape[0]
         if len(x) == 1:
             # Prompts of a fusion layer, which all samples share before this layer.
+            num_samples = choice.places.shape[0]
             x, result = x.expand(num_samples, *x.shape[1:]), result.expand(num_samples, *result.shape[1:])
-        if num_samples != len(x):
-            # The message is PEFT's own, because callers may look for it.
-            raise ValueError(
-                "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{num_samples} and {len(x)} respectively."
-            )
+        choice.check_length(len(x))
         if len({(self.sdpt_lora_A[name].shape, self.sdpt_lora_A[name].dtype) for name in names}) == 1:
             # A product of batches of matrices. A base model without LoRA gets zeros.
             first = choice.take({name: self.sdpt_lora_A[name] for name in names})
