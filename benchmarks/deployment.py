@@ -39,7 +39,20 @@ from peft_sdpt.detection import average_precision, class_prompt, detect_split, l
 
 from . import EXAMPLES
 from .peers import LORA_TARGETS, with_peft
-from .results import DOCS, RESULTS, Help, add_device, check_device, device_name, put_into, table, versions, write
+from .results import (
+    DOCS,
+    RESULTS,
+    Help,
+    add_device,
+    add_render,
+    check_device,
+    check_render,
+    device_name,
+    put_into,
+    table,
+    versions,
+    write,
+)
 from .speed.full_hosts import MODELS
 from .speed.measuring import in_turns, quartiles
 
@@ -78,10 +91,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=tuple(LABELS), default=list(LABELS), help="Ways to measure.")
     parser.add_argument("--output_dir", type=Path, default=Path("deployment-results"), help="Folder for the results.")
     add_device(parser)
-    parser.add_argument(
-        "--render", type=Path, nargs="+", metavar="FILE",
-        help="Measure nothing. Put the tables of these results.json into docs/deployment.md.",
-    )  # fmt: skip
+    add_render(parser, "tables of these results.json into docs/deployment.md")
     return parser.parse_args()
 
 
@@ -99,9 +109,7 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError(f"--only {' '.join(args.only)}: must have {TUNED}, which ratios refer to")
     if args.dataset_name and not args.adapter:
         raise ValueError(f"--dataset_name {args.dataset_name}: AP needs --adapter, because a random one finds nothing")
-    for file in args.render or ():
-        if not file.is_file():
-            raise ValueError(f"--render {file}: no such file")
+    check_render(args.render)
 
 
 def load(args: argparse.Namespace) -> tuple[nn.Module, Any]:

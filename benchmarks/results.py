@@ -53,6 +53,25 @@ def check_device(device: str) -> None:
         raise ValueError("--device cuda: torch sees no GPU here")
 
 
+def add_render(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add the flag that puts earlier results into a page. `what` names the parts and the page."""
+    parser.add_argument(
+        "--render", type=Path, nargs="+", metavar="FILE",
+        help=f"Measure nothing. Put the {what}.",
+    )  # fmt: skip
+
+
+def check_render(files: Iterable[Path] | None) -> None:
+    """Check the files of `--render`.
+
+    Raises:
+        ValueError: One does not exist.
+    """
+    for file in files or ():
+        if not file.is_file():
+            raise ValueError(f"--render {file}: no such file")
+
+
 def device_name(device: str) -> str:
     return torch.cuda.get_device_name() if device == "cuda" else cpu_name()
 

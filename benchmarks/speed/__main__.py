@@ -26,7 +26,20 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from ..results import DOCS, RESULTS, Help, add_device, check_device, device_name, earlier, put_into, versions, write
+from ..results import (
+    DOCS,
+    RESULTS,
+    Help,
+    add_device,
+    add_render,
+    check_device,
+    check_render,
+    device_name,
+    earlier,
+    put_into,
+    versions,
+    write,
+)
 from .cells import Cell, affordable, everything
 from .epochs import measure_epochs
 from .measuring import measure
@@ -52,10 +65,7 @@ def parse_args() -> argparse.Namespace:
     )
     add_device(parser)
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="Dtype of the base models.")
-    parser.add_argument(
-        "--render", type=Path, nargs="+", metavar="FILE",
-        help="Measure nothing. Put the tables and plots of these results.json into docs/performance.md.",
-    )  # fmt: skip
+    add_render(parser, "tables and plots of these results.json into docs/performance.md")
     return parser.parse_args()
 
 
@@ -68,9 +78,7 @@ def check_args(args: argparse.Namespace) -> None:
     if args.repeats < LEAST_REPEATS:
         raise ValueError(f"--repeats {args.repeats}: must be at least {LEAST_REPEATS}, for quartiles")
     check_device(args.device)
-    for file in args.render or ():
-        if not file.is_file():
-            raise ValueError(f"--render {file}: no such file")
+    check_render(args.render)
     if args.only is not None and not chosen(args):
         names = ", ".join(cell.key for cell in grid(args))
         raise ValueError(f"--only {args.only}: matches no cell; the cells are {names}")
