@@ -147,6 +147,11 @@ class _Stored:
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         arguments = [*args, *kwargs.values()]
+        if torch.is_grad_enabled() and any(torch.is_tensor(value) and value.requires_grad for value in arguments):
+            raise InputError(
+                "FeatureCache.used(): stored features have no gradient with respect to pixels; leave this context to "
+                "attack images."
+            )
         device = next(value.device for value in arguments if torch.is_tensor(value))
         keys = self._keys(arguments, list(kwargs), device)
         features_of: dict[str, list[Tensor]] = {}

@@ -20,6 +20,8 @@ their costs are copied to the CPU once, and the matches are copied back once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -108,6 +110,42 @@ class GroundedDetectionLoss:
             InputError: There is not one label per image, a class label is not the index of a phrase, or the boxes are
                 not fractions of the image size.
         """
+        matched = self._match(outputs, labels)
+        num_boxes = mean_boxes_per_process(labels) if num_items_in_batch is None else num_items_in_batch
+        total = outputs.logits.new_zeros(())
+        for stage, targets, queries, objects in matched:
+            total = total + stage.weight * self._stage_loss(stage, targets, queries, objects, num_boxes)
+        return total
+
+    def of_images(
+        self, outputs: Any, labels: list[dict[str, Tensor]], terms: Sequence[str] = ("class", "box")
+    ) -> Tensor:
+        """Compute the loss of each image. It does not depend on the other images of the batch.
+
+        Args:
+            outputs, labels: As in `__call__`.
+            terms: "class" for the focal loss on tokens, "box" for the losses of boxes.
+
+        Returns:
+            Shape (B,): for each image, the weighted sum of these terms over its objects and queries, divided by the
+            number of its objects, or by 1 if there are none.
+
+        Raises:
+            InputError: As in `__call__`.
+        """
+        sizes = outputs.logits.new_tensor([max(1, len(label["boxes"])) for label in labels], dtype=torch.float32)
+        total = torch.zeros_like(sizes)
+        for stage, targets, queries, objects in self._match(outputs, labels):
+            total = total + stage.weight * self._losses_of_images(stage, targets, queries, objects, terms)
+        return total / sizes
+
+    def _match(self, outputs: Any, labels: list[dict[str, Tensor]]) -> list[tuple[_Stage, _Targets, Tensor, Tensor]]:
+        """Check the labels, and match the queries of each stage with the objects.
+
+        Returns:
+            For each stage, its predictions, the objects, and the matches: indices into the (B * Q,) queries and into
+            the objects of all images.
+        """
         stages = [_Stage(outputs.logits.float(), outputs.pred_boxes.float(), 1.0)]
         if outputs.enc_outputs_class is not None and self.encoder_coefficient:
             token_logits, box_logits = outputs.enc_outputs_class, outputs.enc_outputs_coord_logits
@@ -117,7 +155,6 @@ class GroundedDetectionLoss:
             stages.append(_Stage(token_logits.float(), boxes.float(), self.encoder_coefficient))
         phrases = phrase_numbers(outputs.input_ids, outputs.logits.shape[-1])
         labels = _checked(labels, len(phrases), outputs.logits.device)
-        num_boxes = mean_boxes_per_process(labels) if num_items_in_batch is None else num_items_in_batch
         sizes = [len(label["boxes"]) for label in labels]
         classes = torch.cat([label["class_labels"] for label in labels])
         # For each object, the phrase numbers of the prompt of its image.
@@ -129,10 +166,8 @@ class GroundedDetectionLoss:
         is_wrong, *costs = to_cpu([(wrong_class | wrong_box).any(), *(self._costs(stage, targets) for stage in stages)])
         if is_wrong:
             _refuse(targets, classes, phrases, wrong_class, wrong_box)
-        total = outputs.logits.new_zeros(())
-        for stage, matches in zip(stages, _match(costs, sizes, phrases.device), strict=True):
-            total = total + stage.weight * self._stage_loss(stage, targets, *matches, num_boxes)
-        return total
+        matches = _match(costs, sizes, phrases.device)
+        return [(stage, targets, *pair) for stage, pair in zip(stages, matches, strict=True)]
 
     @torch.no_grad()
     def _costs(self, stage: _Stage, targets: _Targets) -> Tensor:
@@ -160,22 +195,45 @@ class GroundedDetectionLoss:
 
     def _stage_loss(self, stage: _Stage, targets: _Targets, queries: Tensor, objects: Tensor, num_boxes: Any) -> Tensor:
         """Compute the loss of a stage, of which `queries`, indices into (B * Q,), are matched with `objects`."""
-        logits, boxes = stage.logits.flatten(0, 1), stage.boxes.flatten(0, 1)[queries]
-        is_target = torch.zeros_like(logits, dtype=torch.bool)
-        is_target[queries] = targets.tokens[objects]
-        # Masks padding, whose logits are -inf. NaN is not masked, so that it shows in the loss.
-        is_padding = logits == float("-inf")
+        boxes = stage.boxes.flatten(0, 1)[queries]
         losses = {
             "loss_ce": sigmoid_focal_loss(
-                logits.masked_fill(is_padding, NEVER),
-                (is_target & ~is_padding).to(logits.dtype),
-                num_boxes,
-                alpha=self.focal_alpha,
+                *_logits_and_targets(stage, targets, queries, objects), num_boxes, alpha=self.focal_alpha
             ),
             "loss_bbox": (boxes - targets.boxes[objects]).abs().sum() / num_boxes,
             "loss_giou": (1 - generalised_iou(boxes, targets.boxes[objects])).sum() / num_boxes,
         }
         return sum(self.coefficients[name] * loss for name, loss in losses.items())
+
+    def _losses_of_images(
+        self, stage: _Stage, targets: _Targets, queries: Tensor, objects: Tensor, terms: Sequence[str]
+    ) -> Tensor:
+        """Compute what `_stage_loss` computes, but of some terms, for each image, shape (B,)."""
+        num_images, num_queries = stage.logits.shape[:2]
+        total = stage.logits.new_zeros(num_images)
+        if "class" in terms:
+            pair = _logits_and_targets(stage, targets, queries, objects)
+            focal_loss = torch.vmap(partial(sigmoid_focal_loss, num_boxes=1, alpha=self.focal_alpha))
+            of_class = focal_loss(*(part.unflatten(0, (num_images, num_queries)) for part in pair))
+            total = total + self.coefficients["loss_ce"] * of_class
+        if "box" in terms:
+            boxes, wanted = stage.boxes.flatten(0, 1)[queries], targets.boxes[objects]
+            of_boxes = self.coefficients["loss_bbox"] * (boxes - wanted).abs().sum(-1)
+            of_boxes = of_boxes + self.coefficients["loss_giou"] * (1 - generalised_iou(boxes, wanted))
+            # If an image has more objects than queries, some of them have no query.
+            parts = of_boxes.split([min(size, num_queries) for size in targets.sizes])
+            total = total + torch.nn.utils.rnn.pad_sequence(list(parts), batch_first=True).sum(1)
+        return total
+
+
+def _logits_and_targets(stage: _Stage, targets: _Targets, queries: Tensor, objects: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the logits of the tokens, and 1 for the tokens of the class of the matched object, both (B * Q, T)."""
+    logits = stage.logits.flatten(0, 1)
+    is_target = torch.zeros_like(logits, dtype=torch.bool)
+    is_target[queries] = targets.tokens[objects]
+    # Masks padding, whose logits are -inf. NaN is not masked, so that it shows in the loss.
+    is_padding = logits == float("-inf")
+    return logits.masked_fill(is_padding, NEVER), (is_target & ~is_padding).to(logits.dtype)
 
 
 def generalised_iou(first: Tensor, second: Tensor) -> Tensor:

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 
+# The mean and the standard deviation of ImageNet, which the image processors of all published detectors here have.
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Strides of the stages of a ResNet that Grounding DINO uses. The configs of Swin and similar backbones give theirs.
 STRIDES = [8, 16, 32]
 
@@ -38,6 +40,43 @@ def process_images(image_processor: Any, images: Sequence[Image.Image]) -> Any:
             f"an image of {width} x {height} pixels cannot be resized by this processor ({error}); if the image is "
             "very oblong, cut it into parts, or use a larger image size."
         ) from None
+
+
+class PixelRange(NamedTuple):
+    """How the values of an image in [0, 1] become pixel values of a detector: `(image - mean) / std`.
+
+    Attributes:
+        mean, std: Shape (3, 1, 1).
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    @classmethod
+    def of(cls, image_processor: Any = None) -> PixelRange:
+        """Read the range from an image processor. None for the mean and standard deviation of ImageNet."""
+        mean, std = torch.zeros(3), torch.ones(3)
+        if image_processor is None:
+            mean, std = torch.tensor(MEAN), torch.tensor(STD)
+        elif image_processor.do_normalize:
+            mean, std = torch.tensor(image_processor.image_mean), torch.tensor(image_processor.image_std)
+        # An image of integers up to 255 is multiplied by this factor first.
+        factor = 1.0
+        if image_processor is not None:
+            factor = 255 * (image_processor.rescale_factor if image_processor.do_rescale else 1.0)
+        return cls(*((part.float() / factor)[:, None, None] for part in (mean, std)))
+
+    def to(self, device: torch.device) -> PixelRange:
+        """Return the same range on a device."""
+        return PixelRange(self.mean.to(device), self.std.to(device))
+
+    def to_images(self, pixel_values: Tensor) -> Tensor:
+        """Convert pixel values (..., 3, H, W) to images in [0, 1]."""
+        return pixel_values * self.std + self.mean
+
+    def to_pixel_values(self, images: Tensor) -> Tensor:
+        """Convert images in [0, 1], shape (..., 3, H, W), to pixel values."""
+        return (images - self.mean) / self.std
 
 
 def num_positions(height: int, width: int, config: Any) -> int:

@@ -240,12 +240,14 @@ def _blank(model: nn.Module, processor: Any, size: tuple[int, int]) -> Tensor:
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode in this context."""
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        # Not by `train`, because parts of a model can be in another mode than the whole.
+        for module, mode in modes:
+            module.training = mode
 
 
 def detect_split(

@@ -8,6 +8,7 @@ processes and DataLoader workers, and a run that was killed resumes with the sam
 
 from __future__ import annotations
 
+from enum import IntEnum
 from typing import Any, TypedDict
 
 import numpy as np
@@ -122,7 +123,7 @@ class TrainingSamples(Dataset[Sample]):
             raise IndexError(f"number must be at least 0 and below {len(self)}, got {number}")
         epoch, place = divmod(number, len(self.data))
         index = self._order(epoch)[place]
-        generator = _generator(self.seed, number)
+        generator = generator_of(self.seed, number, Purpose.SAMPLE)
         image = self.data.open_image(index)
         boxes = torch.tensor(self.data.boxes[index], dtype=torch.float32).reshape(-1, 4)
         is_object = torch.tensor([not crowd for crowd in self.data.crowds[index]], dtype=torch.bool)
@@ -184,7 +185,7 @@ class TrainingSamples(Dataset[Sample]):
     def _order(self, epoch: int) -> list[int]:
         """Return the indices of the images in the order of an epoch."""
         if self._shuffled[0] != epoch:
-            order = torch.randperm(len(self.data), generator=_generator(self.seed, epoch, of_epochs=True))
+            order = torch.randperm(len(self.data), generator=generator_of(self.seed, epoch, Purpose.EPOCH))
             self._shuffled = (epoch, order.tolist())
         return self._shuffled[1]
 
@@ -204,7 +205,21 @@ class TrainingSamples(Dataset[Sample]):
         return sorted(chosen)
 
 
-def _generator(seed: int, number: int, of_epochs: bool = False) -> torch.Generator:
-    """Return a random generator for a sample, or for the order of an epoch."""
+class Purpose(IntEnum):
+    """What random numbers are for. Two purposes never share them."""
+
+    SAMPLE = 0
+    EPOCH = 1
+    ATTACK = 2
+
+
+def generator_of(seed: int, number: int, purpose: Purpose) -> torch.Generator:
+    """Return a random generator on the CPU that depends on nothing else.
+
+    Args:
+        seed: Seed of the run, 0 <= seed < 2**32.
+        number: Number of a sample, an epoch or an image.
+        purpose: What the random numbers are for.
+    """
     # torch uses only the lower 32 bits of a seed, so the three numbers are hashed into them.
-    return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, of_epochs, number)).generate_state(1)[0]))
+    return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, purpose, number)).generate_state(1)[0]))

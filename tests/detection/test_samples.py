@@ -9,7 +9,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from peft_sdpt.detection.data import DetectionSplit
-from peft_sdpt.detection.samples import GREY, SCALES, TrainingSamples, _generator, augment
+from peft_sdpt.detection.samples import GREY, SCALES, Purpose, TrainingSamples, augment, generator_of
 from tests.helpers.words import make_tokenizer
 
 SIZE = (60, 40)
@@ -149,7 +149,7 @@ def test_seeds_differ_and_the_order_of_epochs_is_not_that_of_samples(processor):
     assert shown(samples(processor, seed=0)) != shown(samples(processor, seed=1))
     boxes = [samples(processor, seed=seed, augmentation=True)[0]["labels"]["boxes"] for seed in range(8)]
     assert len({tuple(box.flatten().tolist()) for box in boxes}) == 8
-    assert _generator(0, 5).initial_seed() != _generator(0, 5, of_epochs=True).initial_seed()
+    assert generator_of(0, 5, Purpose.SAMPLE).initial_seed() != generator_of(0, 5, Purpose.EPOCH).initial_seed()
 
 
 def test_workers_change_nothing(processor):
