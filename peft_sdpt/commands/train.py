@@ -12,6 +12,7 @@ base model without an adapter.
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import math
 import os
@@ -24,7 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -58,7 +59,6 @@ from ..detection import (
     mean_boxes_per_process,
     measure_threshold,
     only_split,
-    pad_small_images,
     read_threshold,
     result_of,
     save_adapter,
@@ -67,6 +67,8 @@ from ..detection import (
     suggest_thresholds,
     write_adapter,
 )
+from ..detection.adversarial import AdversarialViews, BankViews, FreeViews, Views
+from ..detection.attacks import Attack
 from ..detection.devices import to_cpu, to_device
 from ..detection.formats import matching_split
 from ..detection.prediction import DEFAULT_THRESHOLD
@@ -112,6 +114,9 @@ from .train_results import (
     write_best_card,
     write_report,
 )
+
+# Launches in which no process has the whole model.
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
 @dataclass
@@ -185,6 +190,8 @@ class Training:
     """The objects that train the adapter of a `Setup`.
 
     Attributes:
+        views: Makes the inputs that a step trains on.
+        loss_function: The loss.
         unread: Results of steps that `read_results` has not read yet.
     """
 
@@ -195,6 +202,8 @@ class Training:
     scheduler: Any
     average: AveragedModel | None
     checkpoints: Checkpoints
+    views: Views
+    loss_function: GroundedDetectionLoss
     steps_per_epoch: int
     max_steps: int
     unread: list[StepResult] = field(default_factory=list)
@@ -293,8 +302,10 @@ def prepare_training(setup: Setup) -> Training:
     steps_per_epoch = math.ceil(len(train) / samples_per_step)
     max_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
     max_text_len, augmentation = detector.config.max_text_len, not args.no_augmentation
+    # Of the steps that train on the same batches, only the first one reads images.
+    num_batches = math.ceil(max_steps / args.adv_steps) if args.adversarial == "free" else max_steps
     samples = TrainingSamples(
-        train, max_steps * samples_per_step, setup.processor, max_text_len, args.seed, augmentation
+        train, num_batches * samples_per_step, setup.processor, max_text_len, args.seed, augmentation
     )
     if setup.cache and args.per_device_train_batch_size > 1 and len(set(train.sizes)) > 1:
         accelerator.print(
@@ -308,6 +319,8 @@ def prepare_training(setup: Setup) -> Training:
         raise InputError(
             f"--lora_learning_rate {args.lora_learning_rate}: --adapter {args.adapter} has no LoRA to train."
         )
+    loss_function = GroundedDetectionLoss(detector.config)
+    views = make_views(setup, loss_function, samples)
     optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay)
     setup.model, optimizer, loader = accelerator.prepare(detector, optimizer, loader)
     # The loader does not move the batches. `train_step` does, so that the features of their images can be looked up by
@@ -348,9 +361,35 @@ def prepare_training(setup: Setup) -> Training:
         scheduler=scheduler,
         average=average,
         checkpoints=checkpoints,
+        views=views,
+        loss_function=loss_function,
         steps_per_epoch=steps_per_epoch,
         max_steps=max_steps,
     )
+
+
+def make_views(setup: Setup, loss_function: GroundedDetectionLoss, samples: TrainingSamples) -> Views:
+    """Make what `--adversarial` asks for. For a bank, the images are attacked now."""
+    args, accelerator = setup.args, setup.accelerator
+    # A copy that shares all modules, because with mixed precision Accelerate replaces the forward of the detector by
+    # one with autocast, and attacks compute without it.
+    detector = copy.copy(setup.detector)
+    if args.adversarial == "none":
+        return Views(detector)
+    if accelerator.distributed_type in SHARDED:
+        raise InputError(
+            f"--adversarial {args.adversarial}: needs the whole model in each process, which "
+            f"{accelerator.distributed_type.value} does not have."
+        )
+    attack = Attack(eps=args.adv_eps / 255, steps=args.adv_steps, loss=args.adv_loss)
+    common = (detector, loss_function, setup.processor.image_processor, attack, args.adv_weight, args.seed)
+    if args.adversarial == "free":
+        return FreeViews(*common)
+    if args.adversarial != "bank":
+        return AdversarialViews(*common)
+    bank = BankViews(*common, folder=args.output_dir / "adversaries")
+    bank.make(samples, args.per_device_eval_batch_size, accelerator.device, accelerator)
+    return bank
 
 
 # ---- train
@@ -360,7 +399,10 @@ def train(setup: Setup, training: Training) -> list[str]:
     """Train the adapter, with validation and checkpoints. Returns the names of the saved files, in the main process."""
     args, accelerator, progress = setup.args, setup.accelerator, setup.progress
     validation_steps = args.validation_steps or training.steps_per_epoch
-    checkpointing_steps = training.steps_per_epoch if args.checkpointing_steps == "epoch" else args.checkpointing_steps
+    replays = training.views.replays
+    checkpointing_steps = args.checkpointing_steps
+    if checkpointing_steps == "epoch":
+        checkpointing_steps = math.ceil(training.steps_per_epoch / replays) * replays
     if args.with_tracking:
         accelerator.init_trackers("train_detection", {name: str(value) for name, value in vars(args).items()})
         if not progress.step:
@@ -370,7 +412,6 @@ def train(setup: Setup, training: Training) -> list[str]:
     # A resumed run may have been killed between the checkpoint and the validation of this step.
     if progress.step % validation_steps == 0:
         validate(setup, training)
-    loss_function = GroundedDetectionLoss(setup.detector.config)
     setup.model.train()
     stored_features = setup.cache.used(training.samples.has_one_prompt) if setup.cache else nullcontext()
     hide_bar = not accelerator.is_local_main_process
@@ -378,9 +419,11 @@ def train(setup: Setup, training: Training) -> list[str]:
     with Interruption(accelerator) as interruption, bar, stored_features:
         start = time.perf_counter()
         for batches in remaining_steps(setup, training):
-            train_step(setup, training, loss_function, batches)
+            train_step(setup, training, batches)
             progress.step += 1
-            stopped = interruption.asked_for()
+            # A run resumes with new batches, so it stops after the last replay of the current ones.
+            is_last_replay = progress.step % replays == 0 or progress.step == training.max_steps
+            stopped = interruption.asked_for() and is_last_replay
             checkpoint_due = stopped or (checkpointing_steps and progress.step % checkpointing_steps == 0)
             validation_due = progress.step % validation_steps == 0
             # Nothing is saved before the results of all steps are read, which checks that they are finite.
@@ -406,11 +449,14 @@ def train(setup: Setup, training: Training) -> list[str]:
 
 def remaining_steps(setup: Setup, training: Training) -> Iterator[list[tuple]]:
     """Yield the batches of each optimizer step. If an image cannot be read any more, save a checkpoint first."""
-    accumulated = setup.args.gradient_accumulation_steps
-    batches = iter(setup.accelerator.skip_first_batches(training.loader, setup.progress.step * accumulated))
+    accumulated, replays = setup.args.gradient_accumulation_steps, training.views.replays
+    done = setup.progress.step // replays
+    batches = iter(setup.accelerator.skip_first_batches(training.loader, done * accumulated))
     try:
         while step := list(itertools.islice(batches, accumulated)):
-            yield step
+            training.views.begin()
+            for _ in range(min(replays, training.max_steps - setup.progress.step)):
+                yield step
     except InputError:
         # With several processes, the others wait in the middle of a step and cannot take part in a checkpoint.
         if setup.accelerator.num_processes == 1 and setup.progress.step:
@@ -419,25 +465,27 @@ def remaining_steps(setup: Setup, training: Training) -> Iterator[list[tuple]]:
         raise
 
 
-def train_step(setup: Setup, training: Training, loss_function: GroundedDetectionLoss, batches: list[tuple]) -> None:
+def train_step(setup: Setup, training: Training, batches: list[tuple]) -> None:
     """Take one optimizer step, and add its results to `training.unread`."""
     args, accelerator = setup.args, setup.accelerator
     # The boxes of all batches of the step, so that the losses add up to the loss of one large batch.
     num_boxes = mean_boxes_per_process([label for _, labels in batches for label in labels])
     step_loss = torch.zeros((), device=accelerator.device)
     finite_boxes = torch.ones((), dtype=torch.bool, device=accelerator.device)
-    for index, (inputs, labels) in enumerate(batches, 1):
-        # Processes exchange gradients only once per step.
-        with nullcontext() if index == len(batches) else accelerator.no_sync(setup.model):
-            inputs = to_device(pad_small_images(inputs, setup.detector.config), accelerator.device)
-            outputs = setup.model(**inputs)
-            loss = loss_function(outputs, to_device(labels, accelerator.device), num_boxes)
-            # The loss has just waited for the GPU, so the results of the step before are ready. If they were read at
-            # the end of their step, the GPU would be idle meanwhile.
-            read_results(setup, training)
-            accelerator.backward(loss)
-        step_loss += loss.detach()
-        finite_boxes &= outputs.pred_boxes.isfinite().all()
+    for index, (inputs, labels) in enumerate(batches):
+        moved_labels = to_device(labels, accelerator.device)
+        for view in training.views.of_batch(index, inputs, labels, accelerator.device):
+            # Processes exchange gradients only once per step.
+            is_last = index == len(batches) - 1 and view.is_last
+            with nullcontext() if is_last else accelerator.no_sync(setup.model):
+                outputs = setup.model(**view.inputs)
+                loss = view.weight * training.loss_function(outputs, moved_labels, num_boxes)
+                # The loss has just waited for the GPU, so the results of the step before are ready. If they were read
+                # at the end of their step, the GPU would be idle meanwhile.
+                read_results(setup, training)
+                accelerator.backward(loss)
+            step_loss += loss.detach()
+            finite_boxes &= outputs.pred_boxes.isfinite().all()
     norm = accelerator.clip_grad_norm_(setup.model.parameters(), args.max_grad_norm)
     training.optimizer.step()
     training.optimizer.zero_grad()

@@ -13,6 +13,8 @@ from pathlib import Path
 from accelerate.tracking import get_available_trackers
 
 from ..detection import BOX_FORMATS
+from ..detection.adversarial import STEPS
+from ..detection.attacks import LOSSES
 from ..detection.prediction import MAX_DETECTIONS
 from ..errors import InputError
 from ..files import output_folder
@@ -32,6 +34,9 @@ DATA_FLAGS = (
 )
 # Flags for a new adapter, which are fields of `SDPTConfig`. A flag that is not given keeps the default of the field.
 ADAPTER_FLAGS = ("num_virtual_tokens", "pinv_rtol", "prompt_dropout", "lora_rank")
+# Flags of the attack in adversarial training, and the defaults of two of them.
+ATTACK_FLAGS = ("adv_eps", "adv_steps", "adv_weight", "adv_loss")
+ADV_EPS, ADV_WEIGHT = 2.0, 1.0
 # Flags that a resumed run may change, because they do not change its result, or because a checkpoint holds their effect
 # in another form: fingerprints of the data, and numbers of steps, images and processes.
 FREE_FLAGS = (
@@ -72,6 +77,7 @@ def parse_args(
     add_data_flags(parser.add_argument_group("data"), dataset_name, tasks)
     add_model_flags(parser.add_argument_group("base model and adapter"), model_name_or_path)
     add_training_flags(parser.add_argument_group("training"))
+    add_adversarial_flags(parser.add_argument_group("adversarial training"))
     add_output_flags(parser.add_argument_group("output"))
     return parser.parse_args()
 
@@ -231,6 +237,39 @@ def add_training_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--seed", type=int, default=0, help="Seed for reproducible training.")
 
 
+def add_adversarial_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--adversarial",
+        choices=("none", *STEPS),
+        default="none",
+        help="Train on attacked images. bank: attack each image once, before training, without the adapter (AdvPT). "
+        "fast: one gradient step in each training step. pgd: several. free: train on each batch several times, and "
+        "attack it by the gradients of training. See docs/robustness.md.",
+    )
+    group.add_argument(
+        "--adv_eps", type=float, help=f"Largest change of a pixel value, which is from 0 to 255. Default: {ADV_EPS:g}."
+    )
+    steps = ", ".join(f"{number} for {name}" for name, number in STEPS.items() if name != "fast")
+    group.add_argument(
+        "--adv_steps",
+        type=int,
+        help="Number of gradient steps of an attack; for free, the number of times to train on each batch. Default: "
+        f"{steps}. fast has one.",
+    )
+    group.add_argument(
+        "--adv_weight",
+        type=float,
+        help="Weight of the attacked images in the loss. If it is below 1, clean images have the rest. Default: "
+        f"{ADV_WEIGHT:g}.",
+    )
+    group.add_argument(
+        "--adv_loss",
+        choices=tuple(LOSSES),
+        help="What the attack raises: " + "; ".join(f"{name} {what}" for name, what in LOSSES.items()) + ". Default: "
+        "features for bank, else all.",
+    )
+
+
 def add_output_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--output_dir", type=output_folder, default=Path("sdpt-detection"), help="Folder for all results."
@@ -300,6 +339,7 @@ def check_args(args: argparse.Namespace) -> None:
             ) from None
     check_values(args)
     check_combinations(args)
+    check_attack(args)
     trackers = [*map(str, get_available_trackers()), "all"]
     if args.with_tracking and args.report_to not in trackers:
         raise InputError(
@@ -311,7 +351,8 @@ def check_args(args: argparse.Namespace) -> None:
 def check_values(args: argparse.Namespace) -> None:
     for name in ("num_train_epochs", "max_train_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
                  "gradient_accumulation_steps", "num_virtual_tokens", "lora_rank", "image_size", "shots",
-                 "validation_steps", "checkpointing_steps", "checkpoints_total_limit", "max_detections"):  # fmt: skip
+                 "validation_steps", "checkpointing_steps", "checkpoints_total_limit", "max_detections",
+                 "adv_steps"):  # fmt: skip
         value = getattr(args, name)
         if value not in (None, "epoch") and value < 1:
             raise InputError(f"--{name} {value}: must be at least 1.")
@@ -323,6 +364,10 @@ def check_values(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not 0 <= value < limit:
             raise InputError(f"--{name} {value}: must be at least 0 and below {limit}.")
+    if args.adv_eps is not None and not 0 <= args.adv_eps <= 255:
+        raise InputError(f"--adv_eps {args.adv_eps}: must be at least 0 and at most 255.")
+    if args.adv_weight is not None and not 0 < args.adv_weight <= 1:
+        raise InputError(f"--adv_weight {args.adv_weight}: must be above 0 and at most 1.")
     for name in ("pinv_rtol", "ema_decay"):
         value = getattr(args, name)
         if value is not None and not 0 < value < 1:
@@ -335,6 +380,40 @@ def check_values(args: argparse.Namespace) -> None:
         raise InputError(f"--hub_model_id {args.hub_model_id}: must be user/name.")
     if args.license and not re.fullmatch(r"[a-z0-9.+-]+", args.license):
         raise InputError(f"--license {args.license}: must be an identifier of the Hub, such as apache-2.0.")
+
+
+def check_attack(args: argparse.Namespace) -> None:
+    """Check the flags of adversarial training, and set those that are not given to their defaults."""
+    method = args.adversarial
+    if method == "none" or args.eval_only:
+        for name in ("adversarial", *ATTACK_FLAGS):
+            if getattr(args, name) not in (None, "none"):
+                needs = "cannot be used with --eval_only" if args.eval_only else "needs --adversarial"
+                raise InputError(f"--{name} {getattr(args, name)}: {needs}.")
+        return
+    if method == "bank" and not args.no_augmentation:
+        raise InputError(
+            "--adversarial bank: attacks each image once, so augmented images would not be attacked; add "
+            "--no_augmentation."
+        )
+    if method != "bank" and args.cache_features:
+        raise InputError(
+            f"--cache_features: cannot be used with --adversarial {method}, which changes the images in each step."
+        )
+    if method == "fast" and args.adv_steps not in (None, 1):
+        raise InputError(f"--adv_steps {args.adv_steps}: --adversarial fast has one step; use pgd for more.")
+    if method == "free" and args.adv_loss not in (None, "all"):
+        raise InputError(f"--adv_loss {args.adv_loss}: --adversarial free attacks by the gradients of training, all.")
+    defaults = (ADV_EPS, STEPS[method], ADV_WEIGHT, "features" if method == "bank" else "all")
+    for name, default in zip(ATTACK_FLAGS, defaults, strict=True):
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+    steps = args.checkpointing_steps
+    if method == "free" and isinstance(steps, int) and steps % args.adv_steps:
+        raise InputError(
+            f"--checkpointing_steps {steps}: must be a multiple of --adv_steps {args.adv_steps}, because --adversarial "
+            "free trains on each batch that many times, and a run resumes with a new batch."
+        )
 
 
 def check_combinations(args: argparse.Namespace) -> None:

@@ -139,7 +139,7 @@ class Ball:
                 radius = torch.rand((), generator=generator) ** (1 / drawn.numel())
                 drawn *= radius / drawn.norm().clamp_min(1e-12)
             noise[image, :, :height, :width] = drawn
-        return self._clamped(self.center + self.eps * noise.to(self.center.device) * self.unit)
+        return self.clamp(self.center + self.eps * noise.to(self.center.device) * self.unit)
 
     def move(self, pixel_values: Tensor, gradient: Tensor, length: float) -> Tensor:
         """Go a step along the gradient of a loss, and back into the ball.
@@ -153,14 +153,15 @@ class Ball:
             The new pixel values.
         """
         if self.norm == "inf":
-            return self._clamped(pixel_values + length * self.unit * gradient.sign())
+            return self.clamp(pixel_values + length * self.unit * gradient.sign())
         # As in an image with values in [0, 1].
         slope = gradient.float() * self.unit * self.is_image
         change = (pixel_values - self.center) / self.unit + length * slope / _norms(slope).clamp_min(1e-12)
         change = change * (self.eps / _norms(change).clamp_min(1e-12)).clamp(max=1)
-        return self._clamped(self.center + change * self.unit)
+        return self.clamp(self.center + change * self.unit)
 
-    def _clamped(self, pixel_values: Tensor) -> Tensor:
+    def clamp(self, pixel_values: Tensor) -> Tensor:
+        """Move pixel values to the nearest allowed ones. With the norm "2", only to the range of images."""
         return torch.minimum(torch.maximum(pixel_values, self.low), self.high)
 
 

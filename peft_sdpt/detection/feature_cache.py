@@ -15,38 +15,31 @@ batch. Its last bits depend on the kind of CPU.
 from __future__ import annotations
 
 import contextlib
-import errno
-import hashlib
 import itertools
 import json
 import os
-import shutil
 import sys
 import time
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers.modeling_outputs import BackboneOutput, BaseModelOutput
 
 from ..errors import InputError
-from ..files import UNFINISHED, check_writable, whole_file
+from ..files import UNFINISHED, check_writable
 from .devices import to_cpu
 from .prediction import evaluation_mode
+from .stored_tensors import digest, read_tensors, weights_of, write_tensors
 
 # Unfinished entries older than this many seconds come from killed processes. Writing takes far less than a second. If
 # the clock jumps in that time, one entry is not stored.
 ABANDONED = 3600
-# Bytes that the cache leaves free on the disk for the adapter and the results.
-RESERVE = 2**28
 
 
 class FeatureCache:
@@ -114,7 +107,7 @@ class _Stored:
         folder: Folder of all entries.
         name: Name for the entries of this module.
         as_output: Makes the output of the module from batches of its features.
-        entries: Reads and writes the entries.
+        entries: Writes the entries.
     """
 
     def __init__(
@@ -127,7 +120,7 @@ class _Stored:
     ):
         self.module, self.as_output, self.entries = module, as_output, entries
         # The part of the keys that all calls share.
-        self.module_key = _digest(itertools.chain(_configuration(module), _weights(module)))
+        self.module_key = digest(itertools.chain(_configuration(module), weights_of(module)))
         self.folder = folder / f"{name}-{self.module_key[:16]}"
 
     @contextlib.contextmanager
@@ -158,7 +151,7 @@ class _Stored:
         for row, key in enumerate(keys):
             if key not in features_of:
                 file = self.folder / f"{key}.safetensors"
-                features = self.entries.read(file, key)
+                features = read_tensors(file, key)
                 if features is None:
                     features = self._compute_row(row, args, kwargs)
                     self.entries.write(file, key, features)
@@ -173,7 +166,7 @@ class _Stored:
         # Pixels are hashed where they came from, not copied back from the device.
         tensors = to_cpu([value for value in arguments if torch.is_tensor(value)])
         common += [repr(value) for value in arguments if not torch.is_tensor(value)]
-        return [_digest([*common, *(tensor[row] for tensor in tensors)]) for row in range(len(tensors[0]))]
+        return [digest([*common, *(tensor[row] for tensor in tensors)]) for row in range(len(tensors[0]))]
 
     @torch.no_grad()
     def _compute_row(self, row: int, args: tuple, kwargs: dict) -> list[Tensor]:
@@ -206,68 +199,15 @@ def _configuration(module: nn.Module) -> list[str]:
     return [type(module).__qualname__, attention, json.dumps(config, sort_keys=True, default=str)]
 
 
-def _weights(module: nn.Module) -> Iterator[str | Tensor]:
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        yield name
-        yield tensor.detach().cpu()
-
-
-def _digest(parts: Iterable[str | Tensor]) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        kind, data = ("text", part.encode()) if isinstance(part, str) else (_kind(part), _bytes(part))
-        # Kind and length are hashed too, so that the end of one part cannot be taken for the start of the next.
-        digest.update(f"{kind} {len(data)} ".encode())
-        digest.update(data)
-    return digest.hexdigest()
-
-
-def _kind(tensor: Tensor) -> str:
-    return f"{tensor.dtype} {tuple(tensor.shape)}"
-
-
-def _bytes(tensor: Tensor) -> Any:
-    """Return the memory of a tensor on the CPU as an array of uint8, for a hash or a checksum."""
-    # Viewed as uint8, because NumPy has no bfloat16.
-    return tensor.contiguous().flatten().view(torch.uint8).numpy()
-
-
-def _about(key: str, features: list[Tensor]) -> dict[str, str]:
-    """Return the metadata of an entry: its key and a checksum of its features."""
-    checksum = 0
-    for feature in features:
-        checksum = zlib.crc32(_bytes(feature), zlib.crc32(_kind(feature).encode(), checksum))
-    # A single value, because the order of several is random and the same features should give the same file.
-    return {"entry": f"{key} {checksum}"}
-
-
 class _Entries:
-    """Reads and writes entries. If entries cannot be written, it prints this once and raises no error."""
+    """Writes entries. If entries cannot be written, it prints this once and raises no error."""
 
     def __init__(self) -> None:
         self.told = False
 
-    def read(self, file: Path, key: str) -> list[Tensor] | None:
-        """Return the features of an entry, mapped into memory. None if it does not exist or is damaged."""
-        try:
-            with safe_open(file, framework="pt") as entry:
-                about = entry.metadata()
-                features = [entry.get_tensor(str(level)) for level in range(len(entry.keys()))]
-        except (OSError, ValueError, RuntimeError, SafetensorError):
-            return None
-        # The checksum also detects a file of the right length whose blocks never reached the disk.
-        return features if features and about == _about(key, features) else None
-
     def write(self, file: Path, key: str, features: list[Tensor]) -> None:
-        data = save({str(level): feature for level, feature in enumerate(features)}, metadata=_about(key, features))
         try:
-            # `durable` is not needed, because the checksum detects an entry that a power cut has damaged.
-            with whole_file(file, durable=False) as unfinished:
-                disk = shutil.disk_usage(unfinished.parent)
-                # Some network drives report a size of 0.
-                if disk.total and disk.free < RESERVE + len(data):
-                    raise OSError(errno.ENOSPC, f"less than {RESERVE // 2**20} MB would be left on the disk")
-                unfinished.write_bytes(data)
+            write_tensors(file, key, features)
         except InputError as error:
             if not self.told:
                 self.told = True

@@ -38,11 +38,13 @@ class Sample(TypedDict):
         prompt: The prompt with the classes of the sample.
         labels: `class_labels` (n,), indices of phrases in the prompt, and `boxes` (n, 4), as in
             `GroundedDetectionLoss`.
+        number: Number of the sample in the run.
     """
 
     image: Image.Image
     prompt: str
     labels: dict[str, Tensor]
+    number: int
 
 
 def augment(image: Image.Image, boxes: Tensor, generator: torch.Generator) -> tuple[Image.Image, Tensor, Tensor]:
@@ -123,11 +125,17 @@ class TrainingSamples(Dataset[Sample]):
             raise IndexError(f"number must be at least 0 and below {len(self)}, got {number}")
         epoch, place = divmod(number, len(self.data))
         index = self._order(epoch)[place]
-        generator = generator_of(self.seed, number, Purpose.SAMPLE)
+        return self._sample(index, number, generator_of(self.seed, number, Purpose.SAMPLE), self.augmentation)
+
+    def without_augmentation(self, index: int) -> Sample:
+        """Return the image with this index of the split as a sample, as it is. Its number is the index."""
+        return self._sample(index, index, generator_of(self.seed, index, Purpose.SAMPLE), False)
+
+    def _sample(self, index: int, number: int, generator: torch.Generator, augmentation: bool) -> Sample:
         image = self.data.open_image(index)
         boxes = torch.tensor(self.data.boxes[index], dtype=torch.float32).reshape(-1, 4)
         is_object = torch.tensor([not crowd for crowd in self.data.crowds[index]], dtype=torch.bool)
-        if self.augmentation:
+        if augmentation:
             image, boxes, is_visible = augment(image, boxes, generator)
             is_object &= is_visible
         present = [c for c, keep in zip(self.data.labels[index], is_object.tolist(), strict=True) if keep]
@@ -143,6 +151,7 @@ class TrainingSamples(Dataset[Sample]):
                 "class_labels": torch.tensor([c for _, c in objects], dtype=torch.long),
                 "boxes": centre_boxes([box for box, _ in objects], image.size),
             },
+            "number": number,
         }
 
     def collate(self, samples: list[Sample]) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
@@ -152,12 +161,12 @@ class TrainingSamples(Dataset[Sample]):
             samples: Samples of this data set.
 
         Returns:
-            The inputs of the detector, and the labels of each image.
+            The inputs of the detector, and the labels of each image. They also have the `number` of the sample.
         """
         inputs = process_images(self.processor.image_processor, [sample["image"] for sample in samples])
         prompts = [sample["prompt"] for sample in samples]
         inputs |= self.processor.tokenizer(prompts, padding=True, return_tensors="pt")
-        return dict(inputs), [sample["labels"] for sample in samples]
+        return dict(inputs), [{**sample["labels"], "number": torch.tensor(sample["number"])} for sample in samples]
 
     def loader(self, batch_size: int, num_workers: int = 0) -> DataLoader:
         """Make a `DataLoader` of batches in order. Accelerate can prepare it.

@@ -1,0 +1,274 @@
+# Copyright 2026 The peft_sdpt authors
+# SPDX-License-Identifier: Apache-2.0
+"""Adversarial training: a detector learns from images that are attacked while it trains.
+
+The objective is a weighted sum of the loss of clean images and the loss of adversarial images. There are four ways to
+make the adversarial images:
+
+* "bank", as AdvPT (arXiv 2311.11261): once for each image, before training, by an attack on the base model without the
+  adapter. This attack does not know the prompts.
+* "fast" (arXiv 2001.03994): in each step, by one gradient step from a random point.
+* "pgd" (arXiv 1706.06083): in each step, by several gradient steps.
+* "free" (arXiv 1904.12843): each batch is trained on several times. The gradient with respect to the pixels, which
+  costs little more than that of the weights, moves the images before the next time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..errors import InputError
+from .attacks import Attack, Ball, perturb
+from .devices import to_device
+from .loss import GroundedDetectionLoss
+from .pixels import PixelRange, pad_small_images
+from .samples import Purpose, TrainingSamples, generator_of
+from .stored_tensors import digest, read_tensors, write_tensors
+
+# The number of gradient steps of each method, unless the user chooses. "free" trains on each batch that many times.
+STEPS = {"bank": 10, "free": 4, "fast": 1, "pgd": 3}
+
+
+class View(NamedTuple):
+    """One of the inputs that a step trains on.
+
+    Attributes:
+        inputs: Inputs of the detector, on its device.
+        weight: Weight in the loss.
+        is_last: Whether this is the last view of its batch.
+    """
+
+    inputs: dict[str, Tensor]
+    weight: float
+    is_last: bool = True
+
+
+class Views:
+    """Makes the inputs that a training step trains on. This class trains on clean images only.
+
+    Args:
+        detector: The detector with its adapter, without the wrappers of Accelerate.
+
+    Attributes:
+        replays: How many steps train on each batch.
+    """
+
+    replays = 1
+
+    def __init__(self, detector: nn.Module):
+        self.detector: Any = detector
+
+    def begin(self) -> None:
+        """Forget the batches of earlier steps. Call this before the first of the `replays` steps on some batches."""
+
+    def of_batch(
+        self, index: int, inputs: dict[str, Tensor], labels: list[dict[str, Tensor]], device: torch.device
+    ) -> Iterator[View]:
+        """Yield the views of a batch. Compute the gradients of the loss of a view before you ask for the next one.
+
+        Args:
+            index: Number of the batch in its step, from 0. It is above 0 only with gradient accumulation.
+            inputs: Inputs of the detector, on the CPU, as `TrainingSamples.collate` makes them.
+            labels: The labels, on the CPU, with the `number` of each sample.
+            device: Device of the detector.
+
+        Raises:
+            InputError: An image cannot be attacked; see `perturb`.
+        """
+        yield View(self._clean(inputs, device), 1.0)
+
+    def _clean(self, inputs: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+        return to_device(pad_small_images(inputs, self.detector.config), device)
+
+
+class AdversarialViews(Views):
+    """Makes adversarial inputs for a training step by attacking the current detector, as "fast" and "pgd" do.
+
+    Args:
+        detector: The detector with its adapter, without the wrappers of Accelerate.
+        loss_function: Its loss.
+        image_processor: Its image processor.
+        attack: The attack.
+        weight: Weight of the adversarial images in the loss, 0 < weight <= 1. That of the clean images is 1 - weight.
+        seed: Seed of the run. The random numbers of an attack depend only on it and the number of the sample.
+    """
+
+    def __init__(
+        self,
+        detector: nn.Module,
+        loss_function: GroundedDetectionLoss,
+        image_processor: Any,
+        attack: Attack,
+        weight: float,
+        seed: int,
+    ):
+        super().__init__(detector)
+        self.loss_function, self.image_processor = loss_function, image_processor
+        self.attack, self.weight, self.seed = attack, weight, seed
+
+    def of_batch(
+        self, index: int, inputs: dict[str, Tensor], labels: list[dict[str, Tensor]], device: torch.device
+    ) -> Iterator[View]:
+        clean = self._clean(inputs, device)
+        if self.weight < 1:
+            yield View(clean, 1 - self.weight, is_last=False)
+        yield View({**clean, "pixel_values": self._perturbed(clean, labels, device)}, self.weight)
+
+    def _perturbed(self, clean: dict[str, Tensor], labels: list[dict[str, Tensor]], device: torch.device) -> Tensor:
+        """Attack the current detector. Returns pixel values."""
+        return perturb(
+            self.detector,
+            self.loss_function,
+            clean,
+            to_device(labels, device),
+            self.attack,
+            self._generators(labels),
+            image_processor=self.image_processor,
+        )
+
+    def _generators(self, labels: list[dict[str, Tensor]]) -> list[torch.Generator]:
+        return [generator_of(self.seed, int(label["number"]), Purpose.ATTACK) for label in labels]
+
+    def _ball(self, inputs: dict[str, Tensor]) -> Ball:
+        pixel_range = PixelRange.of(self.image_processor)
+        return Ball(inputs["pixel_values"], inputs.get("pixel_mask"), self.attack.eps, self.attack.norm, pixel_range)
+
+
+class FreeViews(AdversarialViews):
+    """Trains on each batch several times, and moves its images by the gradients of training itself.
+
+    The arguments are those of `AdversarialViews`. The number of steps of the attack is the number of replays. As in the
+    paper, each step has the length eps. The loss of the attack is that of training.
+    """
+
+    def __init__(self, *arguments: Any):
+        super().__init__(*arguments)
+        self.replays = self.attack.steps
+        # For each batch of a step, its ball and the current pixel values.
+        self.moving: list[tuple[Ball, Tensor]] = []
+
+    def begin(self) -> None:
+        self.moving.clear()
+
+    def of_batch(
+        self, index: int, inputs: dict[str, Tensor], labels: list[dict[str, Tensor]], device: torch.device
+    ) -> Iterator[View]:
+        clean = self._clean(inputs, device)
+        if index == len(self.moving):
+            ball = self._ball(clean)
+            self.moving.append((ball, ball.random_point(self._generators(labels))))
+        if self.weight < 1:
+            yield View(clean, 1 - self.weight, is_last=False)
+        ball, current = self.moving[index]
+        # The gradient of the loss ends here, as at a parameter.
+        pixel_values = current.detach().to(clean["pixel_values"].dtype).requires_grad_()
+        yield View({**clean, "pixel_values": pixel_values}, self.weight)
+        if pixel_values.grad is None:
+            raise InputError("adversarial training: the gradient of a view must be computed before the next view.")
+        # With fp16, a gradient can overflow. The optimizer skips that step too.
+        gradient = pixel_values.grad.nan_to_num(0.0, posinf=0.0, neginf=0.0)
+        self.moving[index] = (ball, ball.move(current, gradient, self.attack.eps))
+
+
+class BankViews(AdversarialViews):
+    """Trains on adversarial images that are made once, before training, by an attack on the base model.
+
+    Args:
+        arguments: The arguments of `AdversarialViews`.
+        folder: Folder for the changes of the images, as float16. They are found by the pixels of the image, the base
+            model, the attack and the seed.
+    """
+
+    def __init__(self, *arguments: Any, folder: Path):
+        super().__init__(*arguments)
+        self.folder = folder
+        pixel_range = PixelRange.of(self.image_processor)
+        self.unit = pixel_range.std
+        frozen = itertools.chain.from_iterable(
+            (name, parameter.detach().cpu())
+            for name, parameter in (*self.detector.named_parameters(), *self.detector.named_buffers())
+            if not parameter.requires_grad
+        )
+        self.key = digest([str(self.attack), str(self.seed), *pixel_range, *frozen])
+
+    def make(self, samples: TrainingSamples, batch_size: int, device: torch.device, accelerator: Accelerator) -> None:
+        """Attack the images whose changes are not in the folder yet. All processes of a launch call this together.
+
+        Args:
+            samples: The training samples.
+            batch_size: Batch size per device.
+            device: Device of the detector.
+            accelerator: The accelerator of the launch.
+
+        Raises:
+            InputError: The folder cannot be written.
+        """
+        sizes = samples.data.sizes
+        batches: list[list[int]] = []
+        for index in sorted(range(len(sizes)), key=sizes.__getitem__):
+            # Images of a batch have the same size, so that none is padded.
+            if batches and len(batches[-1]) < batch_size and sizes[batches[-1][0]] == sizes[index]:
+                batches[-1].append(index)
+            else:
+                batches.append([index])
+        mine = batches[accelerator.process_index :: accelerator.num_processes]
+        for batch in tqdm(mine, desc="attacking", leave=False, disable=not accelerator.is_local_main_process):
+            inputs, labels = samples.collate([samples.without_augmentation(index) for index in batch])
+            keys = [self._key(pixels) for pixels in inputs["pixel_values"]]
+            if all(read_tensors(self._file(key), key) for key in keys):
+                continue
+            height, width = inputs["pixel_values"].shape[-2:]
+            with without_adapter(self.detector):
+                pixel_values = self._perturbed(self._clean(inputs, device), labels, device).cpu()
+            changes = (pixel_values[..., :height, :width] - inputs["pixel_values"]) * self.unit
+            for key, change in zip(keys, changes, strict=True):
+                write_tensors(self._file(key), key, [change.half().contiguous()])
+        accelerator.wait_for_everyone()
+
+    def of_batch(
+        self, index: int, inputs: dict[str, Tensor], labels: list[dict[str, Tensor]], device: torch.device
+    ) -> Iterator[View]:
+        if self.weight < 1:
+            yield View(self._clean(inputs, device), 1 - self.weight, is_last=False)
+        # Made on the CPU, where stored features are looked up by the pixels.
+        yield View(self._clean({**inputs, "pixel_values": self._changed(inputs)}, device), self.weight)
+
+    def _changed(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Add the stored changes to images on the CPU. Returns pixel values."""
+        ball = self._ball(inputs)
+        moved = inputs["pixel_values"].clone()
+        for pixels, is_image in zip(moved, ball.is_image[:, 0], strict=True):
+            # The rows and columns that are not padding.
+            own = pixels[:, : int(is_image.any(1).sum()), : int(is_image.any(0).sum())]
+            key = self._key(own)
+            stored = read_tensors(self._file(key), key)
+            if stored is None:
+                raise InputError(
+                    f"folder={str(self.folder)!r}: has no adversarial image {key[:16]}; files of it may be missing or "
+                    "damaged. Resume the run, which makes them again."
+                )
+            own += stored[0].float() * (1 / self.unit)
+        return ball.clamp(moved)
+
+    def _key(self, pixels: Tensor) -> str:
+        return digest([self.key, pixels.contiguous()])
+
+    def _file(self, key: str) -> Path:
+        return self.folder / f"{key}.safetensors"
+
+
+@contextlib.contextmanager
+def without_adapter(detector: nn.Module) -> Iterator[None]:
+    """Disable the adapters of a model in this context, if it has any."""
+    model: Any = detector
+    with model.disable_adapter() if hasattr(model, "disable_adapter") else contextlib.nullcontext():
+        yield
