@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import get_cosine_schedule_with_warmup
 
+from peft_sdpt.detection.adversarial import Views
 from peft_sdpt.detection.data import DetectionSplit
 from peft_sdpt.detection.loss import GroundedDetectionLoss
 from peft_sdpt.detection.samples import TrainingSamples
@@ -28,9 +29,11 @@ class Diverged(Exception):
     """A loss or a gradient is not finite any more. The argument is the step."""
 
 
-def batches(processor: Any, model: nn.Module, data: DetectionSplit, num_images: int, seed: int) -> DataLoader:
+def batches(
+    processor: Any, model: nn.Module, data: DetectionSplit, num_images: int, seed: int, augmentation: bool = True
+) -> DataLoader:
     """Yield batches of this many training images, augmented as in train_detection.py."""
-    samples = TrainingSamples(data, num_images, processor, model.config.max_text_len, seed)
+    samples = TrainingSamples(data, num_images, processor, model.config.max_text_len, seed, augmentation)
     return DataLoader(samples, BATCH, collate_fn=samples.collate)
 
 
@@ -50,6 +53,8 @@ def tune(
     prompts: str = "",
     prompt_rate: float | None = None,
     device: str = "cpu",
+    augmentation: bool = True,
+    views: Views | None = None,
 ) -> dict[str, Any]:
     """Train the parameters that require gradients, with AdamW without weight decay and a cosine schedule.
 
@@ -63,6 +68,8 @@ def tune(
         prompts: A regular expression for the names of parameters with another learning rate.
         prompt_rate: This learning rate. None if all have the same.
         device: Device of the model.
+        augmentation: Whether to augment the images.
+        views: What each step trains on. None for clean images.
 
     Returns:
         `losses` of each step, and `seconds`.
@@ -79,19 +86,27 @@ def tune(
     schedule = get_cosine_schedule_with_warmup(optimizer, WARM_UP, steps)
     loss_function = GroundedDetectionLoss(model.config)
     model.train()
-    losses, begin = [], time.perf_counter()
-    for inputs, labels in batches(processor, model, data, steps * BATCH, seed):
-        inputs, labels = moved(inputs, device), [moved(label, device) for label in labels]
-        outputs = model(**inputs)
-        if not outputs.pred_boxes.isfinite().all():
-            raise Diverged(len(losses))
-        loss = loss_function(outputs, labels)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
-        losses.append(loss.item())
-        if not (math.isfinite(losses[-1]) and norm.isfinite()):
-            raise Diverged(len(losses) - 1)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+    views = views or Views(model)
+    losses: list[float] = []
+    begin = time.perf_counter()
+    num_batches = math.ceil(steps / views.replays)
+    for inputs, labels in batches(processor, model, data, num_batches * BATCH, seed, augmentation):
+        moved_labels = [moved(label, device) for label in labels]
+        views.begin()
+        for _ in range(min(views.replays, steps - len(losses))):
+            total = 0.0
+            for view in views.of_batch(0, inputs, labels, torch.device(device)):
+                outputs = model(**view.inputs)
+                if not outputs.pred_boxes.isfinite().all():
+                    raise Diverged(len(losses))
+                loss = view.weight * loss_function(outputs, moved_labels)
+                loss.backward()
+                total += loss.item()
+            norm = nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
+            losses.append(total)
+            if not (math.isfinite(total) and norm.isfinite()):
+                raise Diverged(len(losses) - 1)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
     return {"losses": losses, "seconds": time.perf_counter() - begin}
