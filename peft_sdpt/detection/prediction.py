@@ -93,7 +93,9 @@ def detect(
     pixels = process_images(processor.image_processor, images)
     sizes = [image.size for image in images]
     names = [f"images[{index}]" for index in range(len(images))]
-    return detect_in_pixels(model, processor.tokenizer, pixels, sizes, names, class_names, chunks, threshold, max_detections)
+    return detect_in_pixels(
+        model, processor.tokenizer, pixels, sizes, names, class_names, chunks, threshold, max_detections
+    )
 
 
 def _check_limit(max_detections: int | None) -> None:

@@ -30,7 +30,7 @@ from .loss import GroundedDetectionLoss
 from .metrics import precision_table
 from .pixels import PixelRange, process_images
 from .prediction import MAX_DETECTIONS, Row, batches_of_one_size, detect_in_pixels, evaluation_mode, rows_of
-from .samples import Purpose, generator_of
+from .samples import Purpose, fitting_classes, generator_of
 
 # Maps images (B, 3, H, W) in [0, 1] to others.
 Purify = Callable[[Tensor], Tensor]
@@ -192,14 +192,9 @@ class Adversary:
         data = self.data
         columns = zip(data.boxes[image], data.labels[image], data.crowds[image], strict=True)
         objects = [(box, label) for box, label, is_crowd in columns if not is_crowd]
-        present = {label for _, label in objects}
-        chosen, room = [], self.room
-        for label in sorted(range(len(self.lengths)), key=lambda label: label not in present):
-            if self.lengths[label] > room:
-                break
-            chosen.append(label)
-            room -= self.lengths[label]
-        place = {label: number for number, label in enumerate(sorted(chosen))}
+        order = range(len(self.lengths))
+        chosen = fitting_classes([label for _, label in objects], order, self.lengths, self.room)
+        place = {label: number for number, label in enumerate(chosen)}
         objects = [(box, label) for box, label in objects if label in place]
         return class_prompt([data.class_names[label] for label in place]), {
             "class_labels": torch.tensor([place[label] for _, label in objects], dtype=torch.long),
