@@ -240,10 +240,8 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator, tasks: Mapping[s
     )
 
 
-def read_data(
-    args: argparse.Namespace, accelerator: Accelerator, tasks: Mapping[str, Task]
-) -> tuple[dict[str, DetectionSplit], str | None, str]:
-    """Read the splits. Returns them by name, and the names of the validation (or None) and evaluation split."""
+def find_dataset(args: argparse.Namespace, accelerator: Accelerator, tasks: Mapping[str, Task]) -> str:
+    """Return the folder or Hub id of the data set. A built-in one is written to the output folder."""
     dataset = args.dataset_name
     if dataset in tasks:
         dataset = str(args.output_dir / "data" / dataset)
@@ -252,6 +250,14 @@ def read_data(
     elif os.path.isdir(dataset) and Path(dataset).resolve() in args.output_dir.resolve().parents:
         # Later runs would read its pictures as images of the data set.
         raise InputError(f"--output_dir {args.output_dir}: lies in the folder of the data set, {dataset}.")
+    return dataset
+
+
+def read_data(
+    args: argparse.Namespace, accelerator: Accelerator, tasks: Mapping[str, Task]
+) -> tuple[dict[str, DetectionSplit], str | None, str]:
+    """Read the splits. Returns them by name, and the names of the validation (or None) and evaluation split."""
+    dataset = find_dataset(args, accelerator, tasks)
     options = {name: getattr(args, name) for name in DATA_FLAGS}
     existing = find_splits(dataset)
     whole = None if args.validation_split or args.eval_split else only_split(existing)

@@ -90,7 +90,8 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
         return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
-def add_data_flags(group: argparse._ArgumentGroup, dataset_name: str | None, tasks: Collection[str]) -> None:
+def add_reading_flags(group: argparse._ArgumentGroup, dataset_name: str | None, tasks: Collection[str]) -> None:
+    """Add the flags that tell which data set is read, and how."""
     built_in = f", or a built-in task: {', '.join(tasks)}" if tasks else ""
     group.add_argument(
         "--dataset_name",
@@ -98,15 +99,6 @@ def add_data_flags(group: argparse._ArgumentGroup, dataset_name: str | None, tas
         required=dataset_name is None,
         help="A folder with images and boxes (COCO, YOLO, Pascal VOC, LabelMe, imagefolder or Parquet), or the Hub id "
         f"of a data set with the columns image and objects{built_in}.",
-    )
-    group.add_argument("--train_split", default="train", help="Split to train on.")
-    group.add_argument(
-        "--validation_split", help="Split for choosing the best adapter. Default: val, if the data set has it."
-    )
-    group.add_argument(
-        "--eval_split",
-        help="Split for measuring AP before and after training. Default: test, if the data set has it, else the "
-        "validation split.",
     )
     group.add_argument(
         "--bbox_format",
@@ -124,7 +116,6 @@ def add_data_flags(group: argparse._ArgumentGroup, dataset_name: str | None, tas
         "--class_names_column",
         help="Field with the class names, in the categories of a COCO file or in the objects of a Hub data set.",
     )
-    group.add_argument("--shots", type=int, help="Number of training images per class, drawn with --seed.")
     group.add_argument("--skip_bad_images", action="store_true", help="Leave out images that cannot be opened.")
     group.add_argument(
         "--skip_bad_boxes", action="store_true", help="Leave out boxes that are empty or outside their image."
@@ -136,12 +127,26 @@ def add_data_flags(group: argparse._ArgumentGroup, dataset_name: str | None, tas
         "Use it only for data that you trust.",
     )
     group.add_argument(
+        "--image_size", type=int, help="Shorter side of the resized images in pixels. Default: that of the processor."
+    )
+
+
+def add_data_flags(group: argparse._ArgumentGroup, dataset_name: str | None, tasks: Collection[str]) -> None:
+    add_reading_flags(group, dataset_name, tasks)
+    group.add_argument("--train_split", default="train", help="Split to train on.")
+    group.add_argument(
+        "--validation_split", help="Split for choosing the best adapter. Default: val, if the data set has it."
+    )
+    group.add_argument(
+        "--eval_split",
+        help="Split for measuring AP before and after training. Default: test, if the data set has it, else the "
+        "validation split.",
+    )
+    group.add_argument("--shots", type=int, help="Number of training images per class, drawn with --seed.")
+    group.add_argument(
         "--no_augmentation",
         action="store_true",
         help="Train without random flips, scale jitter and crops of the images.",
-    )
-    group.add_argument(
-        "--image_size", type=int, help="Shorter side of the resized images in pixels. Default: that of the processor."
     )
     group.add_argument("--dataloader_num_workers", type=int, default=0, help="Number of processes that read images.")
 

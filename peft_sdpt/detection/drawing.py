@@ -161,24 +161,42 @@ def side_by_side(
     rows = []
     for index, (width, height) in enumerate(data.sizes):
         # A very tall image is narrower than its column.
-        side = max(1, min(SIDE, round(TALLEST * width / height)))
+        side = column_width(width, height)
         rows.append([draw_objects(data, index, side)])
         for results in columns.values():
             image = data.open_image(index)
             rows[-1].append(draw_detections(image, results[index], data.class_names, threshold, side))
+    return sheet(headings, rows, title or f"boxes with a score of at least {threshold:g}")
+
+
+def sheet(headings: Sequence[str], rows: Sequence[Sequence[Image.Image]], title: str) -> Image.Image:
+    """Put images side by side.
+
+    Args:
+        headings: The heading of each column.
+        rows: The images of each row, one per column, at most `SIDE` pixels wide and of one height.
+        title: Text above the headings.
+
+    Returns:
+        The sheet.
+    """
     height = 2 * HEADER + sum(row[0].height + GAP for row in rows)
-    sheet = Image.new("RGB", (len(headings) * (SIDE + GAP) - GAP, height), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(16)
-    title = clean_name(title or f"boxes with a score of at least {threshold:g}")
-    draw.text((4, 3), title, fill="black", font=font)
+    canvas = Image.new("RGB", (len(headings) * (SIDE + GAP) - GAP, height), "white")
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(16)
+    draw.text((4, 3), clean_name(title), fill="black", font=font)
     for column, heading in enumerate(headings):
         draw.text((column * (SIDE + GAP) + 4, HEADER + 3), clean_name(heading), fill="black", font=font)
     y = 2 * HEADER
     for row in rows:
         for column, image in enumerate(row):
-            sheet.paste(image, (column * (SIDE + GAP), y))
+            canvas.paste(image, (column * (SIDE + GAP), y))
         y += row[0].height + GAP
-    return sheet
+    return canvas
+
+
+def column_width(width: int, height: int) -> int:
+    """Return how wide an image of this size is in a sheet, in pixels."""
+    return max(1, min(SIDE, round(TALLEST * width / height)))
 
 
 def _hidden(results: list[Detections], threshold: float) -> str:

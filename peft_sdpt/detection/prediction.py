@@ -93,7 +93,9 @@ def detect(
     pixels = process_images(processor.image_processor, images)
     sizes = [image.size for image in images]
     names = [f"images[{index}]" for index in range(len(images))]
-    return _detect(model, processor.tokenizer, pixels, sizes, names, class_names, chunks, threshold, max_detections)
+    return detect_in_pixels(
+        model, processor.tokenizer, pixels, sizes, names, class_names, chunks, threshold, max_detections
+    )
 
 
 def _check_limit(max_detections: int | None) -> None:
@@ -102,7 +104,7 @@ def _check_limit(max_detections: int | None) -> None:
 
 
 @torch.no_grad()
-def _detect(
+def detect_in_pixels(
     model: nn.Module,
     tokenizer: Any,
     pixels: Any,
@@ -113,7 +115,22 @@ def _detect(
     threshold: float,
     max_detections: int | None,
 ) -> list[Detections]:
-    """Detect in `pixels`, the output of the image processor for images of these sizes and names."""
+    """Detect all classes in images that are pixel values already.
+
+    Args:
+        model: The detector, in evaluation mode.
+        tokenizer: Its tokenizer.
+        pixels: What `process_images` returns for the images, or changed pixel values in its place.
+        sizes: (width, height) of each image in pixels, before it was resized.
+        names: Names of the images for error messages.
+        class_names, chunks, threshold, max_detections: As in `detect`.
+
+    Returns:
+        As `detect`.
+
+    Raises:
+        InputError: The scores or boxes are not finite.
+    """
     best_scores = [0.0] * len(sizes)
     # For each image, the boxes, scores and labels of each chunk.
     found: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in sizes]
@@ -286,13 +303,9 @@ def detect_split(
     detector = accelerator.unwrap_model(model)
     chunks = split_classes(data.class_names, processor.tokenizer, detector.config.max_text_len)
     mine = sorted(range(len(data)), key=data.sizes.__getitem__)[accelerator.process_index :: accelerator.num_processes]
-    batches = []
-    for _, group in itertools.groupby(mine, key=data.sizes.__getitem__):
-        images = list(group)
-        batches += [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
     loader: DataLoader = DataLoader(
         range(len(data)),  # type: ignore[arg-type]  # any sequence serves as a Dataset
-        batch_sampler=batches,
+        batch_sampler=batches_of_one_size(data, mine, batch_size),
         collate_fn=functools.partial(_process, data, processor.image_processor),
         num_workers=num_workers,
         worker_init_fn=make_worker_init_fn(num_workers),
@@ -306,12 +319,30 @@ def detect_split(
             sizes = [data.sizes[image] for image in images]
             names = [f"{label}: image {quoted(data.image_ids[image])}" for image in images]
             with accelerator.autocast(), hint("If training caused this, lower the learning rate."):
-                results = _detect(
+                results = detect_in_pixels(
                     detector, processor.tokenizer, pixels, sizes, names, data.class_names, chunks, 0.0, max_detections
                 )
             for image, result in zip(images, results, strict=True):
                 rows += rows_of(image, result)
     return gather_object(rows)
+
+
+def batches_of_one_size(data: DetectionSplit, images: Iterable[int], batch_size: int) -> list[list[int]]:
+    """Divide images into batches, so that all images of a batch have the same size and need no padding.
+
+    Args:
+        data: The split.
+        images: Indices of the images.
+        batch_size: Largest number of images in a batch.
+
+    Returns:
+        The indices of each batch. Batches are sorted by the size of their images.
+    """
+    batches = []
+    for _, same in itertools.groupby(sorted(images, key=data.sizes.__getitem__), key=data.sizes.__getitem__):
+        group = list(same)
+        batches += [group[start : start + batch_size] for start in range(0, len(group), batch_size)]
+    return batches
 
 
 def _process(data: DetectionSplit, image_processor: Any, images: list[int]) -> tuple[list[int], Any]:

@@ -8,6 +8,7 @@ processes and DataLoader workers, and a run that was killed resumes with the sam
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from enum import IntEnum
 from typing import Any, TypedDict
 
@@ -203,15 +204,30 @@ class TrainingSamples(Dataset[Sample]):
         if self.has_one_prompt:
             return list(range(len(self.lengths)))
         shuffled = torch.randperm(len(self.lengths), generator=generator).tolist()
-        in_image = set(present)
-        chosen, room = [], self.room
-        for c in sorted(shuffled, key=lambda c: c not in in_image):
-            if self.lengths[c] > room:
-                break
-            chosen.append(c)
-            room -= self.lengths[c]
-        # Sorted as in evaluation. The place of a class in the prompt must not tell whether it is in the image.
-        return sorted(chosen)
+        return fitting_classes(present, shuffled, self.lengths, self.room)
+
+
+def fitting_classes(present: Iterable[int], order: Sequence[int], lengths: Sequence[int], room: int) -> list[int]:
+    """Choose the classes of a prompt: the classes in an image and as many others as fit.
+
+    Args:
+        present: Classes in the image.
+        order: All classes, in the order in which they are taken.
+        lengths: The result of `phrase_lengths`.
+        room: Number of tokens of the prompt, without [CLS] and [SEP].
+
+    Returns:
+        The classes, sorted as in evaluation. The place of a class in the prompt must not tell whether it is in the
+        image.
+    """
+    in_image = set(present)
+    chosen = []
+    for c in sorted(order, key=lambda c: c not in in_image):
+        if lengths[c] > room:
+            break
+        chosen.append(c)
+        room -= lengths[c]
+    return sorted(chosen)
 
 
 class Purpose(IntEnum):
