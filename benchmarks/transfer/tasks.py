@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,9 +41,9 @@ class Task:
         return load_split(str(self.folder), split)
 
 
-def built_in(output_dir: Path) -> list[Task]:
-    """Return the built-in tasks. Their files are generated, unless they exist."""
-    tasks = [Task(name, output_dir / "tasks" / name) for name in DIFFERENCES if name in TASKS]
+def built_in(output_dir: Path, names: Iterable[str] = DIFFERENCES) -> list[Task]:
+    """Return the built-in tasks with these names. Their files are generated, unless they exist."""
+    tasks = [Task(name, output_dir / "tasks" / name) for name in names if name in TASKS]
     for task in tasks:
         write_task(task.name, task.folder)
     return tasks

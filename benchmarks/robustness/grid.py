@@ -1,0 +1,91 @@
+# Copyright 2026 The peft_sdpt authors
+# SPDX-License-Identifier: Apache-2.0
+"""The runs of the comparison, and those from which its settings were chosen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# Steps of training with all images of a task, as in `benchmarks.transfer`, unless a cell has more.
+STEPS = 150
+# The learning rates that `benchmarks.transfer` chose for clean training.
+RATES = {"gated": 0.3, "gated-lora": 0.003, "vpt": 0.3, "lora": 0.003, "full": 0.0001}
+# The distances of the attacks, of 255. The models train against the second one.
+DISTANCES = (1, 2, 4, 8)
+EPS = 2
+# The base model without training.
+BASE_MODEL = "zero-shot"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run and the measurement of its robustness.
+
+    Attributes:
+        task: Name of a task of `benchmarks.transfer`.
+        method: A key of its `METHODS`, or "zero-shot".
+        adversarial: "none", or a way of adversarial training.
+        seed: Seed of the order and augmentation of the images, the initial values and the attacks.
+        split: "val" for choosing, "test" for reporting.
+        rate: Learning rate. None for that of `RATES`.
+        weight: Weight of the attacked images in the loss.
+        eps: Distance of the attacked images, of 255.
+        attack_steps: Steps of the attack, or replays. None for the default of `STEPS` in `adversarial.py`.
+        loss: Loss of the attack. None for "features" with a bank, and "all" otherwise.
+        steps: Number of training steps.
+    """
+
+    task: str
+    method: str
+    adversarial: str = "none"
+    seed: int = 0
+    split: str = "test"
+    rate: float | None = None
+    weight: float = 1.0
+    eps: float = EPS
+    attack_steps: int | None = None
+    loss: str | None = None
+    steps: int = STEPS
+
+    @property
+    def key(self) -> str:
+        changes = [
+            f"{name} {value}"
+            for name, value, default in (
+                ("rate", self.rate, None),
+                ("weight", self.weight, 1.0),
+                ("eps", self.eps, EPS),
+                ("attack steps", self.attack_steps, None),
+                ("loss", self.loss, None),
+                ("steps", self.steps, STEPS),
+            )
+            if value != default
+        ]
+        return " ".join([self.task, self.method, self.adversarial, *changes, f"seed {self.seed}", self.split])
+
+
+def compared(task: str, seed: int) -> list[Cell]:
+    """Plan the runs of the table, for one task and seed. Those that decide most come first."""
+    pairs = [
+        ("gated", "none"),
+        ("gated", "fast"),
+        ("lora", "fast"),
+        ("gated", "free"),
+        ("full", "fast"),
+        ("gated", "bank"),
+        ("lora", "none"),
+        ("lora", "free"),
+        ("gated-lora", "fast"),
+        ("full", "none"),
+    ]
+    return [Cell(task, method, adversarial, seed) for method, adversarial in pairs]
+
+
+def plan(tasks: Iterable[str], seeds: int) -> list[Cell]:
+    """Plan all runs, in the order to measure them: all runs with one seed before the next seed."""
+    tasks = list(tasks)
+    cells = [Cell(task, BASE_MODEL) for task in tasks]
+    for seed in range(seeds):
+        for_tasks = [compared(task, seed) for task in tasks]
+        cells += [cell for group in zip(*for_tasks, strict=True) for cell in group]
+    return cells

@@ -1,0 +1,130 @@
+# Copyright 2026 The peft_sdpt authors
+# SPDX-License-Identifier: Apache-2.0
+"""One run: training with or without attacks, and AP after several attacks."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import AutoProcessor
+
+from peft_sdpt.detection.adversarial import STEPS, AdversarialViews, BankViews, FreeViews, Views
+from peft_sdpt.detection.attacks import Attack
+from peft_sdpt.detection.data import DetectionSplit
+from peft_sdpt.detection.loss import GroundedDetectionLoss
+from peft_sdpt.detection.metrics import average_precision
+from peft_sdpt.detection.robustness import Adversary, Change, RandomSigns, detect_changed
+from peft_sdpt.detection.samples import TrainingSamples
+from peft_sdpt.training import trained_parameters
+
+from ..transfer.methods import METHODS
+from ..transfer.one_text import text_computed_once
+from ..transfer.running import load_host
+from ..transfer.tasks import Task
+from ..transfer.tuning import tune
+from .grid import BASE_MODEL, DISTANCES, EPS, RATES, Cell
+
+# Attacks of the measurement: PGD with this many steps.
+ATTACK_STEPS = 20
+# Images of a split that are attacked, and images per batch on a CPU and on a GPU.
+NUM_IMAGES = 64
+BATCH_SIZES = {"cpu": 16, "cuda": 64}
+
+
+def run_cell(cell: Cell, task: Task, model_name: str, device: str, num_images: int = NUM_IMAGES) -> dict[str, Any]:
+    """Train and measure a cell.
+
+    Args:
+        cell: The cell.
+        task: Its task.
+        model_name: Folder or Hub id of the base model.
+        device: "cpu" or "cuda".
+        num_images: Number of images to measure on.
+
+    Returns:
+        `clean`, the AP without attack; `pgd`, `transfer`, `features` and `vanish`, which map distances to AP; `signs`,
+        the AP after random signs. If something trains, also `trained`, the number of trained parameters, and `losses`
+        and `seconds` of training.
+    """
+    processor = AutoProcessor.from_pretrained(model_name)
+    model = load_host(model_name, device)
+    result: dict[str, Any] = {}
+    if cell.method != BASE_MODEL:
+        data = task.load("train")
+        method = METHODS[cell.method]
+        torch.manual_seed(cell.seed)
+        model = method.attach(model, processor, data.class_names, {})
+        result["trained"] = sum(parameter.numel() for parameter in trained_parameters(model).values())
+        rate = RATES[cell.method] if cell.rate is None else cell.rate
+        with tempfile.TemporaryDirectory() as folder, text_computed_once(model):
+            result |= tune(
+                model,
+                processor,
+                data,
+                steps=cell.steps,
+                learning_rate=rate,
+                seed=cell.seed,
+                prompts=method.prompts,
+                prompt_rate=method.rate_of_tokens(rate),
+                device=device,
+                augmentation=cell.adversarial != "bank",
+                views=make_views(cell, model, processor, data, device, Path(folder)),
+            )
+    held_out = task.load(cell.split)
+    held_out = held_out.subset(list(range(min(num_images, len(held_out)))))
+    base_model = load_host(model_name, device)
+    with text_computed_once(model), text_computed_once(base_model):
+        return result | measure(model, base_model, processor, held_out, device)
+
+
+def make_views(
+    cell: Cell, model: nn.Module, processor: Any, data: DetectionSplit, device: str, folder: Path
+) -> Views | None:
+    """Return what the steps of a cell train on. A bank is made now, in the folder."""
+    if cell.adversarial == "none":
+        return None
+    is_bank = cell.adversarial == "bank"
+    attack = Attack(
+        eps=cell.eps / 255,
+        steps=cell.attack_steps or STEPS[cell.adversarial],
+        loss=cell.loss or ("features" if is_bank else "all"),
+    )
+    loss_function = GroundedDetectionLoss(model.config)
+    common = (model, loss_function, processor.image_processor, attack, cell.weight, cell.seed)
+    if cell.adversarial == "free":
+        return FreeViews(*common)
+    if not is_bank:
+        return AdversarialViews(*common)
+    bank = BankViews(*common, folder=folder)
+    samples = TrainingSamples(data, len(data), processor, model.config.max_text_len, cell.seed, augmentation=False)
+    bank.make(samples, BATCH_SIZES[device], torch.device(device), Accelerator(cpu=device == "cpu"))
+    return bank
+
+
+def measure(
+    model: nn.Module, base_model: nn.Module, processor: Any, data: DetectionSplit, device: str
+) -> dict[str, Any]:
+    """Measure AP after attacks; see `run_cell`."""
+
+    def precision(change: Change | None) -> float:
+        (rows,) = detect_changed(model, processor, data, change, BATCH_SIZES[device])
+        return average_precision(data, rows)["AP"]
+
+    def after(distance: float, loss: str = "all", attacked: nn.Module | None = None) -> float:
+        attack = Attack(eps=distance / 255, steps=ATTACK_STEPS, loss=loss)
+        return precision(Adversary(model, processor, data, attack, attacked=attacked))
+
+    return {
+        "clean": precision(None),
+        "signs": precision(RandomSigns(processor, EPS / 255)),
+        "pgd": {str(distance): after(distance) for distance in DISTANCES},
+        "transfer": {str(EPS): after(EPS, attacked=base_model)},
+        "features": {str(distance): after(distance, "features") for distance in (EPS, max(DISTANCES))},
+        "vanish": {str(EPS): after(EPS, "vanish")},
+        "images": len(data),
+    }
