@@ -4,12 +4,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 # Steps of training with all images of a task, as in `benchmarks.transfer`, unless a cell has more.
 STEPS = 150
 # The learning rates that `benchmarks.transfer` chose for clean training.
-RATES = {"gated": 0.3, "gated-lora": 0.003, "vpt": 0.3, "lora": 0.003, "full": 0.0001}
+RATES = {
+    "gated": 0.3,
+    "gated-lora": 0.003,
+    "gated-more": 0.3,
+    "gated-windows": 0.3,
+    "vpt": 0.3,
+    "lora": 0.003,
+    "full": 0.0001,
+}
 # The distances of the attacks, of 255. The models train against the second one.
 DISTANCES = (1, 2, 4, 8)
 EPS = 2

@@ -8,8 +8,8 @@ from statistics import mean, stdev
 from typing import Any
 
 from ..results import table
-from ..transfer.methods import METHODS
 from .grid import BASE_MODEL, DISTANCES, EPS, STEPS, Cell, plan
+from .methods import METHODS
 
 WAYS = {"none": "clean images", "bank": "bank (AdvPT)", "free": "free", "fast": "fast", "pgd": "PGD, 3 steps"}
 HEAD = [

@@ -22,12 +22,12 @@ from peft_sdpt.detection.robustness import Adversary, Change, RandomSigns, detec
 from peft_sdpt.detection.samples import TrainingSamples
 from peft_sdpt.training import trained_parameters
 
-from ..transfer.methods import METHODS
 from ..transfer.one_text import text_computed_once
 from ..transfer.running import load_host
 from ..transfer.tasks import Task
 from ..transfer.tuning import tune
 from .grid import BASE_MODEL, DISTANCES, EPS, RATES, Cell
+from .methods import METHODS
 
 # Attacks of the measurement: PGD with this many steps.
 ATTACK_STEPS = 20
