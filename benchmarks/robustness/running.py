@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import AutoProcessor
 
-from peft_sdpt.detection.adversarial import STEPS, AdversarialViews, BankViews, FreeViews, Views
+from peft_sdpt.detection.adversarial import Views, make_views
 from peft_sdpt.detection.attacks import Attack
 from peft_sdpt.detection.data import DetectionSplit
 from peft_sdpt.detection.loss import GroundedDetectionLoss
@@ -73,7 +72,7 @@ def run_cell(cell: Cell, task: Task, model_name: str, device: str, num_images: i
                 prompt_rate=method.rate_of_tokens(rate),
                 device=device,
                 augmentation=cell.adversarial != "bank",
-                views=make_views(cell, model, processor, data, device, Path(folder)),
+                views=prepare_views(cell, model, processor, data, device, folder),
             )
     held_out = task.load(cell.split)
     held_out = held_out.subset(list(range(min(num_images, len(held_out)))))
@@ -82,28 +81,25 @@ def run_cell(cell: Cell, task: Task, model_name: str, device: str, num_images: i
         return result | measure(model, base_model, processor, held_out, device)
 
 
-def make_views(
-    cell: Cell, model: nn.Module, processor: Any, data: DetectionSplit, device: str, folder: Path
-) -> Views | None:
+def prepare_views(
+    cell: Cell, model: nn.Module, processor: Any, data: DetectionSplit, device: str, folder: str
+) -> Views:
     """Return what the steps of a cell train on. A bank is made now, in the folder."""
-    if cell.adversarial == "none":
-        return None
-    is_bank = cell.adversarial == "bank"
-    attack = Attack(
+    views = make_views(
+        cell.adversarial,
+        model,
+        GroundedDetectionLoss(model.config),
+        processor.image_processor,
         eps=cell.eps / 255,
-        steps=cell.attack_steps or STEPS[cell.adversarial],
-        loss=cell.loss or ("features" if is_bank else "all"),
+        steps=cell.attack_steps,
+        loss=cell.loss,
+        weight=cell.weight,
+        seed=cell.seed,
+        folder=folder,
     )
-    loss_function = GroundedDetectionLoss(model.config)
-    common = (model, loss_function, processor.image_processor, attack, cell.weight, cell.seed)
-    if cell.adversarial == "free":
-        return FreeViews(*common)
-    if not is_bank:
-        return AdversarialViews(*common)
-    bank = BankViews(*common, folder=folder)
     samples = TrainingSamples(data, len(data), processor, model.config.max_text_len, cell.seed, augmentation=False)
-    bank.make(samples, BATCH_SIZES[device], torch.device(device), Accelerator(cpu=device == "cpu"))
-    return bank
+    views.prepare(samples, BATCH_SIZES[device], Accelerator(cpu=device == "cpu"))
+    return views
 
 
 def measure(

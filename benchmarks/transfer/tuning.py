@@ -95,7 +95,7 @@ def tune(
         views.begin()
         for _ in range(min(views.replays, steps - len(losses))):
             total = 0.0
-            for view in views.of_batch(0, inputs, labels, torch.device(device)):
+            for view in views.of_batch(0, inputs, labels):
                 outputs = model(**view.inputs)
                 if not outputs.pred_boxes.isfinite().all():
                     raise Diverged(len(losses))

@@ -67,8 +67,7 @@ from ..detection import (
     suggest_thresholds,
     write_adapter,
 )
-from ..detection.adversarial import AdversarialViews, BankViews, FreeViews, Views
-from ..detection.attacks import Attack
+from ..detection.adversarial import Views, make_views
 from ..detection.devices import to_cpu, to_device
 from ..detection.formats import matching_split
 from ..detection.prediction import DEFAULT_THRESHOLD
@@ -308,7 +307,7 @@ def prepare_training(setup: Setup) -> Training:
     steps_per_epoch = math.ceil(len(train) / samples_per_step)
     max_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
     max_text_len, augmentation = detector.config.max_text_len, not args.no_augmentation
-    # Of the steps that train on the same batches, only the first one reads images.
+    # With free adversarial training, several steps train on the same batches, and only the first one reads images.
     num_batches = math.ceil(max_steps / args.adv_steps) if args.adversarial == "free" else max_steps
     samples = TrainingSamples(
         train, num_batches * samples_per_step, setup.processor, max_text_len, args.seed, augmentation
@@ -326,7 +325,7 @@ def prepare_training(setup: Setup) -> Training:
             f"--lora_learning_rate {args.lora_learning_rate}: --adapter {args.adapter} has no LoRA to train."
         )
     loss_function = GroundedDetectionLoss(detector.config)
-    views = make_views(setup, loss_function, samples)
+    views = prepare_views(setup, loss_function, samples)
     optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay)
     setup.model, optimizer, loader = accelerator.prepare(detector, optimizer, loader)
     # The loader does not move the batches. `train_step` does, so that the features of their images can be looked up by
@@ -374,28 +373,31 @@ def prepare_training(setup: Setup) -> Training:
     )
 
 
-def make_views(setup: Setup, loss_function: GroundedDetectionLoss, samples: TrainingSamples) -> Views:
-    """Make what `--adversarial` asks for. For a bank, the images are attacked now."""
+def prepare_views(setup: Setup, loss_function: GroundedDetectionLoss, samples: TrainingSamples) -> Views:
+    """Make what the steps train on. For a bank, the images are attacked now."""
     args, accelerator = setup.args, setup.accelerator
-    # A copy that shares all modules, because with mixed precision Accelerate replaces the forward of the detector by
-    # one with autocast, and attacks compute without it.
-    detector = copy.copy(setup.detector)
-    if args.adversarial == "none":
-        return Views(detector)
-    if accelerator.distributed_type in SHARDED:
+    if args.adversarial != "none" and accelerator.distributed_type in SHARDED:
         raise InputError(
             f"--adversarial {args.adversarial}: needs the whole model in each process, which "
             f"{accelerator.distributed_type.value} does not have."
         )
-    attack = Attack(eps=args.adv_eps / 255, steps=args.adv_steps, loss=args.adv_loss)
-    common = (detector, loss_function, setup.processor.image_processor, attack, args.adv_weight, args.seed)
-    if args.adversarial == "free":
-        return FreeViews(*common)
-    if args.adversarial != "bank":
-        return AdversarialViews(*common)
-    bank = BankViews(*common, folder=args.output_dir / "adversaries")
-    bank.make(samples, args.per_device_eval_batch_size, accelerator.device, accelerator)
-    return bank
+    views = make_views(
+        args.adversarial,
+        # A copy that shares all modules. With mixed precision, Accelerate replaces the forward of the detector by one
+        # with autocast, and attacks compute without it.
+        copy.copy(setup.detector),
+        loss_function,
+        setup.processor.image_processor,
+        # Without attack, there are no values, and `make_views` needs none.
+        eps=(args.adv_eps or 0.0) / 255,
+        steps=args.adv_steps,
+        loss=args.adv_loss,
+        weight=args.adv_weight or 1.0,
+        seed=args.seed,
+        folder=args.output_dir / "adversaries",
+    )
+    views.prepare(samples, args.per_device_eval_batch_size, accelerator)
+    return views
 
 
 # ---- train
@@ -480,7 +482,7 @@ def train_step(setup: Setup, training: Training, batches: list[tuple]) -> None:
     finite_boxes = torch.ones((), dtype=torch.bool, device=accelerator.device)
     for index, (inputs, labels) in enumerate(batches):
         moved_labels = to_device(labels, accelerator.device)
-        for view in training.views.of_batch(index, inputs, labels, accelerator.device):
+        for view in training.views.of_batch(index, inputs, labels):
             # Processes exchange gradients only once per step.
             is_last = index == len(batches) - 1 and view.is_last
             with nullcontext() if is_last else accelerator.no_sync(setup.model):

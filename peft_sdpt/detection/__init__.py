@@ -22,6 +22,7 @@ except ImportError as error:
         f"peft_sdpt.detection needs the package {error.name}: pip install peft_sdpt[detection]", name=error.name
     ) from None
 
+from .adversarial import make_views
 from .analysis import (
     analyse_precision,
     choose_images,
@@ -30,6 +31,7 @@ from .analysis import (
     measure_threshold,
     suggest_thresholds,
 )
+from .attacks import Attack, perturb
 from .base_models import load_base_config
 from .charts import draw_report
 from .data import DetectionSplit, centre_boxes, check_images, divide, few_shot, match_classes
@@ -68,6 +70,7 @@ from .saved_adapter import (
 
 __all__ = [
     "BOX_FORMATS",
+    "Attack",
     "DetectionSplit",
     "Detections",
     "FeatureCache",
@@ -107,11 +110,13 @@ __all__ = [
     "load_split",
     "load_splits",
     "load_trainable",
+    "make_views",
     "match_classes",
     "mean_boxes_per_process",
     "measure_threshold",
     "only_split",
     "pad_small_images",
+    "perturb",
     "phrase_lengths",
     "read_class_names",
     "read_image",

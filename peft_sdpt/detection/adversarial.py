@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,27 +68,38 @@ class Views:
     def __init__(self, detector: nn.Module):
         self.detector: Any = detector
 
+    @property
+    def device(self) -> torch.device:
+        """Device of the detector."""
+        return next(self.detector.parameters()).device
+
+    def prepare(self, samples: TrainingSamples, batch_size: int, accelerator: Accelerator) -> None:
+        """Do what has to be done before training. All processes of a launch call this together.
+
+        Args:
+            samples: The training samples.
+            batch_size: Batch size per device.
+            accelerator: The accelerator of the launch.
+        """
+
     def begin(self) -> None:
         """Forget the batches of earlier steps. Call this before the first of the `replays` steps on some batches."""
 
-    def of_batch(
-        self, index: int, inputs: dict[str, Tensor], labels: list[dict[str, Tensor]], device: torch.device
-    ) -> Iterator[View]:
+    def of_batch(self, index: int, inputs: dict[str, Tensor], labels: list[dict[str, Tensor]]) -> Iterator[View]:
         """Yield the views of a batch. Compute the gradients of the loss of a view before you ask for the next one.
 
         Args:
             index: Number of the batch in its step, from 0. It is above 0 only with gradient accumulation.
             inputs: Inputs of the detector, on the CPU, as `TrainingSamples.collate` makes them.
             labels: The labels, on the CPU, with the `number` of each sample.
-            device: Device of the detector.
 
         Raises:
             InputError: An image cannot be attacked; see `perturb`.
         """
-        yield View(self._clean(inputs, device), 1.0)
+        yield View(self._clean(inputs), 1.0)
 
-    def _clean(self, inputs: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-        return to_device(pad_small_images(inputs, self.detector.config), device)
+    def _clean(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        return to_device(pad_small_images(inputs, self.detector.config), self.device)
 
 
 class AdversarialViews(Views):
@@ -115,21 +127,19 @@ class AdversarialViews(Views):
         self.loss_function, self.image_processor = loss_function, image_processor
         self.attack, self.weight, self.seed = attack, weight, seed
 
-    def of_batch(
-        self, index: int, inputs: dict[str, Tensor], labels: list[dict[str, Tensor]], device: torch.device
-    ) -> Iterator[View]:
-        clean = self._clean(inputs, device)
+    def of_batch(self, index: int, inputs: dict[str, Tensor], labels: list[dict[str, Tensor]]) -> Iterator[View]:
+        clean = self._clean(inputs)
         if self.weight < 1:
             yield View(clean, 1 - self.weight, is_last=False)
-        yield View({**clean, "pixel_values": self._perturbed(clean, labels, device)}, self.weight)
+        yield View({**clean, "pixel_values": self._perturbed(clean, labels)}, self.weight)
 
-    def _perturbed(self, clean: dict[str, Tensor], labels: list[dict[str, Tensor]], device: torch.device) -> Tensor:
+    def _perturbed(self, clean: dict[str, Tensor], labels: list[dict[str, Tensor]]) -> Tensor:
         """Attack the current detector. Returns pixel values."""
         return perturb(
             self.detector,
             self.loss_function,
             clean,
-            to_device(labels, device),
+            to_device(labels, self.device),
             self.attack,
             self._generators(labels),
             image_processor=self.image_processor,
@@ -159,10 +169,8 @@ class FreeViews(AdversarialViews):
     def begin(self) -> None:
         self.moving.clear()
 
-    def of_batch(
-        self, index: int, inputs: dict[str, Tensor], labels: list[dict[str, Tensor]], device: torch.device
-    ) -> Iterator[View]:
-        clean = self._clean(inputs, device)
+    def of_batch(self, index: int, inputs: dict[str, Tensor], labels: list[dict[str, Tensor]]) -> Iterator[View]:
+        clean = self._clean(inputs)
         if index == len(self.moving):
             ball = self._ball(clean)
             self.moving.append((ball, ball.random_point(self._generators(labels))))
@@ -188,9 +196,9 @@ class BankViews(AdversarialViews):
             model, the attack and the seed.
     """
 
-    def __init__(self, *arguments: Any, folder: Path):
+    def __init__(self, *arguments: Any, folder: str | os.PathLike):
         super().__init__(*arguments)
-        self.folder = folder
+        self.folder = Path(folder)
         pixel_range = PixelRange.of(self.image_processor)
         self.unit = pixel_range.std
         frozen = itertools.chain.from_iterable(
@@ -200,14 +208,11 @@ class BankViews(AdversarialViews):
         )
         self.key = digest([str(self.attack), str(self.seed), *pixel_range, *frozen])
 
-    def make(self, samples: TrainingSamples, batch_size: int, device: torch.device, accelerator: Accelerator) -> None:
+    def prepare(self, samples: TrainingSamples, batch_size: int, accelerator: Accelerator) -> None:
         """Attack the images whose changes are not in the folder yet. All processes of a launch call this together.
 
         Args:
-            samples: The training samples.
-            batch_size: Batch size per device.
-            device: Device of the detector.
-            accelerator: The accelerator of the launch.
+            samples, batch_size, accelerator: As in `Views.prepare`.
 
         Raises:
             InputError: The folder cannot be written.
@@ -228,19 +233,17 @@ class BankViews(AdversarialViews):
                 continue
             height, width = inputs["pixel_values"].shape[-2:]
             with without_adapter(self.detector):
-                pixel_values = self._perturbed(self._clean(inputs, device), labels, device).cpu()
+                pixel_values = self._perturbed(self._clean(inputs), labels).cpu()
             changes = (pixel_values[..., :height, :width] - inputs["pixel_values"]) * self.unit
             for key, change in zip(keys, changes, strict=True):
                 write_tensors(self._file(key), key, [change.half().contiguous()])
         accelerator.wait_for_everyone()
 
-    def of_batch(
-        self, index: int, inputs: dict[str, Tensor], labels: list[dict[str, Tensor]], device: torch.device
-    ) -> Iterator[View]:
+    def of_batch(self, index: int, inputs: dict[str, Tensor], labels: list[dict[str, Tensor]]) -> Iterator[View]:
         if self.weight < 1:
-            yield View(self._clean(inputs, device), 1 - self.weight, is_last=False)
+            yield View(self._clean(inputs), 1 - self.weight, is_last=False)
         # Made on the CPU, where stored features are looked up by the pixels.
-        yield View(self._clean({**inputs, "pixel_values": self._changed(inputs)}, device), self.weight)
+        yield View(self._clean({**inputs, "pixel_values": self._changed(inputs)}), self.weight)
 
     def _changed(self, inputs: dict[str, Tensor]) -> Tensor:
         """Add the stored changes to images on the CPU. Returns pixel values."""
@@ -264,6 +267,55 @@ class BankViews(AdversarialViews):
 
     def _file(self, key: str) -> Path:
         return self.folder / f"{key}.safetensors"
+
+
+def make_views(
+    method: str,
+    detector: nn.Module,
+    loss_function: GroundedDetectionLoss,
+    image_processor: Any,
+    *,
+    eps: float = 2 / 255,
+    steps: int | None = None,
+    loss: str | None = None,
+    weight: float = 1.0,
+    seed: int = 0,
+    folder: str | os.PathLike | None = None,
+) -> Views:
+    """Make the views of a way of adversarial training.
+
+    Args:
+        method: "none", "bank", "free", "fast" or "pgd".
+        detector: The detector with its adapter, without the wrappers of Accelerate.
+        loss_function: Its loss.
+        image_processor: Its image processor.
+        eps: As in `Attack`.
+        steps: Number of gradient steps of the attack. For "free", the number of replays. None for that of `STEPS`.
+        loss: As in `Attack`. None for "features" with "bank", else "all".
+        weight: Weight of the adversarial images in the loss, 0 < weight <= 1.
+        seed: Seed of the random starts.
+        folder: Folder for the changes of images of "bank".
+
+    Returns:
+        The views. Call `prepare` before training.
+
+    Raises:
+        InputError: The value of an argument is not allowed.
+    """
+    if method == "none":
+        return Views(detector)
+    if method not in STEPS:
+        raise InputError(f"method={method!r}: must be one of none, {', '.join(STEPS)}.")
+    if not 0 < weight <= 1:
+        raise InputError(f"weight={weight}: must be above 0 and at most 1.")
+    is_bank = method == "bank"
+    attack = Attack(eps, STEPS[method] if steps is None else steps, loss=loss or ("features" if is_bank else "all"))
+    common = (detector, loss_function, image_processor, attack, weight, seed)
+    if is_bank:
+        if folder is None:
+            raise InputError('folder=None: must be a folder if method="bank".')
+        return BankViews(*common, folder=folder)
+    return FreeViews(*common) if method == "free" else AdversarialViews(*common)
 
 
 @contextlib.contextmanager

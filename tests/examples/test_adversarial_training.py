@@ -74,9 +74,9 @@ def test_free_training_reads_each_image_once_for_its_replays(main_job, small_tas
     seen = []
     compute = FreeViews.of_batch
 
-    def of_batch(self, index, inputs, labels, device):
+    def of_batch(self, index, inputs, labels):
         seen.append((int(labels[0]["number"]), len(self.moving)))
-        yield from compute(self, index, inputs, labels, device)
+        yield from compute(self, index, inputs, labels)
 
     monkeypatch.setattr(FreeViews, "of_batch", of_batch)
     flags = ("--max_train_steps", 5, "--per_device_train_batch_size", 2, "--adversarial", "free", "--adv_steps", 3)
