@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from ..detection import (
-    Attack,
     DetectionSplit,
     SavedAdapter,
     average_precision,
@@ -43,7 +42,8 @@ from ..detection import (
     set_image_size,
     split_classes,
 )
-from ..detection.corruptions import CORRUPTIONS, SEVERITIES, check_corruption
+from ..detection.attacks import Attack
+from ..detection.corruptions import CORRUPTIONS, check_corruption
 from ..detection.data import shuffled
 from ..detection.formats import matching_split
 from ..detection.prediction import DEFAULT_THRESHOLD
@@ -132,9 +132,7 @@ def parse_args(
     group = parser.add_argument_group("output")
     group.add_argument("--per_device_eval_batch_size", type=int, default=16, help="Batch size.")
     group.add_argument("--seed", type=int, default=0, help="Seed of everything that is random.")
-    group.add_argument(
-        "--output_dir", type=output_folder, default=Path("robustness"), help="Folder for the results."
-    )
+    group.add_argument("--output_dir", type=output_folder, default=Path("robustness"), help="Folder for the results.")
     return parser.parse_args()
 
 
@@ -275,9 +273,7 @@ class Setup:
         return {"steps": self.args.steps, "restarts": self.args.restarts}
 
 
-def prepare(
-    args: argparse.Namespace, accelerator: Any, tasks: Mapping[str, Task], model_name_or_path: str
-) -> Setup:
+def prepare(args: argparse.Namespace, accelerator: Any, tasks: Mapping[str, Task], model_name_or_path: str) -> Setup:
     """Read the data, load the model, and check that they fit together."""
     adapter = find_adapter(args.adapter) if args.adapter else None
     with hint("Choose one by --model_name_or_path."):
@@ -345,11 +341,14 @@ def summarise(setup: Setup, measurements: Measurements) -> None:
     """Compute what follows from the parts: the lowest of all attacks per image, mPC and rPC."""
     args = setup.args
     summary: dict[str, Any] = {}
-    attacks = [name for name in args.attack if setup.adapter or name != "transfer"]
-    if len(attacks) > 1:
+    kinds = {None: args.attack, **{purify: ["adaptive", "pgd", "transfer"] for purify in args.purify}}
+    for purify, names in kinds.items():
         for eps in args.eps:
-            rows = lowest_rows(setup.part, [measurements.rows(part_name(name, eps)) for name in attacks])
-            summary[part_name("lowest", eps)] = average_precision(setup.part, rows)
+            parts = [part_name(name, eps, purify) for name in names]
+            attacks = [measurements.rows(part) for part in parts if part in measurements.parts]
+            if len(attacks) > 1:
+                rows = lowest_rows(setup.part, attacks)
+                summary[part_name("lowest", eps, purify)] = average_precision(setup.part, rows)
     if args.corruptions:
         table = {
             name: {severity: measurements.precision(part_name(name, severity))["AP"] for severity in args.severities}
@@ -374,13 +373,15 @@ def run(args: argparse.Namespace, tasks: Mapping[str, Task], model_name_or_path:
             print(f"robustness.json has other values of {measurements.discarded}, so all parts are measured anew")
         kept = sum(measurements.has(name, job.settings) for job in setup.jobs() for name in job.parts)
         total = sum(len(job.parts) for job in setup.jobs())
-        print(f"{counted(len(setup.indices), 'image')}, {counted(total, 'part')}, of which {kept} are there", flush=True)
+        print(
+            f"{counted(len(setup.indices), 'image')}, {counted(total, 'part')}, of which {kept} are there", flush=True
+        )
         try:
             measure(setup, measurements)
             summarise(setup, measurements)
             text = make_tables(measurements, args, ATTACKS, setup.base_model)
             measurements.write_table(text)
-            if args.attack and (kept < total or not measurements.picture.is_file()):
+            if args.attack and (not all(are_there) or not measurements.picture.is_file()):
                 draw(setup, measurements)
         except KeyboardInterrupt:
             raise KeyboardInterrupt("stopped; the same command goes on.") from None

@@ -61,10 +61,10 @@ class Measurements:
         self.discarded = ""
         if self.file.is_file():
             content = read_json(self.file)
-            fields = [content.get(name) if isinstance(content, dict) else None for name in ("settings", "parts")]
-            if not all(isinstance(value, dict) for value in fields):
+            content = content if isinstance(content, dict) else {}
+            earlier, parts = content.get("settings"), content.get("parts")
+            if not isinstance(earlier, dict) or not isinstance(parts, dict):
                 raise InputError(f"{self.file}: was not written by this command; choose another --output_dir.")
-            earlier, parts = fields
             names = [name for name in self.settings if earlier.get(name) != self.settings[name]]
             self.discarded = ", ".join(names) if parts else ""
             self.parts = {} if names else parts
@@ -163,6 +163,9 @@ def make_tables(
                 cells = [parts.get(part_name(kind, eps, purify)) for eps in args.eps]
                 if any(cells):
                     rows.append([f"{purify}, {meaning}", *cells])
+            lowest = [summary.get(part_name("lowest", eps, purify)) for eps in args.eps]
+            if any(lowest):
+                rows.append([f"{purify}, lowest per image", *lowest])
         lines += ["", *_table(["after a purifier", *levels], rows)]
     found = doubts(parts, args)
     return "\n".join([*lines, *(["", "Doubtful:", ""] if found else []), *(f"* {text}" for text in found)])

@@ -210,7 +210,7 @@ def mean_precision_under_corruption(
         clean_precision: AP on the images themselves.
 
     Returns:
-        `mPC`, the mean over the corruptions of the mean over the severities, and `rPC`, its share of the clean AP. `rPC`
+        `mPC`, the mean over the corruptions of the mean over the severities, and `rPC`, its share of the clean AP, which
         is NaN if the clean AP is 0.
 
     Raises:
