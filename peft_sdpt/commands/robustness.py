@@ -345,10 +345,12 @@ def summarise(setup: Setup, measurements: Measurements) -> None:
     for purify, names in kinds.items():
         for eps in args.eps:
             parts = [part_name(name, eps, purify) for name in names]
-            attacks = [measurements.rows(part) for part in parts if part in measurements.parts]
-            if len(attacks) > 1:
-                rows = lowest_rows(setup.part, attacks)
-                summary[part_name("lowest", eps, purify)] = average_precision(setup.part, rows)
+            parts = [part for part in parts if part in measurements.parts]
+            if len(parts) > 1:
+                rows = lowest_rows(setup.part, [measurements.rows(part) for part in parts])
+                # AP is no mean over images, so that one attack on all images can be lower than the worst of each.
+                choices = [average_precision(setup.part, rows), *map(measurements.precision, parts)]
+                summary[part_name("lowest", eps, purify)] = min(choices, key=lambda precision: precision["AP"])
     if args.corruptions:
         table = {
             name: {severity: measurements.precision(part_name(name, severity))["AP"] for severity in args.severities}
@@ -371,11 +373,9 @@ def run(args: argparse.Namespace, tasks: Mapping[str, Task], model_name_or_path:
         measurements = Measurements(args.output_dir, setup.settings())
         if measurements.discarded:
             print(f"robustness.json has other values of {measurements.discarded}, so all parts are measured anew")
-        kept = sum(measurements.has(name, job.settings) for job in setup.jobs() for name in job.parts)
-        total = sum(len(job.parts) for job in setup.jobs())
-        print(
-            f"{counted(len(setup.indices), 'image')}, {counted(total, 'part')}, of which {kept} are there", flush=True
-        )
+        are_there = [measurements.has(name, job.settings) for job in setup.jobs() for name in job.parts]
+        images, parts = counted(len(setup.indices), "image"), counted(len(are_there), "part")
+        print(f"{images}, {parts}, of which {sum(are_there)} are there", flush=True)
         try:
             measure(setup, measurements)
             summarise(setup, measurements)

@@ -35,7 +35,7 @@ Shown = tuple[Change | None, Callable[[], AbstractContextManager]]
 
 def part_name(kind: str, number: float | None = None, purify: Purifier | None = None) -> str:
     """Return the name of a part, such as "pgd 2 jpeg:75" for PGD at 2/255 and then JPEG."""
-    words = [kind, "" if number is None else f"{number:g}", "" if purify is None else str(purify)]
+    words = [kind, "" if number is None else f"{number:.10g}", "" if purify is None else str(purify)]
     return " ".join(filter(None, words))
 
 
@@ -98,8 +98,8 @@ class Measurements:
         return [(int(row[0]), *row[1:6], int(row[6])) for row in columns.tolist()]
 
     def precision(self, name: str) -> dict[str, float]:
-        """Return `AP` and `AP50` of a part."""
-        return self.parts[name]
+        """Return `AP`, `AP50` and `AP75` of a part."""
+        return {key: self.parts[name][key] for key in ("AP", "AP50", "AP75")}
 
     def summarise(self, summary: dict[str, Any]) -> None:
         """Write what was computed from all parts."""
