@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
@@ -233,14 +234,13 @@ class Setup:
 
     def settings(self) -> dict[str, Any]:
         """Return what all parts depend on, by flag."""
-        digest = ""
+        content = b""
         if self.adapter:
             content = b"".join((self.adapter.folder / name).read_bytes() for name in FILES[:2])
-            digest = hashlib.sha256(content).hexdigest()[:16]
+        is_folder = os.path.isdir(self.base_model)
         return {
-            "--model_name_or_path": self.base_model,
-            "--adapter": self.adapter.source if self.adapter else None,
-            "the weights of the adapter": digest,
+            "--model_name_or_path": str(Path(self.base_model).resolve()) if is_folder else self.base_model,
+            "--adapter": hashlib.sha256(content).hexdigest()[:16] if self.adapter else None,
             "the images": self.part.fingerprint(),
             "the image size": dict(self.processor.image_processor.size),
             "--seed": self.args.seed,
@@ -371,8 +371,6 @@ def run(args: argparse.Namespace, tasks: Mapping[str, Task], model_name_or_path:
         remove_leftovers(args.output_dir)
         setup = prepare(args, accelerator, tasks, model_name_or_path)
         measurements = Measurements(args.output_dir, setup.settings())
-        if measurements.discarded:
-            print(f"robustness.json has other values of {measurements.discarded}, so all parts are measured anew")
         are_there = [measurements.has(name, job.settings) for job in setup.jobs() for name in job.parts]
         images, parts = counted(len(setup.indices), "image"), counted(len(are_there), "part")
         print(f"{images}, {parts}, of which {sum(are_there)} are there", flush=True)

@@ -44,13 +44,10 @@ class Measurements:
 
     Args:
         folder: Folder of the results.
-        settings: What all parts depend on, by flag. If they were measured with other settings, they do not count.
-
-    Attributes:
-        discarded: The flags whose value was another one, or "".
+        settings: What all parts depend on, by flag.
 
     Raises:
-        InputError: `robustness.json` was not written by this command.
+        InputError: `robustness.json` was not written by this command, or has parts with other settings.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any]):
@@ -58,16 +55,18 @@ class Measurements:
         self.file, self.picture = folder / "robustness.json", folder / "robustness.png"
         self.parts: dict[str, dict[str, Any]] = {}
         self.summary: dict[str, Any] = {}
-        self.discarded = ""
         if self.file.is_file():
             content = read_json(self.file)
             content = content if isinstance(content, dict) else {}
             earlier, parts = content.get("settings"), content.get("parts")
             if not isinstance(earlier, dict) or not isinstance(parts, dict):
                 raise InputError(f"{self.file}: was not written by this command; choose another --output_dir.")
-            names = [name for name in self.settings if earlier.get(name) != self.settings[name]]
-            self.discarded = ", ".join(names) if parts else ""
-            self.parts = {} if names else parts
+            if names := [name for name in self.settings if earlier.get(name) != self.settings[name]]:
+                raise InputError(
+                    f"{self.file}: has parts with other values of {', '.join(names)}; choose another --output_dir, or "
+                    "remove this file."
+                )
+            self.parts = parts
 
     def has(self, name: str, settings: Mapping[str, Any]) -> bool:
         """Return whether a part is there, with these settings of its own."""

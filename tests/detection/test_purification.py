@@ -30,7 +30,7 @@ def test_the_gradient_is_that_of_the_identity(text):
     assert torch.equal(before.grad, weights)
     assert torch.equal(after.detach(), parse_purifier(text)(images()))
     assert (after.shape, after.dtype) == (before.shape, before.dtype)
-    assert 0 <= after.min() and after.max() <= 1
+    assert after.min() >= 0 and after.max() <= 1
 
 
 def test_bits_by_hand_and_idempotent():

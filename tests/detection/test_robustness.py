@@ -23,7 +23,7 @@ from peft_sdpt.detection import (
     lowest_rows,
     parse_purifier,
 )
-from peft_sdpt.detection.attacks import LOSSES, Attack
+from peft_sdpt.detection.attacks import Attack
 from peft_sdpt.detection.pixels import PixelRange, process_images
 from peft_sdpt.detection.robustness import Adversary, RandomSigns, image_precisions
 from peft_sdpt.errors import InputError
@@ -90,7 +90,7 @@ def test_an_attack_of_no_size_detects_as_before(tuned, processor, data):
     assert attack_split(tuned, processor, data, ATTACK, 2) != clean
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", ["all", "vanish", "features"])
 def test_an_image_is_attacked_in_the_same_way_whatever_else_is(tuned, processor, data, loss):
     attack = dataclasses.replace(ATTACK, loss=loss)
     whole = attack_split(tuned, processor, data, attack, 4)
