@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""The commands `sdpt-train`, `sdpt-detect` and `sdpt-export`.
+"""The commands `sdpt-train`, `sdpt-detect`, `sdpt-export` and `sdpt-robustness`.
 
 The scripts in `examples/` run them with a small base model.
 """
@@ -38,4 +38,11 @@ def sdpt_export() -> None:
     """Run the installed command `sdpt-export`. Without the extra `detection`, it ends with one line."""
     with one_line_errors("sdpt-export"):
         from .export import main
+    main()
+
+
+def sdpt_robustness() -> None:
+    """Run the installed command `sdpt-robustness`. Without the extra `detection`, it ends with one line."""
+    with one_line_errors("sdpt-robustness"):
+        from .robustness import main
     main()

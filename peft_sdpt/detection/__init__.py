@@ -34,6 +34,7 @@ from .analysis import (
 from .attacks import Attack, perturb
 from .base_models import load_base_config
 from .charts import draw_report
+from .corruptions import corrupt, mean_precision_under_corruption
 from .data import DetectionSplit, centre_boxes, check_images, divide, few_shot, match_classes
 from .decoding import read_image
 from .drawing import draw_detections, draw_objects, side_by_side
@@ -51,6 +52,8 @@ from .loss import GroundedDetectionLoss, mean_boxes_per_process
 from .metrics import average_precision, evaluate
 from .pixels import pad_small_images
 from .prediction import Detections, check_image_size, detect, detect_split, result_of, rows_of
+from .purification import Purifier, parse_purifier
+from .robustness import attack_split, corrupt_split, detect_changed, lowest_rows
 from .samples import Sample, TrainingSamples, augment
 from .saved_adapter import (
     SavedAdapter,
@@ -76,10 +79,12 @@ __all__ = [
     "FeatureCache",
     "GroundedDetectionLoss",
     "InputError",
+    "Purifier",
     "Sample",
     "SavedAdapter",
     "TrainingSamples",
     "analyse_precision",
+    "attack_split",
     "augment",
     "average_precision",
     "centre_boxes",
@@ -90,8 +95,11 @@ __all__ = [
     "class_scores",
     "class_token_maps",
     "common_base_model",
+    "corrupt",
+    "corrupt_split",
     "describe_images",
     "detect",
+    "detect_changed",
     "detect_split",
     "divide",
     "draw_detections",
@@ -110,12 +118,15 @@ __all__ = [
     "load_split",
     "load_splits",
     "load_trainable",
+    "lowest_rows",
     "make_views",
     "match_classes",
     "mean_boxes_per_process",
+    "mean_precision_under_corruption",
     "measure_threshold",
     "only_split",
     "pad_small_images",
+    "parse_purifier",
     "perturb",
     "phrase_lengths",
     "read_class_names",

@@ -210,8 +210,8 @@ def mean_precision_under_corruption(
         clean_precision: AP on the images themselves.
 
     Returns:
-        `mPC`, the mean over the corruptions of the mean over the severities, and `rPC`, its share of the clean AP. `rPC`
-        is NaN if the clean AP is 0.
+        `mPC`, the mean over the corruptions of the mean over the severities, and `rPC`, its share of the clean AP. The
+        share is NaN if the clean AP is 0.
 
     Raises:
         InputError: The table is empty.

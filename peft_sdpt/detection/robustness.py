@@ -269,21 +269,21 @@ def image_precisions(data: DetectionSplit, rows: Sequence[Row]) -> np.ndarray:
         images = range(start, min(start + TOGETHER, len(data)))
         # Each pair of an image and a class becomes a class of its own, so that they are measured together.
         pairs: dict[tuple[int, int], int] = {}
-        boxes, labels, renamed = [], [], []
+        boxes, labels, crowds, renamed = [], [], [], []
         for number, image in enumerate(images):
-            columns = zip(data.boxes[image], data.labels[image], data.crowds[image], strict=True)
-            objects = [(box, label) for box, label, is_crowd in columns if not is_crowd]
-            boxes.append([box for box, _ in objects])
-            labels.append([pairs.setdefault((image, label), len(pairs)) for _, label in objects])
+            columns = [*zip(data.boxes[image], data.labels[image], data.crowds[image], strict=True)]
+            for _, label, is_crowd in columns:
+                if not is_crowd:
+                    pairs.setdefault((image, label), len(pairs))
+            columns = [column for column in columns if (image, column[1]) in pairs]
+            boxes.append([box for box, _, _ in columns])
+            labels.append([pairs[image, label] for _, label, _ in columns])
+            crowds.append([is_crowd for _, _, is_crowd in columns])
             renamed += [
                 (number, *row[1:6], pairs[image, row[6]]) for row in of_images[image] if (image, row[6]) in pairs
             ]
         part = dataclasses.replace(
-            data.subset(images),
-            class_names=[str(pair) for pair in pairs],
-            boxes=boxes,
-            labels=labels,
-            crowds=[[False] * len(group) for group in boxes],
+            data.subset(images), class_names=[str(pair) for pair in pairs], boxes=boxes, labels=labels, crowds=crowds
         )
         of_pairs = precision_table(part, renamed).mean(axis=(0, 1)) if pairs else np.zeros(0)
         for image in images:

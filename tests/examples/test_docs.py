@@ -31,6 +31,7 @@ import detect
 import detect_onnx
 import export_onnx
 import pretrain_host
+import robustness
 import serve as serve_script
 import train_detection
 from benchmarks import deployment, serving
@@ -41,6 +42,7 @@ from benchmarks.transfer import __main__ as transfer
 from peft_sdpt import SDPTConfig, SDPTLayer
 from peft_sdpt.commands import detect as detect_command
 from peft_sdpt.commands import export as export_command
+from peft_sdpt.commands import robustness as robustness_command
 from peft_sdpt.commands import train
 from peft_sdpt.hosts import HOSTS
 from tests.helpers.detectors import ROOT, attach, make_host, run
@@ -59,6 +61,7 @@ SCRIPTS = {
     "examples/detect_onnx.py": detect_onnx,
     "examples/export_onnx.py": export_onnx,
     "examples/demo.py": demo,
+    "examples/robustness.py": robustness,
     "examples/serve.py": serve_script,
     "examples/pretrain_host.py": pretrain_host,
     "-m benchmarks.serving": serving,
@@ -73,6 +76,7 @@ INSTALLED = {
     "sdpt-train": "examples/train_detection.py",
     "sdpt-detect": "examples/detect.py",
     "sdpt-export": "examples/export_onnx.py",
+    "sdpt-robustness": "examples/robustness.py",
 }
 # Starts of commands that are not ours; what they are given is not checked, but for the extras of `pip install`.
 OTHER_COMMANDS = (
@@ -222,7 +226,12 @@ def parse(module, arguments: list[str], monkeypatch) -> argparse.Namespace:
 
 def parse_args(module) -> argparse.Namespace:
     """Return the arguments that a script would run with."""
-    command = {train_detection: train, detect: detect_command, export_onnx: export_command}.get(module)
+    command = {
+        train_detection: train,
+        detect: detect_command,
+        export_onnx: export_command,
+        robustness: robustness_command,
+    }.get(module)
     if command is None:
         return module.parse_args()
     seen = []

@@ -1,0 +1,282 @@
+# Copyright 2026 The peft_sdpt authors
+# SPDX-License-Identifier: Apache-2.0
+"""The results of `sdpt-robustness`: the parts that are measured, the table, and the picture."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ..detection import DetectionSplit, draw_detections, draw_objects, split_classes
+from ..detection.devices import to_device
+from ..detection.drawing import TRUTH, column_width, sheet
+from ..detection.pixels import PixelRange, process_images
+from ..detection.prediction import Row, detect_in_pixels, evaluation_mode
+from ..detection.purification import Purifier
+from ..detection.robustness import Change
+from ..errors import InputError
+from ..files import read_json, whole_file
+
+# How much AP may change where a check of the table expects no change.
+NOISE = 0.01
+# A change of the pixels, and the context in which the model then detects.
+Shown = tuple[Change | None, Callable[[], AbstractContextManager]]
+
+
+def part_name(kind: str, number: float | None = None, purify: Purifier | None = None) -> str:
+    """Return the name of a part, such as "pgd 2 jpeg:75" for PGD at 2/255 and then JPEG."""
+    words = [kind, "" if number is None else f"{number:.10g}", "" if purify is None else str(purify)]
+    return " ".join(filter(None, words))
+
+
+class Measurements:
+    """The parts that are measured, in `robustness.json` and in a file of detections for each part.
+
+    Args:
+        folder: Folder of the results.
+        settings: What all parts depend on, by flag.
+
+    Raises:
+        InputError: `robustness.json` was not written by this command, or has parts with other settings.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any]):
+        self.folder, self.settings = folder, json.loads(json.dumps(settings))
+        self.file, self.picture = folder / "robustness.json", folder / "robustness.png"
+        self.parts: dict[str, dict[str, Any]] = {}
+        self.summary: dict[str, Any] = {}
+        if self.file.is_file():
+            content = read_json(self.file)
+            content = content if isinstance(content, dict) else {}
+            earlier, parts = content.get("settings"), content.get("parts")
+            if not isinstance(earlier, dict) or not isinstance(parts, dict):
+                raise InputError(f"{self.file}: was not written by this command; choose another --output_dir.")
+            if names := [name for name in self.settings if earlier.get(name) != self.settings[name]]:
+                raise InputError(
+                    f"{self.file}: has parts with other values of {', '.join(names)}; choose another --output_dir, or "
+                    "remove this file."
+                )
+            self.parts = parts
+
+    def has(self, name: str, settings: Mapping[str, Any]) -> bool:
+        """Return whether a part is there, with these settings of its own."""
+        part = self.parts.get(name)
+        return part is not None and part.get("settings") == settings and self._rows_file(name).is_file()
+
+    def add(
+        self, name: str, settings: dict[str, Any], rows: list[Row], precision: dict[str, float], seconds: float
+    ) -> None:
+        """Write a part: its detections, and then its AP."""
+        with whole_file(self._rows_file(name)) as unfinished, open(unfinished, "wb") as file:
+            # Boxes and scores were computed in this precision.
+            np.save(file, np.array(rows, dtype=np.float32).reshape(-1, 7))
+        self.parts[name] = {**precision, "settings": settings, "seconds": round(seconds, 1)}
+        self._write()
+
+    def rows(self, name: str) -> list[Row]:
+        """Read the detections of a part.
+
+        Raises:
+            InputError: The file is damaged.
+        """
+        file = self._rows_file(name)
+        try:
+            columns = np.load(file)
+        except (OSError, ValueError, EOFError) as error:
+            raise InputError(f"{file}: cannot be read ({error}); remove it to measure this part again.") from None
+        return [(int(row[0]), *row[1:6], int(row[6])) for row in columns.tolist()]
+
+    def precision(self, name: str) -> dict[str, float]:
+        """Return `AP`, `AP50` and `AP75` of a part."""
+        return {key: self.parts[name][key] for key in ("AP", "AP50", "AP75")}
+
+    def summarise(self, summary: dict[str, Any]) -> None:
+        """Write what was computed from all parts."""
+        self.summary = summary
+        self._write()
+
+    def write_table(self, text: str) -> None:
+        """Write `robustness.md`."""
+        with whole_file(self.folder / "robustness.md") as unfinished:
+            unfinished.write_text(text + "\n", encoding="utf-8")
+
+    def _write(self) -> None:
+        content = {"settings": self.settings, "summary": self.summary, "parts": self.parts}
+        with whole_file(self.file) as unfinished:
+            unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    def _rows_file(self, name: str) -> Path:
+        return self.folder / "detections" / f"{re.sub('[ :]', '-', name)}.npy"
+
+
+def make_tables(
+    measurements: Measurements, args: argparse.Namespace, attacks: Mapping[str, str], model_name_or_path: str
+) -> str:
+    """Write the table of a detector in Markdown.
+
+    Args:
+        measurements: All parts and the summary.
+        args: The flags.
+        attacks: What each attack of the flags is.
+        model_name_or_path: The base model.
+
+    Returns:
+        The text, with what a check of the table found.
+    """
+    parts, summary = measurements.parts, measurements.summary
+    clean = parts[part_name("clean")]
+    detector = f"{args.adapter} on {model_name_or_path}" if args.adapter else model_name_or_path
+    levels = [f"{eps:g}/255" for eps in args.eps]
+    lines = [f"Robustness of {detector}: AP (AP50).", "", f"Unchanged: {_cell(clean)}"]
+    attacked = [name for name in args.attack if part_name(name, args.eps[0]) in parts]
+    if attacked:
+        starts = f"{args.steps} steps" + (f", {args.restarts} starts" if args.restarts > 1 else "")
+        rows = [["random signs", *(parts.get(part_name("signs", eps)) for eps in args.eps)]]
+        rows += [[attacks[name], *(parts.get(part_name(name, eps)) for eps in args.eps)] for name in attacked]
+        if len(attacked) > 1:
+            rows.append(["lowest per image", *(summary.get(part_name("lowest", eps)) for eps in args.eps)])
+        lines += ["", *_table([f"attack, {starts}", *levels], rows)]
+    if args.corruptions:
+        rows = [[name, *(parts[part_name(name, level)] for level in args.severities)] for name in args.corruptions]
+        lines += ["", *_table(["corruption, by severity", *map(str, args.severities)], rows)]
+        lines += ["", f"mPC {summary['mPC']:.3f}, rPC {summary['rPC']:.3f}"]
+    if args.purify:
+        rows = []
+        for purify in args.purify:
+            rows.append([f"{purify}, unchanged", parts[part_name("clean", purify=purify)], *[None] * (len(levels) - 1)])
+            for kind, meaning in (
+                ("transfer", "transferred"),
+                ("pgd", "PGD that does not know it"),
+                ("adaptive", "PGD through it"),
+            ):
+                cells = [parts.get(part_name(kind, eps, purify)) for eps in args.eps]
+                if any(cells):
+                    rows.append([f"{purify}, {meaning}", *cells])
+            lowest = [summary.get(part_name("lowest", eps, purify)) for eps in args.eps]
+            if any(lowest):
+                rows.append([f"{purify}, lowest per image", *lowest])
+        lines += ["", *_table(["after a purifier", *levels], rows)]
+    found = doubts(parts, args)
+    return "\n".join([*lines, *(["", "Doubtful:", ""] if found else []), *(f"* {text}" for text in found)])
+
+
+def _cell(precision: Mapping[str, float] | None) -> str:
+    return f"{precision['AP']:.3f} ({precision['AP50']:.3f})" if precision else ""
+
+
+def _table(headings: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
+    lines = [headings, ["---"] * len(headings), *([name, *map(_cell, cells)] for name, *cells in rows)]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def doubts(parts: Mapping[str, Mapping[str, Any]], args: argparse.Namespace) -> list[str]:
+    """Check what must hold for attacks that work.
+
+    Args:
+        parts: All parts.
+        args: The flags.
+
+    Returns:
+        A sentence for each check that fails by more than 0.01 AP. An attack that fails a check is too weak, so its AP
+        says little.
+    """
+
+    def value(*name: Any) -> float | None:
+        part = parts.get(part_name(*name))
+        return part["AP"] if part else None
+
+    found = []
+
+    def expect(low: float | None, high: float | None, sentence: str) -> None:
+        if low is not None and high is not None and low > high + NOISE:
+            found.append(f"{sentence} ({low:.3f} instead of at most {high:.3f}).")
+
+    for name in args.attack:
+        for less, more in zip(args.eps, args.eps[1:], strict=False):
+            expect(value(name, more), value(name, less), f"{name}: AP is higher at {more:g}/255 than at {less:g}/255")
+        for eps in args.eps:
+            expect(value(name, eps), value("signs", eps), f"{name}: AP is higher than with random signs at {eps:g}/255")
+    for eps in args.eps:
+        expect(value("pgd", eps), value("transfer", eps), f"pgd: AP is higher than for transfer at {eps:g}/255")
+        for purify in args.purify:
+            expect(
+                value("adaptive", eps, purify),
+                value("pgd", eps, purify),
+                f"{purify}: AP is higher for the attack through it than for the one that does not know it, at "
+                f"{eps:g}/255",
+            )
+    return found
+
+
+def draw_attack(
+    model: nn.Module,
+    processor: Any,
+    data: DetectionSplit,
+    images: Sequence[int],
+    columns: Mapping[str, Shown],
+    eps: float,
+    threshold: float,
+) -> Image.Image:
+    """Draw detections in changed images.
+
+    Args:
+        model: The detector.
+        processor: Its processor.
+        data: The split.
+        images: Indices of the images to draw, one per row.
+        columns: Maps the heading of a column to its change and the context of its detections.
+        eps: Size of the changes, of 255 levels. A change of this size is drawn as white or black.
+        threshold: Lowest score to draw.
+
+    Returns:
+        The sheet. The first column has the true boxes, and the last one the change of the column before it, magnified.
+    """
+    device = next(model.parameters()).device
+    pixel_range = PixelRange.of(processor.image_processor).to(device)
+    config: Any = model.config
+    chunks = split_classes(data.class_names, processor.tokenizer, config.max_text_len)
+    rows = []
+    for index in images:
+        width = column_width(*data.sizes[index])
+        pixels = to_device(dict(process_images(processor.image_processor, [data.open_image(index)])), device)
+        clean = values = pixels["pixel_values"]
+        row = [draw_objects(data, index, width)]
+        for change, context in columns.values():
+            values = clean if change is None else change([index], pixels)
+            changed = _to_image(pixel_range.to_images(values)[0])
+            with evaluation_mode(model), context():
+                (found,) = detect_in_pixels(
+                    model,
+                    processor.tokenizer,
+                    {**pixels, "pixel_values": values},
+                    [changed.size],
+                    ["an image"],
+                    data.class_names,
+                    chunks,
+                    threshold,
+                    None,
+                )
+            row.append(draw_detections(changed, found, data.class_names, threshold, width))
+        difference = (values - clean) * pixel_range.std
+        magnified = _to_image(0.5 + difference[0] * (0.5 * 255 / eps))
+        row.append(magnified.resize(row[0].size, Image.Resampling.NEAREST))
+        # Rounding the size of the resized image may change its height by a pixel.
+        rows.append([image.resize(row[0].size) for image in row])
+    title = f"boxes with a score of at least {threshold:g}, and the last change x {127.5 / eps:g}"
+    return sheet([TRUTH, *columns, "change, magnified"], rows, title)
+
+
+def _to_image(values: Tensor) -> Image.Image:
+    """Convert an image (3, H, W) with values in [0, 1]."""
+    pixels = (values.clamp(0, 1) * 255).round().to("cpu", torch.uint8)
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
