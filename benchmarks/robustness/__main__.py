@@ -40,8 +40,9 @@ from ..results import (
 )
 from ..transfer.running import prepare_worker
 from ..transfer.tasks import Task, built_in
+from .cost import step_costs
 from .grid import Cell, plan
-from .report import report
+from .report import cost_table, report
 from .running import run_cell
 
 TASKS = ("twemoji", "noto-new")
@@ -63,6 +64,10 @@ def parse_args() -> argparse.Namespace:
         help="Number of runs at the same time, with one core each. They share the GPU.",
     )  # fmt: skip
     parser.add_argument("--minutes", type=float, help="Start no run after this many minutes. The same command resumes.")
+    parser.add_argument(
+        "--cost", action="store_true",
+        help="Only measure the time of a training step with each way of adversarial training. Use an idle machine.",
+    )  # fmt: skip
     parser.add_argument(
         "--render", type=Path, nargs="+", metavar="FILE",
         help="Train nothing. Put the table of these results.json into docs/robustness.md, and their data into "
@@ -104,6 +109,12 @@ def run(args: argparse.Namespace) -> None:
     machine = {"host": Path(args.model_name_or_path).name, **versions()}
     results = earlier(args.output_dir / RESULTS, machine)
     tasks = find_tasks(args)
+    if args.cost:
+        task = next(iter(tasks.values()))
+        results["costs"] = {"on": device_name(args.device), **step_costs(task, args.model_name_or_path, args.device)}
+        write(args.output_dir / RESULTS, json.dumps(results) + "\n")
+        print(cost_table(results["costs"]))
+        return
     failed = run_cells(plan(tasks, args.seeds), tasks, results, args)
     write(args.output_dir / "report.md", report(results["cells"]))
     print(f"Results: {args.output_dir}/{RESULTS}, table: report.md.")
@@ -149,11 +160,12 @@ def render(files: list[Path]) -> None:
     results: dict[str, Any] = {"cells": {}}
     for file in reversed(files):
         found = json.loads(file.read_text(encoding="utf-8"))
-        results = {**found, "cells": {**results["cells"], **found["cells"]}}
+        results = {**results, **found, "cells": {**results["cells"], **found["cells"]}}
     for cell in results["cells"].values():
         cell.pop("losses", None)
     write(DOCS / "robustness.json", json.dumps(results) + "\n")
-    put_into(DOCS / "robustness.md", report(results["cells"]))
+    costs = cost_table(results["costs"]) if "costs" in results else ""
+    put_into(DOCS / "robustness.md", report(results["cells"]) + "\n" + costs)
 
 
 def main() -> None:

@@ -73,3 +73,10 @@ def _seeds(task: str, cells: dict[str, dict[str, Any]]) -> str:
     seeds = {found["seed"] for found in cells.values() if found["task"] == task}
     devices = sorted({found["on"] for found in cells.values() if found["task"] == task})
     return f"up to {len(seeds)} seeds, {STEPS} steps, on {' and '.join(devices)}"
+
+
+def cost_table(costs: dict[str, Any]) -> str:
+    """Return the table of the times of a step."""
+    ratios = {name: ratio for name, ratio in costs.items() if name != "on"}
+    head = f"Time of a training step relative to one on clean images, on {costs['on']}:\n\n"
+    return head + table(["trained on", "time"], ([name, f"{ratio:.2f}"] for name, ratio in ratios.items()))
