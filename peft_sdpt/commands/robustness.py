@@ -156,19 +156,20 @@ def check_args(args: argparse.Namespace) -> None:
         if getattr(args, name) == "":
             raise InputError(f"--{name}: is empty.")
     for name in ("attack", "corruptions", "purify"):
-        values = getattr(args, name)
-        if NONE in values and len(values) > 1:
+        if getattr(args, name) == [NONE]:
+            setattr(args, name, [])
+        elif NONE in getattr(args, name):
             raise InputError(f"--{name} {NONE}: cannot be used with other values.")
     if args.corruptions == [ALL]:
         args.corruptions = list(CORRUPTIONS)
-    for name in ("eps", "severities", "attack", "corruptions", "purify"):
-        # Sorted, so that the table does not depend on the order of the flags.
-        unique = {value for value in getattr(args, name) if value != NONE}
-        order = list(ATTACKS) if name == "attack" else list(CORRUPTIONS)
-        setattr(args, name, sorted(unique, key=order.index if name == "attack" else None))
     for name in args.corruptions:
         for severity in args.severities:
             check_corruption(name, severity)
+    # Sorted, so that the table does not depend on the order of the flags.
+    for name in ("eps", "severities", "purify"):
+        setattr(args, name, sorted(set(getattr(args, name))))
+    for name, order in (("attack", ATTACKS), ("corruptions", CORRUPTIONS)):
+        setattr(args, name, sorted(set(getattr(args, name)), key=[*order].index))
     args.purify = [parse_purifier(text) for text in args.purify]
 
 

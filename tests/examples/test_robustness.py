@@ -137,7 +137,7 @@ def test_a_run_that_stops_in_the_middle_goes_on(measured, adapter, run, tmp_path
         assert run("--adapter", adapter) == 130
     assert capsys.readouterr().err.endswith("robustness.py: stopped; the same command goes on.\n")
     # The first change has two parts.
-    done = ["clean", "clean bits:3", "contrast 1", "contrast 5", "fog 1"]
+    done = ["clean", "clean bits:3", "fog 1", "fog 5", "contrast 1"]
     assert list(results(tmp_path / "out")["parts"]) == done
     assert run("--adapter", adapter) == 0
     assert results(tmp_path / "out") == results(measured)
