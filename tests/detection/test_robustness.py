@@ -68,6 +68,18 @@ def tuned():
     return attach(make_host()).eval()
 
 
+def test_on_a_gpu_as_on_the_cpu(tuned, processor, data, gpu):
+    on_gpu = attach(make_host()).eval().to(gpu)
+    purify = parse_purifier("bits:6")
+    for attack in (ATTACK, dataclasses.replace(ATTACK, loss="features")):
+        found, wanted = (attack_split(model, processor, data, attack, 4, purify=purify) for model in (on_gpu, tuned))
+        assert {row[0] for row in found} == {row[0] for row in wanted}
+        # A real GPU rounds differently, which turns the sign of small gradients.
+        if gpu.type != "cuda":
+            same(found, wanted)
+    same(*(detect_changed(model, processor, data, RandomSigns(processor, 0.1), 4)[0] for model in (on_gpu, tuned)))
+
+
 @pytest.fixture
 def inputs(data, processor):
     """The first and the third image, which have the same size."""

@@ -152,8 +152,9 @@ def test_only_what_is_new_is_measured(measured, adapter, run, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "7 parts, of which 5 are there" in printed
     assert re.findall(r"^(.+): AP 0", printed, re.MULTILINE) == ["clean bits:1", "transfer 8 bits:1"]
-    # The parts that were there before stay.
+    # The parts that were there before stay, but the table has only those of the flags.
     assert set(results(out)["parts"]) == PARTS | {"clean bits:1", "transfer 8 bits:1"}
+    assert "PGD through" not in printed and "fog" not in printed
 
 
 def test_other_settings_are_refused(measured, adapter, run, tmp_path, monkeypatch, capsys):
