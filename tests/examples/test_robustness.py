@@ -18,9 +18,21 @@ from PIL import Image
 import robustness
 from peft_sdpt.commands import robustness as command
 from peft_sdpt.commands.robustness_results import doubts, part_name
-from peft_sdpt.detection import DetectionSplit, load_base_model, parse_purifier
+from peft_sdpt.detection import (
+    DetectionSplit,
+    average_precision,
+    detect_changed,
+    load_base_model,
+    load_detector,
+    load_processor,
+    load_split,
+    parse_purifier,
+)
+from peft_sdpt.detection.attacks import Attack
+from peft_sdpt.detection.robustness import Adversary, RandomSigns
 from tests.helpers.detectors import acting
 from tests.helpers.main_job import HOST, reset_accelerate
+from tests.helpers.small_tasks import write_small_task
 
 # Two images, and a little of everything.
 SHORT = (
@@ -266,6 +278,25 @@ def test_a_data_set_without_splits(tmp_path, small_task, monkeypatch, capsys):
     ids = {"train": data.image_ids[:2], "val": data.image_ids[2:3], "test": data.image_ids[3:]}
     (args.output_dir / "splits.json").write_text(json.dumps({"image_ids": ids}))
     assert command.read_data(args, accelerator, {}).image_ids == data.image_ids[3:]
+
+
+@pytest.mark.slow
+def test_attacks_on_the_small_base_model(tmp_path):
+    """What was measured when this was designed."""
+    data = load_split(str(write_small_task(tmp_path / "task", train=4, val=4, test=6)), "test")
+    model, processor = load_detector(HOST), load_processor(None, HOST)
+
+    def precision(change) -> float:
+        return average_precision(data, detect_changed(model, processor, data, change, 6)[0])["AP"]
+
+    clean = precision(None)
+    assert clean > 0.4
+    assert precision(RandomSigns(processor, 4 / 255)) == pytest.approx(clean, abs=0.03)
+    attacks = [Attack(1 / 255, steps=2), Attack(4 / 255, steps=5), Attack(32 / 255, steps=3)]
+    attacked = [precision(Adversary(model, processor, data, attack)) for attack in attacks]
+    assert clean > attacked[0] > attacked[1]
+    assert attacked[1] < 0.35 * clean
+    assert attacked[2] < 0.02
 
 
 def test_what_is_doubtful_is_said():
