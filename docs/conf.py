@@ -52,7 +52,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     (
         "py:class",
-        r"(torch|nn|peft|collections|os|abc|transformers|pathlib|PIL|accelerate|huggingface_hub)\.\S+|PeftType|TaskType",
+        r"(torch|nn|peft|collections|contextlib|os|abc|transformers|pathlib|PIL|accelerate|huggingface_hub)\.\S+|PeftType|TaskType",
     ),
     # How an `SDPTConfig` is read and written; its methods are documented with the config.
     ("py:class", r"peft_sdpt\.saving\.SavedConfig"),

@@ -15,7 +15,7 @@ import argparse
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -53,7 +53,7 @@ from ..detection.robustness import Adversary, Change, RandomSigns, corrupt_split
 from ..detection.saved_adapter import FILES
 from ..downloads import limit_waiting
 from ..errors import InputError, hint, one_line_errors
-from ..files import output_folder, remove_leftovers, whole_file
+from ..files import output_folder, whole_file
 from ..training import claim_output_dir, make_accelerator
 from ..wording import counted
 from . import print_any_name
@@ -156,19 +156,20 @@ def check_args(args: argparse.Namespace) -> None:
         if getattr(args, name) == "":
             raise InputError(f"--{name}: is empty.")
     for name in ("attack", "corruptions", "purify"):
-        values = getattr(args, name)
-        if NONE in values and len(values) > 1:
+        if getattr(args, name) == [NONE]:
+            setattr(args, name, [])
+        elif NONE in getattr(args, name):
             raise InputError(f"--{name} {NONE}: cannot be used with other values.")
     if args.corruptions == [ALL]:
         args.corruptions = list(CORRUPTIONS)
-    for name in ("eps", "severities", "attack", "corruptions", "purify"):
-        # Sorted, so that the table does not depend on the order of the flags.
-        unique = {value for value in getattr(args, name) if value != NONE}
-        order = list(ATTACKS) if name == "attack" else list(CORRUPTIONS)
-        setattr(args, name, sorted(unique, key=order.index if name == "attack" else None))
     for name in args.corruptions:
         for severity in args.severities:
             check_corruption(name, severity)
+    # Sorted, so that the table does not depend on the order of the flags.
+    for name in ("eps", "severities", "purify"):
+        setattr(args, name, sorted(set(getattr(args, name))))
+    for name, order in (("attack", ATTACKS), ("corruptions", CORRUPTIONS)):
+        setattr(args, name, sorted(set(getattr(args, name)), key=[*order].index))
     args.purify = [parse_purifier(text) for text in args.purify]
 
 
@@ -337,19 +338,19 @@ def measure(setup: Setup, measurements: Measurements) -> None:
             print(f"{name}: AP {precision['AP']:.3f} (AP50 {precision['AP50']:.3f})", flush=True)
 
 
-def summarise(setup: Setup, measurements: Measurements) -> None:
-    """Compute what follows from the parts: the lowest of all attacks per image, mPC and rPC."""
+def summarise(setup: Setup, measurements: Measurements, parts: Collection[str]) -> dict[str, Any]:
+    """Compute what follows from these parts: the lowest of all attacks per image, mPC and rPC."""
     args = setup.args
     summary: dict[str, Any] = {}
     kinds = {None: args.attack, **{purify: ["adaptive", "pgd", "transfer"] for purify in args.purify}}
-    for purify, names in kinds.items():
+    for purify, kinds_of_attacks in kinds.items():
         for eps in args.eps:
-            parts = [part_name(name, eps, purify) for name in names]
-            parts = [part for part in parts if part in measurements.parts]
-            if len(parts) > 1:
-                rows = lowest_rows(setup.part, [measurements.rows(part) for part in parts])
+            names = [part_name(kind, eps, purify) for kind in kinds_of_attacks]
+            names = [name for name in names if name in parts]
+            if len(names) > 1:
+                rows = lowest_rows(setup.part, [measurements.rows(name) for name in names])
                 # AP is no mean over images, so that one attack on all images can be lower than the worst of each.
-                choices = [average_precision(setup.part, rows), *map(measurements.precision, parts)]
+                choices = [average_precision(setup.part, rows), *map(measurements.precision, names)]
                 summary[part_name("lowest", eps, purify)] = min(choices, key=lambda precision: precision["AP"])
     if args.corruptions:
         table = {
@@ -358,7 +359,7 @@ def summarise(setup: Setup, measurements: Measurements) -> None:
         }
         clean = measurements.precision(part_name("clean"))["AP"]
         summary |= mean_precision_under_corruption(table, clean)
-    measurements.summarise(summary)
+    return summary
 
 
 def run(args: argparse.Namespace, tasks: Mapping[str, Task], model_name_or_path: str) -> None:
@@ -368,18 +369,19 @@ def run(args: argparse.Namespace, tasks: Mapping[str, Task], model_name_or_path:
     if accelerator.num_processes > 1:
         raise InputError(f"this command needs one process, but {accelerator.num_processes} were started.")
     with claim_output_dir(args.output_dir, accelerator, None):
-        remove_leftovers(args.output_dir)
         setup = prepare(args, accelerator, tasks, model_name_or_path)
         measurements = Measurements(args.output_dir, setup.settings())
-        are_there = [measurements.has(name, job.settings) for job in setup.jobs() for name in job.parts]
-        images, parts = counted(len(setup.indices), "image"), counted(len(are_there), "part")
-        print(f"{images}, {parts}, of which {sum(are_there)} are there", flush=True)
+        # The folder may have other parts, of earlier runs.
+        is_there = {name: measurements.has(name, job.settings) for job in setup.jobs() for name in job.parts}
+        images, parts = counted(len(setup.indices), "image"), counted(len(is_there), "part")
+        print(f"{images}, {parts}, of which {sum(is_there.values())} are there", flush=True)
         try:
             measure(setup, measurements)
-            summarise(setup, measurements)
-            text = make_tables(measurements, args, ATTACKS, setup.base_model)
-            measurements.write_table(text)
-            if args.attack and (not all(are_there) or not measurements.picture.is_file()):
+            summary = summarise(setup, measurements, is_there)
+            precisions = {name: measurements.precision(name) for name in is_there}
+            text = make_tables(precisions, summary, args, ATTACKS, setup.base_model)
+            measurements.finish(summary, text)
+            if args.attack and (not all(is_there.values()) or not measurements.picture.is_file()):
                 draw(setup, measurements)
         except KeyboardInterrupt:
             raise KeyboardInterrupt("stopped; the same command goes on.") from None

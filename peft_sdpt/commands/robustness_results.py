@@ -25,8 +25,10 @@ from ..detection.prediction import Row, detect_in_pixels, evaluation_mode
 from ..detection.purification import Purifier
 from ..detection.robustness import Change
 from ..errors import InputError
-from ..files import read_json, whole_file
+from ..files import read_json, remove_leftovers, whole_file
 
+# Folder of the detections of each part.
+DETECTIONS = "detections"
 # How much AP may change where a check of the table expects no change.
 NOISE = 0.01
 # A change of the pixels, and the context in which the model then detects.
@@ -53,6 +55,8 @@ class Measurements:
     def __init__(self, folder: Path, settings: dict[str, Any]):
         self.folder, self.settings = folder, json.loads(json.dumps(settings))
         self.file, self.picture = folder / "robustness.json", folder / "robustness.png"
+        for place in (folder, folder / DETECTIONS):
+            remove_leftovers(place)
         self.parts: dict[str, dict[str, Any]] = {}
         self.summary: dict[str, Any] = {}
         if self.file.is_file():
@@ -100,15 +104,12 @@ class Measurements:
         """Return `AP`, `AP50` and `AP75` of a part."""
         return {key: self.parts[name][key] for key in ("AP", "AP50", "AP75")}
 
-    def summarise(self, summary: dict[str, Any]) -> None:
-        """Write what was computed from all parts."""
+    def finish(self, summary: dict[str, Any], table: str) -> None:
+        """Write what was computed from the parts, and `robustness.md`."""
         self.summary = summary
         self._write()
-
-    def write_table(self, text: str) -> None:
-        """Write `robustness.md`."""
         with whole_file(self.folder / "robustness.md") as unfinished:
-            unfinished.write_text(text + "\n", encoding="utf-8")
+            unfinished.write_text(table + "\n", encoding="utf-8")
 
     def _write(self) -> None:
         content = {"settings": self.settings, "summary": self.summary, "parts": self.parts}
@@ -116,16 +117,21 @@ class Measurements:
             unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
     def _rows_file(self, name: str) -> Path:
-        return self.folder / "detections" / f"{re.sub('[ :]', '-', name)}.npy"
+        return self.folder / DETECTIONS / f"{re.sub('[ :]', '-', name)}.npy"
 
 
 def make_tables(
-    measurements: Measurements, args: argparse.Namespace, attacks: Mapping[str, str], model_name_or_path: str
+    parts: Mapping[str, Mapping[str, float]],
+    summary: Mapping[str, Any],
+    args: argparse.Namespace,
+    attacks: Mapping[str, str],
+    model_name_or_path: str,
 ) -> str:
     """Write the table of a detector in Markdown.
 
     Args:
-        measurements: All parts and the summary.
+        parts: The AP of each part.
+        summary: What was computed from them.
         args: The flags.
         attacks: What each attack of the flags is.
         model_name_or_path: The base model.
@@ -133,7 +139,6 @@ def make_tables(
     Returns:
         The text, with what a check of the table found.
     """
-    parts, summary = measurements.parts, measurements.summary
     clean = parts[part_name("clean")]
     detector = f"{args.adapter} on {model_name_or_path}" if args.adapter else model_name_or_path
     levels = [f"{eps:g}/255" for eps in args.eps]

@@ -68,6 +68,18 @@ def tuned():
     return attach(make_host()).eval()
 
 
+def test_on_a_gpu_as_on_the_cpu(tuned, processor, data, gpu):
+    models = (attach(make_host()).eval().to(gpu), tuned)
+    attack, purify, some = dataclasses.replace(ATTACK, steps=1), parse_purifier("bits:6"), [1, 3]
+    found, wanted = (attack_split(m, processor, data, attack, 2, purify=purify, indices=some) for m in models)
+    assert {row[0] for row in found} == {row[0] for row in wanted} == {0, 1}
+    # A real GPU rounds differently, which turns the sign of small gradients.
+    if gpu.type != "cuda":
+        same(found, wanted)
+    signs = RandomSigns(processor, 0.1)
+    same(*(detect_changed(model, processor, data, signs, 2, indices=some)[0] for model in models))
+
+
 @pytest.fixture
 def inputs(data, processor):
     """The first and the third image, which have the same size."""

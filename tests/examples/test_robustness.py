@@ -18,9 +18,21 @@ from PIL import Image
 import robustness
 from peft_sdpt.commands import robustness as command
 from peft_sdpt.commands.robustness_results import doubts, part_name
-from peft_sdpt.detection import DetectionSplit, load_base_model, parse_purifier
+from peft_sdpt.detection import (
+    DetectionSplit,
+    average_precision,
+    detect_changed,
+    load_base_model,
+    load_detector,
+    load_processor,
+    load_split,
+    parse_purifier,
+)
+from peft_sdpt.detection.attacks import Attack
+from peft_sdpt.detection.robustness import Adversary, RandomSigns
 from tests.helpers.detectors import acting
 from tests.helpers.main_job import HOST, reset_accelerate
+from tests.helpers.small_tasks import write_small_task
 
 # Two images, and a little of everything.
 SHORT = (
@@ -137,7 +149,7 @@ def test_a_run_that_stops_in_the_middle_goes_on(measured, adapter, run, tmp_path
         assert run("--adapter", adapter) == 130
     assert capsys.readouterr().err.endswith("robustness.py: stopped; the same command goes on.\n")
     # The first change has two parts.
-    done = ["clean", "clean bits:3", "contrast 1", "contrast 5", "fog 1"]
+    done = ["clean", "clean bits:3", "fog 1", "fog 5", "contrast 1"]
     assert list(results(tmp_path / "out")["parts"]) == done
     assert run("--adapter", adapter) == 0
     assert results(tmp_path / "out") == results(measured)
@@ -152,8 +164,9 @@ def test_only_what_is_new_is_measured(measured, adapter, run, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "7 parts, of which 5 are there" in printed
     assert re.findall(r"^(.+): AP 0", printed, re.MULTILINE) == ["clean bits:1", "transfer 8 bits:1"]
-    # The parts that were there before stay.
+    # The parts that were there before stay, but the table has only those of the flags.
     assert set(results(out)["parts"]) == PARTS | {"clean bits:1", "transfer 8 bits:1"}
+    assert "PGD through" not in printed and "fog" not in printed
 
 
 def test_other_settings_are_refused(measured, adapter, run, tmp_path, monkeypatch, capsys):
@@ -265,6 +278,25 @@ def test_a_data_set_without_splits(tmp_path, small_task, monkeypatch, capsys):
     ids = {"train": data.image_ids[:2], "val": data.image_ids[2:3], "test": data.image_ids[3:]}
     (args.output_dir / "splits.json").write_text(json.dumps({"image_ids": ids}))
     assert command.read_data(args, accelerator, {}).image_ids == data.image_ids[3:]
+
+
+@pytest.mark.slow
+def test_attacks_on_the_small_base_model(tmp_path):
+    """What was measured when this was designed."""
+    data = load_split(str(write_small_task(tmp_path / "task", train=4, val=4, test=6)), "test")
+    model, processor = load_detector(HOST), load_processor(None, HOST)
+
+    def precision(change) -> float:
+        return average_precision(data, detect_changed(model, processor, data, change, 6)[0])["AP"]
+
+    clean = precision(None)
+    assert clean > 0.4
+    assert precision(RandomSigns(processor, 4 / 255)) == pytest.approx(clean, abs=0.03)
+    attacks = [Attack(1 / 255, steps=2), Attack(4 / 255, steps=5), Attack(32 / 255, steps=3)]
+    attacked = [precision(Adversary(model, processor, data, attack)) for attack in attacks]
+    assert clean > attacked[0] > attacked[1]
+    assert attacked[1] < 0.35 * clean
+    assert attacked[2] < 0.02
 
 
 def test_what_is_doubtful_is_said():
