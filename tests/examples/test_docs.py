@@ -480,7 +480,7 @@ def test_the_page_on_settings_computes_time_and_memory_from_the_measurements():
         else:
             (gpu,) = measured[f"training step, {row[1]}, {device.split(', ')[1]}"]
             milliseconds, gigabytes = (float(number) for number in re.findall(r"[\d.]+", gpu[1]))
-            seconds, ratios = milliseconds / 1000, [float(number) for number in gpu[-1].split(", ")]
+            seconds, ratios = milliseconds / 1000, [float(number) for number in gpu[2].split(", ")]
         for quoted, exact in ((row[2], seconds * ratios[0]), (row[3], gigabytes * ratios[1])):
             number = quoted.split()[0]
             assert number == f"{exact:.{len(number.partition('.')[2])}f}", row
