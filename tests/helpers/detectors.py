@@ -56,18 +56,18 @@ _MODEL_CLASSES = {
 HOST_NAMES = tuple(_MODEL_CLASSES)
 
 
-def host_config(name: str, *, d_model: int = D_MODEL, layers: int = 2, **changes):
-    """Configuration of a tiny host."""
+def host_config(name: str, *, d_model: int = D_MODEL, layers: int = 2, stages: int = 3, **changes):
+    """Configuration of a tiny host, with so many encoder layers, and stages of the backbone."""
     config_class, _ = _MODEL_CLASSES[name]
     backbone = SwinConfig(
         image_size=32,
         embed_dim=8,
-        depths=[1, 1, 1],
-        num_heads=[1, 2, 2],
+        depths=[1, 1, 1][:stages],
+        num_heads=[1, 2, 2][:stages],
         window_size=4,
         patch_size=4,
         drop_path_rate=0.0,
-        out_indices=[2, 3],
+        out_indices=[stages - 1, stages],
     )
     text = BertConfig(
         vocab_size=1100,
