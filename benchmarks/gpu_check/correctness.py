@@ -8,8 +8,6 @@ import contextlib
 import copy
 import itertools
 import math
-import os
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -323,9 +321,11 @@ def waits(call: Callable[[], Any], device: str) -> list[str]:
 
 
 def in_package(file: str) -> str:
-    """Return the path of a source file below the folder that it is imported from, wherever that is installed."""
-    parents = [parent for parent in Path(file).parents if str(parent) in {os.path.abspath(path) for path in sys.path}]
-    return Path(file).relative_to(parents[0]).as_posix() if parents else file
+    """Return the path of a source file below the folder of its top package, wherever that is installed."""
+    root = Path(file).parent
+    while (root / "__init__.py").exists():
+        root = root.parent
+    return Path(file).relative_to(root).as_posix()
 
 
 def _evaluation(model: nn.Module, inputs: dict[str, torch.Tensor]) -> Callable[[], Any]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import ast
 import configparser
+import functools
 import re
 import shlex
 import sys
@@ -381,6 +382,7 @@ def test_a_list_of_names_is_for_the_tuner():
 # ---- tests and links
 
 
+@functools.cache
 def functions(file: Path) -> set[str]:
     return {node.name for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.FunctionDef)}
 
