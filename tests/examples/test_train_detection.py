@@ -893,8 +893,8 @@ def test_a_vocabulary_as_large_as_that_of_lvis_takes_the_memory_of_one_prompt(sm
     assert many < 1.1 * few
 
 
-# Runs a script for each pair of a data set and an output folder. Prints the most memory that the process had until then,
-# kB.
+# Runs a script for each pair of a data set and an output folder. Prints the most memory that the process had until
+# then, kB.
 PEAK_MEMORY = """
 import resource, runpy, sys
 script, *folders = sys.argv[1:]
