@@ -322,10 +322,8 @@ def waits(call: Callable[[], Any], device: str) -> list[str]:
 
 def in_package(file: str) -> str:
     """Return the path of a source file below the folder of its top package, wherever that is installed."""
-    root = Path(file).parent
-    while (root / "__init__.py").exists():
-        root = root.parent
-    return Path(file).relative_to(root).as_posix()
+    packages = [folder for folder in Path(file).parents if (folder / "__init__.py").exists()]
+    return Path(file).relative_to(packages[-1].parent).as_posix() if packages else file
 
 
 def _evaluation(model: nn.Module, inputs: dict[str, torch.Tensor]) -> Callable[[], Any]:
