@@ -55,6 +55,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("there is no GPU")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # The slow tests first, so that no process waits for one at the end.
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 def pytest_collection_finish() -> None:
     # Accelerate collects garbage in every run. What was imported is none.
     gc.collect()

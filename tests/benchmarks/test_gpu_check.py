@@ -234,6 +234,12 @@ def test_logits_of_padding_are_left_out_and_others_that_are_not_finite_are_not()
     assert correctness.error(found, found) == math.inf
 
 
+def test_lines_that_wait_are_named_without_the_folders_of_the_machine():
+    assert correctness.in_package(correctness.__file__) == "benchmarks/gpu_check/correctness.py"
+    assert correctness.in_package(torch.__file__) == "torch/__init__.py"
+    assert correctness.in_package("<string>") == "<string>"
+
+
 def test_correctness_comes_first_and_all_budgets_are_within_eight_minutes():
     names = [section.name for section in gpu_check.SECTIONS]
     assert names[:3] == ["about", "layers_against_float64", "detectors"]

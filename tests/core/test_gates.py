@@ -885,7 +885,8 @@ def test_a_base_model_with_other_heads_is_refused(image_attends_prompts, tmp_pat
     ids=str,
 )
 def test_compiled_layers_are_as_eager_ones(options, training):
-    model = attach(FusionStack().eval(), init_weights="normal", **options).train(training)
+    # One layer, because tracing takes most of the time.
+    model = attach(FusionStack(layers=1).eval(), init_weights="normal", **options).train(training)
     inputs = torch.randn(2, 7, D_MODEL), torch.randn(2, 5, D_MODEL)
     torch._dynamo.reset()  # a limit counts what other tests have compiled
     compilations = []

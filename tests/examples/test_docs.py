@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import ast
 import configparser
+import functools
 import re
 import shlex
 import sys
@@ -390,6 +391,7 @@ def test_a_list_of_names_is_for_the_tuner():
 # ---- tests and links
 
 
+@functools.cache
 def functions(file: Path) -> set[str]:
     return {node.name for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.FunctionDef)}
 
@@ -489,7 +491,7 @@ def test_the_page_on_settings_computes_time_and_memory_from_the_measurements():
         else:
             (gpu,) = measured[f"training step, {row[1]}, {device.split(', ')[1]}"]
             milliseconds, gigabytes = (float(number) for number in re.findall(r"[\d.]+", gpu[1]))
-            seconds, ratios = milliseconds / 1000, [float(number) for number in gpu[-1].split(", ")]
+            seconds, ratios = milliseconds / 1000, [float(number) for number in gpu[2].split(", ")]
         for quoted, exact in ((row[2], seconds * ratios[0]), (row[3], gigabytes * ratios[1])):
             number = quoted.split()[0]
             assert number == f"{exact:.{len(number.partition('.')[2])}f}", row

@@ -45,12 +45,13 @@ def reset_accelerate() -> None:
 def run_main_job(*flags, charts: bool = False) -> int:
     """Run the main job in this process. Returns its exit code, 0 when it just returns.
 
-    Drawing `report.png` takes a third of a short run, so without `charts` it is an empty picture.
+    Drawing `report.png` and `detections.png` takes a third of a short run, so without `charts` they are empty pictures.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train_detection.py", *map(str, flags)])
         if not charts:
             patch.setattr(train_results, "draw_report", draw_nothing)
+            patch.setattr(train_results, "side_by_side", lambda *_: Image.new("RGB", (1, 1)))
         reset_accelerate()
         try:
             train_detection.main()
