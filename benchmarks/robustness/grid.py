@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 # Steps of training with all images of a task, as in `benchmarks.transfer`, unless a cell has more.
 STEPS = 150
@@ -90,11 +91,43 @@ def compared(task: str, seed: int) -> list[Cell]:
     return [Cell(task, method, adversarial, seed) for method, adversarial in pairs]
 
 
+# Settings that were tried with the first seed, on the validation split of the first task: fields of `Cell`.
+TRIED: tuple[dict[str, Any], ...] = (
+    {"method": "gated", "adversarial": "none"},
+    *({"method": "gated", "adversarial": "fast", "rate": rate} for rate in (0.1, None, 1.0)),
+    {"method": "gated", "adversarial": "fast", "weight": 0.5},
+    *({"method": "gated", "adversarial": "fast", "eps": eps} for eps in (1.0, 4.0)),
+    {"method": "gated", "adversarial": "fast", "loss": "class"},
+    {"method": "gated", "adversarial": "fast", "steps": 3 * STEPS},
+    {"method": "gated", "adversarial": "pgd"},
+    *({"method": "gated", "adversarial": "free", "attack_steps": steps} for steps in (2, None)),
+    {"method": "gated", "adversarial": "free", "rate": 0.1},
+    {"method": "gated", "adversarial": "free", "weight": 0.5},
+    {"method": "gated", "adversarial": "free", "steps": 3 * STEPS},
+    {"method": "gated", "adversarial": "bank"},
+    {"method": "gated", "adversarial": "bank", "eps": 8.0},
+    {"method": "gated", "adversarial": "bank", "loss": "all"},
+    {"method": "gated-more", "adversarial": "fast"},
+    {"method": "gated-windows", "adversarial": "fast"},
+    {"method": "vpt", "adversarial": "fast"},
+    {"method": "gated-lora", "adversarial": "fast"},
+    {"method": "lora", "adversarial": "none"},
+    *({"method": "lora", "adversarial": "fast", "rate": rate} for rate in (0.001, None, 0.01)),
+    {"method": "full", "adversarial": "none"},
+    *({"method": "full", "adversarial": "fast", "rate": rate} for rate in (None, 0.0003)),
+)
+
+
+def tried(task: str) -> list[Cell]:
+    """Plan the runs with the settings that were tried."""
+    return [Cell(task, split="val", **fields) for fields in TRIED]
+
+
 def plan(tasks: Iterable[str], seeds: int) -> list[Cell]:
-    """Plan all runs, in the order to measure them: all runs with one seed before the next seed."""
+    """Plan all runs, in the order to measure them: all runs of the table with one seed before the next seed."""
     tasks = list(tasks)
     cells = [Cell(task, BASE_MODEL) for task in tasks]
     for seed in range(seeds):
         for_tasks = [compared(task, seed) for task in tasks]
         cells += [cell for group in zip(*for_tasks, strict=True) for cell in group]
-    return cells
+    return cells + tried(tasks[0])

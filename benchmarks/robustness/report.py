@@ -8,13 +8,14 @@ from statistics import mean, stdev
 from typing import Any
 
 from ..results import table
-from .grid import BASE_MODEL, DISTANCES, EPS, STEPS, Cell, plan
+from .grid import BASE_MODEL, DISTANCES, EPS, Cell, plan, tried
 from .methods import METHODS
 
 WAYS = {"none": "clean images", "bank": "bank (AdvPT)", "free": "free", "fast": "fast", "pgd": "PGD, 3 steps"}
 HEAD = [
     "method",
     "trained on",
+    "seeds",
     "clean",
     *(f"PGD-20, {distance}/255" for distance in DISTANCES),
     f"transfer, {EPS}/255",
@@ -22,19 +23,30 @@ HEAD = [
     f"features, {max(DISTANCES)}/255",
     f"vanish, {EPS}/255",
 ]
+# Columns of the settings that were tried.
+CHOOSING = (1, 2, 4)
+SHORT_HEAD = ["method", "trained on", "changed", "clean", *(f"PGD-10, {distance}/255" for distance in CHOOSING)]
 
 
 def report(cells: dict[str, dict[str, Any]]) -> str:
-    """Return one table per task, with the mean and the standard deviation of AP over seeds, in percent."""
-    tasks = list(dict.fromkeys(cell["task"] for cell in cells.values()))
+    """Return the tables: one per task, with the mean and the standard deviation over seeds, and the settings tried."""
     parts = []
-    for task in tasks:
+    for task in dict.fromkeys(found["task"] for found in cells.values()):
         rows = []
         for cell in plan([task], 1):
-            group = [found for key, found in cells.items() if _is_of(found, cell)]
-            if group:
-                rows.append([*_names(cell), *_columns(group)])
-        parts.append(f"**{task}**, {_seeds(task, cells)}\n\n" + table(HEAD, rows))
+            group = [found for found in cells.values() if _is_of(found, cell)]
+            if cell.split == "test" and group:
+                rows.append([*_names(cell), str(len(group)), *_columns(group)])
+        if rows:
+            parts.append(f"**{task}**, AP in percent, {_circumstances(task, 'test', cells)}:\n\n{table(HEAD, rows)}")
+        rows = [
+            [*_names(cell), _changes(cell), *_short_columns(cells[cell.key])]
+            for cell in tried(task)
+            if cell.key in cells
+        ]
+        if rows:
+            about = f"Settings tried on the validation split of {task}, {_circumstances(task, 'val', cells)}:"
+            parts.append(f"{about}\n\n{table(SHORT_HEAD, rows)}")
     return "\n".join(parts)
 
 
@@ -69,10 +81,26 @@ def _columns(group: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def _seeds(task: str, cells: dict[str, dict[str, Any]]) -> str:
-    seeds = {found["seed"] for found in cells.values() if found["task"] == task}
-    devices = sorted({found["on"] for found in cells.values() if found["task"] == task})
-    return f"up to {len(seeds)} seeds, {STEPS} steps, on {' and '.join(devices)}"
+def _short_columns(found: dict[str, Any]) -> list[str]:
+    values = [found["clean"], *(found["pgd"].get(str(distance)) for distance in CHOOSING)]
+    return ["" if value is None else f"{100 * value:.1f}" for value in values]
+
+
+def _changes(cell: Cell) -> str:
+    """Return the settings of a cell that are not the usual ones."""
+    usual = Cell(cell.task, cell.method, cell.adversarial, split=cell.split)
+    names = {"rate": "learning rate", "attack_steps": "replays", "loss": "attack on"}
+    return ", ".join(
+        f"{names.get(name, name)} {value}"
+        for name, value in _fields(vars(cell)).items()
+        if value != getattr(usual, name)
+    )
+
+
+def _circumstances(task: str, split: str, cells: dict[str, dict[str, Any]]) -> str:
+    group = [found for found in cells.values() if (found["task"], found["split"]) == (task, split)]
+    images = " and ".join(sorted({str(found["images"]) for found in group}))
+    return f"{images} images, on {' and '.join(sorted({found['on'] for found in group}))}"
 
 
 def cost_table(costs: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ import pytest
 from benchmarks.robustness import __main__ as command
 from benchmarks.robustness import running
 from benchmarks.robustness.cost import SUBJECTS, step_costs
-from benchmarks.robustness.grid import DISTANCES, RATES, Cell, plan
+from benchmarks.robustness.grid import DISTANCES, RATES, TRIED, Cell, plan
 from benchmarks.robustness.methods import METHODS
 from benchmarks.robustness.report import cost_table, report
 from benchmarks.transfer.tasks import Task
@@ -27,16 +27,17 @@ def task(made_once):
 
 def test_the_plan_has_each_run_once_and_knows_its_methods():
     cells = plan(["twemoji", "noto-new"], 3)
-    assert len({cell.key for cell in cells}) == len(cells) == 2 * (1 + 3 * 10)
+    assert len({cell.key for cell in cells}) == len(cells) == 2 * (1 + 3 * 10) + len(TRIED)
     assert {cell.method for cell in cells} - {"zero-shot"} <= METHODS.keys() == RATES.keys()
     # Whatever is stopped has complete seeds first.
-    assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
+    seeds = [cell.seed for cell in cells if cell.split == "test"]
+    assert seeds == sorted(seeds)
     assert Cell("a", "gated").key != Cell("a", "gated", eps=3.0).key
 
 
 @pytest.mark.parametrize(("method", "way"), [("gated-windows", "free"), ("zero-shot", "none")])
 def test_a_run_trains_and_measures(task, monkeypatch, method, way):
-    monkeypatch.setattr(running, "ATTACK_STEPS", 1)
+    monkeypatch.setattr(running, "ATTACK_STEPS", {"test": 1})
     monkeypatch.setattr(running, "DISTANCES", (2, 8))
     result = running.run_cell(Cell("twemoji", method, way, steps=2), task, HOST, "cpu", num_images=2)
     assert set(result["pgd"]) == {"2", "8"} == set(result["features"])
@@ -66,6 +67,7 @@ def result_of(cell: Cell, clean: float) -> dict:
         "transfer": {"2": 0.4},
         "features": {"2": 0.5, "8": 0.3},
         "vanish": {"2": 0.2},
+        "images": 64,
         "on": "a CPU",
     }
 
@@ -76,7 +78,9 @@ def test_the_table_has_means_over_seeds_of_the_cells_that_are_there():
     found = {cell.key: result_of(cell, clean) for cell, clean in zip(cells, (0.5, 0.7, 0.1), strict=True)}
     text = report(found)
     (row,) = [line for line in text.splitlines() if line.startswith("| SDPT")]
-    assert "| SDPT, defaults | fast | 60.0 ± 14.1 | 30.0 ± 7.1 |" in row
+    chosen = Cell("twemoji", split="val", **TRIED[1])
+    assert "| SDPT, defaults | fast | learning rate 0.1 | 40.0 | 20.0 |" in report({chosen.key: result_of(chosen, 0.4)})
+    assert "| SDPT, defaults | fast | 2 | 60.0 ± 14.1 | 30.0 ± 7.1 |" in row
 
 
 def test_the_command_refuses_wrong_flags_and_renders(tmp_path, monkeypatch, capsys):
