@@ -395,6 +395,7 @@ def prepare_views(setup: Setup, loss_function: GroundedDetectionLoss, samples: T
         weight=args.adv_weight or 1.0,
         seed=args.seed,
         folder=args.output_dir / "adversaries",
+        device=accelerator.device,
     )
     views.prepare(samples, args.per_device_eval_batch_size, accelerator)
     return views

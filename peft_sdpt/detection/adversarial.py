@@ -32,6 +32,7 @@ from .attacks import Attack, Ball, perturb
 from .devices import to_device
 from .loss import GroundedDetectionLoss
 from .pixels import PixelRange, pad_small_images
+from .prediction import batches_of_one_size
 from .samples import Purpose, TrainingSamples, generator_of
 from .stored_tensors import digest, read_tensors, write_tensors
 
@@ -58,6 +59,7 @@ class Views:
 
     Args:
         detector: The detector with its adapter, without the wrappers of Accelerate.
+        device: Device for the inputs. None for that of the detector.
 
     Attributes:
         replays: How many steps train on each batch.
@@ -65,13 +67,9 @@ class Views:
 
     replays = 1
 
-    def __init__(self, detector: nn.Module):
+    def __init__(self, detector: nn.Module, device: torch.device | None = None):
         self.detector: Any = detector
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the detector."""
-        return next(self.detector.parameters()).device
+        self.device = next(detector.parameters()).device if device is None else device
 
     def prepare(self, samples: TrainingSamples, batch_size: int, accelerator: Accelerator) -> None:
         """Do what has to be done before training. All processes of a launch call this together.
@@ -112,6 +110,7 @@ class AdversarialViews(Views):
         attack: The attack.
         weight: Weight of the adversarial images in the loss, 0 < weight <= 1. That of the clean images is 1 - weight.
         seed: Seed of the run. The random numbers of an attack depend only on it and the number of the sample.
+        device: As in `Views`.
     """
 
     def __init__(
@@ -122,8 +121,9 @@ class AdversarialViews(Views):
         attack: Attack,
         weight: float,
         seed: int,
+        device: torch.device | None = None,
     ):
-        super().__init__(detector)
+        super().__init__(detector, device)
         self.loss_function, self.image_processor = loss_function, image_processor
         self.attack, self.weight, self.seed = attack, weight, seed
 
@@ -217,14 +217,8 @@ class BankViews(AdversarialViews):
         Raises:
             InputError: The folder cannot be written.
         """
-        sizes = samples.data.sizes
-        batches: list[list[int]] = []
-        for index in sorted(range(len(sizes)), key=sizes.__getitem__):
-            # Images of a batch have the same size, so that none is padded.
-            if batches and len(batches[-1]) < batch_size and sizes[batches[-1][0]] == sizes[index]:
-                batches[-1].append(index)
-            else:
-                batches.append([index])
+        # None of the images of a batch is padded, because they have the same size.
+        batches = batches_of_one_size(samples.data, range(len(samples.data)), batch_size)
         mine = batches[accelerator.process_index :: accelerator.num_processes]
         for batch in tqdm(mine, desc="attacking", leave=False, disable=not accelerator.is_local_main_process):
             inputs, labels = samples.collate([samples.without_augmentation(index) for index in batch])
@@ -281,6 +275,7 @@ def make_views(
     weight: float = 1.0,
     seed: int = 0,
     folder: str | os.PathLike | None = None,
+    device: torch.device | None = None,
 ) -> Views:
     """Make the views of a way of adversarial training.
 
@@ -295,6 +290,7 @@ def make_views(
         weight: Weight of the adversarial images in the loss, 0 < weight <= 1.
         seed: Seed of the random starts.
         folder: Folder for the changes of images of "bank".
+        device: Device for the inputs. None for that of the detector.
 
     Returns:
         The views. Call `prepare` before training.
@@ -303,14 +299,14 @@ def make_views(
         InputError: The value of an argument is not allowed.
     """
     if method == "none":
-        return Views(detector)
+        return Views(detector, device)
     if method not in STEPS:
         raise InputError(f"method={method!r}: must be one of none, {', '.join(STEPS)}.")
     if not 0 < weight <= 1:
         raise InputError(f"weight={weight}: must be above 0 and at most 1.")
     is_bank = method == "bank"
     attack = Attack(eps, STEPS[method] if steps is None else steps, loss=loss or ("features" if is_bank else "all"))
-    common = (detector, loss_function, image_processor, attack, weight, seed)
+    common = (detector, loss_function, image_processor, attack, weight, seed, device)
     if is_bank:
         if folder is None:
             raise InputError('folder=None: must be a folder if method="bank".')

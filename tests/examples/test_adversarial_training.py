@@ -159,5 +159,5 @@ def test_a_resumed_run_keeps_its_attack(main_job, trained, small_task, tmp_path,
 
 def test_views_have_the_weights_of_the_objective():
     assert [cls.replays for cls in (Views, AdversarialViews, BankViews)] == [1, 1, 1]
-    free = FreeViews(None, None, None, Attack(steps=3), 1.0, 0)
+    free = FreeViews(torch.nn.Linear(1, 1), None, None, Attack(steps=3), 1.0, 0)
     assert free.replays == 3
