@@ -12,7 +12,6 @@ base model without an adapter.
 from __future__ import annotations
 
 import argparse
-import copy
 import itertools
 import math
 import os
@@ -26,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
@@ -70,7 +69,7 @@ from ..detection import (
 from ..detection.adversarial import Views, make_views
 from ..detection.devices import to_cpu, to_device
 from ..detection.formats import matching_split
-from ..detection.prediction import DEFAULT_THRESHOLD
+from ..detection.prediction import DEFAULT_THRESHOLD, without_adapter
 from ..detection.saved_adapter import THRESHOLD_FILE
 from ..downloads import limit_waiting
 from ..errors import InputError, hint, one_line_errors
@@ -96,6 +95,7 @@ from .train_arguments import (
     DATA_FLAGS,
     Task,
     check_args,
+    describe_attack,
     describe_run,
     flags_of,
     parse_args,
@@ -307,8 +307,10 @@ def prepare_training(setup: Setup) -> Training:
     steps_per_epoch = math.ceil(len(train) / samples_per_step)
     max_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
     max_text_len, augmentation = detector.config.max_text_len, not args.no_augmentation
-    # With free adversarial training, several steps train on the same batches, and only the first one reads images.
-    num_batches = math.ceil(max_steps / args.adv_steps) if args.adversarial == "free" else max_steps
+    loss_function = GroundedDetectionLoss(detector.config)
+    views = views_of(setup, loss_function)
+    # Several steps may train on the same batches. Only the first one reads images.
+    num_batches = math.ceil(max_steps / views.replays)
     samples = TrainingSamples(
         train, num_batches * samples_per_step, setup.processor, max_text_len, args.seed, augmentation
     )
@@ -324,8 +326,6 @@ def prepare_training(setup: Setup) -> Training:
         raise InputError(
             f"--lora_learning_rate {args.lora_learning_rate}: --adapter {args.adapter} has no LoRA to train."
         )
-    loss_function = GroundedDetectionLoss(detector.config)
-    views = prepare_views(setup, loss_function, samples)
     optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay)
     setup.model, optimizer, loader = accelerator.prepare(detector, optimizer, loader)
     # The loader does not move the batches. `train_step` does, so that the features of their images can be looked up by
@@ -358,6 +358,8 @@ def prepare_training(setup: Setup) -> Training:
     checkpoints.resume(args.resume_from_checkpoint)
     if not (args.output_dir / "best").is_dir():  # the checkpoint came from another output folder
         progress.best = {}
+    # After the checkpoint is found to belong to this run, because attacking all images takes long.
+    views.prepare(samples, args.per_device_eval_batch_size, accelerator)
     return Training(
         samples=samples,
         loader=loader,
@@ -373,19 +375,17 @@ def prepare_training(setup: Setup) -> Training:
     )
 
 
-def prepare_views(setup: Setup, loss_function: GroundedDetectionLoss, samples: TrainingSamples) -> Views:
-    """Make what the steps train on. For a bank, the images are attacked now."""
+def views_of(setup: Setup, loss_function: GroundedDetectionLoss) -> Views:
+    """Make what chooses the inputs of the training steps, by the flags of adversarial training."""
     args, accelerator = setup.args, setup.accelerator
     if args.adversarial != "none" and accelerator.distributed_type in SHARDED:
         raise InputError(
             f"--adversarial {args.adversarial}: needs the whole model in each process, which "
             f"{accelerator.distributed_type.value} does not have."
         )
-    views = make_views(
+    return make_views(
         args.adversarial,
-        # A copy that shares all modules. With mixed precision, Accelerate replaces the forward of the detector by one
-        # with autocast, and attacks compute without it.
-        copy.copy(setup.detector),
+        setup.detector,
         loss_function,
         setup.processor.image_processor,
         # Without attack, there are no values, and `make_views` needs none.
@@ -397,8 +397,6 @@ def prepare_views(setup: Setup, loss_function: GroundedDetectionLoss, samples: T
         folder=args.output_dir / "adversaries",
         device=accelerator.device,
     )
-    views.prepare(samples, args.per_device_eval_batch_size, accelerator)
-    return views
 
 
 # ---- train
@@ -416,6 +414,8 @@ def train(setup: Setup, training: Training) -> list[str]:
         accelerator.init_trackers("train_detection", {name: str(value) for name, value in vars(args).items()})
         if not progress.step:
             accelerator.log({f"before/{name}": value for name, value in progress.before["metrics"].items()}, step=0)
+    if attack := describe_attack(vars(args)):
+        accelerator.print(f"training on attacked images: {attack}")
     if not setup.validation_split:
         accelerator.print(f"{args.dataset_name} has no split val: only the last adapter is saved, not the best")
     # A resumed run may have been killed between the checkpoint and the validation of this step.
@@ -482,7 +482,8 @@ def train_step(setup: Setup, training: Training, batches: list[tuple]) -> None:
     step_loss = torch.zeros((), device=accelerator.device)
     finite_boxes = torch.ones((), dtype=torch.bool, device=accelerator.device)
     for index, (inputs, labels) in enumerate(batches):
-        moved_labels = to_device(labels, accelerator.device)
+        objects = [{name: label[name] for name in ("class_labels", "boxes")} for label in labels]
+        moved_labels = to_device(objects, accelerator.device)
         for view in training.views.of_batch(index, inputs, labels):
             # Processes exchange gradients only once per step.
             is_last = index == len(batches) - 1 and view.is_last
@@ -596,7 +597,7 @@ def evaluate(setup: Setup, label: str, average: AveragedModel | None = None) -> 
 
 def evaluate_base_model(setup: Setup) -> tuple[dict[str, Any], list[tuple]]:
     """Measure the base model without its adapter."""
-    with setup.detector.disable_adapter() if isinstance(setup.detector, PeftModel) else nullcontext():
+    with without_adapter(setup.detector):
         return evaluate(setup, "before")
 
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 import argparse
 import math
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from accelerate.tracking import get_available_trackers
 
@@ -52,6 +53,7 @@ RENAMED = {
     "adapters": "adapter",
     "cache_folder": "cache_features",
     "checkpoint": "resume_from_checkpoint",
+    "loss": "adv_loss",
     "repo_id": "hub_model_id",
     "resuming": "resume_from_checkpoint latest",
     "source": "adapter",
@@ -264,7 +266,7 @@ def add_adversarial_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--adv_weight",
         type=float,
-        help="Weight of the attacked images in the loss. If it is below 1, clean images have the rest. Default: "
+        help="Weight of the attacked images in the loss. If it is below 1, clean images get the rest. Default: "
         f"{ADV_WEIGHT:g}.",
     )
     group.add_argument(
@@ -326,7 +328,19 @@ def flags_of(args: argparse.Namespace) -> dict[str, str]:
 
 def describe_run(args: argparse.Namespace) -> dict[str, str]:
     """Return the flags that determine the result of a run. Only a run with the same values can resume it."""
-    return {f"--{name}": str(value) for name, value in vars(args).items() if name not in FREE_FLAGS}
+    # Runs of the time before there were attacks have no such flags.
+    left_out = (*FREE_FLAGS, *(("adversarial", *ATTACK_FLAGS) if args.adversarial == "none" else ()))
+    return {f"--{name}": str(value) for name, value in vars(args).items() if name not in left_out}
+
+
+def describe_attack(args: Mapping[str, Any]) -> str:
+    """Return the flags of adversarial training as a text, for people. It is empty without adversarial training."""
+    if args.get("adversarial", "none") == "none":
+        return ""
+    values = {name: args[name] for name in ("adversarial", *ATTACK_FLAGS)}
+    return " ".join(
+        f"--{name} {value:g}" if isinstance(value, float) else f"--{name} {value}" for name, value in values.items()
+    )
 
 
 def check_args(args: argparse.Namespace) -> None:

@@ -24,6 +24,7 @@ from ..files import read_json, whole_file, whole_files
 from ..model_card import CARD, code, plain, write_licence, write_section
 from ..training import Progress
 from ..wording import counted, printable, quoted, shorten
+from .train_arguments import describe_attack
 
 METRICS = ("AP", "AP50", "AP75")
 # Number of images of the evaluation split in `detections.png`.
@@ -314,6 +315,8 @@ def print_report(
         print(f"best adapter, validation AP {best['AP']:.3f} at step {best['step']}: {args.output_dir}/best")
     if suggested := record["threshold"]:
         print(f"suggested score threshold: {suggested['threshold']:g}, from the split {suggested['split']}")
+    if describe_attack(record["args"]):
+        print("AP is that of unchanged images. `sdpt-robustness` measures AP under attacks")
     files = [name for name in written if name.endswith(("metrics.json", "report.png", "detections.png"))]
     print(f"wrote {', '.join(files)} in {args.output_dir}")
 
@@ -340,6 +343,7 @@ def describe_last(data: str, record: dict[str, Any], files: Collection[str]) -> 
         files: Names of the files beside the card.
     """
     steps = record["curves"]["loss"]["step"][-1]
+    attack = describe_attack(record["args"])
     shown, after_gap = worst_and_best(record["classes"], IN_CARD)
     at = record["at_threshold"]
     classes = []
@@ -352,6 +356,7 @@ def describe_last(data: str, record: dict[str, Any], files: Collection[str]) -> 
         f"COCO AP on {data}, after {counted(steps, 'training step')}. `metrics.json` has all numbers and the "
         "arguments of the run.",
         table({"before, the base model alone": record["before"], "after": record["after"]}),
+        *([f"It was trained on attacked images, with `{attack}`. AP is that of unchanged images."] if attack else []),
         f"AP of the {IN_CARD // 2} worst and the {IN_CARD // 2} best classes:" if after_gap else "AP of each class:",
         markdown(["", "before", "after", "objects"], classes),
         f"At a score of at least {at['threshold']:g}: F1 {at['f1']:.3f}, precision {at['precision']:.3f}, recall "

@@ -15,10 +15,9 @@ make the adversarial images:
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,11 +27,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..errors import InputError
+from ..files import remove_leftovers
 from .attacks import Attack, Ball, perturb
 from .devices import to_device
 from .loss import GroundedDetectionLoss
 from .pixels import PixelRange, pad_small_images
-from .prediction import batches_of_one_size
+from .prediction import batches_of_one_size, without_adapter
 from .samples import Purpose, TrainingSamples, generator_of
 from .stored_tensors import digest, read_tensors, write_tensors
 
@@ -145,8 +145,12 @@ class AdversarialViews(Views):
             image_processor=self.image_processor,
         )
 
+    def prepare(self, samples: TrainingSamples, batch_size: int, accelerator: Accelerator) -> None:
+        if self.attack.loss == "mislabel" and len(samples.data.class_names) < 2:
+            raise InputError(f"loss={self.attack.loss!r}: needs at least two classes, because it swaps them.")
+
     def _generators(self, labels: list[dict[str, Tensor]]) -> list[torch.Generator]:
-        return [generator_of(self.seed, int(label["number"]), Purpose.ATTACK) for label in labels]
+        return [generator_of(self.seed, number, Purpose.ATTACK) for number in numbers_of(labels)]
 
     def _ball(self, inputs: dict[str, Tensor]) -> Ball:
         pixel_range = PixelRange.of(self.image_processor)
@@ -157,26 +161,29 @@ class FreeViews(AdversarialViews):
     """Trains on each batch several times, and moves its images by the gradients of training itself.
 
     The arguments are those of `AdversarialViews`. The number of steps of the attack is the number of replays. As in the
-    paper, each step has the length eps. The loss of the attack is that of training.
+    paper, each step has the length eps. Other than in the paper, each batch starts at a random point, so that a run can
+    resume between batches. The loss of the attack is that of training, in training mode, with its dropout and autocast.
     """
 
     def __init__(self, *arguments: Any):
         super().__init__(*arguments)
         self.replays = self.attack.steps
-        # For each batch of a step, its ball and the current pixel values.
-        self.moving: list[tuple[Ball, Tensor]] = []
+        # For each batch of a step, the numbers of its samples, its ball and the current pixel values.
+        self.moving: list[tuple[list[int], Ball, Tensor]] = []
 
     def begin(self) -> None:
         self.moving.clear()
 
     def of_batch(self, index: int, inputs: dict[str, Tensor], labels: list[dict[str, Tensor]]) -> Iterator[View]:
-        clean = self._clean(inputs)
+        clean, numbers = self._clean(inputs), numbers_of(labels)
         if index == len(self.moving):
             ball = self._ball(clean)
-            self.moving.append((ball, ball.random_point(self._generators(labels))))
+            self.moving.append((numbers, ball, ball.random_point(self._generators(labels))))
+        before, ball, current = self.moving[index]
+        if before != numbers:
+            raise InputError("adversarial training: `begin` must be called before the first step on other batches.")
         if self.weight < 1:
             yield View(clean, 1 - self.weight, is_last=False)
-        ball, current = self.moving[index]
         # The gradient of the loss ends here, as at a parameter.
         pixel_values = current.detach().to(clean["pixel_values"].dtype).requires_grad_()
         yield View({**clean, "pixel_values": pixel_values}, self.weight)
@@ -184,7 +191,7 @@ class FreeViews(AdversarialViews):
             raise InputError("adversarial training: the gradient of a view must be computed before the next view.")
         # With fp16, a gradient can overflow. The optimizer skips that step too.
         gradient = pixel_values.grad.nan_to_num(0.0, posinf=0.0, neginf=0.0)
-        self.moving[index] = (ball, ball.move(current, gradient, self.attack.eps))
+        self.moving[index] = (numbers, ball, ball.move(current, gradient, self.attack.eps))
 
 
 class BankViews(AdversarialViews):
@@ -192,21 +199,16 @@ class BankViews(AdversarialViews):
 
     Args:
         arguments: The arguments of `AdversarialViews`.
-        folder: Folder for the changes of the images, as float16. They are found by the pixels of the image, the base
-            model, the attack and the seed.
+        folder: Folder for the changes of the images, as float16. They are found by the image and its place in the
+            split, by the boxes and classes of the split, the base model, the attack and the seed.
     """
 
     def __init__(self, *arguments: Any, folder: str | os.PathLike):
         super().__init__(*arguments)
         self.folder = Path(folder)
-        pixel_range = PixelRange.of(self.image_processor)
-        self.unit = pixel_range.std
-        frozen = itertools.chain.from_iterable(
-            (name, parameter.detach().cpu())
-            for name, parameter in (*self.detector.named_parameters(), *self.detector.named_buffers())
-            if not parameter.requires_grad
-        )
-        self.key = digest([str(self.attack), str(self.seed), *pixel_range, *frozen])
+        self.std = PixelRange.of(self.image_processor).std
+        self.samples: TrainingSamples | None = None
+        self.key = ""
 
     def prepare(self, samples: TrainingSamples, batch_size: int, accelerator: Accelerator) -> None:
         """Attack the images whose changes are not in the folder yet. All processes of a launch call this together.
@@ -217,18 +219,28 @@ class BankViews(AdversarialViews):
         Raises:
             InputError: The folder cannot be written.
         """
+        super().prepare(samples, batch_size, accelerator)
+        self.samples = samples
+        parts: list[str | Tensor] = [str(self.attack), str(self.seed), samples.data.fingerprint()]
+        parts += PixelRange.of(self.image_processor)
+        for name, tensor in self._weights():
+            parts += [name, tensor.cpu()]
+        self.key = digest(parts)
+        if accelerator.is_main_process and self.folder.is_dir():
+            remove_leftovers(self.folder)
+        accelerator.wait_for_everyone()
         # None of the images of a batch is padded, because they have the same size.
         batches = batches_of_one_size(samples.data, range(len(samples.data)), batch_size)
         mine = batches[accelerator.process_index :: accelerator.num_processes]
         for batch in tqdm(mine, desc="attacking", leave=False, disable=not accelerator.is_local_main_process):
             inputs, labels = samples.collate([samples.without_augmentation(index) for index in batch])
-            keys = [self._key(pixels) for pixels in inputs["pixel_values"]]
+            keys = [self._key(index, pixels) for index, pixels in zip(batch, inputs["pixel_values"], strict=True)]
             if all(read_tensors(self._file(key), key) for key in keys):
                 continue
             height, width = inputs["pixel_values"].shape[-2:]
             with without_adapter(self.detector):
                 pixel_values = self._perturbed(self._clean(inputs), labels).cpu()
-            changes = (pixel_values[..., :height, :width] - inputs["pixel_values"]) * self.unit
+            changes = (pixel_values[..., :height, :width] - inputs["pixel_values"]) * self.std
             for key, change in zip(keys, changes, strict=True):
                 write_tensors(self._file(key), key, [change.half().contiguous()])
         accelerator.wait_for_everyone()
@@ -237,30 +249,51 @@ class BankViews(AdversarialViews):
         if self.weight < 1:
             yield View(self._clean(inputs), 1 - self.weight, is_last=False)
         # Made on the CPU, where stored features are looked up by the pixels.
-        yield View(self._clean({**inputs, "pixel_values": self._changed(inputs)}), self.weight)
+        pixel_values = self._changed(inputs, numbers_of(labels))
+        yield View(self._clean({**inputs, "pixel_values": pixel_values}), self.weight)
 
-    def _changed(self, inputs: dict[str, Tensor]) -> Tensor:
+    def _weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the weights of the base model, which are all weights but those of an adapter that trains."""
+        has_adapter = hasattr(self.detector, "disable_adapter")
+        for name, tensor in (*self.detector.named_parameters(), *self.detector.named_buffers()):
+            if not (has_adapter and tensor.requires_grad):
+                yield name, tensor.detach()
+
+    def _changed(self, inputs: dict[str, Tensor], numbers: list[int]) -> Tensor:
         """Add the stored changes to images on the CPU. Returns pixel values."""
+        if self.samples is None:
+            raise InputError("adversarial training: `prepare` must be called before training.")
         ball = self._ball(inputs)
         moved = inputs["pixel_values"].clone()
-        for pixels, is_image in zip(moved, ball.is_image[:, 0], strict=True):
+        for number, pixels, is_image in zip(numbers, moved, ball.is_image[:, 0], strict=True):
             # The rows and columns that are not padding.
             own = pixels[:, : int(is_image.any(1).sum()), : int(is_image.any(0).sum())]
-            key = self._key(own)
+            key = self._key(self.samples.index_of(number), own)
             stored = read_tensors(self._file(key), key)
             if stored is None:
                 raise InputError(
                     f"folder={str(self.folder)!r}: has no adversarial image {key[:16]}; files of it may be missing or "
                     "damaged. Resume the run, which makes them again."
                 )
-            own += stored[0].float() * (1 / self.unit)
+            own += stored[0].float() / self.std
         return ball.clamp(moved)
 
-    def _key(self, pixels: Tensor) -> str:
-        return digest([self.key, pixels.contiguous()])
+    def _key(self, index: int, pixels: Tensor) -> str:
+        return digest([self.key, str(index), pixels.contiguous()])
 
     def _file(self, key: str) -> Path:
         return self.folder / f"{key}.safetensors"
+
+
+def numbers_of(labels: list[dict[str, Tensor]]) -> list[int]:
+    """Return the number of the sample of each image.
+
+    Raises:
+        InputError: A label has no number.
+    """
+    if not all("number" in label for label in labels):
+        raise InputError("labels: must have a `number` for each image, as those of TrainingSamples.collate.")
+    return [int(label["number"]) for label in labels]
 
 
 def make_views(
@@ -304,19 +337,18 @@ def make_views(
         raise InputError(f"method={method!r}: must be one of none, {', '.join(STEPS)}.")
     if not 0 < weight <= 1:
         raise InputError(f"weight={weight}: must be above 0 and at most 1.")
+    if method == "fast" and steps not in (None, 1):
+        raise InputError(f'steps={steps}: must be 1 if method="fast"; use "pgd" for more.')
+    if method == "free" and loss not in (None, "all"):
+        raise InputError(f'loss={loss!r}: must be "all" if method="free", which attacks by the gradients of training.')
     is_bank = method == "bank"
     attack = Attack(eps, STEPS[method] if steps is None else steps, loss=loss or ("features" if is_bank else "all"))
+    if is_bank and eps:
+        # The length of a step in AdvPT.
+        attack = replace(attack, step=1.25 * eps / attack.steps)
     common = (detector, loss_function, image_processor, attack, weight, seed, device)
     if is_bank:
         if folder is None:
             raise InputError('folder=None: must be a folder if method="bank".')
         return BankViews(*common, folder=folder)
     return FreeViews(*common) if method == "free" else AdversarialViews(*common)
-
-
-@contextlib.contextmanager
-def without_adapter(detector: nn.Module) -> Iterator[None]:
-    """Disable the adapters of a model in this context, if it has any."""
-    model: Any = detector
-    with model.disable_adapter() if hasattr(model, "disable_adapter") else contextlib.nullcontext():
-        yield

@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adversarial images: small changes of the pixels that make a detector fail.
 
-The attack is projected gradient descent (PGD, arXiv 1706.06083). With one step it is FGSM (arXiv 1412.6572). The losses
+The attack is projected gradient descent (PGD, arXiv 1706.06083). With one step from the image itself, it is FGSM (arXiv
+1412.6572). The losses
 are those of TOG (arXiv 2004.04320) and AdvPT (arXiv 2311.11261, Adversarial Prompt Tuning). The gradient goes through
 everything that the detector has, also through its prompts.
 """
@@ -21,7 +22,7 @@ from ..errors import InputError
 from .grounding import phrase_numbers
 from .loss import GroundedDetectionLoss
 from .pixels import PixelRange, pad_small_images
-from .prediction import evaluation_mode
+from .prediction import evaluation_mode, without_autocast
 
 # What each loss of `Attack` makes the detector do.
 LOSSES = {
@@ -33,7 +34,7 @@ LOSSES = {
     "features": "changes the features of the backbone, without labels (AdvPT)",
 }
 NORMS = ("inf", "2")
-# How far pixel values may be outside the range of an image, by rounding.
+# How far images may be outside of [0, 1] by rounding in single precision.
 TOLERANCE = 1e-3
 
 
@@ -42,7 +43,7 @@ class Attack:
     """How images are attacked. Distances are those of images with values in [0, 1].
 
     Attributes:
-        eps: Largest distance from the image, 0 <= eps <= 1. With the norm "inf", no pixel value changes by more.
+        eps: Largest distance from the image. With the norm "inf", no pixel value changes by more, and eps is at most 1.
         steps: Number of gradient steps.
         step: Length of a step. None for 2.5 * eps / steps, which reaches any point in the ball, or for 1.25 * eps if
             there is only one step (arXiv 2001.03994).
@@ -64,18 +65,19 @@ class Attack:
     random_start: bool = True
 
     def __post_init__(self) -> None:
-        if not 0 <= self.eps <= 1:
-            hint = "; it is a fraction of the range of pixels, for example 2 / 255" if self.eps > 1 else ""
-            raise InputError(f"eps={self.eps}: must be at least 0 and at most 1{hint}.")
+        for name, allowed in (("loss", LOSSES), ("norm", NORMS)):
+            if getattr(self, name) not in allowed:
+                raise InputError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(allowed)}.")
+        if not isinstance(self.eps, int | float) or not 0 <= self.eps < math.inf:
+            raise InputError(f"eps={self.eps!r}: must be a number of at least 0.")
+        if self.norm == "inf" and self.eps > 1:
+            raise InputError(f"eps={self.eps}: must be at most 1, the range of a pixel; for example 2 / 255.")
         for name in ("steps", "restarts"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InputError(f"{name}={value}: must be an integer of at least 1.")
         if self.step is not None and not 0 < self.step < math.inf:
             raise InputError(f"step={self.step}: must be positive and finite.")
-        for name, allowed in (("loss", LOSSES), ("norm", NORMS)):
-            if getattr(self, name) not in allowed:
-                raise InputError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(allowed)}.")
 
     @property
     def step_length(self) -> float:
@@ -109,7 +111,9 @@ class Ball:
             pixel_mask = torch.ones(batch, height, width, device=pixel_values.device)
         self.is_image = pixel_mask[:, None].bool()
         images = pixel_range.to_images(self.center)
-        outside = ((images < -TOLERANCE) | (images > 1 + TOLERANCE)) & self.is_image
+        # In half precision, values are rounded more.
+        tolerance = max(TOLERANCE, torch.finfo(pixel_values.dtype).eps)
+        outside = ((images < -tolerance) | (images > 1 + tolerance)) & self.is_image
         if outside.any():
             raise InputError(
                 f"pixel_values: are from {images.min():.3g} to {images.max():.3g} as images, not from 0 to 1; pass the "
@@ -188,7 +192,8 @@ def perturb(
     depend on other images.
 
     Args:
-        detector: The detector, with or without an adapter. With several processes, it is the unwrapped detector.
+        detector: The detector, with or without an adapter. With several processes, it is the detector inside of
+            DistributedDataParallel.
         loss_function: The loss of the detector.
         inputs: Inputs of the detector.
         labels: The objects of each image, as in `GroundedDetectionLoss`. The loss "features" does not use them.
@@ -200,12 +205,17 @@ def perturb(
         purify: A defence that the attack knows. It maps images (B, 3, H, W) in [0, 1] to images that the detector gets.
 
     Returns:
-        The adversarial pixel values, with the shape and the dtype of `inputs["pixel_values"]`.
+        The adversarial pixel values, with the shape and the dtype of `inputs["pixel_values"]`. In half precision, they
+        are rounded at the end, which changes the distance a little.
 
     Raises:
         InputError: The pixel values are not in the range of images, there are not as many generators as images, the
-            labels cannot be used, or the loss "mislabel" is used with prompts of one class.
+            labels cannot be used, the loss "mislabel" is used with prompts of one class, the gradient of the loss is
+            not finite, or this is called in `torch.inference_mode`.
     """
+    if torch.is_inference_mode_enabled():
+        raise InputError("perturb: needs gradients, which torch.inference_mode does not allow; use torch.no_grad.")
+    detector = without_autocast(detector)
     pixel_values = inputs["pixel_values"]
     generators = _one_per_image(generator, len(pixel_values))
     pixel_range = PixelRange.of(image_processor).to(pixel_values.device)
@@ -232,6 +242,13 @@ def perturb(
                 best = torch.where(better[:, None, None, None], current, best)
                 highest = torch.where(better, losses, highest)
     assert best is not None
+    # Read once, because reading waits for the GPU.
+    is_finite = objective.is_finite.tolist()
+    if not all(is_finite):
+        raise InputError(
+            f"perturb: the gradient of the loss is not finite for image {is_finite.index(False)} of the batch. The "
+            "weights may be damaged, or too large for their dtype. If training caused this, lower the learning rate."
+        )
     return best.to(pixel_values.dtype)
 
 
@@ -270,6 +287,8 @@ class _Objective:
         self.pixel_range, self.purify = pixel_range, purify
         self.dtype = inputs["pixel_values"].dtype
         self.clean: list[_Features] = []
+        pixels = inputs["pixel_values"]
+        self.is_finite = torch.ones(len(pixels), dtype=torch.bool, device=pixels.device)
 
     def begin(self, pixel_values: Tensor) -> None:
         """Compute what the loss needs of the clean images."""
@@ -280,7 +299,9 @@ class _Objective:
     def gradient(self, pixel_values: Tensor) -> Tensor:
         """Compute the gradient of the sum over all images."""
         pixel_values = pixel_values.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(self(pixel_values).sum(), pixel_values)
+        losses = self(pixel_values)
+        (gradient,) = torch.autograd.grad(losses.sum(), pixel_values)
+        self.is_finite &= losses.detach().isfinite() & gradient.isfinite().flatten(1).all(1)
         return gradient
 
     def __call__(self, pixel_values: Tensor) -> Tensor:
@@ -304,7 +325,9 @@ class _Objective:
 
     def _inputs(self, pixel_values: Tensor) -> dict[str, Tensor]:
         if self.purify is not None:
-            pixel_values = self.pixel_range.to_pixel_values(self.purify(self.pixel_range.to_images(pixel_values)))
+            purified = self.pixel_range.to_pixel_values(self.purify(self.pixel_range.to_images(pixel_values)))
+            mask = self.inputs.get("pixel_mask")
+            pixel_values = purified if mask is None else torch.where(mask[:, None].bool(), purified, pixel_values)
         return pad_small_images({**self.inputs, "pixel_values": pixel_values.to(self.dtype)}, self.detector.config)
 
     def _shifted(self, outputs: Any) -> list[dict[str, Tensor]]:

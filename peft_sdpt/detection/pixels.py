@@ -56,6 +56,8 @@ class PixelRange(NamedTuple):
     def of(cls, image_processor: Any = None) -> PixelRange:
         """Read the range from an image processor. None for the mean and standard deviation of ImageNet."""
         mean, std = torch.zeros(3), torch.ones(3)
+        # A processor of images and text has one of images.
+        image_processor = getattr(image_processor, "image_processor", image_processor)
         if image_processor is None:
             mean, std = torch.tensor(MEAN), torch.tensor(STD)
         elif image_processor.do_normalize:

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
@@ -265,6 +266,32 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         # Not by `train`, because parts of a model can be in another mode than the whole.
         for module, mode in modes:
             module.training = mode
+
+
+def without_autocast(model: nn.Module) -> nn.Module:
+    """Return a model that computes without the autocast of Accelerate.
+
+    With mixed precision, `Accelerator.prepare` replaces the forward of a model by one that enters autocast.
+
+    Args:
+        model: The model, not inside of another module.
+
+    Returns:
+        The model itself, or a copy that shares all of its modules and parameters.
+    """
+    if "_original_forward" not in vars(model):
+        return model
+    plain = copy.copy(model)
+    plain.forward = vars(model)["_original_forward"]
+    return plain
+
+
+@contextlib.contextmanager
+def without_adapter(model: nn.Module) -> Iterator[None]:
+    """Disable the adapters of a model in this context, if it has any."""
+    tuned: Any = model
+    with tuned.disable_adapter() if hasattr(tuned, "disable_adapter") else contextlib.nullcontext():
+        yield
 
 
 def detect_split(

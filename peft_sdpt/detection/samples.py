@@ -124,9 +124,14 @@ class TrainingSamples(Dataset[Sample]):
     def __getitem__(self, number: int) -> Sample:
         if not 0 <= number < len(self):
             raise IndexError(f"number must be at least 0 and below {len(self)}, got {number}")
+        return self._sample(
+            self.index_of(number), number, generator_of(self.seed, number, Purpose.SAMPLE), self.augmentation
+        )
+
+    def index_of(self, number: int) -> int:
+        """Return the index in the split of the image of a sample."""
         epoch, place = divmod(number, len(self.data))
-        index = self._order(epoch)[place]
-        return self._sample(index, number, generator_of(self.seed, number, Purpose.SAMPLE), self.augmentation)
+        return self._order(epoch)[place]
 
     def without_augmentation(self, index: int) -> Sample:
         """Return the image with this index of the split as a sample, as it is. Its number is the index."""

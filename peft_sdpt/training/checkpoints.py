@@ -191,8 +191,9 @@ class Checkpoints:
                 f"{where}: {self.folder} has {newest.name}, which the checkpoints of the resumed run would mix with; "
                 "remove the newer checkpoints or choose another output folder."
             )
-        for name, value in self.run.items():
-            then = run.get(name) if isinstance(run, dict) else None
+        run = run if isinstance(run, dict) else {}
+        for name in self.run | run:
+            value, then = self.run.get(name), run.get(name)
             # Compared as JSON, which turns a tuple into a list.
             if then != json.loads(json.dumps(value)):
                 raise InputError(

@@ -6,6 +6,7 @@ import eagerpy
 import foolbox
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from peft_sdpt.detection import FeatureCache, GroundedDetectionLoss
@@ -15,6 +16,7 @@ from peft_sdpt.detection.prediction import evaluation_mode
 from peft_sdpt.errors import InputError
 from tests.detection.test_loss import make_inputs, make_labels, one
 from tests.helpers.detectors import attach, make_host
+from tests.helpers.main_job import reset_accelerate
 
 EPS = 4 / 255
 RANGE = PixelRange.of()
@@ -320,9 +322,11 @@ def test_pixels_of_another_processor_are_read_by_it(tuned, loss):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"eps": 2}, "eps=2: must be at least 0 and at most 1; it is a fraction"),
-        ({"eps": -0.1}, "eps=-0.1: must be"),
-        ({"eps": float("nan")}, "eps=nan: must be"),
+        ({"eps": 2}, "eps=2: must be at most 1, the range of a pixel; for example 2 / 255"),
+        ({"eps": -0.1}, "eps=-0.1: must be a number of at least 0"),
+        ({"eps": float("nan")}, "eps=nan: must be a number"),
+        ({"eps": "2"}, "eps='2': must be a number"),
+        ({"eps": float("inf"), "norm": "2"}, "eps=inf: must be a number"),
         ({"steps": 0}, "steps=0: must be an integer"),
         ({"steps": 1.5}, "steps=1.5: must be an integer"),
         ({"restarts": 0}, "restarts=0: must be"),
@@ -346,6 +350,73 @@ def test_wrong_inputs_are_refused(tuned, loss):
         perturb(tuned, loss, images_for([[2]]), make_labels([[0]]), Attack(loss="mislabel", steps=1))
     with pytest.raises(InputError, match="labels: must be a list with one entry per image"):
         perturb(tuned, loss, inputs, labels[:2], Attack(steps=1))
+
+
+def test_a_distance_of_the_norm_2_may_be_above_1(tuned, loss):
+    inputs = images_for()
+    found = perturb(tuned, loss, inputs, make_labels(CLASSES), Attack(3.0, steps=2, norm="2"), generators(3))
+    change = RANGE.to_images(found) - RANGE.to_images(inputs["pixel_values"])
+    norms = change.flatten(1).norm(dim=1)
+    assert (norms <= 3 + 1e-4).all() and (norms > 1).all()
+
+
+@pytest.mark.parametrize("norm", ["inf", "2"])
+def test_a_gradient_that_is_not_finite_is_refused(loss, norm):
+    class Broken(Linear):
+        def forward(self, pixel_values, **_):
+            total = super().forward(pixel_values)
+            return total * torch.tensor([1.0, float("nan")])
+
+    model = Broken(torch.ones(3, 48, 48))
+    pixels = RANGE.to_pixel_values(torch.full((2, 3, 48, 48), 0.5))
+    with pytest.raises(InputError, match="the gradient of the loss is not finite for image 1 of the batch"):
+        perturb(model, Identity(), {"pixel_values": pixels}, [{}, {}], Attack(EPS, steps=2, norm=norm), generators(2))
+
+
+def test_pixels_in_half_precision_are_images_too(tuned, loss):
+    inputs = images_for()
+    model = attach(make_host()).eval().to(torch.bfloat16)
+    half = {**inputs, "pixel_values": inputs["pixel_values"].to(torch.bfloat16)}
+    found = perturb(model, loss, half, make_labels(CLASSES), Attack(EPS, steps=1), generators(3))
+    assert found.dtype == torch.bfloat16
+    change = RANGE.to_images(found.float()) - RANGE.to_images(half["pixel_values"].float())
+    # The step of bfloat16 between 2 and 4 is 1/64, in units of the standard deviation.
+    assert change.abs().max() < EPS + 0.23 / 64
+
+
+def test_a_model_that_accelerate_prepared_is_attacked_without_autocast(tuned, loss):
+    inputs, labels, attack = images_for(), make_labels(CLASSES), Attack(EPS, steps=1)
+    plain = perturb(tuned, loss, inputs, labels, attack, generators(3))
+    reset_accelerate()
+    prepared = Accelerator(cpu=True, mixed_precision="bf16").prepare(attach(make_host()).eval())
+    try:
+        assert "_original_forward" in vars(prepared)
+        assert torch.equal(perturb(prepared, loss, inputs, labels, attack, generators(3)), plain)
+    finally:
+        reset_accelerate()
+
+
+def test_an_attack_in_inference_mode_is_refused(tuned, loss):
+    with torch.inference_mode(), pytest.raises(InputError, match="needs gradients"):
+        perturb(tuned, loss, images_for(), make_labels(CLASSES), Attack(steps=1))
+
+
+def test_a_defence_does_not_change_padding(tuned, loss):
+    inputs = images_for(padded=True)
+    seen = []
+    forward = type(tuned).forward
+
+    class Watching(nn.Module):
+        config = tuned.config
+
+        def forward(self, pixel_values, **others):
+            seen.append(pixel_values.detach())
+            return forward(tuned, pixel_values=pixel_values, **others)
+
+    attack = Attack(EPS, steps=1)
+    perturb(Watching(), loss, inputs, make_labels(CLASSES), attack, generators(3), purify=lambda images: images + 0.3)
+    padding = ~inputs["pixel_mask"][:, None].bool().expand_as(seen[0])
+    assert torch.equal(seen[0][padding], inputs["pixel_values"][padding])
 
 
 def test_evaluation_mode_restores_the_mode_of_each_part():

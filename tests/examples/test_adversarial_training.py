@@ -5,14 +5,17 @@
 import json
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
+from accelerate import Accelerator
+from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 
-from peft_sdpt.detection import adversarial
+from peft_sdpt.detection import GroundedDetectionLoss, TrainingSamples, adversarial, load_split, make_views
 from peft_sdpt.detection.adversarial import AdversarialViews, BankViews, FreeViews, Views
-from peft_sdpt.detection.attacks import Attack
-from tests.helpers.main_job import Killed, kill, prompts, same_prompts, same_run
+from peft_sdpt.errors import InputError
+from tests.helpers.main_job import HOST, Killed, kill, prompts, same_prompts, same_run
 
 # Two batches per step, clean and attacked images, and everything that is random.
 RUN = (
@@ -54,6 +57,11 @@ def test_an_attack_that_may_change_nothing_is_plain_training(main_job, trained, 
 def test_attacked_images_change_the_prompts_and_are_in_the_results(trained):
     plain, attacked = trained(*TWO_STEPS), trained(*TWO_STEPS, "--adversarial", "fast")
     assert not same_prompts(plain, attacked)
+    assert (
+        "`--adversarial fast --adv_eps 2 --adv_steps 1 --adv_weight 1 --adv_loss all`"
+        in (attacked / "README.md").read_text()
+    )
+    assert "attacked" not in (plain / "README.md").read_text()
     args = json.loads((attacked / "metrics.json").read_text())["args"]
     assert (args["adversarial"], args["adv_eps"], args["adv_steps"], args["adv_weight"], args["adv_loss"]) == (
         *("fast", 2.0, 1, 1.0, "all"),
@@ -125,6 +133,76 @@ def test_a_bank_is_trained_on_from_stored_features(main_job, trained, small_task
     assert all(torch.allclose(one[name], two[name], atol=1e-2) for name in one)
 
 
+def test_a_bank_of_other_labels_or_images_is_made_anew(small_task, made_once):
+    """Also two equal images have a bank of their own, because their random starts differ."""
+    processor, model = AutoProcessor.from_pretrained(HOST), AutoModelForZeroShotObjectDetection.from_pretrained(HOST)
+    data = load_split(str(small_task), "train").subset([0, 0, 1])
+
+    def files(folder, data, loss="all"):
+        loss_function = GroundedDetectionLoss(model.config)
+        views = make_views("bank", model, loss_function, processor, steps=1, loss=loss, folder=folder)
+        samples = TrainingSamples(data, 3, processor, model.config.max_text_len, 0, augmentation=False)
+        views.prepare(samples, 4, Accelerator(cpu=True))
+        return {file.name for file in folder.iterdir()}
+
+    folder = made_once("bank", lambda folder: folder.mkdir(exist_ok=True))
+    first = files(folder, data)
+    assert len(first) == 3
+    assert files(folder, data) == first
+    moved = replace(data, labels=[[(label + 1) % len(data.class_names) for label in row] for row in data.labels])
+    assert len(files(folder, moved)) == 6
+    with torch.no_grad():
+        next(parameter for parameter in model.parameters() if parameter.ndim > 1).add_(0.1)
+    assert len(files(folder, data)) == 9
+
+
+def test_views_that_are_used_wrongly_say_so(small_task, tmp_path):
+    processor, model = AutoProcessor.from_pretrained(HOST), AutoModelForZeroShotObjectDetection.from_pretrained(HOST)
+    data = load_split(str(small_task), "train")
+    samples = TrainingSamples(data, 4, processor, model.config.max_text_len, 0, augmentation=False)
+    batches = [samples.collate([samples[number]]) for number in range(2)]
+    common = (model, GroundedDetectionLoss(model.config), processor.image_processor)
+
+    free = make_views("free", *common)
+    free.begin()
+    view = next(views := free.of_batch(0, *batches[0]))
+    with pytest.raises(InputError, match="the gradient of a view must be computed"):
+        next(views)
+    assert view.inputs["pixel_values"].requires_grad
+    with pytest.raises(InputError, match="`begin` must be called"):
+        next(free.of_batch(0, *batches[1]))
+    with pytest.raises(InputError, match="`prepare` must be called before training"):
+        next(make_views("bank", *common, folder=tmp_path).of_batch(0, *batches[0]))
+    inputs, labels = batches[0]
+    with pytest.raises(InputError, match="labels: must have a `number` for each image"):
+        next(make_views("fast", *common).of_batch(0, inputs, [{"boxes": labels[0]["boxes"]}]))
+    one_class = replace(data, class_names=["cat"], labels=[[0] * len(row) for row in data.labels])
+    samples = TrainingSamples(one_class, 4, processor, model.config.max_text_len, 0)
+    with pytest.raises(InputError, match="loss='mislabel': needs at least two classes"):
+        make_views("pgd", *common, loss="mislabel").prepare(samples, 4, Accelerator(cpu=True))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "slow"}, "method='slow': must be one of none, bank"),
+        ({"method": "fast", "steps": 2}, "steps=2: must be 1"),
+        ({"method": "free", "loss": "vanish"}, "loss='vanish': must be \"all\""),
+        ({"method": "fast", "weight": 0}, "weight=0: must be above 0"),
+        ({"method": "bank"}, "folder=None: must be a folder"),
+    ],
+)
+def test_wrong_views_are_refused(arguments, message):
+    model = torch.nn.Linear(1, 1)
+    with pytest.raises(InputError, match=message):
+        make_views(arguments.pop("method"), model, None, None, **arguments)
+
+
+def test_checkpoints_of_plain_runs_do_not_name_the_attack(trained):
+    run = json.loads((trained(*TWO_STEPS, "--checkpointing_steps", 1) / "step_1" / "run.json").read_text())
+    assert not any("adv" in name for name in run)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -151,6 +229,9 @@ def test_wrong_flags_of_an_attack_are_one_line(main_job, small_task, capsys, fla
 
 
 def test_a_resumed_run_keeps_its_attack(main_job, trained, small_task, tmp_path, capsys):
+    plain = (*RUN[:-2], "--resume_from_checkpoint", trained(*RUN, *METHODS["pgd"]) / "step_2")
+    assert main_job("--dataset_name", small_task, *plain) == 2
+    assert "--adversarial" in capsys.readouterr().err
     whole = trained(*RUN, *METHODS["pgd"])
     flags = (*RUN, *METHODS["pgd"], "--adv_eps", 3, "--resume_from_checkpoint", whole / "step_2")
     assert main_job("--dataset_name", small_task, *flags) == 2
@@ -159,5 +240,5 @@ def test_a_resumed_run_keeps_its_attack(main_job, trained, small_task, tmp_path,
 
 def test_views_have_the_weights_of_the_objective():
     assert [cls.replays for cls in (Views, AdversarialViews, BankViews)] == [1, 1, 1]
-    free = FreeViews(torch.nn.Linear(1, 1), None, None, Attack(steps=3), 1.0, 0)
+    free = make_views("free", torch.nn.Linear(1, 1), None, None, steps=3)
     assert free.replays == 3
