@@ -43,6 +43,7 @@ class Cell:
         attack_steps: Steps of the attack, or replays. None for the default of `STEPS` in `adversarial.py`.
         loss: Loss of the attack. None for "features" with a bank, and "all" otherwise.
         steps: Number of training steps.
+        augmentation: Whether images are augmented. A bank needs images that are not.
     """
 
     task: str
@@ -56,6 +57,7 @@ class Cell:
     attack_steps: int | None = None
     loss: str | None = None
     steps: int = STEPS
+    augmentation: bool = True
 
     @property
     def key(self) -> str:
@@ -68,6 +70,7 @@ class Cell:
                 ("attack steps", self.attack_steps, None),
                 ("loss", self.loss, None),
                 ("steps", self.steps, STEPS),
+                ("augmentation", self.augmentation, True),
             )
             if value != default
         ]
@@ -82,13 +85,13 @@ def compared(task: str, seed: int) -> list[Cell]:
         ("lora", "fast"),
         ("gated", "free"),
         ("full", "fast"),
-        ("gated", "bank"),
         ("lora", "none"),
         ("lora", "free"),
         ("gated-lora", "fast"),
         ("full", "none"),
     ]
-    return [Cell(task, method, adversarial, seed) for method, adversarial in pairs]
+    cells = [Cell(task, method, adversarial, seed) for method, adversarial in pairs]
+    return cells + [Cell(task, "gated", way, seed, augmentation=False) for way in ("bank", "none")]
 
 
 # Settings that were tried with the first seed, on the validation split of the first task: fields of `Cell`.
@@ -104,9 +107,10 @@ TRIED: tuple[dict[str, Any], ...] = (
     {"method": "gated", "adversarial": "free", "rate": 0.1},
     {"method": "gated", "adversarial": "free", "weight": 0.5},
     {"method": "gated", "adversarial": "free", "steps": 3 * STEPS},
-    {"method": "gated", "adversarial": "bank"},
-    {"method": "gated", "adversarial": "bank", "eps": 8.0},
-    {"method": "gated", "adversarial": "bank", "loss": "all"},
+    {"method": "gated", "adversarial": "none", "augmentation": False},
+    {"method": "gated", "adversarial": "bank", "augmentation": False},
+    {"method": "gated", "adversarial": "bank", "augmentation": False, "eps": 8.0},
+    {"method": "gated", "adversarial": "bank", "augmentation": False, "loss": "all"},
     {"method": "gated-more", "adversarial": "fast"},
     {"method": "gated-windows", "adversarial": "fast"},
     {"method": "vpt", "adversarial": "fast"},

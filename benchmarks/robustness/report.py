@@ -62,7 +62,8 @@ def _fields(found: dict[str, Any]) -> dict[str, Any]:
 def _names(cell: Cell) -> tuple[str, str]:
     if cell.method == BASE_MODEL:
         return "base model", ""
-    return METHODS[cell.method].label, WAYS[cell.adversarial]
+    plain = "" if cell.augmentation else ", no augmentation"
+    return METHODS[cell.method].label, WAYS[cell.adversarial] + plain
 
 
 def _columns(group: list[dict[str, Any]]) -> list[str]:
@@ -93,7 +94,7 @@ def _changes(cell: Cell) -> str:
     return ", ".join(
         f"{names.get(name, name)} {value}"
         for name, value in _fields(vars(cell)).items()
-        if value != getattr(usual, name)
+        if value != getattr(usual, name) and name != "augmentation"
     )
 
 

@@ -71,7 +71,7 @@ def run_cell(cell: Cell, task: Task, model_name: str, device: str, num_images: i
                 prompts=method.prompts,
                 prompt_rate=method.rate_of_tokens(rate),
                 device=device,
-                augmentation=cell.adversarial != "bank",
+                augmentation=cell.augmentation,
                 views=prepare_views(cell, model, processor, data, device, folder),
             )
     held_out = task.load(cell.split)

@@ -27,7 +27,7 @@ def task(made_once):
 
 def test_the_plan_has_each_run_once_and_knows_its_methods():
     cells = plan(["twemoji", "noto-new"], 3)
-    assert len({cell.key for cell in cells}) == len(cells) == 2 * (1 + 3 * 10) + len(TRIED)
+    assert len({cell.key for cell in cells}) == len(cells) == 2 * (1 + 3 * 11) + len(TRIED)
     assert {cell.method for cell in cells} - {"zero-shot"} <= METHODS.keys() == RATES.keys()
     # Whatever is stopped has complete seeds first.
     seeds = [cell.seed for cell in cells if cell.split == "test"]
