@@ -18,8 +18,9 @@ from transformers import (
     GroundingDinoForObjectDetection,
 )
 
-from peft_sdpt.detection import feature_cache
+from peft_sdpt.detection import feature_cache, stored_tensors
 from peft_sdpt.detection.feature_cache import FeatureCache
+from peft_sdpt.detection.stored_tensors import read_tensors
 from peft_sdpt.errors import InputError
 from tests.helpers.backbones import counted
 from tests.helpers.detectors import HOST_NAMES, attach, host_config, make_host, model_inputs
@@ -356,7 +357,7 @@ def test_a_disk_that_is_really_full(tiny, tmp_path, capsys):
 
 @pytest.mark.parametrize(("total", "free", "stored"), [(2**40, 2**27, 0), (2**40, 2**30, 4), (0, 0, 4)])
 def test_room_is_left_for_the_adapter(tiny, tmp_path, monkeypatch, capsys, total, free, stored):
-    monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda _: Mock(total=total, free=free))
+    monkeypatch.setattr(stored_tensors.shutil, "disk_usage", lambda _: Mock(total=total, free=free))
     trained(tiny, FeatureCache(tmp_path, tiny))
     assert len(entries(tmp_path)) == stored
     assert ("less than 256 MB would be left on the disk" in capsys.readouterr().err) == (stored == 0)
@@ -376,13 +377,13 @@ def test_whatever_an_entry_holds_it_is_computed_again(tiny, tmp_path):
     cache = FeatureCache(tmp_path, tiny)
     trained(tiny, cache)
     (key, file) = next((file.stem, file) for file in entries(tmp_path) if file.parent.name.startswith("pictures-"))
-    whole, reader = file.read_bytes(), cache._stored["pictures"].entries
-    right = reader.read(file, key)
+    whole = file.read_bytes()
+    right = read_tensors(file, key)
     assert right is not None
     start = 8 + int.from_bytes(whole[:8], "little")
     for place in range(start):
         file.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
-        read = reader.read(file, key)
+        read = read_tensors(file, key)
         # White space at the end of the header has no meaning.
         assert read is None or all(torch.equal(one, two) for one, two in zip(read, right, strict=True)), place
     about = {"entry": f"{key} 0"}
@@ -398,10 +399,10 @@ def test_whatever_an_entry_holds_it_is_computed_again(tiny, tmp_path):
     ]
     for data in foreign:
         file.write_bytes(data)
-        assert reader.read(file, key) is None
+        assert read_tensors(file, key) is None
     file.unlink()
     file.mkdir()
-    assert reader.read(file, key) is None
+    assert read_tensors(file, key) is None
 
 
 def test_what_trains_below_the_fusion_layers_is_refused(tiny, tmp_path):
