@@ -12,10 +12,12 @@ again. docs/robustness.md explains the table.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
+import math
 import os
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,6 +26,7 @@ from typing import Any
 
 from ..detection import (
     DetectionSplit,
+    Purifier,
     SavedAdapter,
     average_precision,
     check_image_size,
@@ -39,6 +42,7 @@ from ..detection import (
     mean_precision_under_corruption,
     only_split,
     parse_purifier,
+    read_class_names,
     read_threshold,
     set_image_size,
     split_classes,
@@ -47,15 +51,16 @@ from ..detection.attacks import Attack
 from ..detection.corruptions import CORRUPTIONS, check_corruption
 from ..detection.data import shuffled
 from ..detection.formats import matching_split
+from ..detection.grounding import clean_name
 from ..detection.prediction import DEFAULT_THRESHOLD
-from ..detection.purification import Purifier
 from ..detection.robustness import Adversary, Change, RandomSigns, corrupt_split, detect_changed
-from ..detection.saved_adapter import FILES
+from ..detection.saved_adapter import CLASS_NAMES_FILE, FILES
+from ..detection.stored_tensors import digest
 from ..downloads import limit_waiting
 from ..errors import InputError, hint, one_line_errors
 from ..files import output_folder, whole_file
 from ..training import claim_output_dir, make_accelerator
-from ..wording import counted
+from ..wording import counted, enumerated
 from . import print_any_name
 from .robustness_results import Measurements, Shown, draw_attack, make_tables, part_name
 from .train import find_dataset
@@ -64,7 +69,7 @@ from .train_results import NUM_SHOWN_IMAGES, read_division
 
 # What each attack of --attack is, for the table. "pgd" comes first: of equal attacks, the first is the lowest.
 ATTACKS = {
-    "pgd": "PGD through the prompts",
+    "pgd": "PGD, adaptive",
     "features": "on the features of the backbone (AdvPT)",
     "transfer": "PGD on the base model, transferred",
     "vanish": "vanish (TOG)",
@@ -72,6 +77,10 @@ ATTACKS = {
 # The losses of `Attack` that are not "all".
 LOSSES = {"features": "features", "vanish": "vanish"}
 NONE, ALL = "none", "all"
+# Smallest value of --eps that is not taken for a fraction of the range of pixels.
+SMALL_EPS = 0.1
+# How many detections take as long as a step of an attack, which has a forward and a backward pass.
+STEP_COST = 3
 # Arguments of the library whose flag has another name.
 RENAMED = {"adapters": "adapter", "source": "adapter"}
 
@@ -100,10 +109,9 @@ def parse_args(
     group.add_argument(
         "--attack",
         nargs="+",
-        default=list(ATTACKS),
         choices=[*ATTACKS, NONE],
         help="Attacks: on the whole detector, on the features of its backbone, on the base model, or so that nothing "
-        "is found.",
+        "is found. Default: all. The attack on the base model needs an adapter.",
     )
     group.add_argument(
         "--eps", nargs="+", type=float, default=[1, 2, 4, 8], help="Largest changes of a pixel, of 255 levels."
@@ -137,8 +145,11 @@ def parse_args(
     return parser.parse_args()
 
 
-def check_args(args: argparse.Namespace) -> None:
+def check_args(args: argparse.Namespace) -> list[str]:
     """Check the flags, and put the values for `all` and `none` in their place.
+
+    Returns:
+        Sentences that the user should read.
 
     Raises:
         InputError: The value of a flag is not allowed.
@@ -155,22 +166,33 @@ def check_args(args: argparse.Namespace) -> None:
     for name in ("dataset_name", "adapter", "model_name_or_path"):
         if getattr(args, name) == "":
             raise InputError(f"--{name}: is empty.")
-    for name in ("attack", "corruptions", "purify"):
-        if getattr(args, name) == [NONE]:
-            setattr(args, name, [])
-        elif NONE in getattr(args, name):
-            raise InputError(f"--{name} {NONE}: cannot be used with other values.")
-    if args.corruptions == [ALL]:
-        args.corruptions = list(CORRUPTIONS)
-    for name in args.corruptions:
+    notes = []
+    if args.attack is None:
+        args.attack = list(ATTACKS)
+        if not args.adapter:
+            args.attack.remove("transfer")
+            notes.append("The attack transfer is left out, because it needs --adapter.")
+    elif "transfer" in args.attack and not args.adapter:
+        raise InputError("--attack transfer: needs --adapter, because it attacks the model without the adapter.")
+    for name, special in (("attack", NONE), ("corruptions", NONE), ("corruptions", ALL), ("purify", NONE)):
+        values = getattr(args, name)
+        if special in values and values != [special]:
+            raise InputError(f"--{name} {special}: cannot be used with other values.")
+        if special in values:
+            setattr(args, name, list(CORRUPTIONS) if special == ALL else [])
+    # The severities are checked also if there are no corruptions.
+    for name in args.corruptions or list(CORRUPTIONS)[:1]:
         for severity in args.severities:
             check_corruption(name, severity)
+    args.purify = [parse_purifier(text) for text in args.purify]
     # Sorted, so that the table does not depend on the order of the flags.
     for name in ("eps", "severities", "purify"):
         setattr(args, name, sorted(set(getattr(args, name))))
     for name, order in (("attack", ATTACKS), ("corruptions", CORRUPTIONS)):
         setattr(args, name, sorted(set(getattr(args, name)), key=[*order].index))
-    args.purify = [parse_purifier(text) for text in args.purify]
+    if args.attack and args.eps[0] < SMALL_EPS:
+        notes.append(f"--eps is in levels of 255, so that --eps {args.eps[0]:g} is less than a tenth of a level.")
+    return notes
 
 
 @dataclass
@@ -191,6 +213,11 @@ class Job:
     change: Callable[[], Change] | None = None
     corruption: tuple[str, int] | None = None
 
+    @property
+    def cost(self) -> int:
+        """About how many detections take as long as this job."""
+        return len(self.parts) + STEP_COST * self.settings.get("steps", 0) * self.settings.get("restarts", 0)
+
 
 @dataclass
 class Setup:
@@ -198,17 +225,21 @@ class Setup:
 
     Attributes:
         data: The split.
+        split: What the split is, for the table.
         indices: Indices of the images to measure on.
         model: The `PeftModel`, or the base model.
+        notes: Sentences that the user should read.
     """
 
     args: argparse.Namespace
     data: DetectionSplit
+    split: str
     indices: list[int]
     model: Any
     processor: Any
     adapter: SavedAdapter | None
     base_model: str
+    notes: list[str]
     part: DetectionSplit = field(init=False)
 
     def __post_init__(self) -> None:
@@ -234,18 +265,34 @@ class Setup:
         )
 
     def settings(self) -> dict[str, Any]:
-        """Return what all parts depend on, by flag."""
+        """Return what all parts depend on. The keys are those of `DIFFERENCES`."""
         content = b""
         if self.adapter:
             content = b"".join((self.adapter.folder / name).read_bytes() for name in FILES[:2])
-        is_folder = os.path.isdir(self.base_model)
+        # `load_detector` gives this name to the adapter.
+        weights = [pair for pair in self.model.state_dict().items() if ".adapter0" not in pair[0]]
         return {
-            "--model_name_or_path": str(Path(self.base_model).resolve()) if is_folder else self.base_model,
-            "--adapter": hashlib.sha256(content).hexdigest()[:16] if self.adapter else None,
-            "the images": self.part.fingerprint(),
-            "the image size": dict(self.processor.image_processor.size),
-            "--seed": self.args.seed,
+            "base_model": digest(part for name, value in weights for part in (name, value.cpu()))[:16],
+            "adapter": hashlib.sha256(content).hexdigest()[:16] if self.adapter else None,
+            "images": self.part.fingerprint(),
+            "image_size": dict(self.processor.image_processor.size),
+            "seed": self.args.seed,
         }
+
+    def about(self) -> list[str]:
+        """Return the lines above the table: the detector, the images, and the notes."""
+        detector = f"{self.args.adapter} on {self.base_model}" if self.adapter else self.base_model
+        sizes = dict(self.processor.image_processor.size)
+        size = ", ".join(f"{name.replace('_', ' ')} {pixels}" for name, pixels in sizes.items())
+        images = counted(len(self.indices), "image")
+        lines = [
+            f"Robustness of {detector}: AP (AP50).",
+            f"Measured on {images} of {self.args.dataset_name} ({self.split}). Image size: {size}. Seed: "
+            f"{self.args.seed}.",
+            *self.notes,
+        ]
+        # Each is a paragraph.
+        return [text for line in lines for text in (line, "")]
 
     def jobs(self) -> Iterator[Job]:
         """Yield everything to measure, the quickest first."""
@@ -256,17 +303,16 @@ class Setup:
             for severity in args.severities:
                 key = part_name(name, severity)
                 yield Job(key, {}, {key: None}, corruption=(name, severity))
-        attacks = [name for name in args.attack if self.adapter or name != "transfer"]
-        for eps in args.eps if attacks else ():
+        for eps in args.eps if args.attack else ():
             key = part_name("signs", eps)
             yield Job(key, {}, {key: None}, partial(RandomSigns, self.processor, eps / 255, args.seed))
         for eps in args.eps:
-            for name in attacks:
+            for name in args.attack:
                 parts: dict[str, Purifier | None] = {part_name(name, eps): None}
                 if name in ("pgd", "transfer"):
                     parts |= {part_name(name, eps, purify): purify for purify in args.purify}
                 yield Job(part_name(name, eps), self._steps(), parts, partial(self.adversary, name, eps))
-            for purify in args.purify if "pgd" in attacks else ():
+            for purify in args.purify if "pgd" in args.attack else ():
                 key = part_name("adaptive", eps, purify)
                 yield Job(key, self._steps(), {key: purify}, partial(self.adversary, "pgd", eps, purify))
 
@@ -274,14 +320,20 @@ class Setup:
         return {"steps": self.args.steps, "restarts": self.args.restarts}
 
 
-def prepare(args: argparse.Namespace, accelerator: Any, tasks: Mapping[str, Task], model_name_or_path: str) -> Setup:
-    """Read the data, load the model, and check that they fit together."""
+def prepare(
+    args: argparse.Namespace,
+    accelerator: Any,
+    tasks: Mapping[str, Task],
+    model_name_or_path: str,
+    notes: Sequence[str],
+) -> Setup:
+    """Read the data, load the model, and check that they fit together. The setup gets these notes and more."""
     adapter = find_adapter(args.adapter) if args.adapter else None
     with hint("Choose one by --model_name_or_path."):
         base_model = args.model_name_or_path or (common_base_model([adapter]) if adapter else model_name_or_path)
     # Called for its error, before the data set is read.
     load_base_config(base_model)
-    data = read_data(args, accelerator, tasks)
+    data, split = read_data(args, accelerator, tasks)
     number = min(args.num_images or len(data), len(data))
     indices = sorted(shuffled(data, range(len(data)), args.seed)[:number])
     if not data.subset(indices).has_objects():
@@ -293,11 +345,32 @@ def prepare(args: argparse.Namespace, accelerator: Any, tasks: Mapping[str, Task
     check_image_size(model, processor, args.image_size, [data.sizes[index] for index in indices])
     # Called for its error: a class name that does not fit into a prompt should end the run before it starts.
     split_classes(data.class_names, processor.tokenizer, model.config.max_text_len)
-    return Setup(args, data, indices, model, processor, adapter, base_model)
+    notes = [*notes, *mismatches(adapter, base_model, data.class_names)]
+    if (args.num_images or 0) > len(data):
+        notes.append(f"There are only {counted(len(data), 'image')}, so that all are measured.")
+    return Setup(args, data, split, indices, model, processor, adapter, base_model, notes)
 
 
-def read_data(args: argparse.Namespace, accelerator: Any, tasks: Mapping[str, Task]) -> DetectionSplit:
-    """Read the split to measure on."""
+def mismatches(adapter: SavedAdapter | None, base_model: str, class_names: Sequence[str]) -> list[str]:
+    """Say what was different when the adapter was trained."""
+    if adapter is None:
+        return []
+    found = []
+    if adapter.base_model and _resolved(adapter.base_model) != _resolved(base_model):
+        found.append(f"The adapter was trained on another base model: {adapter.base_model}.")
+    if (adapter.folder / CLASS_NAMES_FILE).is_file():
+        trained, names = read_class_names(adapter), [*map(clean_name, class_names)]
+        if set(trained) != set(names):
+            found.append(f"The adapter was trained on other classes ({enumerated(trained)}), not {enumerated(names)}.")
+    return found
+
+
+def _resolved(base_model: str) -> str:
+    return str(Path(base_model).resolve()) if os.path.isdir(base_model) else base_model
+
+
+def read_data(args: argparse.Namespace, accelerator: Any, tasks: Mapping[str, Task]) -> tuple[DetectionSplit, str]:
+    """Read the split to measure on. Returns it with what it is, for the table."""
     dataset = find_dataset(args, accelerator, tasks)
     options = {name: getattr(args, name) for name in DATA_FLAGS}
     existing = find_splits(dataset)
@@ -305,21 +378,23 @@ def read_data(args: argparse.Namespace, accelerator: Any, tasks: Mapping[str, Ta
     if whole:
         data = load_splits(dataset, [whole], accelerator, **options)[whole]
         if parts := read_division(args, data):
-            return data.subset(parts["test"])
-        print("the data set has no splits; all of its images are measured, also those that an adapter was trained on")
-        return data
+            return data.subset(parts["test"]), "the images that training held out"
+        return data, "which has no splits, so that an adapter may have been trained on these images"
     split = args.eval_split or ("test" if matching_split(existing, "test") else "val")
-    return load_splits(dataset, [split], accelerator, **options)[split]
+    return load_splits(dataset, [split], accelerator, **options)[split], f"split {split}"
 
 
 def measure(setup: Setup, measurements: Measurements) -> None:
     """Measure the parts that are missing."""
     args = setup.args
+    missing = []
     for job in setup.jobs():
-        missing = {name: purify for name, purify in job.parts.items() if not measurements.has(name, job.settings)}
-        if not missing:
-            continue
-        begin = time.monotonic()
+        parts = {name: purify for name, purify in job.parts.items() if not measurements.has(name, job.settings)}
+        if parts:
+            missing.append(dataclasses.replace(job, parts=parts))
+    begin, done = time.monotonic(), 0
+    for number, job in enumerate(missing, start=1):
+        job_begin = time.monotonic()
         data = corrupt_split(setup.data, *job.corruption, args.seed) if job.corruption else setup.data
         found = detect_changed(
             setup.model,
@@ -327,15 +402,33 @@ def measure(setup: Setup, measurements: Measurements) -> None:
             data,
             job.change() if job.change else None,
             args.per_device_eval_batch_size,
-            list(missing.values()),
+            list(job.parts.values()),
             indices=setup.indices,
             label=job.label,
         )
-        seconds = time.monotonic() - begin
-        for name, rows in zip(missing, found, strict=True):
+        now = time.monotonic()
+        for name, rows in zip(job.parts, found, strict=True):
             precision = average_precision(setup.part, rows)
-            measurements.add(name, job.settings, rows, precision, seconds)
+            measurements.add(name, job.settings, rows, precision, now - job_begin)
             print(f"{name}: AP {precision['AP']:.3f} (AP50 {precision['AP50']:.3f})", flush=True)
+        done += job.cost
+        if left := missing[number:]:
+            parts_left = counted(sum(len(job.parts) for job in left), "part")
+            seconds = (time.monotonic() - begin) / done * sum(job.cost for job in left)
+            print(f"{parts_left} left, {about_time(seconds)}", flush=True)
+
+
+def about_time(seconds: float) -> str:
+    """Write an estimate of time.
+
+    Example:
+        >>> about_time(20), about_time(100), about_time(10000)
+        ('less than a minute', 'about 2 minutes', 'about 3 hours')
+    """
+    minutes = seconds / 60
+    if minutes < 1:
+        return "less than a minute"
+    return f"about {counted(round(minutes), 'minute')}" if minutes < 90 else f"about {round(minutes / 60)} hours"
 
 
 def summarise(setup: Setup, measurements: Measurements, parts: Collection[str]) -> dict[str, Any]:
@@ -358,30 +451,39 @@ def summarise(setup: Setup, measurements: Measurements, parts: Collection[str]) 
             for name in args.corruptions
         }
         clean = measurements.precision(part_name("clean"))["AP"]
-        summary |= mean_precision_under_corruption(table, clean)
+        # JSON has no NaN, which is the share of a clean AP of 0.
+        summary |= {
+            name: value if math.isfinite(value) else None
+            for name, value in mean_precision_under_corruption(table, clean).items()
+        }
     return summary
 
 
 def run(args: argparse.Namespace, tasks: Mapping[str, Task], model_name_or_path: str) -> None:
     limit_waiting()
-    check_args(args)
+    notes = check_args(args)
     accelerator = make_accelerator("no")
     if accelerator.num_processes > 1:
         raise InputError(f"this command needs one process, but {accelerator.num_processes} were started.")
     with claim_output_dir(args.output_dir, accelerator, None):
-        setup = prepare(args, accelerator, tasks, model_name_or_path)
+        setup = prepare(args, accelerator, tasks, model_name_or_path, notes)
+        for note in setup.notes:
+            print(note)
         measurements = Measurements(args.output_dir, setup.settings())
         # The folder may have other parts, of earlier runs.
         is_there = {name: measurements.has(name, job.settings) for job in setup.jobs() for name in job.parts}
         images, parts = counted(len(setup.indices), "image"), counted(len(is_there), "part")
-        print(f"{images}, {parts}, of which {sum(is_there.values())} are there", flush=True)
+        print(f"{images}, {parts}, {sum(is_there.values())} already measured", flush=True)
+        if not all(is_there.values()):
+            # The run may stop before it draws another one.
+            measurements.picture.unlink(missing_ok=True)
         try:
             measure(setup, measurements)
             summary = summarise(setup, measurements, is_there)
             precisions = {name: measurements.precision(name) for name in is_there}
-            text = make_tables(precisions, summary, args, ATTACKS, setup.base_model)
+            text = make_tables(setup.about(), precisions, summary, args, ATTACKS)
             measurements.finish(summary, text)
-            if args.attack and (not all(is_there.values()) or not measurements.picture.is_file()):
+            if args.attack and not measurements.picture.is_file():
                 draw(setup, measurements)
         except KeyboardInterrupt:
             raise KeyboardInterrupt("stopped; the same command goes on.") from None
@@ -389,21 +491,28 @@ def run(args: argparse.Namespace, tasks: Mapping[str, Task], model_name_or_path:
 
 
 def draw(setup: Setup, measurements: Measurements) -> None:
-    """Draw a few images: as they are, attacked, and defended by the adapter."""
+    """Draw a few images, with the detections before and under an attack, without and with the adapter."""
     args = setup.args
     # A value in the middle, where a defence shows best.
     eps = args.eps[(len(args.eps) - 1) // 2]
+    attacked = f"attacked at {eps:g}/255"
     base_model = setup.without_prompts or nullcontext
-    columns: dict[str, Shown] = {
-        "base model": (None, base_model),
-        f"base model, attacked at {eps:g}/255": (setup.adversary("transfer", eps), base_model),
+    # The base model has no threshold of its own.
+    columns = {
+        "base model": Shown(None, base_model, DEFAULT_THRESHOLD),
+        f"base model, {attacked}": Shown(setup.adversary("transfer", eps), base_model, DEFAULT_THRESHOLD),
     }
+    thresholds = f"{DEFAULT_THRESHOLD:g}"
     if setup.adapter:
-        columns["with the adapter, attacked through it"] = (setup.adversary("pgd", eps), nullcontext)
+        own = read_threshold(setup.adapter, DEFAULT_THRESHOLD)
+        assert own is not None
+        columns["with the adapter"] = Shown(None, nullcontext, own)
+        columns[f"with the adapter, {attacked}"] = Shown(setup.adversary("pgd", eps), nullcontext, own)
+        if own != DEFAULT_THRESHOLD:
+            thresholds += f" without and {own:g} with the adapter"
     shown = [setup.indices[number] for number in choose_images(setup.part, NUM_SHOWN_IMAGES)]
-    threshold = read_threshold(setup.adapter) if setup.adapter else None
-    threshold = DEFAULT_THRESHOLD if threshold is None else threshold
-    image = draw_attack(setup.model, setup.processor, setup.data, shown, columns, eps, threshold)
+    title = f"boxes with a score of at least {thresholds}"
+    image = draw_attack(setup.model, setup.processor, setup.data, shown, columns, eps, title)
     with whole_file(measurements.picture) as unfinished:
         image.save(unfinished, format="PNG")
 

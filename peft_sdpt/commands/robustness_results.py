@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,13 +26,38 @@ from ..detection.purification import Purifier
 from ..detection.robustness import Change
 from ..errors import InputError
 from ..files import read_json, remove_leftovers, whole_file
+from ..wording import counted
 
 # Folder of the detections of each part.
 DETECTIONS = "detections"
+# What all parts depend on, and what a message says if it is another.
+DIFFERENCES = {
+    "base_model": "another base model (--model_name_or_path)",
+    "adapter": "another --adapter",
+    "images": "other images (--dataset_name, --eval_split, --num_images)",
+    "image_size": "another --image_size",
+    "seed": "another --seed",
+}
 # How much AP may change where a check of the table expects no change.
 NOISE = 0.01
-# A change of the pixels, and the context in which the model then detects.
-Shown = tuple[Change | None, Callable[[], AbstractContextManager]]
+# What the table says if no check fails.
+PASSED = "All checks of the table passed."
+# Lowest AP on unchanged images from which an attack can take something away.
+LOW = 0.05
+
+
+class Shown(NamedTuple):
+    """A column of the picture.
+
+    Attributes:
+        change: The change of the pixels, or None.
+        context: The context in which the model then detects.
+        threshold: Lowest score to draw.
+    """
+
+    change: Change | None
+    context: Callable[[], AbstractContextManager]
+    threshold: float
 
 
 def part_name(kind: str, number: float | None = None, purify: Purifier | None = None) -> str:
@@ -46,7 +71,7 @@ class Measurements:
 
     Args:
         folder: Folder of the results.
-        settings: What all parts depend on, by flag.
+        settings: What all parts depend on. The keys are those of `DIFFERENCES`.
 
     Raises:
         InputError: `robustness.json` was not written by this command, or has parts with other settings.
@@ -65,10 +90,10 @@ class Measurements:
             earlier, parts = content.get("settings"), content.get("parts")
             if not isinstance(earlier, dict) or not isinstance(parts, dict):
                 raise InputError(f"{self.file}: was not written by this command; choose another --output_dir.")
-            if names := [name for name in self.settings if earlier.get(name) != self.settings[name]]:
+            if others := [text for name, text in DIFFERENCES.items() if earlier.get(name) != self.settings[name]]:
                 raise InputError(
-                    f"{self.file}: has parts with other values of {', '.join(names)}; choose another --output_dir, or "
-                    "remove this file."
+                    f"{self.file}: was measured with {' and '.join(others)}; choose another --output_dir, or remove "
+                    "this file."
                 )
             self.parts = parts
 
@@ -121,58 +146,60 @@ class Measurements:
 
 
 def make_tables(
+    about: Sequence[str],
     parts: Mapping[str, Mapping[str, float]],
     summary: Mapping[str, Any],
     args: argparse.Namespace,
     attacks: Mapping[str, str],
-    model_name_or_path: str,
 ) -> str:
     """Write the table of a detector in Markdown.
 
     Args:
+        about: The lines above the table.
         parts: The AP of each part.
         summary: What was computed from them.
         args: The flags.
         attacks: What each attack of the flags is.
-        model_name_or_path: The base model.
 
     Returns:
         The text, with what a check of the table found.
     """
-    clean = parts[part_name("clean")]
-    detector = f"{args.adapter} on {model_name_or_path}" if args.adapter else model_name_or_path
+    lines = [*about, f"Unchanged: {_cell(parts[part_name('clean')])}"]
     levels = [f"{eps:g}/255" for eps in args.eps]
-    lines = [f"Robustness of {detector}: AP (AP50).", "", f"Unchanged: {_cell(clean)}"]
-    attacked = [name for name in args.attack if part_name(name, args.eps[0]) in parts]
-    if attacked:
-        starts = f"{args.steps} steps" + (f", {args.restarts} starts" if args.restarts > 1 else "")
-        rows = [["random signs", *(parts.get(part_name("signs", eps)) for eps in args.eps)]]
-        rows += [[attacks[name], *(parts.get(part_name(name, eps)) for eps in args.eps)] for name in attacked]
-        if len(attacked) > 1:
-            rows.append(["lowest per image", *(summary.get(part_name("lowest", eps)) for eps in args.eps)])
-        lines += ["", *_table([f"attack, {starts}", *levels], rows)]
+    if args.attack:
+        effort = counted(args.steps, "step") + (f", {counted(args.restarts, 'start')}" if args.restarts > 1 else "")
+        rows = [["random signs", *(parts[part_name("signs", eps)] for eps in args.eps)]]
+        rows += [[attacks[name], *(parts[part_name(name, eps)] for eps in args.eps)] for name in args.attack]
+        if len(args.attack) > 1:
+            rows.append(["lowest per image", *(summary[part_name("lowest", eps)] for eps in args.eps)])
+        lines += ["", *_table([f"attack, {effort}", *levels], rows)]
     if args.corruptions:
         rows = [[name, *(parts[part_name(name, level)] for level in args.severities)] for name in args.corruptions]
         lines += ["", *_table(["corruption, by severity", *map(str, args.severities)], rows)]
-        lines += ["", f"mPC {summary['mPC']:.3f}, rPC {summary['rPC']:.3f}"]
+        share = "-" if summary["rPC"] is None else f"{summary['rPC']:.3f}"
+        lines += ["", f"mPC {summary['mPC']:.3f}, rPC {share}"]
     if args.purify:
         rows = []
         for purify in args.purify:
-            rows.append([f"{purify}, unchanged", parts[part_name("clean", purify=purify)], *[None] * (len(levels) - 1)])
+            clean = parts[part_name("clean", purify=purify)]
+            attacked: list[list[Any]] = []
             for kind, meaning in (
                 ("transfer", "transferred"),
                 ("pgd", "PGD that does not know it"),
                 ("adaptive", "PGD through it"),
+                ("lowest", "lowest per image"),
             ):
-                cells = [parts.get(part_name(kind, eps, purify)) for eps in args.eps]
+                names = [part_name(kind, eps, purify) for eps in args.eps]
+                cells = [parts.get(name) or summary.get(name) for name in names]
                 if any(cells):
-                    rows.append([f"{purify}, {meaning}", *cells])
-            lowest = [summary.get(part_name("lowest", eps, purify)) for eps in args.eps]
-            if any(lowest):
-                rows.append([f"{purify}, lowest per image", *lowest])
-        lines += ["", *_table(["after a purifier", *levels], rows)]
-    found = doubts(parts, args)
-    return "\n".join([*lines, *(["", "Doubtful:", ""] if found else []), *(f"* {text}" for text in found)])
+                    attacked.append([f"{purify}, {meaning}", clean, *cells])
+            rows += attacked or [[str(purify), clean]]
+        # Only these attacks are made with purifiers.
+        has_attacks = any(name in args.attack for name in ("pgd", "transfer"))
+        lines += ["", *_table(["after a purifier", "unchanged", *(levels if has_attacks else ())], rows)]
+    found = doubts(parts, summary, args)
+    lines += ["", *(["Doubtful:", "", *(f"* {text}" for text in found)] if found else [PASSED])]
+    return "\n".join(lines)
 
 
 def _cell(precision: Mapping[str, float] | None) -> str:
@@ -184,11 +211,12 @@ def _table(headings: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
-def doubts(parts: Mapping[str, Mapping[str, Any]], args: argparse.Namespace) -> list[str]:
-    """Check what must hold for attacks that work.
+def doubts(parts: Mapping[str, Mapping[str, Any]], summary: Mapping[str, Any], args: argparse.Namespace) -> list[str]:
+    """Check what must hold for a detector and attacks that work.
 
     Args:
         parts: All parts.
+        summary: What was computed from them.
         args: The flags.
 
     Returns:
@@ -206,13 +234,24 @@ def doubts(parts: Mapping[str, Mapping[str, Any]], args: argparse.Namespace) -> 
         if low is not None and high is not None and low > high + NOISE:
             found.append(f"{sentence} ({low:.3f} instead of at most {high:.3f}).")
 
+    clean = parts[part_name("clean")]["AP"]
+    if clean < LOW:
+        found.append(f"AP on unchanged images is too low to compare anything with it ({clean:.3f}).")
+    if (summary.get("rPC") or 0) > 1:
+        found.append(f"rPC is above 1, so that AP is higher on corrupted images ({summary['rPC']:.3f}).")
     for name in args.attack:
         for less, more in zip(args.eps, args.eps[1:], strict=False):
             expect(value(name, more), value(name, less), f"{name}: AP is higher at {more:g}/255 than at {less:g}/255")
         for eps in args.eps:
             expect(value(name, eps), value("signs", eps), f"{name}: AP is higher than with random signs at {eps:g}/255")
     for eps in args.eps:
-        expect(value("pgd", eps), value("transfer", eps), f"pgd: AP is higher than for transfer at {eps:g}/255")
+        pgd, signs = value("pgd", eps), value("signs", eps)
+        # An AP of nearly 0 cannot become lower.
+        if pgd is not None and signs is not None and max(NOISE, signs - NOISE) < pgd <= signs + NOISE:
+            found.append(
+                f"pgd: does hardly more harm than random signs at {eps:g}/255 ({pgd:.3f} instead of {signs:.3f})."
+            )
+        expect(pgd, value("transfer", eps), f"pgd: AP is higher than for transfer at {eps:g}/255")
         for purify in args.purify:
             expect(
                 value("adaptive", eps, purify),
@@ -230,7 +269,7 @@ def draw_attack(
     images: Sequence[int],
     columns: Mapping[str, Shown],
     eps: float,
-    threshold: float,
+    title: str,
 ) -> Image.Image:
     """Draw detections in changed images.
 
@@ -239,9 +278,9 @@ def draw_attack(
         processor: Its processor.
         data: The split.
         images: Indices of the images to draw, one per row.
-        columns: Maps the heading of a column to its change and the context of its detections.
+        columns: The columns by heading.
         eps: Size of the changes, of 255 levels. A change of this size is drawn as white or black.
-        threshold: Lowest score to draw.
+        title: Text above the headings.
 
     Returns:
         The sheet. The first column has the true boxes, and the last one the change of the column before it, magnified.
@@ -256,7 +295,7 @@ def draw_attack(
         pixels = to_device(dict(process_images(processor.image_processor, [data.open_image(index)])), device)
         clean = values = pixels["pixel_values"]
         row = [draw_objects(data, index, width)]
-        for change, context in columns.values():
+        for change, context, threshold in columns.values():
             values = clean if change is None else change([index], pixels)
             changed = _to_image(pixel_range.to_images(values)[0])
             with evaluation_mode(model), context():
@@ -277,8 +316,7 @@ def draw_attack(
         row.append(magnified.resize(row[0].size, Image.Resampling.NEAREST))
         # Rounding the size of the resized image may change its height by a pixel.
         rows.append([image.resize(row[0].size) for image in row])
-    title = f"boxes with a score of at least {threshold:g}, and the last change x {127.5 / eps:g}"
-    return sheet([TRUTH, *columns, "change, magnified"], rows, title)
+    return sheet([TRUTH, *columns, f"last change x {127.5 / eps:g}"], rows, title)
 
 
 def _to_image(values: Tensor) -> Image.Image:

@@ -57,9 +57,9 @@ class _Straight(torch.autograd.Function):
         return gradients[0], None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Purifier:
-    """A purifier of images. `parse_purifier` makes one from text.
+    """A purifier of images. `parse_purifier` makes one from text. Purifiers are sorted by kind and number.
 
     Attributes:
         kind: "jpeg" compresses images, and "bits" rounds their pixels.

@@ -158,6 +158,21 @@ def test_purifiers_stand_in_front_of_the_detector(tuned, processor, data):
     same(detect_changed(tuned, processor, purified, None, 4)[0], together[2])
 
 
+def test_a_purifier_leaves_padding_alone(processor):
+    """An image with fewer positions than queries is padded, after the purifier."""
+    model = attach(make_host(two_stage=True, num_queries=81)).eval()
+    small = DetectionSplit(NAMES, ["a"], [(64, 64)], [[BOX]], [[0]], [[False]], lambda _: noise(1))
+    seen = []
+    model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    # Zero is grey for a detector, and one bit makes black or white of it.
+    attack_split(model, processor, small, dataclasses.replace(ATTACK, steps=1), 1, purify=parse_purifier("bits:1"))
+    for inputs in seen:
+        is_padding = inputs["pixel_mask"][:, None].expand_as(inputs["pixel_values"]) == 0
+        assert is_padding.any()
+        assert (inputs["pixel_values"][is_padding] == 0).all()
+    assert len(seen) == 2
+
+
 def open_purified(purify, index: int) -> Image.Image:
     """The images of this module have the size that the detector sees, so a purifier may come before resizing."""
     values = torch.from_numpy(np.array(noise(index))).permute(2, 0, 1)[None] / 255

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,14 +15,17 @@ import pytest
 import torch
 from peft import get_peft_model
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import robustness
 from peft_sdpt.commands import robustness as command
-from peft_sdpt.commands.robustness_results import doubts, part_name
+from peft_sdpt.commands.robustness_results import doubts, make_tables, part_name
 from peft_sdpt.detection import (
     DetectionSplit,
+    Purifier,
     average_precision,
     detect_changed,
+    find_adapter,
     load_base_model,
     load_detector,
     load_processor,
@@ -108,7 +112,7 @@ def test_all_parts_are_measured(measured):
     assert summary["lowest 8 bits:3"]["AP"] <= parts["adaptive 8 bits:3"]["AP"]
 
 
-def test_the_table_and_the_picture(measured, adapter):
+def test_the_table_and_the_picture(measured, adapter, small_task):
     content = results(measured)
     table = (measured / "robustness.md").read_text()
     assert str(adapter) in table
@@ -117,9 +121,22 @@ def test_the_table_and_the_picture(measured, adapter):
         assert f"{part['AP']:.3f} ({part['AP50']:.3f})" in table
     assert f"mPC {content['summary']['mPC']:.3f}, rPC {content['summary']['rPC']:.3f}" in table
     rows = [line for line in table.splitlines() if line.startswith("|")]
-    assert len(rows) == 3 * 2 + 4 + 2 + 5
-    # The truth, the base model, attacked, defended, and the change.
-    assert Image.open(measured / "robustness.png").width == 5 * 320 + 4 * 6
+    assert len(rows) == 3 * 2 + 4 + 2 + 4
+    clean, purified = (content["parts"][name] for name in ("clean", "clean bits:3"))
+    assert f"Unchanged: {clean['AP']:.3f} ({clean['AP50']:.3f})" in table
+    after = rows[rows.index("| after a purifier | unchanged | 8/255 |") + 2 :]
+    assert [row.split(" | ")[0] for row in after] == [
+        *("| bits:3, transferred", "| bits:3, PGD that does not know it"),
+        *("| bits:3, PGD through it", "| bits:3, lowest per image"),
+    ]
+    assert {row.split(" | ")[1] for row in after} == {f"{purified['AP']:.3f} ({purified['AP50']:.3f})"}
+    assert f"Measured on 2 images of {small_task} (split test)." in table
+    assert re.search(
+        r"Image size: (longest edge 192, shortest edge 96|shortest edge 96, longest edge 192)\. Seed: 0\.", table
+    )
+    assert "| attack, 1 step | 8/255 |" in rows and any(row.startswith("| PGD, adaptive |") for row in rows)
+    # The truth, the base model, attacked, with the adapter, attacked, and the change.
+    assert Image.open(measured / "robustness.png").width == 6 * 320 + 5 * 6
 
 
 def test_the_same_command_measures_nothing_again(measured, adapter, run, tmp_path, monkeypatch, capsys):
@@ -130,7 +147,7 @@ def test_the_same_command_measures_nothing_again(measured, adapter, run, tmp_pat
     assert run("--adapter", adapter, output=out) == 0
     assert before == {file.name: file.read_bytes() for file in out.glob("robustness.*")}
     printed = capsys.readouterr().out
-    assert "12 parts, of which 12 are there" in printed
+    assert "12 parts, 12 already measured" in printed
     assert printed.endswith((out / "robustness.md").read_text())
 
 
@@ -144,10 +161,16 @@ def test_a_run_that_stops_in_the_middle_goes_on(measured, adapter, run, tmp_path
             raise KeyboardInterrupt
         return detect(*args, **kwargs)
 
+    picture = tmp_path / "out" / "robustness.png"
+    picture.parent.mkdir()
+    picture.write_text("a picture of other parts")
     with monkeypatch.context() as patch:
         patch.setattr(command, "detect_changed", stops)
         assert run("--adapter", adapter) == 130
-    assert capsys.readouterr().err.endswith("robustness.py: stopped; the same command goes on.\n")
+    assert not picture.exists()
+    printed = capsys.readouterr()
+    assert printed.err.endswith("robustness.py: stopped; the same command goes on.\n")
+    assert re.findall("^(.+) left, ", printed.out, re.MULTILINE) == ["10 parts", "9 parts", "8 parts", "7 parts"]
     # The first change has two parts.
     done = ["clean", "clean bits:3", "fog 1", "fog 5", "contrast 1"]
     assert list(results(tmp_path / "out")["parts"]) == done
@@ -162,11 +185,12 @@ def test_only_what_is_new_is_measured(measured, adapter, run, tmp_path, capsys):
     few = ("--adapter", adapter, "--corruptions", "none", "--attack", "transfer")
     assert run(*few, "--purify", "bits:3", "bits:1", output=out) == 0
     printed = capsys.readouterr().out
-    assert "7 parts, of which 5 are there" in printed
+    assert "7 parts, 5 already measured" in printed
     assert re.findall(r"^(.+): AP 0", printed, re.MULTILINE) == ["clean bits:1", "transfer 8 bits:1"]
     # The parts that were there before stay, but the table has only those of the flags.
     assert set(results(out)["parts"]) == PARTS | {"clean bits:1", "transfer 8 bits:1"}
     assert "PGD through" not in printed and "fog" not in printed
+    assert printed.index("| bits:1, transferred") < printed.index("| bits:3, transferred")
 
 
 def test_other_settings_are_refused(measured, adapter, run, tmp_path, monkeypatch, capsys):
@@ -174,21 +198,40 @@ def test_other_settings_are_refused(measured, adapter, run, tmp_path, monkeypatc
     out = shutil.copytree(measured, tmp_path / "copy")
     monkeypatch.setattr(command, "detect_changed", None)
     for flags, names in (
-        (("--adapter", adapter, "--image_size", 64), "the image size"),
-        (("--adapter", adapter, "--num_images", 1), "the images"),
-        (("--adapter", adapter, "--num_images", 4, "--seed", 1), "the images, --seed"),
-        ((), "--adapter"),
+        (("--adapter", adapter, "--image_size", 64), "another --image_size"),
+        (("--adapter", adapter, "--num_images", 1), "other images (--dataset_name, --eval_split, --num_images)"),
+        (("--adapter", adapter, "--seed", 1, "--image_size", 64), "another --image_size and another --seed"),
+        (("--attack", "pgd"), "another --adapter"),
     ):
         assert run(*flags, output=out) == 2
         error = capsys.readouterr().err.splitlines()[-1]
-        assert error.startswith(f"robustness.py: {out / 'robustness.json'}: has parts with other values of {names};")
+        assert error.startswith(f"robustness.py: {out / 'robustness.json'}: was measured with ")
+        assert f"{names}; choose another --output_dir" in error
     assert results(out) == results(measured)
 
 
+def test_a_base_model_that_changes_in_its_folder_is_noticed(measured, adapter, run, tmp_path, monkeypatch, capsys):
+    """Its path stays the same, so the weights count. A copy in another folder is the same base model."""
+    out, moved = shutil.copytree(measured, tmp_path / "copy"), shutil.copytree(HOST, tmp_path / "host")
+    flags = ("--adapter", adapter, "--model_name_or_path", moved)
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "detect_changed", None)
+        assert run(*flags, output=out) == 0
+        assert f"The adapter was trained on another base model: {HOST}." in capsys.readouterr().out
+        weights = load_file(moved / "model.safetensors")
+        name = min(name for name in weights if weights[name].is_floating_point())
+        weights[name] = weights[name] + 0.01
+        save_file(weights, moved / "model.safetensors", {"format": "pt"})
+        assert run(*flags, output=out) == 2
+    assert "robustness.json: was measured with another base model (--model_name_or_path);" in capsys.readouterr().err
+
+
 def test_without_an_adapter_the_base_model_is_measured(run, tmp_path, capsys):
-    assert run("--corruptions", "none", "--purify", "none", "--attack", "features", "transfer") == 0
+    assert run("--corruptions", "none", "--purify", "none", "--attack", "features", "--num_images", 50) == 0
     assert set(results(tmp_path / "out")["parts"]) == {"clean", "signs 8", "features 8"}
-    assert "transferred" not in capsys.readouterr().out
+    note = "There are only 4 images, so that all are measured."
+    assert capsys.readouterr().out.count(f"\n{note}\n") == 2
+    assert f"\n\n{note}\n\n" in (tmp_path / "out" / "robustness.md").read_text()
     assert Image.open(tmp_path / "out" / "robustness.png").width == 4 * 320 + 3 * 6
 
 
@@ -205,7 +248,9 @@ def test_without_an_adapter_the_base_model_is_measured(run, tmp_path, capsys):
         (("--seed", -1), "--seed -1: must be at least 0 and below 4294967296"),
         (("--attack", "none", "pgd"), "--attack none: cannot be used with other values"),
         (("--corruptions", "frost"), "--corruptions frost: must be one of gaussian_noise"),
-        (("--corruptions", "all", "fog"), "--corruptions all: must be one of gaussian_noise"),
+        (("--corruptions", "all", "fog"), "--corruptions all: cannot be used with other values"),
+        (("--corruptions", "none", "--severities", 6), "--severities 6: must be from 1 to 5"),
+        (("--attack", "pgd", "transfer"), "--attack transfer: needs --adapter"),
         (("--severities", 1, 6), "--severities 6: must be from 1 to 5"),
         (("--purify", "jpeg"), "--purify jpeg: must be a kind and a number"),
         (("--purify", "bits:9"), "--purify bits:9: the number of bits per channel must be from 1 to 8"),
@@ -217,7 +262,7 @@ def test_without_an_adapter_the_base_model_is_measured(run, tmp_path, capsys):
     ],
 )
 def test_wrong_flags_end_with_one_line(run, offline, capsys, tmp_path, flags, message):
-    assert run(*flags) == 2
+    assert run("--attack", "pgd", *flags) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("robustness.py: ") and message in error
     assert not (tmp_path / "out" / "robustness.json").exists()
@@ -230,7 +275,7 @@ def test_an_attack_that_does_not_exist(run, capsys):
 
 def test_several_processes_are_refused(run, monkeypatch, capsys):
     monkeypatch.setattr(command, "make_accelerator", lambda *_: SimpleNamespace(num_processes=2))
-    assert run() == 2
+    assert run("--attack", "pgd") == 2
     assert "robustness.py: this command needs one process, but 2 were started." in capsys.readouterr().err
 
 
@@ -239,7 +284,7 @@ def test_a_file_of_somebody_else_stays(run, tmp_path, capsys, content):
     file = tmp_path / "out" / "robustness.json"
     file.parent.mkdir()
     file.write_text(content)
-    assert run() == 2
+    assert run("--attack", "pgd") == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert str(file) in error
     assert "was not written by this command" in error or "not JSON" in error
@@ -271,13 +316,98 @@ def test_a_data_set_without_splits(tmp_path, small_task, monkeypatch, capsys):
     accelerator = SimpleNamespace(
         num_processes=1, process_index=0, is_local_main_process=False, is_main_process=True, print=print
     )
-    data = command.read_data(args, accelerator, {})
+    data, split = command.read_data(args, accelerator, {})
     assert len(data) == 4
-    assert "all of its images are measured" in capsys.readouterr().out
+    assert split == "which has no splits, so that an adapter may have been trained on these images"
     args.output_dir.mkdir()
     ids = {"train": data.image_ids[:2], "val": data.image_ids[2:3], "test": data.image_ids[3:]}
     (args.output_dir / "splits.json").write_text(json.dumps({"image_ids": ids}))
-    assert command.read_data(args, accelerator, {}).image_ids == data.image_ids[3:]
+    held_out, split = command.read_data(args, accelerator, {})
+    assert held_out.image_ids == data.image_ids[3:]
+    assert split == "the images that training held out"
+
+
+@pytest.fixture
+def flags(monkeypatch):
+    """Parse flags as the command does."""
+
+    def flags(*values) -> argparse.Namespace:
+        monkeypatch.setattr(sys, "argv", ["robustness.py", *map(str, values)])
+        return command.parse_args(None, HOST, "twemoji", {})
+
+    return flags
+
+
+def test_values_are_unique_and_sorted(flags):
+    args = flags("--purify", "jpeg:75", "jpeg:9", "jpeg:075", "bits:8", "--eps", 4, 2, 4.0, "--attack", "vanish", "pgd")
+    assert command.check_args(args) == []
+    assert args.purify == [Purifier("bits", 8), Purifier("jpeg", 9), Purifier("jpeg", 75)]
+    assert (args.eps, args.attack) == ([2, 4], ["pgd", "vanish"])
+
+
+def test_what_the_user_should_know_about_the_flags(flags):
+    args = flags("--eps", 2 / 255, 8, "--adapter", "a")
+    (note,) = command.check_args(args)
+    assert note.startswith("--eps is in levels of 255, so that --eps 0.00784314 is less than a tenth")
+    assert args.attack == list(command.ATTACKS)
+    args = flags()
+    (note,) = command.check_args(args)
+    assert note == "The attack transfer is left out, because it needs --adapter."
+    assert args.attack == [name for name in command.ATTACKS if name != "transfer"]
+    assert command.check_args(flags("--attack", "none", "--eps", 0.001)) == []
+
+
+def test_an_adapter_of_other_classes(adapter, tmp_path):
+    folder = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    found = find_adapter(str(folder))
+    assert command.mismatches(found, HOST, ["dog"]) == command.mismatches(None, HOST, ["dog"]) == []
+    (folder / "class_names.json").write_text('["cat", "dog"]')
+    assert command.mismatches(found, HOST, ["dog", "cat"]) == []
+    assert command.mismatches(found, f"{HOST}/../host", ["dog"]) == [
+        "The adapter was trained on other classes (cat, dog), not dog."
+    ]
+
+
+def test_the_time_that_is_left():
+    found = [command.about_time(seconds) for seconds in (59, 60, 29 * 60, 100 * 60, 10 * 3600)]
+    assert found == ["less than a minute", "about 1 minute", "about 29 minutes", "about 2 hours", "about 10 hours"]
+    # An attack takes far longer than a detection.
+    plain, attack = (command.Job("", settings, {"a": None}) for settings in ({}, {"steps": 20, "restarts": 2}))
+    assert plain.cost == 1 and attack.cost == 121
+
+
+def test_a_detector_that_finds_nothing(flags, tmp_path):
+    """rPC does not exist then, and JSON has no NaN."""
+    args = flags("--corruptions", "fog", "--severities", 1, "--attack", "none", "--purify", "jpeg:50")
+    command.check_args(args)
+    nothing = {"AP": 0.0, "AP50": 0.0, "AP75": 0.0}
+    parts = dict.fromkeys(("clean", "clean jpeg:50", "fog 1"), nothing)
+    measurements = SimpleNamespace(precision=parts.__getitem__)
+    summary = command.summarise(SimpleNamespace(args=args), measurements, parts)
+    assert summary == {"mPC": 0.0, "rPC": None}
+    assert json.loads(json.dumps(summary, allow_nan=False)) == summary
+    table = make_tables(["About."], parts, summary, args, command.ATTACKS)
+    assert (
+        table
+        == """About.
+Unchanged: 0.000 (0.000)
+
+| corruption, by severity | 1 |
+| --- | --- |
+| fog | 0.000 (0.000) |
+
+mPC 0.000, rPC -
+
+| after a purifier | unchanged |
+| --- | --- |
+| jpeg:50 | 0.000 (0.000) |
+
+Doubtful:
+
+* AP on unchanged images is too low to compare anything with it (0.000)."""
+    )
+    fine = {name: {**nothing, "AP": 0.5} for name in parts}
+    assert make_tables([], fine, {"mPC": 0.5, "rPC": 1.0}, args, {}).endswith("\n\nAll checks of the table passed.")
 
 
 @pytest.mark.slow
@@ -301,12 +431,20 @@ def test_attacks_on_the_small_base_model(tmp_path):
 
 def test_what_is_doubtful_is_said():
     args = argparse.Namespace(attack=["pgd", "transfer"], eps=[1.0, 2.0], purify=[parse_purifier("jpeg:75")])
-    fine = {"signs 1": 0.5, "signs 2": 0.5, "pgd 1": 0.3, "pgd 2": 0.1, "transfer 1": 0.4, "transfer 2": 0.3}
+    fine = {
+        "clean": 0.6,
+        "signs 1": 0.5,
+        "signs 2": 0.5,
+        "pgd 1": 0.3,
+        "pgd 2": 0.1,
+        "transfer 1": 0.4,
+        "transfer 2": 0.3,
+    }
     fine |= {"pgd 1 jpeg:75": 0.4, "adaptive 1 jpeg:75": 0.405}
 
-    def found(**changes):
+    def found(summary=None, **changes):
         parts = {name: {"AP": value} for name, value in {**fine, **changes}.items()}
-        return doubts(parts, args)
+        return doubts(parts, summary or {}, args)
 
     assert found() == []
     assert found(**{"pgd 2": 0.32}) == [
@@ -320,6 +458,14 @@ def test_what_is_doubtful_is_said():
         "jpeg:75: AP is higher for the attack through it than for the one that does not know it, at 1/255 (0.450 "
         "instead of at most 0.400)."
     ]
+    assert found(**{"pgd 1": 0.495, "transfer 1": 0.505}) == [
+        "pgd: does hardly more harm than random signs at 1/255 (0.495 instead of 0.500)."
+    ]
+    # No attack can take away more than everything.
+    assert found(**{"signs 2": 0.0, "pgd 2": 0.0, "transfer 2": 0.0}) == []
+    assert found(clean=0.04) == ["AP on unchanged images is too low to compare anything with it (0.040)."]
+    assert found({"rPC": 1.02}) == ["rPC is above 1, so that AP is higher on corrupted images (1.020)."]
+    assert found({"rPC": 0.9}) == found({"rPC": None}) == []
 
 
 def test_names_of_parts():
