@@ -60,7 +60,7 @@ from ..downloads import limit_waiting
 from ..errors import InputError, hint, one_line_errors
 from ..files import output_folder, whole_file
 from ..training import claim_output_dir, make_accelerator
-from ..wording import counted, enumerated
+from ..wording import counted, enumerated, printable
 from . import print_any_name
 from .robustness_results import Measurements, Shown, draw_attack, make_tables, part_name
 from .train import find_dataset
@@ -357,11 +357,13 @@ def mismatches(adapter: SavedAdapter | None, base_model: str, class_names: Seque
         return []
     found = []
     if adapter.base_model and _resolved(adapter.base_model) != _resolved(base_model):
-        found.append(f"The adapter was trained on another base model: {adapter.base_model}.")
+        found.append(f"The adapter was trained on another base model: {printable(adapter.base_model, 300)}.")
     if (adapter.folder / CLASS_NAMES_FILE).is_file():
         trained, names = read_class_names(adapter), [*map(clean_name, class_names)]
-        if set(trained) != set(names):
-            found.append(f"The adapter was trained on other classes ({enumerated(trained)}), not {enumerated(names)}.")
+        if unknown := [name for name in names if name not in trained]:
+            found.append(f"The adapter was not trained on these classes: {enumerated(unknown)}.")
+        if missing := [name for name in trained if name not in names]:
+            found.append(f"The data set does not have these classes of the adapter: {enumerated(missing)}.")
     return found
 
 

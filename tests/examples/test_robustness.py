@@ -363,8 +363,9 @@ def test_an_adapter_of_other_classes(adapter, tmp_path):
     assert command.mismatches(found, HOST, ["dog"]) == command.mismatches(None, HOST, ["dog"]) == []
     (folder / "class_names.json").write_text('["cat", "dog"]')
     assert command.mismatches(found, HOST, ["dog", "cat"]) == []
-    assert command.mismatches(found, f"{HOST}/../host", ["dog"]) == [
-        "The adapter was trained on other classes (cat, dog), not dog."
+    assert command.mismatches(found, f"{HOST}/../host", ["dog", "horse"]) == [
+        "The adapter was not trained on these classes: horse.",
+        "The data set does not have these classes of the adapter: cat.",
     ]
 
 
