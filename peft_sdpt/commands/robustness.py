@@ -191,7 +191,7 @@ def check_args(args: argparse.Namespace) -> list[str]:
     for name, order in (("attack", ATTACKS), ("corruptions", CORRUPTIONS)):
         setattr(args, name, sorted(set(getattr(args, name)), key=[*order].index))
     if args.attack and args.eps[0] < SMALL_EPS:
-        notes.append(f"--eps is in levels of 255, so that --eps {args.eps[0]:g} is less than a tenth of a level.")
+        notes.append(f"--eps is in levels of 255, so --eps {args.eps[0]:g} is less than a tenth of a level.")
     return notes
 
 
@@ -347,7 +347,7 @@ def prepare(
     split_classes(data.class_names, processor.tokenizer, model.config.max_text_len)
     notes = [*notes, *mismatches(adapter, base_model, data.class_names)]
     if (args.num_images or 0) > len(data):
-        notes.append(f"There are only {counted(len(data), 'image')}, so that all are measured.")
+        notes.append(f"There are only {counted(len(data), 'image')}, so all of them are measured.")
     return Setup(args, data, split, indices, model, processor, adapter, base_model, notes)
 
 
@@ -381,7 +381,7 @@ def read_data(args: argparse.Namespace, accelerator: Any, tasks: Mapping[str, Ta
         data = load_splits(dataset, [whole], accelerator, **options)[whole]
         if parts := read_division(args, data):
             return data.subset(parts["test"]), "the images that training held out"
-        return data, "which has no splits, so that an adapter may have been trained on these images"
+        return data, "without splits, so an adapter may have been trained on these images"
     split = args.eval_split or ("test" if matching_split(existing, "test") else "val")
     return load_splits(dataset, [split], accelerator, **options)[split], f"split {split}"
 

@@ -238,7 +238,9 @@ def doubts(parts: Mapping[str, Mapping[str, Any]], summary: Mapping[str, Any], a
     if clean < LOW:
         found.append(f"AP on unchanged images is too low to compare anything with it ({clean:.3f}).")
     if (summary.get("rPC") or 0) > 1:
-        found.append(f"rPC is above 1, so that AP is higher on corrupted images ({summary['rPC']:.3f}).")
+        found.append(
+            f"rPC is above 1, so AP is higher on corrupted images than on unchanged ones ({summary['rPC']:.3f})."
+        )
     for name in args.attack:
         for less, more in zip(args.eps, args.eps[1:], strict=False):
             expect(value(name, more), value(name, less), f"{name}: AP is higher at {more:g}/255 than at {less:g}/255")

@@ -229,7 +229,7 @@ def test_a_base_model_that_changes_in_its_folder_is_noticed(measured, adapter, r
 def test_without_an_adapter_the_base_model_is_measured(run, tmp_path, capsys):
     assert run("--corruptions", "none", "--purify", "none", "--attack", "features", "--num_images", 50) == 0
     assert set(results(tmp_path / "out")["parts"]) == {"clean", "signs 8", "features 8"}
-    note = "There are only 4 images, so that all are measured."
+    note = "There are only 4 images, so all of them are measured."
     assert capsys.readouterr().out.count(f"\n{note}\n") == 2
     assert f"\n\n{note}\n\n" in (tmp_path / "out" / "robustness.md").read_text()
     assert Image.open(tmp_path / "out" / "robustness.png").width == 4 * 320 + 3 * 6
@@ -318,7 +318,7 @@ def test_a_data_set_without_splits(tmp_path, small_task, monkeypatch, capsys):
     )
     data, split = command.read_data(args, accelerator, {})
     assert len(data) == 4
-    assert split == "which has no splits, so that an adapter may have been trained on these images"
+    assert split == "without splits, so an adapter may have been trained on these images"
     args.output_dir.mkdir()
     ids = {"train": data.image_ids[:2], "val": data.image_ids[2:3], "test": data.image_ids[3:]}
     (args.output_dir / "splits.json").write_text(json.dumps({"image_ids": ids}))
@@ -348,7 +348,7 @@ def test_values_are_unique_and_sorted(flags):
 def test_what_the_user_should_know_about_the_flags(flags):
     args = flags("--eps", 2 / 255, 8, "--adapter", "a")
     (note,) = command.check_args(args)
-    assert note.startswith("--eps is in levels of 255, so that --eps 0.00784314 is less than a tenth")
+    assert note.startswith("--eps is in levels of 255, so --eps 0.00784314 is less than a tenth")
     assert args.attack == list(command.ATTACKS)
     args = flags()
     (note,) = command.check_args(args)
@@ -465,7 +465,9 @@ def test_what_is_doubtful_is_said():
     # No attack can take away more than everything.
     assert found(**{"signs 2": 0.0, "pgd 2": 0.0, "transfer 2": 0.0}) == []
     assert found(clean=0.04) == ["AP on unchanged images is too low to compare anything with it (0.040)."]
-    assert found({"rPC": 1.02}) == ["rPC is above 1, so that AP is higher on corrupted images (1.020)."]
+    assert found({"rPC": 1.02}) == [
+        "rPC is above 1, so AP is higher on corrupted images than on unchanged ones (1.020)."
+    ]
     assert found({"rPC": 0.9}) == found({"rPC": None}) == []
 
 
