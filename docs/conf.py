@@ -56,6 +56,8 @@ nitpick_ignore_regex = [
     ),
     # How an `SDPTConfig` is read and written; its methods are documented with the config.
     ("py:class", r"peft_sdpt\.saving\.SavedConfig"),
+    # The annotations of a named tuple stay texts.
+    ("py:class", r"Tensor"),
     # If an entry of `Attributes` has two names, the builder takes the first for a type.
     ("py:class", r"[a-z_]+"),
 ]

@@ -5,7 +5,7 @@
     python -m benchmarks.robustness
 
 The command uses the small base model in `examples/host` and two built-in tasks. Each run trains on all images of a
-task, and measures AP on the first 64 images of its test split: clean, after PGD with 20 steps through the prompts,
+task, and measures AP on the first 64 images of its test split: clean, after PGD with 20 steps (adaptive),
 after an attack on the base model, and after other attacks. Results are saved in results.json after each
 run, and the same command resumes. A table is in report.md.
 """
