@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import AutoModelForZeroShotObjectDetection
 
 from peft_sdpt.commands import train
-from peft_sdpt.detection import feature_cache
+from peft_sdpt.detection import stored_tensors
 from tests.helpers.backbones import counted
 from tests.helpers.detectors import attach
 from tests.helpers.main_job import HOST, SHORT, Killed, kill, run_main_job, same_prompts, same_run
@@ -212,7 +212,7 @@ def test_a_disk_that_fills_up_does_not_end_the_main_job(
     main_job, runs, at_step, small_task, tmp_path, capsys, monkeypatch
 ):
     def fill():
-        monkeypatch.setattr(feature_cache.shutil, "disk_usage", full)
+        monkeypatch.setattr(stored_tensors.shutil, "disk_usage", full)
 
     at_step(2, fill)
     flags = (*RUN, "--cache_features", tmp_path / "cache", "--output_dir", tmp_path / "out")

@@ -37,6 +37,7 @@ import serve as serve_script
 import train_detection
 from benchmarks import deployment, serving
 from benchmarks.gpu_check import __main__ as gpu_check
+from benchmarks.robustness import __main__ as robustness_comparison
 from benchmarks.speed import __main__ as speed
 from benchmarks.speed import kept
 from benchmarks.transfer import __main__ as transfer
@@ -67,6 +68,7 @@ SCRIPTS = {
     "examples/pretrain_host.py": pretrain_host,
     "-m benchmarks.serving": serving,
     "-m benchmarks.gpu_check": gpu_check,
+    "-m benchmarks.robustness": robustness_comparison,
     "-m benchmarks.deployment": deployment,
     "-m benchmarks.speed": speed,
     "-m benchmarks.speed.kept": kept,

@@ -74,6 +74,7 @@ def processor():
 def record(class_names: list[str]) -> dict:
     metrics = {"AP": 0.5, "AP50": 0.6, "AP75": 0.4}
     return {
+        "args": {},
         "before": metrics,
         "after": metrics,
         "best": {"AP": 0.5},
