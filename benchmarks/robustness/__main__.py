@@ -5,9 +5,9 @@
     python -m benchmarks.robustness
 
 The command uses the small base model in `examples/host` and two built-in tasks. Each run trains on all images of a
-task, and measures AP on the first 64 images of its test split: clean, after PGD with 20 steps (adaptive),
-after an attack on the base model, and after other attacks. Results are saved in results.json after each
-run, and the same command resumes. A table is in report.md.
+task, and measures AP on the first 64 images of its test split: clean, after PGD with 20 steps (adaptive), after an
+attack on the base model, and after other attacks. Results are saved in results.json after each run, and the same
+command resumes. A table is in report.md.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ from ..results import (
     RESULTS,
     Help,
     add_device,
+    add_render,
     check_device,
+    check_render,
     device_name,
     earlier,
     put_into,
@@ -68,11 +70,11 @@ def parse_args() -> argparse.Namespace:
         "--cost", action="store_true",
         help="Only measure the time of a training step with each way of adversarial training. Use an idle machine.",
     )  # fmt: skip
-    parser.add_argument(
-        "--render", type=Path, nargs="+", metavar="FILE",
-        help="Train nothing. Put the table of these results.json into docs/robustness.md, and their data into "
-        "docs/robustness.json. Of a run that is in several files, the first counts.",
-    )  # fmt: skip
+    add_render(
+        parser,
+        "table of these results.json into docs/robustness.md, and their data into docs/robustness.json. Of a run that "
+        "is in several files, the first counts",
+    )
     return parser.parse_args()
 
 
@@ -86,9 +88,7 @@ def check_args(args: argparse.Namespace) -> None:
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}: must be at least 1")
     check_device(args.device)
-    for file in args.render or ():
-        if not file.is_file():
-            raise ValueError(f"--render {file}: no such file")
+    check_render(args.render)
 
 
 def find_tasks(args: argparse.Namespace) -> dict[str, Task]:

@@ -125,6 +125,7 @@ class AdversarialViews(Views):
     ):
         super().__init__(detector, device)
         self.loss_function, self.image_processor = loss_function, image_processor
+        self.pixel_range = PixelRange.of(image_processor)
         self.attack, self.weight, self.seed = attack, weight, seed
 
     def of_batch(self, index: int, inputs: dict[str, Tensor], labels: list[dict[str, Tensor]]) -> Iterator[View]:
@@ -153,8 +154,8 @@ class AdversarialViews(Views):
         return [generator_of(self.seed, number, Purpose.ATTACK) for number in numbers_of(labels)]
 
     def _ball(self, inputs: dict[str, Tensor]) -> Ball:
-        pixel_range = PixelRange.of(self.image_processor)
-        return Ball(inputs["pixel_values"], inputs.get("pixel_mask"), self.attack.eps, self.attack.norm, pixel_range)
+        pixels, mask = inputs["pixel_values"], inputs.get("pixel_mask")
+        return Ball(pixels, mask, self.attack.eps, self.attack.norm, self.pixel_range)
 
 
 class FreeViews(AdversarialViews):
@@ -206,7 +207,6 @@ class BankViews(AdversarialViews):
     def __init__(self, *arguments: Any, folder: str | os.PathLike):
         super().__init__(*arguments)
         self.folder = Path(folder)
-        self.std = PixelRange.of(self.image_processor).std
         self.samples: TrainingSamples | None = None
         self.key = ""
 
@@ -222,7 +222,7 @@ class BankViews(AdversarialViews):
         super().prepare(samples, batch_size, accelerator)
         self.samples = samples
         parts: list[str | Tensor] = [str(self.attack), str(self.seed), samples.data.fingerprint()]
-        parts += PixelRange.of(self.image_processor)
+        parts += self.pixel_range
         for name, tensor in self._weights():
             parts += [name, tensor.cpu()]
         self.key = digest(parts)
@@ -240,7 +240,7 @@ class BankViews(AdversarialViews):
             height, width = inputs["pixel_values"].shape[-2:]
             with without_adapter(self.detector):
                 pixel_values = self._perturbed(self._clean(inputs), labels).cpu()
-            changes = (pixel_values[..., :height, :width] - inputs["pixel_values"]) * self.std
+            changes = (pixel_values[..., :height, :width] - inputs["pixel_values"]) * self.pixel_range.std
             for key, change in zip(keys, changes, strict=True):
                 write_tensors(self._file(key), key, [change.half().contiguous()])
         accelerator.wait_for_everyone()
@@ -275,7 +275,7 @@ class BankViews(AdversarialViews):
                     f"folder={str(self.folder)!r}: has no adversarial image {key[:16]}; files of it may be missing or "
                     "damaged. Resume the run, which makes them again."
                 )
-            own += stored[0].float() / self.std
+            own += stored[0].float() / self.pixel_range.std
         return ball.clamp(moved)
 
     def _key(self, index: int, pixels: Tensor) -> str:
@@ -310,7 +310,7 @@ def make_views(
     folder: str | os.PathLike | None = None,
     device: torch.device | None = None,
 ) -> Views:
-    """Make the views of a way of adversarial training.
+    """Make what chooses the inputs of each training step, for one of the methods of adversarial training.
 
     Args:
         method: "none", "bank", "free", "fast" or "pgd".

@@ -3,9 +3,8 @@
 """Adversarial images: small changes of the pixels that make a detector fail.
 
 The attack is projected gradient descent (PGD, arXiv 1706.06083). With one step from the image itself, it is FGSM (arXiv
-1412.6572). The losses
-are those of TOG (arXiv 2004.04320) and AdvPT (arXiv 2311.11261, Adversarial Prompt Tuning). The gradient goes through
-everything that the detector has, also through its prompts.
+1412.6572). The losses are those of TOG (arXiv 2004.04320) and AdvPT (arXiv 2311.11261, Adversarial Prompt Tuning). The
+gradient goes through everything that the detector has, also through its prompts.
 """
 
 from __future__ import annotations
