@@ -442,6 +442,17 @@ def cuda_graphs(run: Run) -> None:
     run.require(all(each < COMPILED_LIMIT for each in errors), f"errors {errors}")
 
 
+def gradients_of_replica(model: nn.Module, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Return the gradients of a copy of `model` with DistributedDataParallel. The copy must not outlive its group.
+
+    If a replica is the last to hold a group, torch 2.13 keeps Python's lock while it waits for a thread of gloo that
+    may need the lock. Then the process hangs.
+    """
+    device_ids = [0] if next(model.parameters()).is_cuda else None
+    wrapped = DistributedDataParallel(copy.deepcopy(model), device_ids=device_ids)
+    return gradients_of(wrapped.module, wrapped, inputs)
+
+
 def distributed(run: Run) -> None:
     """A training step with DistributedDataParallel in one process has the gradients of one without it."""
     model = tuned(small_fusion()).to(run.device).train()
@@ -450,8 +461,7 @@ def distributed(run: Run) -> None:
     name = "nccl" if run.device == "cuda" else "gloo"
     torch.distributed.init_process_group(name, store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
-        wrapped = DistributedDataParallel(copy.deepcopy(model), device_ids=[0] if run.device == "cuda" else None)
-        found = max(map(error, gradients_of(wrapped.module, wrapped, inputs), true))
+        found = max(map(error, gradients_of_replica(model, inputs), true))
         run.say(backend=name, gradients=found)
         run.require(found < DETECTOR_LIMIT, f"gradients: error {found}")
     finally:
