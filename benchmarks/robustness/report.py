@@ -12,11 +12,10 @@ from .grid import BASE_MODEL, DISTANCES, EPS, Cell, plan, tried
 from .methods import METHODS
 
 WAYS = {"none": "clean images", "bank": "bank (AdvPT)", "free": "free", "fast": "fast", "pgd": "PGD, 3 steps"}
-HEAD = [
+HEAD = ["method", "trained on", "trained parameters", "seeds", "clean", f"PGD-20, {EPS}/255"]
+HEAD_OF_ALL_ATTACKS = [
     "method",
     "trained on",
-    "seeds",
-    "clean",
     *(f"PGD-20, {distance}/255" for distance in DISTANCES),
     f"transfer, {EPS}/255",
     f"features, {EPS}/255",
@@ -29,16 +28,22 @@ SHORT_HEAD = ["method", "trained on", "changed", "clean", *(f"PGD-10, {distance}
 
 
 def report(cells: dict[str, dict[str, Any]]) -> str:
-    """Return the tables: one per task, with the mean and the standard deviation over seeds, and the settings tried."""
+    """Return the tables: for each task, one over seeds and one of all attacks, and then the settings tried."""
     parts = []
     for task in dict.fromkeys(found["task"] for found in cells.values()):
-        rows = []
+        rows, of_all_attacks = [], []
         for cell in plan([task], 1):
             group = [found for found in cells.values() if _is_of(found, cell)]
             if cell.split == "test" and group:
-                rows.append([*_names(cell), str(len(group)), *_columns(group)])
+                rows.append([*_names(cell), _trained(group[0]), str(len(group)), *_columns(group)])
+            of_all_attacks += [[*_names(cell), *_all_attacks(found)] for found in group if "transfer" in found]
+        about = _circumstances(task, "test", cells)
         if rows:
-            parts.append(f"**{task}**, AP in percent, {_circumstances(task, 'test', cells)}:\n\n{table(HEAD, rows)}")
+            parts.append(f"**{task}**, AP in percent, {about}:\n\n{table(HEAD, rows)}")
+        if of_all_attacks:
+            parts.append(
+                f"Other attacks on {task}, first seed, {about}:\n\n{table(HEAD_OF_ALL_ATTACKS, of_all_attacks)}"
+            )
         rows = [
             [*_names(cell), _changes(cell), *_short_columns(cells[cell.key])]
             for cell in tried(task)
@@ -66,20 +71,26 @@ def _names(cell: Cell) -> tuple[str, str]:
     return METHODS[cell.method].label, WAYS[cell.adversarial] + plain
 
 
-def _columns(group: list[dict[str, Any]]) -> list[str]:
-    def column(read: Any) -> str:
-        values = [100 * read(found) for found in group]
-        spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
-        return f"{mean(values):.1f}{spread}"
+def _trained(found: dict[str, Any]) -> str:
+    return f"{found['trained']:,}".replace(",", " ") if "trained" in found else ""
 
-    return [
-        column(lambda found: found["clean"]),
-        *(column(lambda found, d=distance: found["pgd"][str(d)]) for distance in DISTANCES),
-        column(lambda found: found["transfer"][str(EPS)]),
-        column(lambda found: found["features"][str(EPS)]),
-        column(lambda found: found["features"][str(max(DISTANCES))]),
-        column(lambda found: found["vanish"][str(EPS)]),
+
+def _columns(group: list[dict[str, Any]]) -> list[str]:
+    def column(values: list[float]) -> str:
+        spread = f" ± {100 * stdev(values):.1f}" if len(values) > 1 else ""
+        return f"{100 * mean(values):.1f}{spread}"
+
+    return [column([found["clean"] for found in group]), column([found["pgd"][str(EPS)] for found in group])]
+
+
+def _all_attacks(found: dict[str, Any]) -> list[str]:
+    values = [
+        *(found["pgd"][str(distance)] for distance in DISTANCES),
+        found["transfer"][str(EPS)],
+        *(found["features"][str(distance)] for distance in (EPS, max(DISTANCES))),
+        found["vanish"][str(EPS)],
     ]
+    return [f"{100 * value:.1f}" for value in values]
 
 
 def _short_columns(found: dict[str, Any]) -> list[str]:

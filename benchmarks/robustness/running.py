@@ -25,7 +25,7 @@ from ..transfer.one_text import text_computed_once
 from ..transfer.running import load_host
 from ..transfer.tasks import Task
 from ..transfer.tuning import tune
-from .grid import BASE_MODEL, DISTANCES, EPS, RATES, Cell
+from .grid import BASE_MODEL, DISTANCES, EPS, RATES, WITH_ALL_ATTACKS, Cell
 from .methods import METHODS
 
 # Number of steps of PGD for the table, and for choosing settings on a validation split.
@@ -46,9 +46,10 @@ def run_cell(cell: Cell, task: Task, model_name: str, device: str, num_images: i
         num_images: Number of images to measure on.
 
     Returns:
-        `clean`, the AP without attack; `pgd`, `transfer`, `features` and `vanish`, which map distances to AP; `signs`,
-        the AP after random signs. If something trains, also `trained`, the number of trained parameters, and `losses`
-        and `seconds` of training.
+        `clean`, the AP without attack; `pgd`, which maps distances to AP; `images`, their number. If something trains,
+        also `trained`, the number of trained parameters, and `losses` and `seconds` of training. For
+        `WITH_ALL_ATTACKS`, also `transfer`, `features` and `vanish`, which map distances to AP, and `signs`, the AP
+        after random signs.
     """
     processor = AutoProcessor.from_pretrained(model_name)
     model = load_host(model_name, device)
@@ -78,7 +79,8 @@ def run_cell(cell: Cell, task: Task, model_name: str, device: str, num_images: i
     held_out = held_out.subset(list(range(min(num_images, len(held_out)))))
     base_model = load_host(model_name, device)
     with text_computed_once(model), text_computed_once(base_model):
-        return result | measure(model, base_model, processor, held_out, device, ATTACK_STEPS[cell.split])
+        steps, all_attacks = ATTACK_STEPS[cell.split], cell in WITH_ALL_ATTACKS
+        return result | measure(model, base_model, processor, held_out, device, steps, all_attacks)
 
 
 def prepare_views(
@@ -103,7 +105,13 @@ def prepare_views(
 
 
 def measure(
-    model: nn.Module, base_model: nn.Module, processor: Any, data: DetectionSplit, device: str, steps: int
+    model: nn.Module,
+    base_model: nn.Module,
+    processor: Any,
+    data: DetectionSplit,
+    device: str,
+    steps: int,
+    all_attacks: bool,
 ) -> dict[str, Any]:
     """Measure AP after attacks with this many steps; see `run_cell`."""
 
@@ -115,12 +123,15 @@ def measure(
         attack = Attack(eps=distance / 255, steps=steps, loss=loss)
         return precision(Adversary(model, processor, data, attack, attacked=attacked))
 
-    return {
+    distances = DISTANCES if all_attacks else (EPS,)
+    result = {
         "clean": precision(None),
-        "signs": precision(RandomSigns(processor, EPS / 255)),
-        "pgd": {str(distance): after(distance) for distance in DISTANCES},
-        "transfer": {str(EPS): after(EPS, attacked=base_model)},
-        "features": {str(distance): after(distance, "features") for distance in (EPS, max(DISTANCES))},
-        "vanish": {str(EPS): after(EPS, "vanish")},
+        "pgd": {str(distance): after(distance) for distance in distances},
         "images": len(data),
     }
+    if all_attacks:
+        result["signs"] = precision(RandomSigns(processor, EPS / 255))
+        result["transfer"] = {str(EPS): after(EPS, attacked=base_model)}
+        result["features"] = {str(distance): after(distance, "features") for distance in (EPS, max(DISTANCES))}
+        result["vanish"] = {str(EPS): after(EPS, "vanish")}
+    return result

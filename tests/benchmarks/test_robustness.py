@@ -4,13 +4,14 @@
 
 import json
 import sys
+from itertools import groupby
 
 import pytest
 
 from benchmarks.robustness import __main__ as command
 from benchmarks.robustness import running
 from benchmarks.robustness.cost import SUBJECTS, step_costs
-from benchmarks.robustness.grid import DISTANCES, RATES, TRIED, Cell, plan
+from benchmarks.robustness.grid import COMPARED, DISTANCES, RATES, TRIED, WITH_ALL_ATTACKS, Cell, plan
 from benchmarks.robustness.methods import METHODS
 from benchmarks.robustness.report import cost_table, report
 from benchmarks.transfer.tasks import Task
@@ -27,24 +28,29 @@ def task(made_once):
 
 def test_the_plan_has_each_run_once_and_knows_its_methods():
     cells = plan(["twemoji", "noto-new"], 3)
-    assert len({cell.key for cell in cells}) == len(cells) == 2 * (1 + 3 * 11) + len(TRIED)
+    assert len({cell.key for cell in cells}) == len(cells) == 2 * (1 + 3 * len(COMPARED)) + len(TRIED)
     assert {cell.method for cell in cells} - {"zero-shot"} <= METHODS.keys() == RATES.keys()
-    # Whatever is stopped has complete seeds first.
-    seeds = [cell.seed for cell in cells if cell.split == "test"]
-    assert seeds == sorted(seeds)
+    assert set(WITH_ALL_ATTACKS) <= set(cells)
+    # A plan that is stopped has complete rows.
+    rows = [(cell.method, cell.adversarial, cell.augmentation) for cell in cells if cell.split == "test"]
+    assert len([row for row, _ in groupby(rows)]) == 1 + len(COMPARED)
     assert Cell("a", "gated").key != Cell("a", "gated", eps=3.0).key
 
 
-@pytest.mark.parametrize(("method", "way"), [("gated-windows", "free"), ("zero-shot", "none")])
-def test_a_run_trains_and_measures(task, monkeypatch, method, way):
+@pytest.mark.parametrize("cell", [Cell("twemoji", "gated-windows", "free", steps=2), WITH_ALL_ATTACKS[0]])
+def test_a_run_trains_and_measures(task, monkeypatch, cell):
     monkeypatch.setattr(running, "ATTACK_STEPS", {"test": 1})
     monkeypatch.setattr(running, "DISTANCES", (2, 8))
-    result = running.run_cell(Cell("twemoji", method, way, steps=2), task, HOST, "cpu", num_images=2)
-    assert set(result["pgd"]) == {"2", "8"} == set(result["features"])
-    values = [result["clean"], result["signs"], *result["pgd"].values(), *result["transfer"].values()]
+    result = running.run_cell(cell, task, HOST, "cpu", num_images=2)
+    values = [result["clean"], *result["pgd"].values()]
+    if cell.method == "zero-shot":
+        assert set(result["pgd"]) == {"2", "8"} == set(result["features"])
+        values += [result["signs"], *result["transfer"].values(), *result["vanish"].values()]
+    else:
+        assert set(result["pgd"]) == {"2"} and "transfer" not in result
     assert all(0 <= value <= 1 for value in values)
     assert result["images"] == 2
-    if method != "zero-shot":
+    if cell.method != "zero-shot":
         assert len(result["losses"]) == 2
         # 20 tokens in each of three fusion layers, their gates, and 10 tokens in each block of the backbone.
         assert result["trained"] > 15_360
@@ -63,10 +69,8 @@ def result_of(cell: Cell, clean: float) -> dict:
     return {
         **{name: getattr(cell, name) for name in Cell.__dataclass_fields__},
         "clean": clean,
-        "pgd": {str(distance): clean / 2 for distance in DISTANCES},
-        "transfer": {"2": 0.4},
-        "features": {"2": 0.5, "8": 0.3},
-        "vanish": {"2": 0.2},
+        "pgd": {"2": clean / 2},
+        "trained": 15384,
         "images": 64,
         "on": "a CPU",
     }
@@ -78,9 +82,23 @@ def test_the_table_has_means_over_seeds_of_the_cells_that_are_there():
     found = {cell.key: result_of(cell, clean) for cell, clean in zip(cells, (0.5, 0.7, 0.1), strict=True)}
     text = report(found)
     (row,) = [line for line in text.splitlines() if line.startswith("| SDPT")]
+    assert row == "| SDPT, defaults | fast | 15 384 | 2 | 60.0 ± 14.1 | 30.0 ± 7.1 |"
     chosen = Cell("twemoji", split="val", **TRIED[1])
-    assert "| SDPT, defaults | fast | learning rate 0.1 | 40.0 | 20.0 |" in report({chosen.key: result_of(chosen, 0.4)})
-    assert "| SDPT, defaults | fast | 2 | 60.0 ± 14.1 | 30.0 ± 7.1 |" in row
+    row = "| SDPT, defaults | fast | learning rate 0.1 | 40.0 |  | 20.0 |  |"
+    assert row in report({chosen.key: result_of(chosen, 0.4)})
+
+
+def test_runs_with_all_attacks_have_a_table_of_their_own():
+    cell = WITH_ALL_ATTACKS[2]
+    more = {
+        "pgd": {str(distance): 0.6 / distance for distance in DISTANCES},
+        "transfer": {"2": 0.4},
+        "features": {"2": 0.5, "8": 0.35},
+        "vanish": {"2": 0.2},
+    }
+    text = report({cell.key: {**result_of(cell, 0.7), **more}})
+    assert "| SDPT, defaults | fast | 15 384 | 1 | 70.0 | 30.0 |" in text
+    assert "| SDPT, defaults | fast | 60.0 | 30.0 | 15.0 | 7.5 | 40.0 | 50.0 | 35.0 | 20.0 |" in text
 
 
 def test_the_command_refuses_wrong_flags_and_renders(tmp_path, monkeypatch, capsys):
