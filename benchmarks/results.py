@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""Parts that both commands share: files of results that a run can resume from, and pages with results."""
+"""Files of results that a command can resume from, and pages with results."""
 
 from __future__ import annotations
 

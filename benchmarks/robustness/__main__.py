@@ -14,16 +14,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import os
-import sys
-import time
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-from tqdm.auto import tqdm
 
 from .. import EXAMPLES
 from ..results import (
@@ -40,10 +32,10 @@ from ..results import (
     versions,
     write,
 )
-from ..transfer.running import prepare_worker
+from ..runs import add_runs, check_runs, exit_if_failed, one_line_errors, run_cells
 from ..transfer.tasks import Task, built_in
 from .cost import step_costs
-from .grid import TASKS, Cell, plan
+from .grid import TASKS, plan
 from .report import cost_table, report
 from .running import run_cell
 
@@ -57,13 +49,8 @@ def parse_args() -> argparse.Namespace:
         "--model_name_or_path", default=str(EXAMPLES / "host"), help="Folder or Hub id of the base model."
     )
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), help="Built-in tasks.")
-    parser.add_argument("--seeds", type=int, default=3, help="Number of seeds.")
     add_device(parser)
-    parser.add_argument(
-        "--num_processes", type=int, default=len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1,
-        help="Number of runs at the same time, with one core each. They share the GPU.",
-    )  # fmt: skip
-    parser.add_argument("--minutes", type=float, help="Start no run after this many minutes. The same command resumes.")
+    add_runs(parser)
     parser.add_argument(
         "--cost", action="store_true",
         help="Only measure the time of a training step with each way of adversarial training. Use an idle machine.",
@@ -82,9 +69,7 @@ def check_args(args: argparse.Namespace) -> None:
     Raises:
         ValueError: The value of a flag is not allowed.
     """
-    for name in ("seeds", "num_processes"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} {getattr(args, name)}: must be at least 1")
+    check_runs(args)
     check_device(args.device)
     check_render(args.render)
 
@@ -113,44 +98,20 @@ def run(args: argparse.Namespace) -> None:
         write(args.output_dir / RESULTS, json.dumps(results) + "\n")
         print(cost_table(results["costs"]))
         return
-    failed = run_cells(plan(tasks, args.seeds), tasks, results, args)
+    cells = plan(tasks, args.seeds)
+    failed = run_cells(
+        lambda _: cells,
+        run_cell,
+        lambda cell: (cell, tasks[cell.task], args.model_name_or_path, args.device),
+        results,
+        args.output_dir / RESULTS,
+        device=args.device,
+        num_processes=args.num_processes,
+        minutes=args.minutes,
+    )
     write(args.output_dir / "report.md", report(results["cells"]))
     print(f"Results: {args.output_dir}/{RESULTS}, table: report.md.")
-    if failed:
-        errors = "".join(f"\n  {key}: {error}" for key, error in failed.items())
-        print(f"benchmarks.robustness: these runs failed; the same command tries them again:{errors}", file=sys.stderr)
-        sys.exit(1)
-
-
-def run_cells(
-    cells: list[Cell], tasks: dict[str, Task], results: dict[str, Any], args: argparse.Namespace
-) -> dict[str, str]:
-    """Run the cells that have no results yet. Returns the errors of those that failed."""
-    waiting = [cell for cell in cells if cell.key not in results["cells"]]
-    running: dict[Future, Cell] = {}
-    failed: dict[str, str] = {}
-    begin = time.monotonic()
-    context = multiprocessing.get_context("spawn")
-    with (
-        tqdm(total=len(cells), initial=len(cells) - len(waiting), unit="run") as progress,
-        ProcessPoolExecutor(args.num_processes, context, prepare_worker) as pool,
-    ):
-        while True:
-            out_of_time = args.minutes is not None and time.monotonic() - begin > 60 * args.minutes
-            while waiting and len(running) < args.num_processes and not out_of_time:
-                cell = waiting.pop(0)
-                running[pool.submit(run_cell, cell, tasks[cell.task], args.model_name_or_path, args.device)] = cell
-            progress.set_postfix_str(", ".join(cell.key for cell in running.values()))
-            if not running:
-                return failed
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                cell = running.pop(future)
-                try:
-                    results["cells"][cell.key] = {**asdict(cell), **future.result(), "on": device_name(args.device)}
-                except Exception as error:  # the others go on
-                    failed[cell.key] = f"{type(error).__name__}: {error}"
-                progress.update()
-                write(args.output_dir / RESULTS, json.dumps(results) + "\n")
+    exit_if_failed("benchmarks.robustness", failed)
 
 
 def render(files: list[Path]) -> None:
@@ -168,18 +129,12 @@ def render(files: list[Path]) -> None:
 
 def main() -> None:
     args = parse_args()
-    try:
+    with one_line_errors("benchmarks.robustness"):
         check_args(args)
         if args.render:
             render(args.render)
         else:
             run(args)
-    except ValueError as error:
-        print(f"benchmarks.robustness: {str(error).rstrip('.')}.", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("benchmarks.robustness: interrupted; the same command resumes.", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ import argparse
 import fnmatch
 import gc
 import json
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -40,6 +39,7 @@ from ..results import (
     versions,
     write,
 )
+from ..runs import one_line_errors
 from .cells import Cell, affordable, everything
 from .epochs import measure_epochs
 from .measuring import measure
@@ -160,18 +160,12 @@ def main() -> None:
     args = parse_args()
     # A warning of transformers about a call in PEFT, which does not affect the results.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-    try:
+    with one_line_errors("benchmarks.speed"):
         check_args(args)
         if args.render:
             render(args.render)
         else:
             run(args)
-    except ValueError as error:
-        print(f"benchmarks.speed: {error}.", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("benchmarks.speed: interrupted; the same command resumes the run.", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

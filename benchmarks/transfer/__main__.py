@@ -21,25 +21,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import os
-import sys
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from .. import EXAMPLES
-from ..results import DOCS, RESULTS, Help, add_device, check_device, device_name, earlier, put_into, versions, write
-from .grid import Cell, plan
+from ..results import DOCS, RESULTS, Help, add_device, check_device, earlier, put_into, versions, write
+from ..runs import add_runs, check_runs, exit_if_failed, one_line_errors, run_cells
+from .grid import plan
 from .methods import METHODS
 from .plots import plots
 from .report import report
 from .retention import has_known_names
-from .running import prepare_worker, run_cell
+from .running import run_cell
 from .tasks import Task, built_in
 
 
@@ -59,13 +52,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS), help="Methods to compare."
     )
-    parser.add_argument("--seeds", type=int, default=3, help="Number of seeds.")
     add_device(parser)
-    parser.add_argument(
-        "--num_processes", type=int, default=len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1,
-        help="Number of runs at the same time on a CPU, with one core each.",
-    )  # fmt: skip
-    parser.add_argument("--minutes", type=float, help="Start no run after this many minutes. The same command resumes.")
+    add_runs(parser)
     parser.add_argument(
         "--render", type=Path, metavar="FILE",
         help="Tune nothing. Put the tables and plots of this results.json into docs/transfer.md, and their data into "
@@ -80,10 +68,9 @@ def check_args(args: argparse.Namespace) -> None:
     Raises:
         ValueError: The value of a flag is not allowed.
     """
-    for name in ("seeds", "num_processes", "image_size"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} {value}: must be at least 1")
+    check_runs(args)
+    if args.image_size is not None and args.image_size < 1:
+        raise ValueError(f"--image_size {args.image_size}: must be at least 1")
     check_device(args.device)
     for folder in args.folders:
         if not folder.is_dir():
@@ -134,43 +121,21 @@ def run(args: argparse.Namespace) -> None:
     results["methods"] = args.methods
     results["retention"] = has_known_names(args.model_name_or_path)
 
-    workers = args.num_processes if args.device == "cpu" else 1
-    running: dict[Future, Cell] = {}
-    failed: dict[str, str] = {}
-    with (
-        tqdm(unit="run") as progress,
-        ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), prepare_worker) as pool,
-    ):
-        while True:
-            cells = plan(results["tasks"], args.methods, args.seeds, results["cells"], results["retention"])
-            over = results["cells"].keys() | failed
-            waiting = [c for c in cells if c.key not in over and c not in running.values()]
-            progress.total, progress.n = len(cells), sum(cell.key in results["cells"] for cell in cells)
-            out_of_time = args.minutes is not None and progress.format_dict["elapsed"] > 60 * args.minutes
-            while waiting and len(running) < workers and not out_of_time:
-                cell = waiting.pop(0)
-                running[pool.submit(run_cell, cell, tasks[cell.task], args.model_name_or_path, args.device)] = cell
-            progress.set_postfix_str(", ".join(cell.key for cell in running.values()))
-            if not running:
-                break
-            done, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                cell = running.pop(future)
-                try:
-                    results["cells"][cell.key] = {**asdict(cell), **future.result(), "on": device_name(args.device)}
-                except BrokenProcessPool:
-                    raise
-                except Exception as error:  # a method may not suit this base model or task; the others go on
-                    failed[cell.key] = f"{type(error).__name__}: {error}"
-            write(args.output_dir / RESULTS, json.dumps(results) + "\n")
+    failed = run_cells(
+        lambda found: plan(results["tasks"], args.methods, args.seeds, found, results["retention"]),
+        run_cell,
+        lambda cell: (cell, tasks[cell.task], args.model_name_or_path, args.device),
+        results,
+        args.output_dir / RESULTS,
+        device=args.device,
+        num_processes=args.num_processes if args.device == "cpu" else 1,
+        minutes=args.minutes,
+    )
     write(args.output_dir / "report.md", report(results))
     for name, plot in plots(results).items():
         write(args.output_dir / name, plot)
     print(f"Results: {args.output_dir}/{RESULTS}, tables: report.md.")
-    if failed:
-        errors = "".join(f"\n  {key}: {error}" for key, error in failed.items())
-        print(f"benchmarks.transfer: these runs failed; the same command tries them again:{errors}", file=sys.stderr)
-        sys.exit(1)
+    exit_if_failed("benchmarks.transfer", failed)
 
 
 def render(file: Path) -> None:
@@ -193,25 +158,12 @@ def shortened(cell: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     args = parse_args()
-    try:
+    with one_line_errors("benchmarks.transfer"):
         check_args(args)
         if args.render:
             render(args.render)
         else:
             run(args)
-    except ValueError as error:
-        print(f"benchmarks.transfer: {str(error).rstrip('.')}.", file=sys.stderr)
-        sys.exit(2)
-    except BrokenProcessPool:
-        print(
-            "benchmarks.transfer: a run was killed, perhaps because of a lack of memory; the same command resumes, and "
-            "needs less memory with --num_processes 1.",
-            file=sys.stderr,
-        )
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("benchmarks.transfer: interrupted; the same command resumes.", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

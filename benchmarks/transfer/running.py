@@ -4,9 +4,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -37,15 +34,6 @@ EVAL_BATCH_SIZE = 16
 PROTOTYPE_BATCHES = 4
 DIAGNOSED_BATCHES = 2
 NO_DETECTIONS = {"AP": 0.0, "AP50": 0.0, "AP75": 0.0}
-
-
-def prepare_worker() -> None:
-    """Prepare this process for runs on one core."""
-    # Ctrl-C ends the process at once. Its run is not in the results and will be repeated.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    torch.set_num_threads(1)
-    # Progress bars and warnings would disturb the progress bar of the suite. Errors are passed on separately.
-    sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 
 
 def run_cell(cell: Cell, task: Task, model_name: str, device: str) -> dict[str, Any]:

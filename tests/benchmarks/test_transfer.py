@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers import AutoProcessor
 
-from benchmarks import EXAMPLES
+from benchmarks import EXAMPLES, runs
 from benchmarks.results import BEGIN, END
 from benchmarks.transfer import __main__ as suite
 from benchmarks.transfer import grid, retention, running, tuning
@@ -784,7 +784,7 @@ class Pool:
 
 @pytest.fixture
 def command(monkeypatch, tmp_path, task):
-    monkeypatch.setattr(suite, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(runs, "ProcessPoolExecutor", Pool)
     monkeypatch.setattr(grid, "ABLATIONS", {"num_virtual_tokens": (2,)})
     monkeypatch.setattr(grid, "FEWER", (1,))
     monkeypatch.setattr(grid, "CONDITIONS", (30.0,))
@@ -815,7 +815,7 @@ def test_a_killed_suite_goes_on_and_ends_in_tables_and_pictures(command, monkeyp
         return {"AP": 0.25, "AP50": 0.5, "AP75": 0.2, "trained": 5}
 
     monkeypatch.setattr(suite, "run_cell", run_some)
-    monkeypatch.setattr(suite, "device_name", lambda device: "one machine")
+    monkeypatch.setattr(runs, "device_name", lambda device: "one machine")
     assert command("--methods", "sdpt", "lora") == 130
     results = json.loads((tmp_path / "results.json").read_text())
     assert list(results["cells"]) == made[:3]
@@ -826,7 +826,7 @@ def test_a_killed_suite_goes_on_and_ends_in_tables_and_pictures(command, monkeyp
 
     monkeypatch.setattr(suite, "run_cell", run_rest)
     # On another machine: a run says where it was made.
-    monkeypatch.setattr(suite, "device_name", lambda device: "another")
+    monkeypatch.setattr(runs, "device_name", lambda device: "another")
     assert command("--methods", "sdpt", "lora") == 0
     assert len(made) == len(set(made))
     results = json.loads((tmp_path / "results.json").read_text())
