@@ -90,6 +90,7 @@ COMPARED: tuple[dict[str, Any], ...] = (
     {"method": "gated", "adversarial": "none", "augmentation": False},
     {"method": "gated-lora", "adversarial": "fast"},
     {"method": "lora", "adversarial": "none"},
+    {"method": "gated", "adversarial": "fast", "weight": 0.5},
     {"method": "gated", "adversarial": "pgd"},
 )
 # The runs that are measured with all attacks. It takes four times as long as the rest of a run.

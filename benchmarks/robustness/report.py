@@ -67,8 +67,12 @@ def _fields(found: dict[str, Any]) -> dict[str, Any]:
 def _names(cell: Cell) -> tuple[str, str]:
     if cell.method == BASE_MODEL:
         return "base model", ""
-    plain = "" if cell.augmentation else ", no augmentation"
-    return METHODS[cell.method].label, WAYS[cell.adversarial] + plain
+    trained_on = WAYS[cell.adversarial]
+    if cell.weight == 0.5 and cell.split == "test":
+        trained_on += ", half of the loss on clean images"
+    if not cell.augmentation:
+        trained_on += ", no augmentation"
+    return METHODS[cell.method].label, trained_on
 
 
 def _trained(found: dict[str, Any]) -> str:

@@ -32,7 +32,7 @@ def test_the_plan_has_each_run_once_and_knows_its_methods():
     assert {cell.method for cell in cells} - {"zero-shot"} <= METHODS.keys() == RATES.keys()
     assert set(WITH_ALL_ATTACKS) <= set(cells)
     # A plan that is stopped has complete rows.
-    rows = [(cell.method, cell.adversarial, cell.augmentation) for cell in cells if cell.split == "test"]
+    rows = [(cell.method, cell.adversarial, cell.weight, cell.augmentation) for cell in cells if cell.split == "test"]
     assert len([row for row, _ in groupby(rows)]) == 1 + len(COMPARED)
     assert Cell("a", "gated").key != Cell("a", "gated", eps=3.0).key
 
