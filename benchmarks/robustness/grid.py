@@ -79,19 +79,19 @@ class Cell:
         return " ".join([self.task, self.method, self.adversarial, *changes, f"seed {self.seed}", self.split])
 
 
-# The rows of the table, as fields of `Cell`. They are measured row by row, so those that decide most come first.
+# The rows of the table, as fields of `Cell`.
 COMPARED: tuple[dict[str, Any], ...] = (
     {"method": "gated", "adversarial": "none"},
     {"method": "gated", "adversarial": "fast"},
-    {"method": "lora", "adversarial": "fast"},
-    {"method": "gated", "adversarial": "free"},
-    {"method": "full", "adversarial": "fast"},
-    {"method": "gated", "adversarial": "bank", "augmentation": False},
-    {"method": "gated", "adversarial": "none", "augmentation": False},
-    {"method": "gated-lora", "adversarial": "fast"},
-    {"method": "lora", "adversarial": "none"},
     {"method": "gated", "adversarial": "fast", "weight": 0.5},
     {"method": "gated", "adversarial": "pgd"},
+    {"method": "gated", "adversarial": "free"},
+    {"method": "gated", "adversarial": "none", "augmentation": False},
+    {"method": "gated", "adversarial": "bank", "augmentation": False},
+    {"method": "gated-lora", "adversarial": "fast"},
+    {"method": "lora", "adversarial": "none"},
+    {"method": "lora", "adversarial": "fast"},
+    {"method": "full", "adversarial": "fast"},
 )
 # The runs that are measured with all attacks. It takes four times as long as the rest of a run.
 WITH_ALL_ATTACKS = (

@@ -33,16 +33,15 @@ def report(cells: dict[str, dict[str, Any]]) -> str:
     for task in dict.fromkeys(found["task"] for found in cells.values()):
         rows, of_all_attacks = [], []
         for cell in plan([task], 1):
-            group = [found for found in cells.values() if _is_of(found, cell)]
-            if cell.split == "test" and group:
+            group = [found for found in cells.values() if cell.split == "test" and _is_of(found, cell)]
+            if group:
                 rows.append([*_names(cell), _trained(group[0]), str(len(group)), *_columns(group)])
             of_all_attacks += [[*_names(cell), *_all_attacks(found)] for found in group if "transfer" in found]
-        about = _circumstances(task, "test", cells)
         if rows:
-            parts.append(f"**{task}**, AP in percent, {about}:\n\n{table(HEAD, rows)}")
+            parts.append(f"**{task}**, AP in percent, {_circumstances(task, 'test', cells)}:\n\n{table(HEAD, rows)}")
         if of_all_attacks:
             parts.append(
-                f"Other attacks on {task}, first seed, {about}:\n\n{table(HEAD_OF_ALL_ATTACKS, of_all_attacks)}"
+                f"Other attacks on {task}, first seed, the same images:\n\n{table(HEAD_OF_ALL_ATTACKS, of_all_attacks)}"
             )
         rows = [
             [*_names(cell), _changes(cell), *_short_columns(cells[cell.key])]
