@@ -30,8 +30,9 @@ def add_runs(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say how many runs there are, and when."""
     parser.add_argument("--seeds", type=int, default=3, help="Number of seeds.")
     parser.add_argument(
-        "--num_processes", type=int, default=len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1,
-        help="Number of runs at the same time, with one core each.",
+        "--num_processes", type=int,
+        help="Number of runs at the same time, with one core each. They share the GPU. The default is one per core on "
+        "a CPU, and 1 on a GPU.",
     )  # fmt: skip
     parser.add_argument("--minutes", type=float, help="Start no run after this many minutes. The same command resumes.")
 
@@ -43,8 +44,9 @@ def check_runs(args: argparse.Namespace) -> None:
         ValueError: The value of a flag is not allowed.
     """
     for name in ("seeds", "num_processes"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} {getattr(args, name)}: must be at least 1")
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} {value}: must be at least 1")
 
 
 def run_cells(
@@ -55,7 +57,7 @@ def run_cells(
     file: Path,
     *,
     device: str,
-    num_processes: int,
+    num_processes: int | None = None,
     minutes: float | None = None,
 ) -> dict[str, str]:
     """Run the cells that have no results yet, several at the same time.
@@ -68,7 +70,7 @@ def run_cells(
         results: Its "cells" maps keys to results. A new result also has the fields of its cell, and `on`, the device.
         file: File for `results`. It is written after each run.
         device: "cpu" or "cuda".
-        num_processes: Number of runs at the same time.
+        num_processes: Number of runs at the same time. None for the default of `add_runs`.
         minutes: Start no run after this time. None for no limit.
 
     Returns:
@@ -77,6 +79,8 @@ def run_cells(
     Raises:
         BrokenProcessPool: The process of a run was killed.
     """
+    if num_processes is None:
+        num_processes = len(os.sched_getaffinity(0)) if device == "cpu" and sys.platform == "linux" else 1
     found = results["cells"]
     running: dict[Future, Any] = {}
     failed: dict[str, str] = {}
@@ -98,7 +102,8 @@ def run_cells(
             if not running:
                 return failed
             done, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
+            # Results first. If a run was killed, the loop ends there.
+            for future in sorted(done, key=lambda each: each.exception() is not None):
                 cell = running.pop(future)
                 try:
                     found[cell.key] = {**asdict(cell), **future.result(), "on": device_name(device)}
@@ -106,7 +111,7 @@ def run_cells(
                     raise
                 except Exception as error:  # a method may not suit a base model or a task
                     failed[cell.key] = f"{type(error).__name__}: {error}"
-            write(file, json.dumps(results) + "\n")
+                write(file, json.dumps(results) + "\n")
 
 
 def prepare_worker() -> None:
@@ -129,7 +134,11 @@ def _end_with_parent() -> None:
 
 @contextlib.contextmanager
 def one_line_errors(program: str) -> Iterator[None]:
-    """End a command with one line on stderr instead of a traceback, for flags that cannot be used and runs that end."""
+    """End a command with one line on stderr instead of a traceback.
+
+    A `ValueError` is a flag or a file that cannot be used, with exit code 2. The exit code of a killed run is 1, and
+    that of Ctrl-C is 130.
+    """
     try:
         yield
     except ValueError as error:

@@ -443,10 +443,10 @@ def cuda_graphs(run: Run) -> None:
 
 
 def gradients_of_replica(model: nn.Module, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    """Return the gradients of a copy of `model` with DistributedDataParallel. The copy must not outlive its group.
+    """Return the gradients of a copy of `model` with DistributedDataParallel.
 
-    If a replica is the last to hold a group, torch 2.13 keeps Python's lock while it waits for a thread of gloo that
-    may need the lock. Then the process hangs.
+    The copy is freed on return, before the caller ends the process group. If a replica is the last to hold a group,
+    torch 2.13 keeps Python's lock while it waits for a thread of gloo that may need the lock. Then the process hangs.
     """
     device_ids = [0] if next(model.parameters()).is_cuda else None
     wrapped = DistributedDataParallel(copy.deepcopy(model), device_ids=device_ids)

@@ -36,21 +36,20 @@ SUBJECTS = {
 ROUNDS = 7
 
 
-def step_costs(task: Task, model_name: str, device: str, method: str = "gated") -> dict[str, float]:
-    """Measure the time of a training step with each way, without reading images.
+def step_costs(task: Task, model_name: str, device: str) -> dict[str, float]:
+    """Measure the time of a training step of SDPT with each way, without reading images.
 
     Args:
         task: The task whose images are used.
         model_name: Folder or Hub id of the base model.
         device: "cpu" or "cuda".
-        method: A key of `METHODS`.
 
     Returns:
         For each way, the median over rounds of its time relative to a step on clean images in the same round.
     """
     processor = AutoProcessor.from_pretrained(model_name)
     data = task.load("train")
-    model = METHODS[method].attach(load_host(model_name, device), processor, data.class_names, {}).train()
+    model = METHODS["gated"].attach(load_host(model_name, device), processor, data.class_names, {}).train()
     data = data.subset(list(range(BATCH)))
     samples = TrainingSamples(data, BATCH, processor, model.config.max_text_len, 0, augmentation=False)
     inputs, labels = samples.collate([samples[number] for number in range(BATCH)])

@@ -35,7 +35,7 @@ class Cell:
 
     Attributes:
         task: Name of a task of `benchmarks.transfer`.
-        method: A key of its `METHODS`, or "zero-shot".
+        method: A key of `METHODS` in `methods.py`, or "zero-shot".
         adversarial: "none", or a way of adversarial training.
         seed: Seed of the order and augmentation of the images, the initial values and the attacks.
         split: "val" for choosing, "test" for reporting.
@@ -93,7 +93,7 @@ COMPARED: tuple[dict[str, Any], ...] = (
     {"method": "lora", "adversarial": "fast"},
     {"method": "full", "adversarial": "fast"},
 )
-# The runs that are measured with all attacks. It takes four times as long as the rest of a run.
+# The runs that are measured with all attacks. The other attacks take four times as long as the rest of a run.
 WITH_ALL_ATTACKS = (
     Cell(TASKS[0], BASE_MODEL),
     Cell(TASKS[0], "gated", "none"),

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""The methods to compare: some of `benchmarks.transfer`, and SDPT with more prompts in the backbone."""
+"""The methods to compare: some of `benchmarks.transfer`, and SDPT with prompts in the backbone too."""
 
 from __future__ import annotations
 

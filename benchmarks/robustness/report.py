@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_sdpt authors
 # SPDX-License-Identifier: Apache-2.0
-"""The table of the comparison."""
+"""The tables of the comparison."""
 
 from __future__ import annotations
 
@@ -22,9 +22,7 @@ HEAD_OF_ALL_ATTACKS = [
     f"features, {max(DISTANCES)}/255",
     f"vanish, {EPS}/255",
 ]
-# Columns of the settings that were tried.
-CHOOSING = (1, 2, 4)
-SHORT_HEAD = ["method", "trained on", "changed", "clean", *(f"PGD-10, {distance}/255" for distance in CHOOSING)]
+HEAD_OF_TRIED = ["method", "trained on", "changed", "clean", f"PGD-10, {EPS}/255"]
 
 
 def report(cells: dict[str, dict[str, Any]]) -> str:
@@ -44,13 +42,11 @@ def report(cells: dict[str, dict[str, Any]]) -> str:
                 f"Other attacks on {task}, first seed, the same images:\n\n{table(HEAD_OF_ALL_ATTACKS, of_all_attacks)}"
             )
         rows = [
-            [*_names(cell), _changes(cell), *_short_columns(cells[cell.key])]
-            for cell in tried(task)
-            if cell.key in cells
+            [*_names(cell), _changes(cell), *_columns([cells[cell.key]])] for cell in tried(task) if cell.key in cells
         ]
         if rows:
             about = f"Settings tried on the validation split of {task}, {_circumstances(task, 'val', cells)}:"
-            parts.append(f"{about}\n\n{table(SHORT_HEAD, rows)}")
+            parts.append(f"{about}\n\n{table(HEAD_OF_TRIED, rows)}")
     return "\n".join(parts)
 
 
@@ -67,8 +63,8 @@ def _names(cell: Cell) -> tuple[str, str]:
     if cell.method == BASE_MODEL:
         return "base model", ""
     trained_on = WAYS[cell.adversarial]
-    if cell.weight == 0.5 and cell.split == "test":
-        trained_on += ", half of the loss on clean images"
+    if cell.weight < 1 and cell.split == "test":
+        trained_on += f", weight {cell.weight}"
     if not cell.augmentation:
         trained_on += ", no augmentation"
     return METHODS[cell.method].label, trained_on
@@ -94,11 +90,6 @@ def _all_attacks(found: dict[str, Any]) -> list[str]:
         found["vanish"][str(EPS)],
     ]
     return [f"{100 * value:.1f}" for value in values]
-
-
-def _short_columns(found: dict[str, Any]) -> list[str]:
-    values = [found["clean"], *(found["pgd"].get(str(distance)) for distance in CHOOSING)]
-    return ["" if value is None else f"{100 * value:.1f}" for value in values]
 
 
 def _changes(cell: Cell) -> str:

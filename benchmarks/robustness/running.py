@@ -24,7 +24,7 @@ from peft_sdpt.training import trained_parameters
 from ..transfer.one_text import text_computed_once
 from ..transfer.running import load_host
 from ..transfer.tasks import Task
-from ..transfer.tuning import tune
+from ..transfer.tuning import Diverged, tune
 from .grid import BASE_MODEL, DISTANCES, EPS, RATES, WITH_ALL_ATTACKS, Cell
 from .methods import METHODS
 
@@ -49,7 +49,7 @@ def run_cell(cell: Cell, task: Task, model_name: str, device: str, num_images: i
         `clean`, the AP without attack; `pgd`, which maps distances to AP; `images`, their number. If something trains,
         also `trained`, the number of trained parameters, and `losses` and `seconds` of training. For
         `WITH_ALL_ATTACKS`, also `transfer`, `features` and `vanish`, which map distances to AP, and `signs`, the AP
-        after random signs.
+        after random signs. A run whose loss is not finite any more has an AP of 0, and `diverged`, the step.
     """
     processor = AutoProcessor.from_pretrained(model_name)
     model = load_host(model_name, device)
@@ -61,20 +61,23 @@ def run_cell(cell: Cell, task: Task, model_name: str, device: str, num_images: i
         model = method.attach(model, processor, data.class_names, {})
         result["trained"] = sum(parameter.numel() for parameter in trained_parameters(model).values())
         rate = RATES[cell.method] if cell.rate is None else cell.rate
-        with tempfile.TemporaryDirectory() as folder, text_computed_once(model):
-            result |= tune(
-                model,
-                processor,
-                data,
-                steps=cell.steps,
-                learning_rate=rate,
-                seed=cell.seed,
-                prompts=method.prompts,
-                prompt_rate=method.rate_of_tokens(rate),
-                device=device,
-                augmentation=cell.augmentation,
-                views=prepare_views(cell, model, processor, data, device, folder),
-            )
+        try:
+            with tempfile.TemporaryDirectory() as folder, text_computed_once(model):
+                result |= tune(
+                    model,
+                    processor,
+                    data,
+                    steps=cell.steps,
+                    learning_rate=rate,
+                    seed=cell.seed,
+                    prompts=method.prompts,
+                    prompt_rate=method.rate_of_tokens(rate),
+                    device=device,
+                    augmentation=cell.augmentation,
+                    views=prepare_views(cell, model, processor, data, device, folder),
+                )
+        except Diverged as error:
+            return {**result, "clean": 0.0, "pgd": {str(EPS): 0.0}, "images": num_images, "diverged": error.args[0]}
     held_out = task.load(cell.split)
     held_out = held_out.subset(list(range(min(num_images, len(held_out)))))
     base_model = load_host(model_name, device)

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import EXAMPLES
-from ..results import DOCS, RESULTS, Help, add_device, check_device, earlier, put_into, versions, write
+from ..results import DOCS, RESULTS, Help, add_device, check_device, check_render, earlier, put_into, versions, write
 from ..runs import add_runs, check_runs, exit_if_failed, one_line_errors, run_cells
 from .grid import plan
 from .methods import METHODS
@@ -77,8 +77,7 @@ def check_args(args: argparse.Namespace) -> None:
             raise ValueError(f"--folders {folder}: is not a folder")
     if args.no_built_in and not args.folders:
         raise ValueError("--no_built_in: needs tasks in --folders")
-    if args.render and not args.render.is_file():
-        raise ValueError(f"--render {args.render}: no such file")
+    check_render([args.render] if args.render else None)
 
 
 def find_tasks(args: argparse.Namespace) -> list[Task]:
@@ -128,7 +127,7 @@ def run(args: argparse.Namespace) -> None:
         results,
         args.output_dir / RESULTS,
         device=args.device,
-        num_processes=args.num_processes if args.device == "cpu" else 1,
+        num_processes=args.num_processes,
         minutes=args.minutes,
     )
     write(args.output_dir / "report.md", report(results))
