@@ -5,7 +5,6 @@
 import json
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 
 import psutil
@@ -14,7 +13,7 @@ import pytest
 from benchmarks import runs
 from benchmarks.runs import one_line_errors, run_cells
 from tests.helpers.detectors import ROOT
-from tests.helpers.patience import PATIENCE
+from tests.helpers.patience import wait_until
 
 # `exec` is a run that another process can import.
 ENDLESS = """
@@ -38,13 +37,6 @@ run_cells(lambda _: [Cell()], exec, lambda _: (code,), results, file, device="cp
 @dataclass
 class Cell:
     key: str
-
-
-def wait_until(condition):
-    begin = time.monotonic()
-    while not condition():
-        assert time.monotonic() - begin < PATIENCE
-        time.sleep(0.05)
 
 
 def has_ended(pid):

@@ -125,11 +125,16 @@ def test_transfer_attacks_the_base_model(tuned, processor, data, inputs):
     base_model = make_host()
     by_model = Adversary(tuned, processor, data, ATTACK, attacked=base_model)(images, pixels)
     direct = Adversary(base_model, processor, data, ATTACK)(images, pixels)
-    assert torch.equal(by_context, direct)
-    assert torch.equal(by_model, direct)
-    assert not torch.equal(Adversary(tuned, processor, data, ATTACK)(images, pixels), direct)
+    # Gradients may be summed in another order, so a few that are almost 0 have another sign.
+    assert share_of_others(by_context, direct) < 1e-3
+    assert share_of_others(by_model, direct) == 0
+    assert share_of_others(Adversary(tuned, processor, data, ATTACK)(images, pixels), direct) > 0.05
     with torch.no_grad():
         assert torch.equal(tuned(**prompt(processor, pixels)).logits, before)
+
+
+def share_of_others(one, other):
+    return (one != other).float().mean().item()
 
 
 def prompt(processor, pixels):

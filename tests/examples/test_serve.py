@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import io
 import json
@@ -527,7 +528,9 @@ def test_a_slow_client_does_not_keep_the_server(run, adapters, port, monkeypatch
             for _ in range(times):
                 os.kill(os.getpid(), signal.SIGINT)
                 time.sleep(1)
-            received.append(client.recv(10_000))
+            # Until the server closes the connection, because the body may come after the head.
+            with contextlib.suppress(ConnectionError):
+                received.append(b"".join(iter(lambda: client.recv(10_000), b"")))
 
     thread = threading.Thread(target=ask)
     thread.start()

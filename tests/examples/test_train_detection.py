@@ -108,8 +108,10 @@ def test_gradient_accumulation_is_the_whole_batch(small_task, main_job, tmp_path
         sizes = ("--per_device_train_batch_size", flags[0], "--gradient_accumulation_steps", flags[1])
         assert main_job(*run, *sizes) == 0
     whole, quarters = (prompts(tmp_path / out) for out in ("whole", "quarters"))
-    # A step is 0.2 long in each entry; sums are rounded in another order.
-    assert all(torch.allclose(whole[key], quarters[key], atol=5e-3) for key in whole)
+    # A step is 0.2 long in each entry. Sums are rounded in another order, so a few entries whose gradient is almost 0
+    # have a step with another sign.
+    for key in whole:
+        assert ((whole[key] - quarters[key]).abs() > 5e-3).float().mean() < 1e-3
 
 
 def test_gradients_are_clipped(small_task, main_job, tmp_path):
